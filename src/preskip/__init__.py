@@ -1,0 +1,35 @@
+"""Preskip: a non-linear pre-projection and a content skip for the attention of any Hugging Face transformer.
+
+Importing the package registers the PEFT method: at once where peft is loaded already, else the moment it is, because
+peft takes seconds to import and `preskip --help` should not. `PreskipConfig` is for `peft.get_peft_model`;
+`PreskipBranch` is the building block (arXiv 2604.10791).
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+import wrapt
+
+from preskip.errors import PreskipError
+from preskip.version import __version__
+
+if TYPE_CHECKING:
+    from preskip.adapter import PreskipConfig
+    from preskip.branch import BranchSettings, PreskipBranch
+
+__all__ = ["BranchSettings", "PreskipBranch", "PreskipConfig", "PreskipError", "__version__"]
+
+_HOMES = {
+    "BranchSettings": "preskip.branch",
+    "PreskipBranch": "preskip.branch",
+    "PreskipConfig": "preskip.adapter",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'preskip' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+wrapt.register_post_import_hook(lambda module: importlib.import_module("preskip.adapter"), "peft")

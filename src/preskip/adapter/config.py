@@ -1,0 +1,110 @@
+"""`PreskipConfig`: what a Preskip adapter is made of and where it goes, in PEFT's terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional, Union
+
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
+from preskip.attach import SKIP_POSITIONS
+from preskip.branch import BranchSettings
+from preskip.errors import PreskipError
+
+NAME = "PRESKIP"
+
+
+def peft_type() -> PeftType:
+    """`PeftType.PRESKIP`, added to PEFT's closed enum the first time.
+
+    `register_peft_method` refuses a name that the enum lacks, saving tests membership, and transformers reads
+    `.value`: only a real member satisfies all of them.
+    """
+    if NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, NAME)
+        member._name_ = member._value_ = NAME
+        member.__objclass__ = PeftType  # type: ignore[attr-defined]
+        member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+        PeftType._member_names_.append(NAME)
+        PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
+        type.__setattr__(PeftType, NAME, member)
+    return PeftType[NAME]
+
+
+@dataclass
+class PreskipConfig(PeftConfig):
+    """Configuration of a Preskip adapter (arXiv 2604.10791, section 3): pre-projection and content skip.
+
+    Args:
+        expansion: inner width of the pre-projection over the model's width d. Default 1.25.
+        activation: silu (default), gelu, relu or mish.
+        gated: SwiGLU-like pre-projection with one more matrix. Default False.
+        dropout: dropout on the pre-projection's inner features while training. Default 0.
+        preprojection: default True; False trains the linear skip alone.
+        content_skip: default True; False trains the pre-projection alone.
+        enrich_attention: default True; False lets attention read x̂ as before, and only the skip carries x̃.
+        skip_rank: None (default) for a full d × d skip, an int for a low-rank one.
+        init_weights: "identity" (default, the model starts exactly as it was) or "paper".
+        init_std: standard deviation of W_up (and of W_down with "paper"). Default 0.01.
+        skip_init_std: standard deviation of W_skip with "paper". Default 1e-4.
+        skip_position: "attention" (default) adds the skip to the attention's output; "residual" adds it behind a
+            post-attention norm where the block has one (Gemma 2/3, GLM-4, OLMo 2).
+        target_modules: names or a regular expression of attention modules. Default: every self-attention of the text
+            decoder.
+        exclude_modules: names or a regular expression of modules to leave out.
+        modules_to_save: other modules to train and save whole, e.g. a classification head.
+        layers_to_transform: layer index or indices to adapt. Default: all.
+        layers_pattern: name of the list of blocks, where a model has several.
+
+    Raises:
+        PreskipError: a value is out of range or two fields contradict each other.
+    """
+
+    expansion: float = field(default=1.25, metadata={"help": "Inner width of the pre-projection over the width d."})
+    activation: str = field(default="silu", metadata={"help": "silu, gelu, relu or mish."})
+    gated: bool = field(default=False, metadata={"help": "SwiGLU-like pre-projection."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the pre-projection's inner features."})
+    preprojection: bool = field(default=True, metadata={"help": "Whether there is a pre-projection."})
+    content_skip: bool = field(default=True, metadata={"help": "Whether there is a content skip."})
+    enrich_attention: bool = field(default=True, metadata={"help": "Whether attention reads the enriched features."})
+    skip_rank: Optional[int] = field(default=None, metadata={"help": "Rank of the skip; None for a full matrix."})
+    init_weights: str = field(default="identity", metadata={"help": "'identity' or 'paper'."})
+    init_std: float = field(default=0.01, metadata={"help": "Standard deviation of W_up (and W_down with 'paper')."})
+    skip_init_std: float = field(default=1e-4, metadata={"help": "Standard deviation of W_skip with 'paper'."})
+    skip_position: str = field(default="attention", metadata={"help": "'attention' or 'residual'."})
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Names or regex of attention modules. Default: all of the text decoder."}
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Names or regex of modules to leave out."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Other modules to train and save whole."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Layer indices to adapt. Default: all."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the list of blocks, where a model has several."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = peft_type()
+        self.branch_settings()
+        if self.skip_position not in SKIP_POSITIONS:
+            raise PreskipError(
+                f"skip_position={self.skip_position!r} is not possible: choose {' or '.join(SKIP_POSITIONS)}"
+            )
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise PreskipError(f"{name} cannot be combined with a regular expression in target_modules")
+
+    def branch_settings(self) -> BranchSettings:
+        """The fields that concern one branch's arithmetic, validated."""
+        return BranchSettings.from_object(self)

@@ -1,0 +1,118 @@
+"""`PreskipLayer`: the branches of all adapters at one attention module, as a PEFT tuner layer."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from preskip import branch as arithmetic
+from preskip.branch import PARTS, BranchSettings, PreskipBranch
+
+CANNOT_MERGE = (
+    "a Preskip branch depends non-linearly on its input and cannot be merged into the base weights: keep the adapter, "
+    "or unload() it"
+)
+
+
+class PreskipLayer(nn.Module, BaseTunerLayer):
+    """Child `preskip` of an attention module; it wraps nothing, so it has no base layer.
+
+    Args:
+        attention: the module it belongs to (referenced, not owned).
+        width: d of the attention's input.
+
+    Several active adapters add up: x̃ = x̂ + Σ features, skip = Σ W_skip · x̃. An adapter with `enrich_attention=False`
+    builds its own x̃ on what attention reads.
+    """
+
+    adapter_layer_names = PARTS
+    other_param_names = ("dropout", "settings")
+
+    def __init__(self, attention: nn.Module, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self._attention = [attention]
+        for part in PARTS:
+            self.add_module(part, nn.ModuleDict())
+        self.dropout = nn.ModuleDict()
+        self.settings: dict[str, BranchSettings] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter = []
+
+    def get_base_layer(self) -> nn.Module:
+        """Itself: there is no wrapped layer."""
+        return self
+
+    def _no_base_weight(self):
+        raise AttributeError("a Preskip layer wraps no base layer")
+
+    weight = bias = property(_no_base_weight)  # type: ignore[assignment]
+
+    def update_layer(self, adapter_name: str, settings: BranchSettings, active_adapters: list[str], inference: bool):
+        """Add the branch of one adapter, on the attention's device, always in fp32."""
+        branch = PreskipBranch(self.width, settings, device=self._branch_device())
+        for part, linear in branch.linears.items():
+            getattr(self, part)[adapter_name] = linear
+        if branch.dropout is not None:
+            self.dropout[adapter_name] = branch.dropout
+        self.settings[adapter_name] = settings
+        self.set_adapter(active_adapters, inference_mode=inference)
+
+    def _branch_device(self) -> torch.device | None:
+        if torch.empty(0).device.type == "meta":  # PEFT's low_cpu_mem_usage
+            return torch.device("meta")
+        return next((p.device for p in self._attention[0].parameters() if p.device.type != "meta"), None)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+        """The attention's device; fp32, whatever the base's dtype (packed weights have no usable one anyway)."""
+        own = {id(p) for p in self.parameters()}
+        devices = (p.device for p in self._attention[0].parameters() if id(p) not in own)
+        return next((device for device in devices if device.type != "meta"), None), torch.float32
+
+    def _active(self) -> list[str]:
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.settings]
+
+    def linears(self, adapter_name: str) -> dict[str, nn.Linear]:
+        """The matrices of one adapter by part name."""
+        modules: dict[str, nn.ModuleDict] = {part: getattr(self, part) for part in PARTS}
+        return {part: modules[part][adapter_name] for part in PARTS if adapter_name in modules[part]}  # type: ignore
+
+    def _enrich(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        dropout = (
+            self.dropout[adapter_name]
+            if adapter_name in self.settings and self.settings[adapter_name].dropout > 0
+            else None
+        )
+        return arithmetic.enrich(x, self.linears(adapter_name), self.settings[adapter_name], dropout)
+
+    def enrich(self, x: torch.Tensor) -> torch.Tensor:
+        """What attention reads, [B, T, d]: x̃ of the active adapters (`preskip.branch.PreskipBranch.enrich`)."""
+        active = [name for name in self._active() if self.settings[name].enrich_attention]
+        if len(active) <= 1:
+            return self._enrich(x, active[0]) if active else x
+        return x + torch.stack([self._enrich(x, name) - x for name in active]).sum(0)
+
+    def content(self, attention_input: torch.Tensor) -> torch.Tensor | None:
+        """W_skip · x̃ [B, T, d], summed over the active adapters; None where none has a skip."""
+        total = None
+        for name in self._active():
+            settings = self.settings[name]
+            if settings.content_skip:
+                enriched = attention_input if settings.enrich_attention else self._enrich(attention_input, name)
+                skip = arithmetic.skip(enriched, self.linears(name))
+                total = skip if total is None else total + skip
+        return total
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused for its own adapters; a no-op when LoRA stacked on top merges its own.
+
+        Raises:
+            NotImplementedError: the adapters to merge include one of this layer's.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if set(names) & set(self.settings):
+            raise NotImplementedError(CANNOT_MERGE)
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged."""

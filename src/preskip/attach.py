@@ -1,0 +1,268 @@
+"""Where a branch sits in a block, for every model family: sites, hooks, coverage. Knows no PEFT.
+
+The branch is a child `preskip` of the attention module. A forward pre-hook replaces the attention's `hidden_states` by
+x̃; a forward hook adds W_skip · x̃ to its output. The forward hook sees the arguments as the pre-hook left them, so
+nothing is stored between the two: the pair is stateless, compiles, checkpoints and shards.
+
+Two kinds of block need a third hook (a tap), because the attention module's own output is not yet what the residual
+sum adds: BERT's, whose output projection is a sibling of `attention.self`, and, on request, blocks with a norm behind
+attention (`skip_position="residual"`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from preskip.errors import PreskipError
+
+CHILD = "preskip"
+SKIP_POSITIONS = ("attention", "residual")
+
+# Names under which a block holds its self-attention, most specific first.
+ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
+
+# Linear layers that read an attention's hidden_states, to learn its width from; Conv1D (GPT-2) stores its transpose.
+INPUT_PROJECTIONS = (
+    "q_proj", "qkv_proj", "query_key_value", "query", "Wqkv", "c_attn", "q_a_proj", "qkv", "in_proj", "wqkv", "W_pack",
+)  # fmt: skip
+
+# Blocks that norm the attention's output before the residual sum. Keyed by class, because the name alone lies:
+# `post_attention_layernorm` is this norm in Gemma, and the norm before the MLP in Llama.
+POST_ATTENTION_NORMS = {
+    "Gemma2DecoderLayer": "post_attention_layernorm",
+    "Gemma3DecoderLayer": "post_attention_layernorm",
+    "Gemma3nTextDecoderLayer": "post_attention_layernorm",
+    "Glm4DecoderLayer": "post_self_attn_layernorm",
+    "Olmo2DecoderLayer": "post_attention_layernorm",
+    "Olmo3DecoderLayer": "post_attention_layernorm",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSite:
+    """One place where a branch can sit.
+
+    Attributes:
+        name: path of the attention module in the model, e.g. `model.layers.3.self_attn`.
+        target: the path relative to its block, e.g. `self_attn` or `attention.self`.
+        stack: path of the list of blocks, e.g. `model.layers`.
+        layer: index of the block in its stack.
+    """
+
+    name: str
+    target: str
+    stack: str
+    layer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sites:
+    """All sites of a model, and the blocks of the same stacks that have no recognised attention."""
+
+    attentions: tuple[AttentionSite, ...]
+    blocks_without: tuple[str, ...]
+
+    @property
+    def layers(self) -> list[int]:
+        """Layer indices that have a site, ascending."""
+        return sorted({site.layer for site in self.attentions})
+
+
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The submodule whose attentions are adapted by default: the text decoder of a multimodal model, else the model.
+
+    An encoder-decoder model is taken as a whole; so is one whose `get_decoder()` is something else (the output head of
+    a masked language model).
+    """
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    is_encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if not isinstance(decoder, nn.Module) or not hasattr(decoder, "config") or is_encoder_decoder:
+        return model
+    return decoder
+
+
+def find_sites(model: nn.Module) -> Sites:
+    """Find the self-attention of every block of the model's text decoder.
+
+    A stack is an `nn.ModuleList` in which at least one block has a child of a known attention name.
+
+    Raises:
+        PreskipError: no block has one; the message lists the children of the model's stacks.
+    """
+    decoder = text_decoder(model)
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    sites: list[AttentionSite] = []
+    without: list[str] = []
+    seen: dict[str, list[str]] = {}
+    for path, stack in decoder.named_modules():
+        if not isinstance(stack, nn.ModuleList) or len(stack) == 0:
+            continue
+        stack_name = ".".join(part for part in (prefix, path) if part)
+        targets = [_attention_of(block) for block in stack]
+        if not any(targets):
+            seen[stack_name] = [name for name, _ in stack[0].named_children()]
+            continue
+        for index, target in enumerate(targets):
+            if target is None:
+                without.append(f"{stack_name}.{index}")
+            else:
+                name = f"{stack_name}.{index}.{target}"
+                sites.append(AttentionSite(name=name, target=target, stack=stack_name, layer=index))
+    if not sites:
+        kinds = "; ".join(f"{name}: {', '.join(children) or 'no children'}" for name, children in seen.items())
+        raise PreskipError(
+            f"no self-attention found in {type(model).__name__} (looked for {', '.join(ATTENTION_NAMES)} in its "
+            f"blocks{f'; found {kinds}' if kinds else ''}): name the modules with target_modules"
+        )
+    return Sites(attentions=tuple(sites), blocks_without=tuple(without))
+
+
+def _attention_of(block: nn.Module) -> str | None:
+    children = dict(block.named_children())
+    name = next((name for name in ATTENTION_NAMES if name in children), None)
+    if name is None or not any(True for _ in children[name].parameters()):
+        return None
+    inner = dict(children[name].named_children())
+    return f"{name}.self" if {"self", "output"} <= set(inner) else name
+
+
+def input_width(attention: nn.Module, default: int | None = None) -> int:
+    """Width d of the `hidden_states` that an attention module reads.
+
+    Args:
+        attention: the module.
+        default: used when no known input projection is found, e.g. the config's hidden_size.
+
+    Raises:
+        PreskipError: neither tells the width.
+    """
+    for name, module in attention.named_modules():
+        if name.rpartition(".")[2] not in INPUT_PROJECTIONS:
+            continue
+        base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if hasattr(base, "in_features"):
+            return base.in_features
+        if type(base).__name__ == "Conv1D":
+            return base.weight.shape[0]
+    if default is None:
+        raise PreskipError(f"the input width of {type(attention).__name__} is unknown: its projections have new names")
+    return default
+
+
+def attach(attention: nn.Module, branch: nn.Module, tap: nn.Module | None = None) -> None:
+    """Make `branch` a child of `attention` and register its hooks.
+
+    Args:
+        attention: a module whose forward takes `hidden_states` [B, T, d] first or by name, and returns a tensor
+            [B, T, d] or a tuple that starts with it.
+        branch: has `enrich(x̂) -> x̃` and `content(x̃) -> skip | None`, and accepts new attributes.
+        tap: the module behind whose output the skip is added, in place of the attention's own.
+    """
+    attention.add_module(CHILD, branch)
+    handles = [attention.register_forward_pre_hook(_replace_input, with_kwargs=True)]
+    if tap is None:
+        handles.append(attention.register_forward_hook(_add_skip, with_kwargs=True))
+    else:
+        carrier = _Tap(branch)
+        handles.append(attention.register_forward_hook(carrier.keep, with_kwargs=True))
+        handles.append(tap.register_forward_hook(carrier.add))
+    branch.hook_handles = handles  # type: ignore[assignment]
+
+
+def detach(attention: nn.Module) -> None:
+    """Remove the branch of `attention` and its hooks; the module is then as before `attach`."""
+    for handle in getattr(attention, CHILD).hook_handles:
+        handle.remove()
+    delattr(attention, CHILD)
+
+
+def tap_of(block: nn.Module, target: str, skip_position: str) -> nn.Module | None:
+    """The module behind whose output the skip joins, or None for the attention's own output.
+
+    Args:
+        block: the parent of the attention module (for `attention.self`: of `self`).
+        target: the last part of the attention's path.
+        skip_position: "attention", or "residual" for behind a post-attention norm.
+
+    Raises:
+        PreskipError: "residual" on a block that has a post-attention norm of unknown name is not detectable, but an
+            unknown `skip_position` is refused.
+    """
+    if skip_position not in SKIP_POSITIONS:
+        raise PreskipError(f"skip_position={skip_position!r} is not possible: choose {' or '.join(SKIP_POSITIONS)}")
+    if target == "self" and hasattr(block, "output"):
+        return block.output.dense  # type: ignore[return-value, union-attr]
+    norm = POST_ATTENTION_NORMS.get(type(block).__name__)
+    return getattr(block, norm) if norm is not None and skip_position == "residual" else None
+
+
+def coverage(names: Iterable[str], layers: Iterable[int]) -> str:
+    """One line that says which layers are covered how often; empty when each chosen layer has exactly one branch.
+
+    Args:
+        names: paths of the modules that would get a branch.
+        layers: the layers that should have one.
+    """
+    counts: dict[int, list[str]] = {layer: [] for layer in layers}
+    strays = []
+    for name in names:
+        index = re.search(r"\.(\d+)\.", f".{name}.")
+        layer = int(index.group(1)) if index else None
+        if layer in counts:
+            counts[layer].append(name)
+        else:
+            strays.append(name)
+    missing = [str(layer) for layer, found in counts.items() if not found]
+    double = [" + ".join(found) for found in counts.values() if len(found) > 1]
+    problems = []
+    if missing:
+        problems.append(f"no branch in layer{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+    if double:
+        problems.append(f"more than one branch in a layer: {'; '.join(double[:3])}")
+    if strays:
+        problems.append(f"matched outside the chosen layers: {', '.join(strays[:3])}")
+    return "; ".join(problems)
+
+
+def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _replace_input(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    if kwargs.get("key_value_states") is not None or kwargs.get("encoder_hidden_states") is not None:
+        raise PreskipError(
+            f"{type(attention).__name__} runs as cross-attention: a branch can only enrich self-attention"
+        )
+    enriched = getattr(attention, CHILD).enrich(_hidden_states(args, kwargs))
+    if args:
+        return (enriched, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": enriched}
+
+
+def _add_skip(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    skip = getattr(attention, CHILD).content(_hidden_states(args, kwargs))
+    if skip is None:
+        return output
+    return (output[0] + skip, *output[1:]) if isinstance(output, tuple) else output + skip
+
+
+class _Tap:
+    """Carries one skip from an attention module to the module that follows it in the same block."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        self.content: Callable[[torch.Tensor], torch.Tensor | None] = branch.content  # type: ignore[assignment]
+        self.pending: torch.Tensor | None = None
+
+    def keep(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        self.pending = self.content(_hidden_states(args, kwargs))
+
+    def add(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        skip, self.pending = self.pending, None
+        return output if skip is None else output + skip
