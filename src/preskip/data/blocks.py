@@ -1,0 +1,171 @@
+"""Documents as tokens: packed blocks to train on, and windows that score every token of a held-out document once."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from preskip.data.corpus import Document, split_text
+from preskip.errors import PreskipError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Window(NamedTuple):
+    """A stretch of a document for the model to read.
+
+    Args:
+        input_ids: up to context_length + 1 token ids. A model reads `input_ids[:-1]` and predicts `input_ids[1:]`.
+        scored_from: `input_ids[scored_from:]` are scored here, never 0; what comes before is context.
+    """
+
+    input_ids: list[int]
+    scored_from: int
+
+
+class TextSize(NamedTuple):
+    """Bytes (UTF-8) and words (between white space) of the scored text of a document."""
+
+    bytes: int
+    words: int
+
+
+def pack_blocks(
+    documents: Sequence[Document],
+    tokenizer: Any,
+    seq_len: int,
+    eos: bool = True,
+    limit_tokens: int | None = None,
+    seed: int = 0,
+    *,
+    piece_characters: int | None = None,
+    min_blocks: int = 1,
+    progress: "Progress | None" = None,
+) -> NDArray[np.int32]:
+    """Join shuffled documents and cut them into full blocks, in an order drawn from the seed.
+
+    The result depends on the documents, not on the order in which they are given. No padding: the rest that does not
+    fill a block is dropped.
+
+    Args:
+        documents: what to train on.
+        tokenizer: a Hugging Face tokenizer; no special tokens are added besides the separator.
+        seq_len: tokens per block.
+        eos: put the end-of-sequence token behind every document (for want of one: the separator or start token).
+        limit_tokens: at most so many tokens, rounded down to whole blocks; no more is tokenised than needed. None
+            takes all.
+        seed: seed of the order of documents and of blocks.
+        piece_characters: cut documents at paragraph borders into pieces of about this length and shuffle those
+            instead, so that a small `limit_tokens` draws on many documents. None keeps documents whole.
+        min_blocks: fewer blocks than this are an error (one batch).
+        progress: a live rich progress display to add a task to.
+
+    Returns:
+        Token ids, [blocks, seq_len].
+
+    Raises:
+        PreskipError: `seq_len` or `limit_tokens` too small, or not enough text.
+    """
+    if seq_len < 2:
+        raise PreskipError(f"sequence length {seq_len}: must be at least 2")
+    if limit_tokens is not None and limit_tokens < seq_len * min_blocks:
+        raise PreskipError(
+            f"limit of {limit_tokens} tokens: one batch takes {min_blocks} × {seq_len} tokens; raise the limit"
+        )
+    random = np.random.default_rng(seed)
+    texts = [document.text for document in sorted(documents, key=lambda document: document.id)]
+    if piece_characters is not None:
+        texts = [piece for text in texts for piece in split_text(text, piece_characters)]
+    order = random.permutation(len(texts))
+    separator = _separator(tokenizer) if eos else None
+    wanted = None if limit_tokens is None else limit_tokens // seq_len * seq_len
+    chunks: list[NDArray[np.int32]] = []
+    total = 0
+    task = None if progress is None else progress.add_task("Tokenising", total=wanted or len(texts))
+    for done, index in enumerate(order, start=1):
+        ids = text_ids(texts[index], tokenizer)
+        if separator is not None and ids:
+            ids.append(separator)
+        chunks.append(np.asarray(ids, dtype=np.int32))
+        total += len(ids)
+        if progress is not None and task is not None:
+            progress.update(task, completed=done if wanted is None else min(total, wanted))
+        if wanted is not None and total >= wanted:
+            break
+    blocks = (total if wanted is None else min(total, wanted)) // seq_len
+    if blocks < max(1, min_blocks):
+        raise PreskipError(
+            f"corpus too small: {total} training tokens do not fill one batch of {max(1, min_blocks)} × {seq_len}; "
+            f"give more text, or lower the batch size or sequence length"
+        )
+    packed = np.concatenate(chunks)[: blocks * seq_len].reshape(blocks, seq_len)
+    # Otherwise a batch would hold neighbouring blocks of one document.
+    return np.ascontiguousarray(packed[random.permutation(blocks)])
+
+
+def heldout_windows(document: Document, tokenizer: Any, context_length: int, stride: int) -> list[Window]:
+    """Cut a document into windows that score each of its tokens exactly once.
+
+    The text follows the tokenizer's start token (for want of one: its end token), so that its first token is
+    scored, too. Without either the first token cannot be scored; `scored_size` takes it off the bytes.
+
+    Args:
+        document: what to score.
+        tokenizer: a Hugging Face tokenizer.
+        context_length: most tokens that the model reads at once.
+        stride: tokens scored per window behind the first, 1 to `context_length`. The smaller, the more context each
+            token has: at least `context_length - stride + 1`. `context_length` itself is the cheapest.
+
+    Returns:
+        Windows in the document's order; none for an empty document.
+
+    Raises:
+        PreskipError: `context_length` or `stride` out of range.
+    """
+    if context_length < 1 or not 1 <= stride <= context_length:
+        raise PreskipError(
+            f"context length {context_length} and stride {stride}: the stride must lie between 1 and the context length"
+        )
+    ids = text_ids(document.text, tokenizer)
+    start = start_token(tokenizer)
+    sequence = ids if start is None else [start, *ids]
+    windows: list[Window] = []
+    scored = 1  # the first token of the sequence is never predicted
+    while scored < len(sequence):
+        end = min(len(sequence), scored + (stride if windows else context_length))
+        begin = max(0, end - context_length - 1)
+        windows.append(Window(sequence[begin:end], scored - begin))
+        scored = end
+    return windows
+
+
+def scored_size(document: Document, tokenizer: Any) -> TextSize:
+    """Return the bytes and words that the windows of `heldout_windows` score."""
+    text = document.text
+    if start_token(tokenizer) is None:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        first = next(iter(offsets["offset_mapping"]), (0, 0))
+        text = text[first[1] :]
+    return TextSize(len(text.encode("utf-8")), len(text.split()))
+
+
+def text_ids(text: str, tokenizer: Any) -> list[int]:
+    """Tokenise a text of any length without special tokens, and without the warning about long ones."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """Return the token that opens a text: start, end or classification token, the first that the tokenizer has."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
+        if token is not None:
+            return int(token)
+    return None
+
+
+def _separator(tokenizer: Any) -> int | None:
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id):
+        if token is not None:
+            return int(token)
+    return None

@@ -1,0 +1,134 @@
+"""Packed blocks hold the documents' tokens and no others; windows score every token exactly once."""
+
+import numpy as np
+import pytest
+from tiny_text import PROSE, tiny_tokenizer
+
+from preskip.data.blocks import heldout_windows, pack_blocks, scored_size, text_ids
+from preskip.data.corpus import Document
+from preskip.errors import PreskipError
+
+TOKENIZER = tiny_tokenizer()
+DOCUMENTS = [Document(f"d{i}", f"Document number {i}. " + PROSE, f"d{i}") for i in range(6)]
+EOS = TOKENIZER.eos_token_id
+
+
+def test_one_document_is_its_tokens_in_order():
+    ids = [*text_ids(PROSE, TOKENIZER), EOS]
+    blocks = pack_blocks([Document("d", PROSE, "d")], TOKENIZER, len(ids))
+    assert blocks.dtype == np.int32
+    assert blocks.tolist() == [ids]
+
+
+def test_blocks_hold_every_document_once():
+    # With blocks of 16 the concatenation can be recovered from the first tokens of the shuffled documents.
+    streams = {document.id: [*text_ids(document.text, TOKENIZER), EOS] for document in DOCUMENTS}
+    total = sum(map(len, streams.values()))
+    blocks = pack_blocks(DOCUMENTS, TOKENIZER, 16)
+    assert blocks.shape == (total // 16, 16)
+    assert int((blocks == EOS).sum()) in (5, 6)  # the last one may fall into the dropped rest
+    whole = sorted(token for stream in streams.values() for token in stream)
+    dropped = total - blocks.size
+    counts = np.bincount(whole) - np.bincount(blocks.ravel(), minlength=max(whole) + 1)
+    assert counts.min() >= 0
+    assert counts.sum() == dropped < 16
+
+
+def test_seed_and_order():
+    blocks = pack_blocks(DOCUMENTS, TOKENIZER, 32, seed=5)
+    assert np.array_equal(blocks, pack_blocks(DOCUMENTS[::-1], TOKENIZER, 32, seed=5))
+    assert not np.array_equal(blocks, pack_blocks(DOCUMENTS, TOKENIZER, 32, seed=6))
+
+
+def test_no_separator_where_not_wanted_or_absent():
+    assert EOS not in pack_blocks(DOCUMENTS, TOKENIZER, 32, eos=False)
+    bare = tiny_tokenizer(bos=False, eos=False)
+    assert pack_blocks(DOCUMENTS, bare, 32).size == pack_blocks(DOCUMENTS, TOKENIZER, 32, eos=False).size
+
+
+@pytest.mark.parametrize("lead", [False, True])
+def test_the_tokenizers_own_start_token_is_not_added(lead):
+    tokenizer = tiny_tokenizer(lead=lead)
+    assert tokenizer.bos_token_id not in pack_blocks(DOCUMENTS, tokenizer, 32)
+
+
+def test_limit_tokenises_no_more_than_needed():
+    calls = []
+
+    class Counting:
+        eos_token_id, bos_token_id, sep_token_id = EOS, None, None
+
+        def __call__(self, text, **options):
+            calls.append(text)
+            return TOKENIZER(text, **options)
+
+    assert pack_blocks(DOCUMENTS, Counting(), 32, limit_tokens=100).shape == (3, 32)
+    assert len(calls) == 1
+    assert pack_blocks(DOCUMENTS, Counting(), 32, limit_tokens=10**9).shape[0] > 30
+
+
+def test_pieces_draw_on_many_documents():
+    texts = [Document(f"d{i}", "\n\n".join([f"{chr(65 + i)}" * 40] * 20), f"d{i}") for i in range(8)]
+    few = pack_blocks(texts, TOKENIZER, 32, limit_tokens=960)
+    many = pack_blocks(texts, TOKENIZER, 32, limit_tokens=960, piece_characters=80)
+    letters = [set(TOKENIZER.decode(blocks.ravel().tolist())) & set("ABCDEFGH") for blocks in (few, many)]
+    assert few.shape == many.shape == (30, 32)
+    assert len(letters[0]) < len(letters[1])
+
+
+def test_progress_reaches_its_total():
+    from rich.progress import Progress
+
+    with Progress(disable=True) as bar:
+        pack_blocks(DOCUMENTS, TOKENIZER, 32, progress=bar)
+        pack_blocks(DOCUMENTS, TOKENIZER, 32, limit_tokens=100, progress=bar)
+        assert [(task.completed, task.total) for task in bar.tasks] == [(6, 6), (96, 96)]
+
+
+def test_too_small():
+    with pytest.raises(PreskipError, match=r"do not fill one batch of 8 × 1000"):
+        pack_blocks(DOCUMENTS, TOKENIZER, 1000, min_blocks=8)
+    with pytest.raises(PreskipError, match=r"corpus too small: 0 training tokens"):
+        pack_blocks([], TOKENIZER, 16)
+    with pytest.raises(PreskipError, match="limit of 10 tokens"):
+        pack_blocks(DOCUMENTS, TOKENIZER, 16, limit_tokens=10)
+    with pytest.raises(PreskipError, match="sequence length 1"):
+        pack_blocks(DOCUMENTS, TOKENIZER, 1)
+
+
+@pytest.mark.parametrize("context_length", [1, 2, 7, 32, 10_000])
+@pytest.mark.parametrize("stride_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("start", [True, False])
+def test_windows_score_each_token_once(context_length, stride_share, start):
+    tokenizer = tiny_tokenizer(bos=start, eos=start)
+    stride = max(1, round(stride_share * context_length))
+    ids = text_ids(PROSE, tokenizer)
+    windows = heldout_windows(Document("d", PROSE, "d"), tokenizer, context_length, stride)
+    scored = [token for window in windows for token in window.input_ids[window.scored_from :]]
+    assert scored == (ids if start else ids[1:])
+    full = [tokenizer.bos_token_id, *ids] if start else ids
+    position = 1
+    for index, (input_ids, scored_from) in enumerate(windows):
+        assert 1 <= scored_from < len(input_ids) <= context_length + 1
+        # What precedes is the text's own past, as long as fits.
+        end = position + len(input_ids) - scored_from
+        assert input_ids == full[max(0, end - context_length - 1) : end]
+        if index > 0:
+            assert scored_from >= context_length - stride + 1
+        position = end
+
+
+def test_windows_of_nothing_and_bad_stride():
+    assert heldout_windows(Document("d", "", "d"), TOKENIZER, 8, 8) == []
+    for context_length, stride in ((0, 1), (8, 0), (8, 9)):
+        with pytest.raises(PreskipError, match="stride must lie between"):
+            heldout_windows(DOCUMENTS[0], TOKENIZER, context_length, stride)
+
+
+def test_scored_size():
+    document = Document("d", "Café — naïve\n\nmorning", "d")
+    assert scored_size(document, TOKENIZER) == (len("Café — naïve\n\nmorning".encode()), 4)
+    bare = tiny_tokenizer(bos=False, eos=False)
+    first = bare.decode(text_ids(document.text, bare)[:1])
+    assert scored_size(document, bare).bytes == len(document.text.encode()) - len(first.encode())
+    assert scored_size(Document("d", "", "d"), bare) == (0, 0)
