@@ -385,6 +385,8 @@ def test_errors_are_one_line_and_leave_the_old_page(tmp_path: Path, monkeypatch:
         ("[1]", "holds a list, not an object"),
         (results.replace("0.9951", "NaN"), "NaN is not a number"),
         (results.replace('"schema_version": 1', '"schema_version": 2'), "has schema_version 2"),
+        (results.replace('"tokens": 12000', '"tokens": "many"'), "lacks what the report needs .ValueError"),
+        (results.replace("0.9951", "1e999"), "lacks what the report needs"),
         ('{"schema_version": 1}', "lacks what the report needs .*'arms'"),
     ):
         (run / "results.json").write_text(text)

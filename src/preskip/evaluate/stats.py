@@ -7,21 +7,20 @@ logarithm of word perplexity (nats over words). So one bootstrap serves all of t
 How the intervals are made:
 
 * One seed: BCa bootstrap over units (Efron 1987), each of its two tail levels widened from the normal to Student's t
-  with
-  units - 1 degrees of freedom (Hesterberg 2015), since percentile intervals of a few dozen documents are too narrow.
-  Randomness of training is *not* in it.
+  with units - 1 degrees of freedom (Hesterberg 2015), since percentile intervals of a few dozen documents are too
+  narrow. Randomness of training is *not* in it.
 * Several seeds: seeds and units are crossed (every seed is scored on the same documents), so both are drawn anew in
-  each
-  replicate and one draw of units serves all seeds; drawing units per seed would count each document as new evidence.
-  The interval is value ± t · (bootstrap standard error), the degrees of freedom after Satterthwaite from the two
-  variance components. Percentiles of two or three seeds can never leave the range of those seeds; this can.
+  each replicate and one draw of units serves all seeds; drawing units per seed would count each document as new
+  evidence. The interval is value ± t · (bootstrap standard error), the degrees of freedom after Satterthwaite from the
+  two variance components. Percentiles of two or three seeds can never leave the range of those seeds; this can. It errs
+  on the wide side, since resampling both ways counts what is particular to one seed on one document twice (simulated
+  coverage of the 95 % interval: 93 to 99 %).
 
 Both draw n - 1 of n, which makes the bootstrap variance of a mean unbiased (Rao and Wu 1988); with two seeds the usual
 draw of n would halve the seeds' share.
 
 The bootstrap is written out because `scipy.stats.bootstrap` has no crossed form, no widened levels, and calls the
-statistic on
-materialised resamples; as a ratio of sums one matrix of counts does it. Tests hold it against SciPy's.
+statistic on materialised resamples; as a ratio of sums one matrix of counts does it. Tests hold it against SciPy's.
 """
 
 from __future__ import annotations
@@ -81,9 +80,9 @@ class AccuracyDifference:
     """Accuracy of a minus accuracy of b on shared items.
 
     `gained` and `lost` count the items on which a is right more often than b over the seeds, or less often; each item
-    counts once, so
-    `p_value` (exact, two-sided) is McNemar's with one seed and the sign test over items with several. It takes items as
-    independent and says nothing about training randomness; the interval is the one that knows clusters and seeds.
+    counts once, so `p_value` (exact, two-sided) is McNemar's with one seed and the sign test over items with several.
+    It takes items as independent and says nothing about training randomness; the interval is the one that knows
+    clusters and seeds.
     """
 
     difference: Interval
@@ -169,8 +168,7 @@ def paired_ratio_difference(
     """Difference of two arms' ratios (a - b) on the same documents, by default in bits per byte.
 
     Both arms are scored on the same bytes, so the difference is itself a ratio of sums, Σ(nll_a - nll_b) / (ln 2 · Σ
-    bytes), and what
-    makes a document hard for both cancels.
+    bytes), and what makes a document hard for both cancels.
 
     Args:
         nll_a: nats per document, [documents] or [seeds, documents]; row s is paired with row s of `nll_b`.
@@ -197,8 +195,8 @@ def paired_accuracy_difference(
 ) -> AccuracyDifference:
     """Difference of two accuracies (a - b) on the same items, with the exact McNemar p.
 
-    When no item differs at all, the bootstrap would claim an interval of width 0; then the limits are ± the exact
-    upper bound of the rate at which items could differ, 1 - ((1 - confidence) / 2)^(1 / units).
+    When no item differs at all, the bootstrap would claim an interval of width 0; then the limits are ± the exact upper
+    bound of the rate at which items could differ, 1 - ((1 - confidence) / 2)^(1 / units).
 
     Args:
         correct_a: 0/1 or booleans, [items] or [seeds, items].
@@ -250,8 +248,7 @@ def summarise(
 
     Returns:
         bits_per_byte and word_perplexity when there are documents, last_word_accuracy (resampled by document) when
-        there are
-        last-word items; each {"value", "low", "high", "confidence"}.
+        there are last-word items; each {"value", "low", "high", "confidence"}.
     """
     per_seed = _per_seed(items)
     options: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
@@ -298,10 +295,8 @@ def compare(
     """The `comparisons` entries (arm - reference) of results.json, paired on item ids.
 
     Seeds are paired in the order given; an arm with one seed (such as `none`) is paired with every seed of the other.
-    The order of items
-    does not matter. Each entry also holds "covers": "units only" with one seed, "seeds and units" with several;
-    accuracy entries hold
-    "clusters", the number of documents that were resampled.
+    The order of items does not matter. Each entry also holds "covers": "units only" with one seed, "seeds and units"
+    with several; accuracy entries hold "clusters", the number of documents that were resampled.
 
     Args:
         items_a: one list of records (items.jsonl) per seed of the arm, or one list for a single seed.

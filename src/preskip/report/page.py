@@ -28,9 +28,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 def build_report(run: Path) -> Path:
     """Write RUN/report.html and return its path.
 
-    The page opens offline from the file itself and makes no request: plots, style and scripts are inside, and a
-    content security
-    policy forbids anything else. The file is replaced atomically.
+    The page opens offline from the file itself and makes no request: plots, style and scripts are inside, and a content
+    security policy forbids anything else. The file is replaced atomically.
 
     Args:
         run: a run directory (schema_version 1) with run.json and results.json; training logs are shown where there are
@@ -45,9 +44,11 @@ def build_report(run: Path) -> Path:
     try:
         curves = _curves(run, results)
         html = _render(run, record, results, curves)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except PreskipError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         raise PreskipError(
-            f"{run}: run.json or results.json lacks what the report needs ({type(error).__name__}: {error}): "
+            f"{run}: run.json or results.json lacks what the report needs ({type(error).__name__}: {_short(error)}): "
             f"run `preskip probe --resume {shlex.quote(str(run))}` to write them again"
         ) from error
     return _write(run / "report.html", html)

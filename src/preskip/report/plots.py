@@ -1,8 +1,7 @@
 """Plots of the report as Vega-Lite specifications: pure functions from records to dictionaries.
 
 Colours are not in the specifications: they name the ranges "category" (arms) and "ordinal" (better, worse, undecided),
-which the page fills
-from its style sheet, so the same plot serves the light and the dark page.
+which the page fills from its style sheet, so the same plot serves the light and the dark page.
 """
 
 from __future__ import annotations
