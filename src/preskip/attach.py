@@ -11,7 +11,6 @@ attention (`skip_position="residual"`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +34,16 @@ INPUT_PROJECTIONS = (
 # Blocks that norm the attention's output before the residual sum. Keyed by class, because the name alone lies:
 # `post_attention_layernorm` is this norm in Gemma, and the norm before the MLP in Llama.
 POST_ATTENTION_NORMS = {
+    "AfmoeDecoderLayer": "post_attention_layernorm",
+    "Exaone4DecoderLayer": "post_attention_layernorm",
+    "FlexOlmoDecoderLayer": "post_attention_layernorm",
     "Gemma2DecoderLayer": "post_attention_layernorm",
     "Gemma3DecoderLayer": "post_attention_layernorm",
     "Gemma3nTextDecoderLayer": "post_attention_layernorm",
+    "Gemma4TextDecoderLayer": "post_attention_layernorm",
     "Glm4DecoderLayer": "post_self_attn_layernorm",
+    "Glm4vTextDecoderLayer": "post_self_attn_layernorm",
+    "GlmOcrTextDecoderLayer": "post_self_attn_layernorm",
     "Olmo2DecoderLayer": "post_attention_layernorm",
     "Olmo3DecoderLayer": "post_attention_layernorm",
 }
@@ -191,47 +196,49 @@ def tap_of(block: nn.Module, target: str, skip_position: str) -> nn.Module | Non
         target: the last part of the attention's path.
         skip_position: "attention", or "residual" for behind a post-attention norm.
 
+    A block without a norm of `POST_ATTENTION_NORMS` has one position only, and "residual" is the same as "attention".
+
     Raises:
-        PreskipError: "residual" on a block that has a post-attention norm of unknown name is not detectable, but an
-            unknown `skip_position` is refused.
+        PreskipError: `skip_position` is neither.
     """
     if skip_position not in SKIP_POSITIONS:
         raise PreskipError(f"skip_position={skip_position!r} is not possible: choose {' or '.join(SKIP_POSITIONS)}")
     if target == "self" and hasattr(block, "output"):
-        return block.output.dense  # type: ignore[return-value, union-attr]
+        dense: Any = block.output.dense  # type: ignore[union-attr]
+        # Another adapter may have wrapped it, and unwraps it when merged: the layer inside stays.
+        return dense.get_base_layer() if hasattr(dense, "get_base_layer") else dense
     norm = POST_ATTENTION_NORMS.get(type(block).__name__)
     return getattr(block, norm) if norm is not None and skip_position == "residual" else None
 
 
-def coverage(names: Iterable[str], layers: Iterable[int]) -> str:
-    """One line that says which layers are covered how often; empty when each chosen layer has exactly one branch.
+def coverage(names: Iterable[str], sites: Sites, layers: Iterable[int]) -> str:
+    """One line that says what is amiss; empty when each site of the chosen layers gets exactly one branch.
 
     Args:
         names: paths of the modules that would get a branch.
+        sites: the model's sites.
         layers: the layers that should have one.
     """
-    counts: dict[int, list[str]] = {layer: [] for layer in layers}
-    strays = []
-    for name in names:
-        index = re.search(r"\.(\d+)\.", f".{name}.")
-        layer = int(index.group(1)) if index else None
-        if layer in counts:
-            counts[layer].append(name)
-        else:
-            strays.append(name)
-    missing = [str(layer) for layer, found in counts.items() if not found]
-    double = [" + ".join(found) for found in counts.values() if len(found) > 1]
+    found, chosen = set(names), set(layers)
+    expected = {site.name for site in sites.attentions if site.layer in chosen}
     problems = []
-    if missing:
-        problems.append(f"no branch in layer{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-    if double:
-        problems.append(f"more than one branch in a layer: {'; '.join(double[:3])}")
-    if strays:
-        problems.append(f"matched outside the chosen layers: {', '.join(strays[:3])}")
+    if missing := sorted(expected - found):
+        problems.append(f"{len(missing)} of {len(expected)} attentions get no branch ({_some(missing)})")
+    if strays := sorted(found - expected):
+        problems.append(f"matched outside the chosen layers or twice in one ({_some(strays)})")
     return "; ".join(problems)
 
 
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    if not args and "hidden_states" not in kwargs:
+        raise PreskipError(
+            f"the attention was called with {', '.join(kwargs) or 'nothing'} instead of hidden_states: a branch cannot "
+            "sit here, leave it out with exclude_modules"
+        )
     return args[0] if args else kwargs["hidden_states"]
 
 

@@ -43,7 +43,8 @@ class BranchSettings:
         skip_rank: None for a full d × d skip, an int for W_skip = W_skip_up · W_skip_down of that rank.
         init_weights: "identity" (W_down = 0, W_skip = 0: the model starts exactly as it was) or "paper"
             (W_up, W_down ~ N(0, init_std²), W_skip ~ N(0, skip_init_std²)).
-        init_std, skip_init_std: standard deviations of the paper's initialisation. W_up takes init_std in both.
+        init_std, skip_init_std: standard deviations of the paper's initialisation, > 0 and >= 0. W_up takes init_std
+            in both.
 
     Raises:
         PreskipError: a value is out of range or two fields contradict each other.
@@ -67,12 +68,15 @@ class BranchSettings:
                 raise PreskipError(f"{name}={getattr(self, name)!r} is not possible: {allowed}")
 
         require(_is_number(self.expansion) and 0 < self.expansion <= 64, "expansion", "it must be > 0 and <= 64")
-        require(self.activation in ACTIVATIONS, "activation", f"choose one of {', '.join(ACTIVATIONS)}")
+        require(self.activation in tuple(ACTIVATIONS), "activation", f"choose one of {', '.join(ACTIVATIONS)}")
         require(self.init_weights in INITS, "init_weights", f"choose one of {', '.join(INITS)}")
+        for name in ("gated", "preprojection", "content_skip", "enrich_attention"):
+            require(isinstance(getattr(self, name), bool), name, "choose True or False")
         require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
-        require(_is_number(self.init_std) and self.init_std >= 0, "init_std", "it must be >= 0")
+        # With W_down = 0 as well, W_up = 0 would keep both gradients at 0 for ever.
+        require(_is_number(self.init_std) and self.init_std > 0, "init_std", "it must be > 0")
         require(_is_number(self.skip_init_std) and self.skip_init_std >= 0, "skip_init_std", "it must be >= 0")
-        rank_is_valid = self.skip_rank is None or (isinstance(self.skip_rank, int) and self.skip_rank > 0)
+        rank_is_valid = self.skip_rank is None or (type(self.skip_rank) is int and self.skip_rank > 0)
         require(rank_is_valid, "skip_rank", "it must be a positive integer, or None for a full d x d skip")
         require(self.preprojection or self.content_skip, "content_skip", "without preprojection nothing is left")
         require(self.preprojection or not self.gated, "gated", "it needs preprojection=True")

@@ -9,8 +9,10 @@ from peft.utils import register_peft_method
 from preskip.adapter.config import PreskipConfig, peft_type
 from preskip.adapter.layer import PreskipLayer
 from preskip.adapter.model import PreskipModel
+from preskip.adapter.strict import make_load_adapter_strict
 
 __all__ = ["PreskipConfig", "PreskipLayer", "PreskipModel"]
 
 if peft_type() not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="preskip", config_cls=PreskipConfig, model_cls=PreskipModel, prefix=PreskipModel.prefix)
+    make_load_adapter_strict()

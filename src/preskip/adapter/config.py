@@ -104,6 +104,8 @@ class PreskipConfig(PeftConfig):
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise PreskipError(f"{name} cannot be combined with a regular expression in target_modules")
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise PreskipError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
 
     def branch_settings(self) -> BranchSettings:
         """The fields that concern one branch's arithmetic, validated."""

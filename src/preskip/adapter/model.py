@@ -15,7 +15,19 @@ from torch import nn
 from preskip.adapter.checkpoint import check_tensors
 from preskip.adapter.config import PreskipConfig
 from preskip.adapter.layer import CANNOT_MERGE, PreskipLayer
-from preskip.attach import CHILD, Sites, attach, coverage, detach, find_sites, input_width, tap_of, text_decoder
+from preskip.attach import (
+    ATTENTION_NAMES,
+    CHILD,
+    INPUT_PROJECTIONS,
+    Sites,
+    attach,
+    coverage,
+    detach,
+    find_sites,
+    input_width,
+    tap_of,
+    text_decoder,
+)
 from preskip.errors import PreskipError
 
 
@@ -34,41 +46,83 @@ class PreskipModel(BaseTuner):
     tuner_layer_cls = PreskipLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # PEFT would overwrite the other adapter's entry, and that adapter could not be saved any more.
+        if isinstance(model, nn.Module) and adapter_name in (getattr(model, "peft_config", None) or {}):
+            raise PreskipError(
+                f"{type(model).__name__} has an adapter named {adapter_name!r} already: give another adapter_name, or "
+                "unload() the first"
+            )
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """Resolve and check the targets, then inject; nothing is changed if a check fails."""
+        """Resolve and check the targets, then inject; model and config are as before if anything fails."""
         config: PreskipConfig = self.peft_config[adapter_name]
+        target_fields = ("target_modules", "layers_to_transform", "layers_pattern")
+        config_before = {name: getattr(config, name) for name in target_fields}
+        trainable_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             self._resolve_targets(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
-            # `add_adapter` files the config before injecting; take it out again, so that the model is as it was.
-            if len(self.peft_config) > 1:
-                self.peft_config.pop(adapter_name, None)
+            remove_adapter(model, adapter_name)
+            self.peft_config.pop(adapter_name, None)
+            for name, value in config_before.items():
+                setattr(config, name, value)
+            for parameter, requires_grad in trainable_before:
+                parameter.requires_grad_(requires_grad)
+            # transformers' add_adapter sets this before it injects, and would take the next try for a second adapter.
+            if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
+                model._hf_peft_config_loaded = False
             raise
         self._watch_loading()
 
     def _resolve_targets(self, model: nn.Module, config: PreskipConfig) -> None:
-        by_user = config.target_modules is not None
-        sites = find_sites(model) if not by_user else None
+        """Fill in the default targets and refuse, before anything is changed, what cannot be adapted whole."""
+        sites = find_sites(model) if config.target_modules is None else None
+        layers = _layer_list(config)
         if sites is not None:
             _check_complete(model, sites, config)
             _set_default_targets(model, sites, config)
-        keys = [key for key, _ in model.named_modules() if key]
+        inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, PreskipLayer))
+        keys = [key for key, _ in model.named_modules() if key and not f"{key}.".startswith(inside)]
         matched = [key for key in keys if check_target_module_exists(config, key)]
         if not matched:
             raise PreskipError(
                 f"target_modules={config.target_modules!r} match nothing in {type(model).__name__}"
-                f"{_listed_attentions(model)}"
+                f"{'' if layers is None else f' with layers_to_transform={layers}'}{_listed_attentions(model)}"
             )
         for key in matched:
             _check_is_attention(key, model.get_submodule(key))
-        if sites is not None and config.exclude_modules is None and not model_is_encoder_decoder(model):
-            problem = coverage(matched, _chosen_layers(sites, config))
+        if sites is not None and config.exclude_modules is None:
+            problem = coverage(matched, sites, sites.layers if layers is None else layers)
             if problem:
                 raise PreskipError(f"{type(model).__name__} would be adapted in part: {problem}")
+        for layer in layers or ():
+            if not any(f".{layer}." in f".{key}." for key in matched) and config.exclude_modules is None:
+                raise PreskipError(f"layers_to_transform: layer {layer} gets no branch, only {', '.join(matched)}")
         nested = [key for key in matched if any(key.startswith(f"{other}.") for other in matched)]
         if nested:
             raise PreskipError(f"{nested[0]} lies inside another target: name one module per layer in target_modules")
+        for key in matched:
+            self._placement(model, key, config)
+        wanted = config.modules_to_save or []
+        if wanted and not any(key.rpartition(".")[2] in wanted or key.endswith(tuple(wanted)) for key in keys):
+            raise PreskipError(f"modules_to_save={list(wanted)} match nothing in {type(model).__name__}")
+
+    def _placement(self, model: nn.Module, key: str, config: PreskipConfig) -> tuple[int, nn.Module | None]:
+        """Width and tap of the branch at one attention, by its path in the model."""
+        parent, target, name = _get_submodules(model, key)
+        hidden_size = getattr(getattr(text_decoder(model), "config", None), "hidden_size", None)
+        width, tap = input_width(target, hidden_size), tap_of(parent, name, config.skip_position)
+        layer = getattr(target, CHILD, None)
+        if isinstance(layer, PreskipLayer) and layer.tap[0] is not tap:
+            raise PreskipError(
+                f"skip_position={config.skip_position!r} is not possible: the model has a Preskip adapter with the "
+                "other position, and all must share one"
+            )
+        config.branch_settings().shapes(width)
+        return width, tap
 
     def _create_and_replace(
         self,
@@ -81,14 +135,11 @@ class PreskipModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         layer = getattr(target, CHILD, None)
-        tap = tap_of(parent, target_name, peft_config.skip_position)
         if not isinstance(layer, PreskipLayer):
-            hidden_size = getattr(getattr(text_decoder(self.model), "config", None), "hidden_size", None)
-            layer = PreskipLayer(target, input_width(target, hidden_size))
+            width, tap = self._placement(self.model, current_key, peft_config)
+            layer = PreskipLayer(target, width)
             attach(target, layer, tap)
             layer.tap = [tap]
-        elif layer.tap[0] is not tap:
-            raise PreskipError("all Preskip adapters of a model must share one skip_position")
         layer.update_layer(
             adapter_name, peft_config.branch_settings(), self.active_adapters, peft_config.inference_mode
         )
@@ -109,7 +160,7 @@ class PreskipModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """Refuse tensors that have no place in this adapter, before any is loaded (peft >= 0.21)."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_tensors(remapped, _expected_tensors(model, adapter_name), allow_extra=False)
+        check_tensors(remapped, expected_tensors(model, adapter_name), allow_extra=False)
         return remapped
 
     @contextmanager
@@ -142,9 +193,15 @@ class PreskipModel(BaseTuner):
         return self.model
 
 
-def model_is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model has an encoder and a decoder stack, so that a layer index names two blocks."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+def remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter's branches out of a model; an attention whose last branch goes is as it was before."""
+    for module in list(model.modules()):
+        layer = getattr(module, CHILD, None)
+        if isinstance(layer, PreskipLayer):
+            if adapter_name in layer.settings:
+                layer.delete_adapter(adapter_name)
+            if not layer.settings:
+                detach(module)
 
 
 def _has_tuner_layers(model: nn.Module) -> bool:
@@ -156,19 +213,16 @@ def _layer_list(config: PreskipConfig) -> list[int] | None:
     return [layers] if isinstance(layers, int) else (list(layers) if layers is not None else None)
 
 
-def _chosen_layers(sites: Sites, config: PreskipConfig) -> list[int]:
-    layers = _layer_list(config)
-    return sites.layers if layers is None else layers
-
-
 def _check_complete(model: nn.Module, sites: Sites, config: PreskipConfig) -> None:
     chosen = _layer_list(config)
     if chosen is not None:
         unknown = [layer for layer in chosen if layer not in sites.layers]
         if unknown or not chosen:
-            available = f"{sites.layers[0]} to {sites.layers[-1]}"
+            first, last = sites.layers[0], sites.layers[-1]
+            whole = sites.layers == list(range(first, last + 1))
             raise PreskipError(
-                f"layers_to_transform={chosen} is not possible: {type(model).__name__} has attention in {available}"
+                f"layers_to_transform={chosen} is not possible: {type(model).__name__} has attention in "
+                f"{f'layers {first} to {last}' if whole else f'layers {sites.layers}'}"
             )
     elif sites.blocks_without:
         raise PreskipError(
@@ -189,17 +243,20 @@ def _set_default_targets(model: nn.Module, sites: Sites, config: PreskipConfig) 
     stacks = "|".join(re.escape(stack) for stack in sorted({site.stack for site in sites.attentions}))
     index = r"\d+" if layers is None else "|".join(map(str, layers))
     config.target_modules = rf"({stacks})\.({index})\.({'|'.join(re.escape(target) for target in sorted(targets))})"
-    config.layers_to_transform = None
+    config.layers_to_transform = config.layers_pattern = None
 
 
 def _check_is_attention(key: str, module: nn.Module) -> None:
     inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    has_own_weight = hasattr(inner, "in_features") or isinstance(inner, (nn.Embedding, nn.ModuleList))
-    if has_own_weight or not any(True for _ in module.children()):
-        raise PreskipError(
-            f"{key} ({type(inner).__name__}) is not an attention module: target the module that holds the q/k/v "
-            "projections, e.g. self_attn"
-        )
+    children = dict(module.named_children())
+    mend = "target the module that holds the q/k/v projections, e.g. self_attn"
+    if {"self", "output"} <= children.keys():
+        raise PreskipError(f"{key} holds its attention and the sum behind it: target {key.rpartition('.')[2]}.self")
+    is_linear = hasattr(inner, "in_features") or isinstance(inner, (nn.Embedding, nn.ModuleList, nn.ModuleDict))
+    is_named_so = key.rpartition(".")[2] in ATTENTION_NAMES or type(inner).__name__.endswith(("Attention", "Attn"))
+    holds_projections = any(name in INPUT_PROJECTIONS for name in children)
+    if is_linear or not children or not (is_named_so or holds_projections):
+        raise PreskipError(f"{key} ({type(inner).__name__}) is not an attention module: {mend}")
 
 
 def _listed_attentions(model: nn.Module) -> str:
@@ -210,7 +267,8 @@ def _listed_attentions(model: nn.Module) -> str:
     return f"; its attentions are called {', '.join(sorted({site.target for site in sites.attentions}))}"
 
 
-def _expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
+def expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
+    """The shape of every tensor of one adapter, by the model's key."""
     expected = {}
     for path, module in model.named_modules():
         if isinstance(module, PreskipLayer):
@@ -225,10 +283,30 @@ def _check_loaded(tuner: nn.Module, state_dict: dict[str, torch.Tensor], prefix:
     names = {name for module in tuner.modules() if isinstance(module, PreskipLayer) for name in module.settings}
     known: dict[str, torch.Size] = {}
     for name in names:
-        expected = _expected_tensors(tuner, name)
+        expected = expected_tensors(tuner, name)
         known.update(expected)
         if any(f".{name}.weight" in key for key in own):
             check_tensors({key: own[key] for key in own if f".{name}." in key}, expected, allow_extra=True)
     extra = sorted(own.keys() - known.keys())
+    if own:
+        extra += _stray_base_tensors(tuner, {key.removeprefix(prefix) for key in state_dict.keys() - own.keys()})
     if extra:
         raise PreskipError(f"the checkpoint holds a tensor that this adapter has no place for: {extra[0]}")
+    if not state_dict and names:
+        raise PreskipError("the checkpoint holds no tensor at all: it is damaged")
+
+
+def _stray_base_tensors(tuner: nn.Module, found: set[str]) -> list[str]:
+    """Tensors of the base model in an adapter's checkpoint, which would overwrite the base; [] for a whole model's.
+
+    Heads of `modules_to_save` and resized embeddings have their place in an adapter's checkpoint.
+    """
+    base = {key for key, _ in tuner.named_parameters() if f".{CHILD}." not in key}
+    if base <= found:
+        return []
+    get_embeddings = (getattr(tuner, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    embeddings = [get() for get in get_embeddings if callable(get)]
+    allowed = {id(p) for module in embeddings if isinstance(module, nn.Module) for p in module.parameters()}
+    tensors = dict(tuner.named_parameters(remove_duplicate=False))
+    strays = (key for key in found & tensors.keys() if id(tensors[key]) not in allowed)
+    return sorted(key for key in strays if "modules_to_save" not in key and "lora_" not in key)

@@ -1,0 +1,78 @@
+"""transformers' own `model.load_adapter`, made as strict for Preskip adapters as PEFT's loading is.
+
+Left alone it logs a missing tensor, fills it with noise and goes on. That loading runs through no class of ours, so the
+method is wrapped; other adapter types pass through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import wrapt
+
+from preskip.adapter.config import PreskipConfig
+from preskip.adapter.model import expected_tensors, remove_adapter
+from preskip.errors import PreskipError
+
+
+def make_load_adapter_strict() -> None:
+    """Wrap `transformers.PreTrainedModel.load_adapter`; to be called once."""
+    wrapt.wrap_function_wrapper("transformers.integrations.peft", "PeftAdapterMixin.load_adapter", _load_adapter)
+
+
+def _load_adapter(load: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    before = set(_preskip_adapters(model))
+    try:
+        report = load(*args, **kwargs)
+    except RuntimeError as error:
+        wrong_shape = bool(_preskip_adapters(model) - before) and "ignore_mismatched_sizes" in str(error)
+        _undo(model, before)
+        if not wrong_shape:
+            raise
+        # Once more, only to learn which tensor it was: the error does not say.
+        report = load(*args, **{**kwargs, "ignore_mismatched_sizes": True})
+    except Exception:
+        _undo(model, before)
+        raise
+    try:
+        for name in _preskip_adapters(model) - before:
+            _check(model, name, report)
+    except PreskipError:
+        _undo(model, before)
+        raise
+    return report
+
+
+def _check(model: torch.nn.Module, name: str, report: Any) -> None:
+    """Raise what `preskip.adapter.checkpoint.check_tensors` raises, from transformers' report of a finished load."""
+    expected = expected_tensors(model, name)
+    for key, found, needed in sorted(report.mismatched_keys):
+        raise PreskipError(
+            f"{key} has shape {tuple(found)} in the checkpoint, this model needs {tuple(needed)}: the adapter was "
+            "trained for another width or with other settings"
+        )
+    if missing := sorted(expected.keys() & report.missing_keys):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise PreskipError(f"the checkpoint lacks {missing[0]}{more}: it belongs to another model or is incomplete")
+    if extra := sorted(report.unexpected_keys):
+        raise PreskipError(f"the checkpoint holds a tensor that this adapter has no place for: {extra[0]}")
+    parameters = dict(model.named_parameters())
+    for key in expected:
+        if not torch.isfinite(parameters[key]).all():
+            raise PreskipError(f"{key} holds NaN or infinity: the checkpoint is damaged or its training diverged")
+
+
+def _preskip_adapters(model: Any) -> set[str]:
+    configs = getattr(model, "peft_config", None) or {}
+    return {name for name, config in configs.items() if isinstance(config, PreskipConfig)}
+
+
+def _undo(model: Any, before: set[str]) -> None:
+    for name in _preskip_adapters(model) - before:
+        remove_adapter(model, name)
+        del model.peft_config[name]
+        if not model.peft_config:
+            del model.peft_config
+            model._hf_peft_config_loaded = False
