@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -271,11 +272,14 @@ def _load_jsonl(name: str, path: Path) -> Corpus:
 
 def _load_hub(name: str, text_column: str | None, split: str, max_documents: int, max_bytes: int) -> Corpus:
     import datasets
+    from huggingface_hub.utils import logging as hub_logging
 
     repository, _, config = name.partition(":")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     texts: list[tuple[str, str]] = []
     size = 0
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.CRITICAL)  # several lines for each of its retries without a network
     try:
         # Streaming reads no more than the cap, but only a whole download can come from the cache.
         rows = datasets.load_dataset(repository, config or None, split=split, streaming=not offline)
@@ -293,6 +297,8 @@ def _load_hub(name: str, text_column: str | None, split: str, max_documents: int
         raise
     except Exception as error:  # the client raises many kinds, from several libraries
         raise PreskipError(f"corpus {name}: {_explain(error, offline)}") from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
     return _corpus(name, texts, f"Hugging Face data set {name}, split {split}")
 
 
