@@ -1,0 +1,5 @@
+"""`python -m preskip`."""
+
+from preskip.cli.main import main
+
+main()

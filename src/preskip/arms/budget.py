@@ -1,0 +1,94 @@
+"""Matching of budgets: how many parameters a branch trains, and which LoRA ranks train as many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from preskip.attach import find_sites, input_width, text_decoder
+from preskip.branch import BranchSettings
+from preskip.errors import PreskipError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TOLERANCE = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRanks:
+    """LoRA ranks that come to a number of parameters.
+
+    Attributes:
+        rank: of every target.
+        rank_pattern: targets with one rank more, by module path.
+        targets: all target paths.
+        parameters: trainable parameters in total, Σ rank · (in + out).
+    """
+
+    rank: int
+    rank_pattern: dict[str, int]
+    targets: tuple[str, ...]
+    parameters: int
+
+
+def attention_paths(model: nn.Module, layers: tuple[int, ...] | None) -> list[str]:
+    """Paths of the attention modules that a Preskip adapter on these layers would sit in."""
+    sites = find_sites(model).attentions
+    return [site.name for site in sites if layers is None or site.layer in layers]
+
+
+def branch_parameters(model: nn.Module, settings: BranchSettings, layers: tuple[int, ...] | None) -> int:
+    """Trainable parameters of a Preskip adapter: the branch's cost, summed over the adapted layers."""
+    hidden_size = getattr(getattr(text_decoder(model), "config", None), "hidden_size", None)
+    modules = (model.get_submodule(path) for path in attention_paths(model, layers))
+    return sum(settings.cost(input_width(module, hidden_size)).parameters for module in modules)
+
+
+def lora_ranks(model: nn.Module, budget: int, layers: tuple[int, ...] | None) -> LoraRanks:
+    """LoRA on every linear layer of the attentions (Q, K, V and output), with as many parameters as `budget`.
+
+    One rank costs Σ (in + out) over the targets. The largest common rank that fits is raised by one for as many
+    modules, first layers first, as still fit.
+
+    Args:
+        model: the base.
+        budget: trainable parameters to come to.
+        layers: layer indices to adapt; None for all.
+
+    Raises:
+        PreskipError: less than rank 1 fits, or the nearest possible number is more than 0.5 % away; it is named.
+    """
+    sizes: dict[str, int] = {}
+    for path in attention_paths(model, layers):
+        # BERT keeps the output projection beside `attention.self`.
+        root = path.removesuffix(".self")
+        for name, module in model.get_submodule(root).named_modules():
+            shape = _linear_shape(module)
+            if shape is not None:
+                sizes[f"{root}.{name}"] = sum(shape)
+    per_rank = sum(sizes.values())
+    if per_rank == 0:
+        raise PreskipError(f"{type(model).__name__} has no linear layer in its attentions that LoRA could adapt")
+    rank = budget // per_rank
+    if rank < 1:
+        raise PreskipError(
+            f"LoRA cannot match {budget:,} parameters: rank 1 has {per_rank:,}, the nearest possible. "
+            "Raise --expansion, or leave the arm out"
+        )
+    total, pattern = rank * per_rank, {}
+    for name, size in sizes.items():
+        if total + size <= budget:
+            pattern[name] = rank + 1
+            total += size
+    if abs(total - budget) > TOLERANCE * budget:
+        raise PreskipError(f"LoRA cannot match {budget:,} parameters within 0.5 %: the nearest possible is {total:,}")
+    return LoraRanks(rank=rank, rank_pattern=pattern, targets=tuple(sizes), parameters=total)
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":
+        return tuple(module.weight.shape)  # type: ignore[return-value, arg-type, union-attr]
+    return None

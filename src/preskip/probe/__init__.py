@@ -1,0 +1,1 @@
+"""The probe: insert, train frozen, evaluate, compare; the orchestration of one run."""

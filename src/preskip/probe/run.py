@@ -1,0 +1,344 @@
+"""One probe from start to report: load, train every arm and seed, evaluate, compare.
+
+Each arm and seed is a cell of the run directory. A finished cell is never computed again; an unfinished one continues
+from its last checkpoint, so that an interrupted run ends with the result of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import set_seed
+
+from preskip import environment
+from preskip.analysis.depth import depth_profile
+from preskip.arms import Arm, ArmContext, branch_parameters, resolve_arms
+from preskip.assets import load_model, load_tokenizer, resolve_model
+from preskip.data.blocks import Window, pack_blocks
+from preskip.data.corpus import Document, load_corpus, split_documents
+from preskip.data.last_word import LastWordItem, build_items
+from preskip.errors import PreskipError
+from preskip.evaluate.likelihood import (
+    document_records,
+    document_windows,
+    last_word_records,
+    last_word_windows,
+    score_sequences,
+)
+from preskip.probe.config import ProbeConfig
+from preskip.probe.results import summarise_run
+from preskip.progress import progress_bar
+from preskip.rundir import Cell, RunDirectory, clear_disk_errors, write_json, write_jsonl
+from preskip.train.frozen import TrainingSettings, train_frozen
+from preskip.train.memory import peak_memory
+from preskip.version import __version__
+
+# Training text is shuffled in pieces of about this many characters, so that a short training sees many documents.
+PIECE_CHARACTERS = 4000
+# Windows of held-out text on which the functional size of the branch is measured.
+DEPTH_WINDOWS = 8
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What every arm is evaluated on, tokenised once."""
+
+    documents: list[Document]
+    windows: list[Window]
+    owners: list[int]
+    items: list[LastWordItem]
+    item_windows: list[Window]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything the cells of a run share."""
+
+    config: ProbeConfig
+    base: nn.Module
+    tokenizer: Any
+    context: ArmContext
+    training: list[Document]
+    heldout: HeldOut
+    quiet: bool
+
+    def blocks(self, seed: int) -> np.ndarray:
+        """Training blocks [N, seq_len] of one seed: the same for every arm."""
+        return pack_blocks(
+            self.training,
+            self.tokenizer,
+            self.config.seq_len,
+            limit_tokens=self.config.steps * self.config.batch_size * self.config.seq_len,
+            seed=seed,
+            piece_characters=PIECE_CHARACTERS,
+            min_blocks=self.config.batch_size,
+        )
+
+
+def start_probe(config: ProbeConfig, out: Path, command: Sequence[str], *, quiet: bool = False) -> RunDirectory:
+    """Check everything that can be checked before training, and create the run directory.
+
+    Args:
+        config: what to do.
+        out: the run directory; must not exist.
+        command: the command line, for the record.
+        quiet: no progress bars.
+
+    Raises:
+        PreskipError: bad input; nothing has been written then.
+    """
+    if out.exists():
+        raise PreskipError(f"{out} exists already: choose another --out, or finish it with --resume {out}")
+    device = environment.resolve_device(config.device)
+    dtype, _ = environment.resolve_dtype(config.dtype, device)
+    manifest = {
+        "preskip_version": __version__,
+        "status": "running",
+        "created": _now(),
+        "finished": None,
+        "command": list(command),
+        "config": config.to_json() | {"dtype": dtype, "device": device},
+    }
+    return RunDirectory.create(out, manifest)
+
+
+def run_probe(run: RunDirectory, *, quiet: bool = False) -> dict[str, Any]:
+    """Do, or finish, what the run's run.json says.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        PreskipError: bad input, NaN, a full disk; the run keeps what is done and can be resumed.
+    """
+    config = ProbeConfig.from_json(run.manifest["config"])
+    started = time.perf_counter()
+    try:
+        bench, facts = _prepare(config, quiet)
+        earlier = run.manifest.get("timings", {})
+        run.update_manifest(status="running", **facts)
+        seconds = {"load": time.perf_counter() - started, "train": 0.0, "evaluate": 0.0}
+        for seed in config.seeds:
+            blocks = bench.blocks(seed)
+            for arm in resolve_arms(config.arms):
+                # The untouched model has no training seed: evaluated once.
+                if arm.make_config is None and seed != config.seeds[0]:
+                    continue
+                cell = run.cell(arm.name, seed)
+                if not cell.is_done:
+                    summary = _run_cell(bench, arm, seed, cell, blocks)
+                    seconds["train"] += summary["train_seconds"]
+                    seconds["evaluate"] += summary["evaluate_seconds"]
+        results = summarise_run(run, config)
+        write_json(run.path / "results.json", results)
+        seconds["total"] = time.perf_counter() - started
+        timings = {name: round(earlier.get(name, 0.0) + value, 2) for name, value in seconds.items()}
+        peak = max(arm["peak_memory_bytes"] for arm in results["arms"].values())
+        arms = {
+            name: {**described, "trainable_parameters": results["arms"][name]["trainable_parameters"]}
+            for name, described in facts["arms"].items()
+        }
+        run.update_manifest(status="finished", finished=_now(), timings=timings, peak_memory_bytes=peak, arms=arms)
+    except KeyboardInterrupt:
+        run.update_manifest(status="interrupted")
+        raise
+    except PreskipError:
+        run.update_manifest(status="failed")
+        raise
+    return results
+
+
+def _prepare(config: ProbeConfig, quiet: bool) -> tuple[Bench, dict[str, Any]]:
+    corpus = load_corpus(config.corpus, progress=not quiet)
+    split = split_documents(corpus, config.heldout_fraction, config.split_seed)
+    source = resolve_model(config.model)
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    base = load_model(
+        config.model,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(config.seq_len, config.context_length)
+    if limit is not None and longest > limit:
+        raise PreskipError(f"{longest} tokens exceed the model's context of {limit}: lower --seq-len/--context-length")
+    budget = branch_parameters(base, config.settings, config.layers)
+    context = ArmContext(
+        base=base, settings=config.settings, skip_position=config.skip_position, layers=config.layers, budget=budget
+    )
+    heldout = _heldout(config, split.heldout, tokenizer)
+    bench = Bench(config, base, tokenizer, context, split.training, heldout, quiet)
+    blocks = bench.blocks(config.seeds[0])
+    facts = {
+        "model": {
+            "name": config.model,
+            "type": base.config.model_type,
+            "parameters": sum(parameter.numel() for parameter in base.parameters()),
+            "layers": base.config.get_text_config().num_hidden_layers,
+            "hidden_size": base.config.get_text_config().hidden_size,
+            "dtype": config.dtype,
+            "attn_implementation": base.config._attn_implementation,
+            "source": source.source,
+            "sha256": source.sha256,
+            "revision": source.revision,
+        },
+        "corpus": {
+            "name": corpus.name,
+            "training_documents": len(split.training),
+            "training_tokens": int(blocks.size),
+            "heldout_documents": len(split.heldout),
+            "source": corpus.source,
+            "sha256": corpus.sha256,
+        },
+        "environment": environment.describe(config.device),
+        "arms": {arm.name: _arm_facts(arm, context, config) for arm in resolve_arms(config.arms)},
+        "seeds": list(config.seeds),
+    }
+    return bench, facts
+
+
+def _heldout(config: ProbeConfig, documents: Sequence[Document], tokenizer: Any) -> HeldOut:
+    items = build_items(documents, config.last_word_items, config.split_seed) if config.last_word_items else []
+    generator = np.random.default_rng(config.split_seed)
+    chosen = sorted(generator.permutation(len(documents))[: config.eval_documents])
+    scored = [_beginning(documents[index], config.eval_words) for index in chosen]
+    windows, owners = document_windows(
+        scored, tokenizer, context_length=config.context_length, stride=config.context_length
+    )
+    return HeldOut(scored, windows, owners, items, last_word_windows(items, tokenizer))
+
+
+def _beginning(document: Document, words: int) -> Document:
+    """The first words of a document, its white space kept."""
+    end = 0
+    for _ in range(words):
+        while end < len(document.text) and document.text[end].isspace():
+            end += 1
+        while end < len(document.text) and not document.text[end].isspace():
+            end += 1
+    return Document(document.id, document.text[:end], document.group)
+
+
+def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    if arm.make_config is not None:
+        described = arm.make_config(context).to_dict()
+        kept = ("r", "lora_alpha", "layers_to_transform", "skip_position", *asdict(context.settings))
+        settings = {key: described[key] for key in kept if described.get(key) is not None}
+    return {
+        "description": arm.description,
+        "learning_rate": config.learning_rate(arm.name),
+        "adapter_dtype": None if arm.make_config is None else "float32",
+        "settings": settings,
+    }
+
+
+def _run_cell(bench: Bench, arm: Arm, seed: int, cell: Cell, blocks: np.ndarray) -> dict[str, Any]:
+    config = bench.config
+    device = next(bench.base.parameters()).device
+    label = arm.name if len(config.seeds) == 1 or arm.make_config is None else f"{arm.name} seed {seed}"
+    rows: list[dict[str, Any]] = []
+    depth: list[dict[str, Any]] = []
+    trainable, model = 0, bench.base
+    started = time.perf_counter()
+    with clear_disk_errors(cell.folder):
+        cell.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with peak_memory(device) as peak:
+            if arm.make_config is not None:
+                model, trainable = _insert(bench, arm, seed)
+                with progress_bar(f"train {label}", config.steps, quiet=bench.quiet) as advance:
+                    rows = train_frozen(
+                        model,
+                        blocks,
+                        _training_settings(config, arm, seed),
+                        arm=arm.name,
+                        checkpoints=cell.checkpoints,
+                        log=cell.train_log,
+                        advance=advance,
+                    )
+                with clear_disk_errors(cell.adapter):
+                    model.save_pretrained(str(cell.adapter))  # type: ignore[operator]
+        trained = time.perf_counter()
+        items = _evaluate(bench, model, label)
+        if arm.name == "preskip":
+            windows = [window.input_ids for window in bench.heldout.windows[:DEPTH_WINDOWS]]
+            depth = depth_profile(model.get_base_model(), windows)  # type: ignore[operator]
+    finally:
+        if model is not bench.base:
+            model.unload()  # type: ignore[operator]
+    seconds = [row["seconds"] for row in rows]
+    summary = {
+        "arm": arm.name,
+        "seed": seed,
+        "trainable_parameters": trainable,
+        "learning_rate": config.learning_rate(arm.name),
+        "steps": len(rows),
+        "final_training_loss": rows[-1]["loss"] if rows else None,
+        "seconds_per_step": float(np.median(seconds)) if seconds else None,
+        "peak_memory_bytes": peak.bytes,
+        "train_seconds": round(trained - started, 2),
+        "evaluate_seconds": round(time.perf_counter() - trained, 2),
+        "depth": depth,
+    }
+    write_jsonl(cell.items, items)
+    write_json(cell.summary, summary)
+    shutil.rmtree(cell.checkpoints, ignore_errors=True)
+    return summary
+
+
+def _insert(bench: Bench, arm: Arm, seed: int) -> tuple[nn.Module, int]:
+    """Put an arm's adapter into the base, initialised from the seed; check its budget and dtype."""
+    from peft import get_peft_model
+
+    assert arm.make_config is not None
+    set_seed(seed)
+    model = get_peft_model(bench.base, arm.make_config(bench.context))  # type: ignore[arg-type]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trainable)
+    if arm.matched and abs(count - bench.context.budget) > 0.005 * bench.context.budget:
+        raise PreskipError(f"arm {arm.name} trains {count:,} parameters, the budget is {bench.context.budget:,}")
+    if any(parameter.dtype != torch.float32 for parameter in trainable):
+        raise PreskipError(f"arm {arm.name} would train weights that are not float32")
+    return model, count
+
+
+def _training_settings(config: ProbeConfig, arm: Arm, seed: int) -> TrainingSettings:
+    learning_rate = config.learning_rate(arm.name)
+    assert learning_rate is not None
+    return TrainingSettings(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch,
+        learning_rate=learning_rate,
+        seed=seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+        save_steps=config.save_steps,
+    )
+
+
+def _evaluate(bench: Bench, model: nn.Module, label: str) -> list[dict[str, Any]]:
+    heldout = bench.heldout
+    windows = [*heldout.windows, *heldout.item_windows]
+    with progress_bar(f"evaluate {label}", len(windows), quiet=bench.quiet) as advance:
+        scores = score_sequences(model, windows, batch_tokens=bench.config.eval_batch_tokens, advance=advance)
+    document_scores, item_scores = scores[: len(heldout.windows)], scores[len(heldout.windows) :]
+    return [
+        *document_records(heldout.documents, heldout.owners, document_scores, bench.tokenizer),
+        *last_word_records(heldout.items, item_scores),
+    ]
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

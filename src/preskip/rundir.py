@@ -1,0 +1,221 @@
+"""The run directory: what is in it, atomic writes, the schema version, and finding out what is done.
+
+::
+
+    RUN/run.json                                what was asked for and what it ran on
+    RUN/arms/<arm>/seed-<seed>/adapter/         the trained adapter (none for arm `none`)
+    RUN/arms/<arm>/seed-<seed>/train.jsonl      one line per optimiser step
+    RUN/arms/<arm>/seed-<seed>/items.jsonl      one line per evaluated document or last-word item
+    RUN/arms/<arm>/seed-<seed>/cell.json        summary of this arm and seed; written last, it marks them as done
+    RUN/results.json, RUN/report.html
+
+Every file is written beside its place and then renamed, so that a reader sees the old file or the new one, never half.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preskip.errors import PreskipError
+
+SCHEMA_VERSION = 1
+
+
+@contextmanager
+def clear_disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission while writing `path` into one clear line.
+
+    Raises:
+        PreskipError: in place of the OSError; other errors pass through.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PreskipError(f"no space left on the disk while writing {path}: free some and resume") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise PreskipError(
+                f"{path} cannot be written ({os.strerror(error.errno)}): choose another --out"
+            ) from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step; a crash leaves the old content.
+
+    Raises:
+        PreskipError: the disk is full or the place cannot be written; nothing is left behind.
+    """
+    with clear_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON value atomically; a NaN or infinity is refused, because JSON has none.
+
+    Raises:
+        PreskipError: a number is not finite, or the disk is full.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    except ValueError as error:
+        raise PreskipError(f"{path.name} would hold NaN or infinity: a result is not finite ({error})") from error
+    write_text(path, text + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one JSON object per line atomically; see `write_json`."""
+    rows = list(rows)
+    for number, row in enumerate(rows, 1):
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PreskipError(f"{path.name} line {number}: {key} is {value}: a result is not finite")
+    write_text(path, "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file.
+
+    Raises:
+        PreskipError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PreskipError(f"{path} does not exist: is this a run directory?") from None
+    except (ValueError, OSError) as error:
+        raise PreskipError(f"{path} cannot be read: {error}") from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object per line.
+
+    Raises:
+        PreskipError: the file is missing or a line is not JSON (its number is given).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PreskipError(f"{path} cannot be read: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise PreskipError(f"{path} line {number} is not JSON") from None
+    return rows
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The folder of one arm and seed in a run."""
+
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the trained adapter."""
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the trainer's checkpoints; removed once the cell is done."""
+        return self.folder / "checkpoints"
+
+    @property
+    def train_log(self) -> Path:
+        """One line per optimiser step."""
+        return self.folder / "train.jsonl"
+
+    @property
+    def items(self) -> Path:
+        """One line per evaluated item."""
+        return self.folder / "items.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The cell's summary, written last."""
+        return self.folder / "cell.json"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the cell's training and evaluation are complete."""
+        return self.summary.is_file()
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One run's folder."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, manifest: dict[str, Any]) -> RunDirectory:
+        """Make a new run directory with its run.json, complete from the first moment.
+
+        Raises:
+            PreskipError: the path exists, or cannot be written.
+        """
+        if path.exists():
+            raise PreskipError(f"{path} exists already: choose another --out, or finish it with --resume {path}")
+        with clear_disk_errors(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise PreskipError(f"{path.parent} is not a folder: choose another --out") from None
+            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            try:
+                write_json(temporary / "run.json", {"schema_version": SCHEMA_VERSION, **manifest})
+                temporary.chmod(0o755)
+                temporary.rename(path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run.
+
+        Raises:
+            PreskipError: there is no run.json, or it has another schema version.
+        """
+        if not path.is_dir():
+            raise PreskipError(f"{path} is not a run directory: it does not exist or is not a folder")
+        version = read_json(path / "run.json").get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise PreskipError(f"{path} has schema version {version}, this preskip reads {SCHEMA_VERSION}")
+        return cls(path)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return read_json(self.path / "run.json")
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Change fields of run.json atomically."""
+        write_json(self.path / "run.json", {**self.manifest, **changes})
+
+    def cell(self, arm: str, seed: int) -> Cell:
+        """The folder of one arm and seed."""
+        return Cell(self.path / "arms" / arm / f"seed-{seed}")

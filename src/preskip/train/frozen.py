@@ -1,0 +1,206 @@
+"""The frozen probe: train only the inserted weights with Hugging Face `Trainer`, on the same batches for every arm."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from preskip.errors import PreskipError
+from preskip.rundir import clear_disk_errors, read_jsonl, write_jsonl
+
+TRAINER_STATE = "trainer_state.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How an arm is trained.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: sequences per optimiser step.
+        micro_batch_size: sequences per forward pass; must divide batch_size.
+        learning_rate: peak; linear warm-up over a tenth of the steps, then cosine to 0 (paper, section 4.1).
+        seed: of the data order, dropout and initialisation.
+        gradient_checkpointing: recompute activations in the backward pass.
+        save_steps: optimiser steps between two checkpoints.
+    """
+
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    seed: int
+    gradient_checkpointing: bool = False
+    save_steps: int = 50
+
+    @property
+    def warmup_steps(self) -> int:
+        """A tenth of the steps, at least one (paper: 50 of 500)."""
+        return max(1, self.steps // 10)
+
+
+class BlockDataset(Dataset):
+    """Packed blocks [N, seq_len] in training order: item i is what the i-th sequence of training sees.
+
+    Args:
+        blocks: int array [N, seq_len].
+        length: number of sequences of the whole training; each pass over the blocks has its own permutation.
+        seed: of the permutations.
+    """
+
+    def __init__(self, blocks: np.ndarray, length: int, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        passes = -(-length // len(blocks))
+        self.order = np.concatenate([generator.permutation(len(blocks)) for _ in range(passes)])[:length]
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.blocks[self.order[index]].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+class _StepLog(TrainerCallback):
+    """Writes train.jsonl and stops at the first loss or gradient that is not finite."""
+
+    def __init__(self, path: Path, tokens_per_step: int, arm: str, advance: Callable[[int, str], None]) -> None:
+        self.path, self.tokens, self.arm, self.advance = path, tokens_per_step, arm, advance
+        self.rows: list[dict[str, Any]] = []
+        self.started = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = read_jsonl(self.path) if self.path.exists() and state.global_step else []
+        self.rows = [row for row in kept if row["step"] <= state.global_step]
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs or state.global_step == 0:
+            return
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
+        if not np.isfinite(loss) or not np.isfinite(norm):
+            raise PreskipError(
+                f"arm {self.arm}: the loss is {loss} and the gradient norm {norm} at step {state.global_step}: lower "
+                "--lr or use --dtype float32; the last good checkpoint is kept"
+            )
+        row = {
+            "step": state.global_step,
+            "loss": loss,
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": norm,
+            "tokens": self.tokens,
+            "seconds": round(time.perf_counter() - self.started, 4),
+        }
+        self.rows.append(row)
+        self.advance(state.global_step, f"loss {loss:.3f}")
+
+    def on_save(self, args, state, control, **kwargs):
+        write_jsonl(self.path, self.rows)
+
+
+def train_frozen(
+    model: nn.Module,
+    blocks: np.ndarray,
+    settings: TrainingSettings,
+    *,
+    arm: str,
+    checkpoints: Path,
+    log: Path,
+    advance: Callable[[int, str], None] = lambda done, note="": None,
+) -> list[dict[str, Any]]:
+    """Train the parameters of `model` that require gradients; the rest stays frozen.
+
+    An earlier, interrupted call with the same arguments is continued from its last whole checkpoint, with the result
+    of an uninterrupted one.
+
+    Args:
+        model: a PEFT model.
+        blocks: token blocks [N, seq_len].
+        settings: how.
+        arm: name for messages.
+        checkpoints: folder for the trainer's checkpoints.
+        log: train.jsonl.
+        advance: progress, called as advance(step, note).
+
+    Returns:
+        The rows of the training log, one per optimiser step.
+
+    Raises:
+        PreskipError: nothing to train, a loss that is not finite, or a full disk.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PreskipError(f"arm {arm} has no trainable parameter")
+    device = next(model.parameters()).device
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()  # type: ignore[operator]
+    steps = _StepLog(log, settings.batch_size * blocks.shape[1], arm, advance)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=BlockDataset(blocks, settings.steps * settings.batch_size, settings.seed),
+        data_collator=_stack,
+        callbacks=[steps],
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    with clear_disk_errors(checkpoints):
+        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
+    write_jsonl(log, steps.rows)
+    return steps.rows
+
+
+def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; half-written ones are removed."""
+    while folder.is_dir():
+        last = get_last_checkpoint(str(folder))
+        if last is None or (Path(last) / TRAINER_STATE).is_file():  # the trainer writes this file last
+            return last
+        shutil.rmtree(last)
+    return None

@@ -1,0 +1,47 @@
+"""Peak memory of one piece of work: the device's own counter on CUDA, the process's resident set elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+
+class PeakMemory:
+    """Result of `peak_memory`; `bytes` is final once the block has ended."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def peak_memory(device: torch.device, interval: float = 0.02) -> Iterator[PeakMemory]:
+    """Record the peak memory in bytes while the block runs.
+
+    Args:
+        device: CUDA uses `torch.cuda.max_memory_allocated`; other devices sample the resident set size.
+        interval: seconds between two samples.
+    """
+    peak = PeakMemory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device)
+        return
+    process, done = psutil.Process(), threading.Event()
+
+    def sample() -> None:
+        while True:
+            peak.bytes = max(peak.bytes, process.memory_info().rss)
+            if done.wait(interval):
+                return
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
