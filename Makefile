@@ -1,0 +1,48 @@
+# Everything from a bare python3: `make demo` and `make test`. A second call reuses what is there.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test test-fast lint format oldest clean
+
+help:
+	@echo "make demo       insert Preskip into the embedded model, train, compare, write a report (minutes)"
+	@echo "make test       the whole test suite"
+	@echo "make test-fast  without the tests marked slow"
+	@echo "make lint       ruff and mypy"
+	@echo "make oldest     the test suite on the oldest supported peft and transformers"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/preskip probe
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --cov=preskip --cov-report=term:skip-covered
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+oldest:
+	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check peft==0.20.0 transformers==5.17.0
+	.venv-oldest/bin/python -m pytest tests/test_branch.py tests/test_attach.py tests/adapter
+
+clean:
+	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .mypy_cache .coverage

@@ -1,0 +1,84 @@
+import pytest
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from tiny_model import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from preskip.arms import ARMS, ArmContext, branch_parameters, lora_ranks, resolve_arms
+from preskip.branch import BranchSettings
+from preskip.errors import PreskipError
+
+
+def context_for(base, settings=None, layers=None) -> ArmContext:
+    settings = settings or BranchSettings()
+    budget = branch_parameters(base, settings, layers)
+    return ArmContext(base=base, settings=settings, skip_position="attention", layers=layers, budget=budget)
+
+
+def trainable(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32))
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llama(hidden_size=64), gpt2])
+@pytest.mark.parametrize("expansion", [0.3, 1.25, 2.0])
+@pytest.mark.parametrize("layers", [None, (1,)])
+def test_lora_matches_within_half_a_percent(make, expansion, layers):
+    settings = BranchSettings(expansion=expansion)
+    counts = {}
+    for arm in ("preskip", "lora"):
+        base = make()
+        model = get_peft_model(base, ARMS[arm].make_config(context_for(base, settings, layers)))
+        counts[arm] = trainable(model)
+        adapted = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
+        assert adapted, arm
+    assert counts["preskip"] == branch_parameters(make(), settings, layers)
+    assert abs(counts["lora"] - counts["preskip"]) <= 0.005 * counts["preskip"]
+
+
+def test_lora_ranks_of_pythia():
+    """PAPER.md section 4: rank 448 at 160M and 597 at 410M match pre-projection + skip on qkv + dense."""
+    import torch
+
+    for width, layers, heads, expected in ((768, 12, 12, 448), (1024, 24, 16, 597)):
+        config = GPTNeoXConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            vocab_size=8,
+        )
+        with torch.device("meta"):
+            model = GPTNeoXForCausalLM(config)
+        budget = branch_parameters(model, BranchSettings(), None)
+        assert budget == int(3.5 * width**2) * layers
+        ranks = lora_ranks(model, budget, None)
+        assert ranks.rank == expected
+        assert abs(ranks.parameters - budget) < 0.001 * budget
+
+
+def test_lora_scale_is_one_for_every_target():
+    base = tiny_llama()
+    model = get_peft_model(base, ARMS["lora"].make_config(context_for(base, BranchSettings(expansion=0.7))))
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    scales, ranks = {layer.scaling["default"] for layer in layers}, {layer.r["default"] for layer in layers}
+    assert scales == {1.0}
+    assert len(ranks) == 2, "the budget is met by two neighbouring ranks"
+    assert max(ranks) - min(ranks) == 1
+
+
+def test_impossible_budget_names_the_nearest():
+    base = tiny_llama()
+    with pytest.raises(PreskipError, match=r"rank 1 has 832, the nearest possible"):
+        lora_ranks(base, 100, None)
+
+
+def test_resolve_arms():
+    assert [arm.name for arm in resolve_arms(["lora", "none", "preskip"])] == ["none", "lora", "preskip"]
+    with pytest.raises(PreskipError, match=r"unknown arm 'dora2': choose from none, preskip, lora"):
+        resolve_arms(["none", "dora2"])
+    with pytest.raises(PreskipError, match="different arms"):
+        resolve_arms(["lora", "lora"])

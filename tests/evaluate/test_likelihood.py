@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+from tiny_model import tiny_llama
+from tiny_text import PROSE, tiny_tokenizer
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from preskip.data.blocks import Window
+from preskip.data.corpus import Document
+from preskip.data.last_word import LastWordItem
+from preskip.errors import PreskipError
+from preskip.evaluate.likelihood import (
+    document_records,
+    document_windows,
+    last_word_records,
+    last_word_windows,
+    score_sequences,
+)
+
+WINDOWS = [Window(list(range(5, 5 + length)), scored_from) for length, scored_from in ((9, 1), (4, 3), (30, 7), (9, 8))]
+
+
+def naive(model, window: Window) -> tuple[float, bool]:
+    """One sequence alone, all logits, log-softmax in float64."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([window.input_ids])).logits[0].double()
+    log_probabilities = logits.log_softmax(-1)
+    scored = range(window.scored_from, len(window.input_ids))
+    nll = -sum(log_probabilities[i - 1, window.input_ids[i]].item() for i in scored)
+    return nll, all(logits[i - 1].argmax().item() == window.input_ids[i] for i in scored)
+
+
+def gemma2() -> Gemma2ForCausalLM:
+    """Has a soft cap behind its output head, which scoring must keep."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        final_logit_softcapping=0.05,
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, gemma2])
+@pytest.mark.parametrize("batch_tokens", [1, 24, 2048])
+def test_scores_equal_one_by_one_whatever_the_batch(make, batch_tokens):
+    model = make()
+    scores = score_sequences(model, WINDOWS, batch_tokens=batch_tokens)
+    for window, score in zip(WINDOWS, scores, strict=True):
+        nll, greedy = naive(model, window)
+        assert score.nll == pytest.approx(nll, abs=1e-4)
+        assert score.tokens == len(window.input_ids) - window.scored_from
+        assert score.greedy == greedy
+
+
+def test_greedy_is_the_argmax():
+    model = tiny_llama()
+    start = [7, 8, 9]
+    with torch.no_grad():
+        best = model(input_ids=torch.tensor([start])).logits[0, -1].argmax().item()
+    right, wrong = score_sequences(model, [Window([*start, best], 3), Window([*start, (best + 1) % 400], 3)])
+    assert right.greedy
+    assert not wrong.greedy
+    assert right.nll < wrong.nll
+
+
+def test_head_hook_is_removed_and_mode_restored():
+    model = tiny_llama().train()
+    score_sequences(model, WINDOWS[:1])
+    assert model.training
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_nan_is_a_failure():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(PreskipError, match="NaN"):
+        score_sequences(model, WINDOWS[:1])
+
+
+@pytest.mark.parametrize(("context_length", "stride"), [(200, 200), (16, 16), (16, 5)])
+def test_document_records_score_every_token_once(context_length, stride):
+    tokenizer, model = tiny_tokenizer(), tiny_llama()
+    documents = [Document("a", PROSE[:300], "a"), Document("b", PROSE[300:420], "b")]
+    windows, owners = document_windows(documents, tokenizer, context_length=context_length, stride=stride)
+    records = document_records(documents, owners, score_sequences(model, windows), tokenizer)
+    for document, record in zip(documents, records, strict=True):
+        assert record["tokens"] == len(tokenizer(document.text)["input_ids"])
+        assert record["bytes"] == len(document.text.encode())
+        assert record["words"] == len(document.text.split())
+    if context_length == 200:
+        ids = [tokenizer.bos_token_id, *tokenizer(documents[1].text)["input_ids"]]
+        assert records[1]["nll"] == pytest.approx(naive(model, Window(ids, 1))[0], abs=1e-3)
+    # A random model of 400 tokens is near the uniform distribution.
+    assert records[0]["nll"] / records[0]["tokens"] == pytest.approx(math.log(400), rel=0.1)
+
+
+def test_last_word_records():
+    tokenizer, model = tiny_tokenizer(), tiny_llama()
+    items = [LastWordItem("a#1", "a", "The ships waited for the", "harbor")]
+    windows = last_word_windows(items, tokenizer)
+    assert tokenizer.decode(windows[0].input_ids[windows[0].scored_from :]) == " harbor"
+    (record,) = last_word_records(items, score_sequences(model, windows))
+    nll, greedy = naive(model, windows[0])
+    assert record["nll"] == pytest.approx(nll, abs=1e-4)
+    assert record["correct"] == greedy
+    assert (record["id"], record["document"], record["target"]) == ("a#1", "a", "harbor")

@@ -1,0 +1,174 @@
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_model import tiny_llama
+
+from preskip import PreskipConfig
+from preskip.errors import PreskipError
+from preskip.rundir import read_jsonl
+from preskip.train.frozen import BlockDataset, TrainingSettings, train_frozen
+from preskip.train.memory import peak_memory
+
+BLOCKS = np.random.default_rng(0).integers(2, 400, (8, 16)).astype(np.int32)
+
+
+def settings(**changes) -> TrainingSettings:
+    defaults = {"steps": 6, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-3, "seed": 1, "save_steps": 2}
+    return TrainingSettings(**{**defaults, **changes})
+
+
+def model():
+    torch.manual_seed(0)
+    return get_peft_model(tiny_llama(), PreskipConfig(init_weights="paper", init_std=0.1))
+
+
+def weights(peft_model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in peft_model.parameters() if p.requires_grad])
+
+
+def train(peft_model, folder, **changes):
+    return train_frozen(
+        peft_model,
+        BLOCKS,
+        settings(**changes),
+        arm="preskip",
+        checkpoints=folder / "checkpoints",
+        log=folder / "train.jsonl",
+    )
+
+
+def test_order_is_a_permutation_per_pass_and_depends_on_the_seed_alone():
+    data = BlockDataset(BLOCKS, 20, seed=3)
+    assert len(data) == 20
+    assert sorted(data.order[:8]) == sorted(data.order[8:16]) == list(range(8))
+    assert list(data.order) == list(BlockDataset(BLOCKS, 20, seed=3).order)
+    assert list(data.order) != list(BlockDataset(BLOCKS, 20, seed=4).order)
+    assert torch.equal(data[5]["input_ids"], torch.from_numpy(BLOCKS[data.order[5]]).long())
+
+
+def test_trainer_equals_a_written_out_loop(tmp_path):
+    """AdamW with warm-up and cosine on the frozen base, written out; the same batches, losses and weights."""
+    steps, peak = 6, 1e-3
+    by_trainer = model()
+    rows = train(by_trainer, tmp_path)
+    by_hand = model().train()
+    parameters = [p for p in by_hand.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.0)
+    data = BlockDataset(BLOCKS, steps * 4, seed=1)
+    for step in range(steps):
+        rate = peak * (step if step < 1 else 0.5 * (1 + np.cos(np.pi * (step - 1) / (steps - 1))))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids = torch.stack([data[4 * step + i]["input_ids"] for i in range(4)])
+        loss = by_hand(input_ids=ids, labels=ids).loss
+        assert rows[step]["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.allclose(weights(by_trainer), weights(by_hand), atol=1e-6)
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert read_jsonl(tmp_path / "train.jsonl") == rows
+
+
+def test_base_stays_and_branch_moves(tmp_path):
+    peft_model = model()
+    base = {n: p.detach().clone() for n, p in peft_model.named_parameters() if not p.requires_grad}
+    before = weights(peft_model).clone()
+    train(peft_model, tmp_path)
+    assert all(torch.equal(p, base[n]) for n, p in peft_model.named_parameters() if n in base)
+    assert (weights(peft_model) != before).float().mean() > 0.99
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    whole, parts = model(), model()
+    rows = train(whole, tmp_path / "a")
+    rows_parts = train(parts, tmp_path / "b", micro_batch_size=2)
+    assert [row["loss"] for row in rows_parts] == pytest.approx([row["loss"] for row in rows], abs=1e-5)
+    assert torch.allclose(weights(whole), weights(parts), atol=1e-5)
+
+
+@pytest.mark.parametrize("stop_at", [3, 5])
+def test_resume_gives_the_uninterrupted_result_bit_for_bit(tmp_path, stop_at):
+    whole = model()
+    rows = train(whole, tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    def stop(step, note=""):
+        if step == stop_at:
+            raise Stopped
+
+    folder = tmp_path / "parts"
+    with pytest.raises(Stopped):
+        train_frozen(
+            model(), BLOCKS, settings(), arm="x", checkpoints=folder / "checkpoints", log=folder / "train.jsonl", advance=stop
+        )
+    resumed = model()
+    rows_resumed = train(resumed, folder)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in rows_resumed] == [
+        (r["step"], r["loss"], r["grad_norm"]) for r in rows
+    ]
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    whole = model()
+    train(whole, tmp_path / "whole")
+    folder = tmp_path / "parts"
+    train(model(), folder, steps=6)
+    (folder / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()
+    resumed = model()
+    train(resumed, folder)
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_nan_stops_names_the_step_and_keeps_the_last_checkpoint(tmp_path):
+    peft_model = model()
+
+    def poison(step, note=""):
+        if step == 3:
+            with torch.no_grad():
+                next(p for p in peft_model.parameters() if p.requires_grad).fill_(float("nan"))
+
+    with pytest.raises(PreskipError, match=r"arm x: the loss is nan .* at step 4"):
+        train_frozen(
+            peft_model,
+            BLOCKS,
+            settings(),
+            arm="x",
+            checkpoints=tmp_path / "checkpoints",
+            log=tmp_path / "train.jsonl",
+            advance=poison,
+        )
+    assert (tmp_path / "checkpoints" / "checkpoint-2" / "trainer_state.json").is_file()
+    assert [row["step"] for row in read_jsonl(tmp_path / "train.jsonl")] == [1, 2]
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain, checkpointed = model(), model()
+    rows = train(plain, tmp_path / "a")
+    rows_checkpointed = train(checkpointed, tmp_path / "b", gradient_checkpointing=True)
+    assert [r["loss"] for r in rows_checkpointed] == pytest.approx([r["loss"] for r in rows], abs=1e-6)
+    assert torch.allclose(weights(plain), weights(checkpointed), atol=1e-6)
+
+
+def test_nothing_to_train_is_refused(tmp_path):
+    base = tiny_llama()
+    base.requires_grad_(False)
+    with pytest.raises(PreskipError, match="no trainable parameter"):
+        train(base, tmp_path)
+
+
+def test_peak_memory_sees_an_allocation():
+    with peak_memory(torch.device("cpu")) as small:
+        pass
+    with peak_memory(torch.device("cpu")) as large:
+        block = torch.ones(100 * 2**20 // 4)
+        import time
+
+        time.sleep(0.1)
+    assert block.sum() > 0
+    assert large.bytes - small.bytes > 80 * 2**20
