@@ -14,7 +14,7 @@ Shapes below: B batch, T tokens, d width, f = ⌊e·d⌋ inner width, r rank of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -23,7 +23,12 @@ from torch.nn import functional as F
 
 from preskip.errors import PreskipError
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "mish": F.mish}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "mish": F.mish,
+}
 INITS = ("identity", "paper")
 PARTS = ("up", "gate", "down", "skip", "skip_down", "skip_up")
 
@@ -111,7 +116,7 @@ class BranchSettings:
             shapes["down"] = (inner, d)
         if self.content_skip and self.skip_rank is None:
             shapes["skip"] = (d, d)
-        elif self.content_skip:
+        elif self.skip_rank is not None:
             shapes["skip_down"], shapes["skip_up"] = (d, self.skip_rank), (self.skip_rank, d)
         return shapes
 

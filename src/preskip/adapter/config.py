@@ -98,9 +98,9 @@ class PreskipConfig(PeftConfig):
                 f"skip_position={self.skip_position!r} is not possible: choose {' or '.join(SKIP_POSITIONS)}"
             )
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise PreskipError(f"{name} cannot be combined with a regular expression in target_modules")

@@ -21,6 +21,7 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
     Args:
         attention: the module it belongs to (referenced, not owned).
         width: d of the attention's input.
+        tap: the module behind whose output the skip joins, if not the attention's (referenced, not owned).
 
     Several active adapters add up: x̃ = x̂ + Σ features, skip = Σ W_skip · x̃. An adapter with `enrich_attention=False`
     builds its own x̃ on what attention reads.
@@ -29,16 +30,22 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = PARTS
     other_param_names = ("dropout", "settings")
 
-    def __init__(self, attention: nn.Module, width: int) -> None:
+    def __init__(self, attention: nn.Module, width: int, tap: nn.Module | None = None) -> None:
         super().__init__()
         self.width = width
-        self._attention = [attention]
+        # In lists, so that they are not registered as children.
+        self._attention, self._tap = [attention], [tap]
         for part in PARTS:
             self.add_module(part, nn.ModuleDict())
         self.dropout = nn.ModuleDict()
         self.settings: dict[str, BranchSettings] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter = []
+
+    @property
+    def tap(self) -> nn.Module | None:
+        """The module behind whose output the skip joins, or None for the attention's own output."""
+        return self._tap[0]
 
     def get_base_layer(self) -> nn.Module:
         """Itself: there is no wrapped layer."""
@@ -47,7 +54,7 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
     def _no_base_weight(self):
         raise AttributeError("a Preskip layer wraps no base layer")
 
-    weight = bias = property(_no_base_weight)  # type: ignore[assignment]
+    weight = bias = property(_no_base_weight)
 
     def update_layer(self, adapter_name: str, settings: BranchSettings, active_adapters: list[str], inference: bool):
         """Add the branch of one adapter, on the attention's device, always in fp32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
@@ -44,7 +44,7 @@ class PreskipModel(BaseTuner):
     # With its dot: matches what is inside the branch, not the branch itself.
     prefix = f"{CHILD}."
     tuner_layer_cls = PreskipLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT would overwrite the other adapter's entry, and that adapter could not be saved any more.
@@ -57,7 +57,7 @@ class PreskipModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Resolve and check the targets, then inject; model and config are as before if anything fails."""
-        config: PreskipConfig = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         target_fields = ("target_modules", "layers_to_transform", "layers_pattern")
         config_before = {name: getattr(config, name) for name in target_fields}
         trainable_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -73,7 +73,7 @@ class PreskipModel(BaseTuner):
                 parameter.requires_grad_(requires_grad)
             # transformers' add_adapter sets this before it injects, and would take the next try for a second adapter.
             if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
-                model._hf_peft_config_loaded = False
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
             raise
         self._watch_loading()
 
@@ -116,7 +116,7 @@ class PreskipModel(BaseTuner):
         hidden_size = getattr(getattr(text_decoder(model), "config", None), "hidden_size", None)
         width, tap = input_width(target, hidden_size), tap_of(parent, name, config.skip_position)
         layer = getattr(target, CHILD, None)
-        if isinstance(layer, PreskipLayer) and layer.tap[0] is not tap:
+        if isinstance(layer, PreskipLayer) and layer.tap is not tap:
             raise PreskipError(
                 f"skip_position={config.skip_position!r} is not possible: the model has a Preskip adapter with the "
                 "other position, and all must share one"
@@ -124,7 +124,7 @@ class PreskipModel(BaseTuner):
         config.branch_settings().shapes(width)
         return width, tap
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: PreskipConfig,
         adapter_name: str,
@@ -137,9 +137,8 @@ class PreskipModel(BaseTuner):
         layer = getattr(target, CHILD, None)
         if not isinstance(layer, PreskipLayer):
             width, tap = self._placement(self.model, current_key, peft_config)
-            layer = PreskipLayer(target, width)
+            layer = PreskipLayer(target, width, tap)
             attach(target, layer, tap)
-            layer.tap = [tap]
         layer.update_layer(
             adapter_name, peft_config.branch_settings(), self.active_adapters, peft_config.inference_mode
         )
@@ -172,7 +171,7 @@ class PreskipModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(CANNOT_MERGE)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -185,7 +184,8 @@ class PreskipModel(BaseTuner):
             if isinstance(getattr(module, CHILD, None), PreskipLayer):
                 detach(module)
         for key in [key for key, module in self.model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]:
-            parent, target, name = _get_submodules(self.model, key)
+            parent, name = self.model.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
+            target: Any = getattr(parent, name)
             original = target.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
             setattr(parent, name, original)
         if hasattr(self.model, "peft_config") and not _has_tuner_layers(self.model):
@@ -246,7 +246,7 @@ def _set_default_targets(model: nn.Module, sites: Sites, config: PreskipConfig) 
     config.layers_to_transform = config.layers_pattern = None
 
 
-def _check_is_attention(key: str, module: nn.Module) -> None:
+def _check_is_attention(key: str, module: Any) -> None:
     inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     children = dict(module.named_children())
     mend = "target the module that holds the q/k/v projections, e.g. self_attn"
@@ -293,7 +293,7 @@ def _check_loaded(tuner: nn.Module, state_dict: dict[str, torch.Tensor], prefix:
     if extra:
         raise PreskipError(f"the checkpoint holds a tensor that this adapter has no place for: {extra[0]}")
     if not state_dict and names:
-        raise PreskipError("the checkpoint holds no tensor at all: it is damaged")
+        raise PreskipError("the checkpoint holds no tensor that belongs into this model")
 
 
 def _stray_base_tensors(tuner: nn.Module, found: set[str]) -> list[str]:
