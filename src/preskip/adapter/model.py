@@ -232,14 +232,17 @@ def _check_complete(model: nn.Module, sites: Sites, config: PreskipConfig) -> No
 
 
 def _set_default_targets(model: nn.Module, sites: Sites, config: PreskipConfig) -> None:
-    """Fill `target_modules`: names where they hit only the sites, a regular expression where a tower has them too."""
-    targets = {site.target for site in sites.attentions}
-    names = {site.name for site in sites.attentions}
-    hits = {key for key, _ in model.named_modules() if any(key.endswith(f".{target}") for target in targets)}
-    if hits == names:
-        config.target_modules = targets  # type: ignore[assignment]
-        return
+    """Fill `target_modules`: names where PEFT hits only the sites by them, else a regular expression.
+
+    Names are not enough where a vision tower has them too, or where the blocks lie at the root of the model.
+    """
     layers = _layer_list(config)
+    targets = {site.target for site in sites.attentions}
+    expected = {site.name for site in sites.attentions if layers is None or site.layer in layers}
+    config.target_modules = targets  # type: ignore[assignment]
+    hits = {key for key, _ in model.named_modules() if key and check_target_module_exists(config, key)}
+    if hits == expected or (config.exclude_modules is not None and hits < expected):
+        return
     stacks = "|".join(re.escape(stack) for stack in sorted({site.stack for site in sites.attentions}))
     index = r"\d+" if layers is None else "|".join(map(str, layers))
     config.target_modules = rf"({stacks})\.({index})\.({'|'.join(re.escape(target) for target in sorted(targets))})"
@@ -289,7 +292,8 @@ def _check_loaded(tuner: nn.Module, state_dict: dict[str, torch.Tensor], prefix:
             check_tensors({key: own[key] for key in own if f".{name}." in key}, expected, allow_extra=True)
     extra = sorted(own.keys() - known.keys())
     if own:
-        extra += _stray_base_tensors(tuner, {key.removeprefix(prefix) for key in state_dict.keys() - own.keys()})
+        others = {key.removeprefix(prefix) for key in state_dict if f".{CHILD}." not in key}
+        extra += _stray_base_tensors(tuner, others)
     if extra:
         raise PreskipError(f"the checkpoint holds a tensor that this adapter has no place for: {extra[0]}")
     if not state_dict and names:
