@@ -1,0 +1,247 @@
+"""A Preskip adapter's life in PEFT and in transformers' own adapter methods: add, switch, delete, heads, refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import zoo
+from preskip import PreskipConfig, PreskipError
+from preskip.adapter import PreskipLayer
+
+SETTINGS = {
+    "gated": {"gated": True, "activation": "gelu"},
+    "low_rank": {"skip_rank": 4, "expansion": 0.5},
+    "content": {"enrich_attention": False},
+    "skip_only": {"preprojection": False},
+    "preprojection_only": {"content_skip": False, "dropout": 0.1},
+    "residual": {"skip_position": "residual"},
+}
+
+
+def adapted(name: str = "llama", **settings):
+    model = get_peft_model(zoo.build(name), PreskipConfig(**settings)).eval()
+    zoo.randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_every_setting_survives_saving(case: str, tmp_path) -> None:
+    model = adapted("gemma2", **SETTINGS[case])
+    model.save_pretrained(tmp_path)
+    stored = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(stored, PreskipConfig)
+    assert {key: getattr(stored, key) for key in SETTINGS[case]} == SETTINGS[case]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PRESKIP"
+    loaded = PeftModel.from_pretrained(zoo.build("gemma2"), tmp_path).eval()
+    assert torch.equal(zoo.logits(loaded, "gemma2"), zoo.logits(model, "gemma2"))
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_peft_loads_in_every_way(low_cpu_mem_usage: bool, tmp_path) -> None:
+    zoo.build("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = get_peft_model(base, PreskipConfig(task_type="CAUSAL_LM")).eval()
+    zoo.randomise(model)
+    expected = zoo.logits(model, "llama")
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(zoo.logits(loaded, "llama"), expected)
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+    assert not any(p.requires_grad for p in loaded.parameters())
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    again = PeftModel.from_pretrained(fresh, tmp_path / "adapter", is_trainable=True)
+    assert sum(p.requires_grad for p in again.parameters()) == 6
+    auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    assert torch.equal(zoo.logits(auto, "llama"), expected)
+    # transformers reads the adapter folder, too.
+    direct = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    assert torch.equal(zoo.logits(direct, "llama"), expected)
+
+
+def test_transformers_own_adapter_methods(tmp_path) -> None:
+    model = zoo.build("llama")
+    untouched = zoo.logits(model, "llama")
+    model.add_adapter(PreskipConfig(), adapter_name="first")
+    assert torch.equal(zoo.logits(model, "llama"), untouched)
+    zoo.randomise(model)
+    first = zoo.logits(model, "llama")
+    model.save_pretrained(tmp_path)
+
+    other = zoo.build("llama")
+    other.load_adapter(tmp_path, adapter_name="loaded")
+    assert torch.equal(zoo.logits(other, "llama"), first)
+
+    model.add_adapter(PreskipConfig(skip_rank=2), adapter_name="second")
+    zoo.randomise(model, seed=8)
+    second = zoo.logits(model, "llama")
+    assert zoo.difference(first, second) > 1e-2
+    model.load_adapter(tmp_path, adapter_name="third")
+    model.set_adapter("first")
+    assert torch.equal(zoo.logits(model, "llama"), first)
+    model.set_adapter("third")
+    assert torch.equal(zoo.logits(model, "llama"), first)
+    model.set_adapter("second")
+    assert torch.equal(zoo.logits(model, "llama"), second)
+    model.disable_adapters()
+    assert torch.equal(zoo.logits(model, "llama"), untouched)
+    model.enable_adapters()
+    model.delete_adapter("second")
+    model.set_adapter("first")
+    assert torch.equal(zoo.logits(model, "llama"), first)
+    model.delete_adapter(["first", "third"])
+    assert torch.equal(zoo.logits(model, "llama"), untouched)
+    model.add_adapter(PreskipConfig(), adapter_name="first")
+    assert torch.equal(zoo.logits(model, "llama"), untouched)
+
+
+def test_several_adapters_in_one_model(tmp_path) -> None:
+    model = adapted()
+    first = zoo.logits(model, "llama")
+    model.add_adapter("second", PreskipConfig(activation="relu", layers_to_transform=[1]))
+    assert torch.equal(zoo.logits(model, "llama"), first)
+    model.set_adapter("second")
+    assert [key for key, p in model.named_parameters() if p.requires_grad] == [
+        f"base_model.model.model.layers.1.self_attn.preskip.{part}.second.weight" for part in ("up", "down", "skip")
+    ]
+    zoo.randomise(model, seed=9)
+    second = zoo.logits(model, "llama")
+    alone = get_peft_model(zoo.build("llama"), PreskipConfig(activation="relu", layers_to_transform=[1])).eval()
+    zoo.randomise(alone, seed=9)
+    assert torch.equal(zoo.logits(alone, "llama"), second)
+
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(zoo.build("llama"), tmp_path).eval()
+    loaded.load_adapter(tmp_path / "second", adapter_name="second")
+    assert torch.equal(zoo.logits(loaded, "llama"), first)
+    loaded.set_adapter("second")
+    assert torch.equal(zoo.logits(loaded, "llama"), second)
+
+    model.delete_adapter("default")
+    assert torch.equal(zoo.logits(model, "llama"), second)
+    assert not any(".default." in key for key in model.state_dict())
+    model.set_adapter("second")
+    with model.disable_adapter():
+        assert torch.equal(zoo.logits(model, "llama"), zoo.logits(zoo.build("llama"), "llama"))
+
+
+def test_two_active_adapters_add_up() -> None:
+    model = adapted()
+    model.add_adapter("second", PreskipConfig())
+    layer = next(module for module in model.modules() if isinstance(module, PreskipLayer))
+    model.base_model.set_adapter(["default", "second"])
+    generator = torch.Generator().manual_seed(1)
+    w = {}
+    with torch.no_grad():
+        for part in ("up", "down", "skip"):
+            for name in ("default", "second"):
+                weight = layer.linears(name)[part].weight
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+                w[part, name] = weight.double()
+        x = torch.randn(2, 5, zoo.WIDTH, generator=generator)
+        attention_input = layer.enrich(x)
+        names = ("default", "second")
+        silu = torch.nn.functional.silu
+        expected = x.double() + sum(silu(x.double() @ w["up", n].T) @ w["down", n].T for n in names)
+        assert zoo.difference(attention_input, expected) < 1e-5
+        assert zoo.difference(layer.content(attention_input), sum(expected @ w["skip", n].T for n in names)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "cls", "head"),
+    [
+        ("SEQ_CLS", "llama", "LlamaForSequenceClassification", "score"),
+        ("SEQ_CLS", "bert", "BertForSequenceClassification", "classifier"),
+        ("TOKEN_CLS", "bert", "BertForTokenClassification", "classifier"),
+        ("TOKEN_CLS", "llama", "LlamaForTokenClassification", "score"),
+        ("FEATURE_EXTRACTION", "bert", "BertModel", None),
+    ],
+)
+def test_tasks_train_and_save_their_head(task: str, name: str, cls: str, head: str | None, tmp_path) -> None:
+    build = lambda: zoo.build(name, model=cls)  # noqa: E731
+    run = lambda m: m(**zoo.inputs(name))[0].detach()  # noqa: E731
+    untouched = run(build())
+    model = get_peft_model(build(), PreskipConfig(task_type=task)).eval()
+    assert torch.equal(run(model), untouched)
+    trained = {key for key, p in model.named_parameters() if p.requires_grad}
+    assert {".preskip." in key or f".{head}." in key for key in trained} == {True}
+    assert any(f".{head}." in key for key in trained) == (head is not None)
+    zoo.randomise(model)
+    changed = run(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path).eval()
+    assert torch.equal(run(loaded), changed)
+    # As with PEFT's other methods the trained head stays when the branches go.
+    plain, reference = model.unload(), build()
+    assert list(plain.state_dict()) == list(reference.state_dict())
+    if head is not None:
+        reference.get_submodule(head).load_state_dict(plain.get_submodule(head).state_dict())
+    assert torch.equal(run(plain), run(reference))
+
+
+def test_modules_to_save() -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    trained = [key for key, p in model.named_parameters() if p.requires_grad and ".preskip." not in key]
+    assert trained == ["base_model.model.lm_head.modules_to_save.default.weight"]
+    with model.disable_adapter():
+        assert torch.equal(zoo.logits(model, "llama"), zoo.logits(zoo.build("llama"), "llama"))
+
+
+@pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_refused_with_its_reason(method: str) -> None:
+    model = adapted()
+    before = zoo.logits(model, "llama")
+    with pytest.raises(NotImplementedError, match="depends non-linearly on its input and cannot be merged"):
+        getattr(model, method)()
+    assert torch.equal(zoo.logits(model, "llama"), before)
+
+
+def test_an_adapter_per_row_is_refused() -> None:
+    model = adapted()
+    model.add_adapter("second", PreskipConfig())
+    with pytest.raises(PreskipError, match=r"different adapter per row \(adapter_names\)"):
+        model(**zoo.inputs("llama"), adapter_names=["default", "second"])
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_deep_copy_is_independent(name: str) -> None:
+    model = adapted(name)
+    before = zoo.logits(model, name)
+    twin = copy.deepcopy(model)
+    assert torch.equal(zoo.logits(twin, name), before)
+    zoo.randomise(twin, seed=11)
+    assert zoo.difference(zoo.logits(twin, name), before) > 1e-3
+    assert torch.equal(zoo.logits(model, name), before)
+    assert torch.equal(zoo.logits(twin.unload(), name), zoo.logits(zoo.build(name), name))
+    assert torch.equal(zoo.logits(model, name), before)
+
+
+def test_unloading_leaves_the_base_free_for_another_method() -> None:
+    model = adapted()
+    base = model.unload()
+    again = get_peft_model(base, PreskipConfig()).eval()
+    assert torch.equal(zoo.logits(again, "llama"), zoo.logits(zoo.build("llama"), "llama"))
+
+
+def test_importing_preskip_registers_the_method_and_nothing_else_does() -> None:
+    program = (
+        "import sys{first}; import peft; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m;"
+        "print('PRESKIP' in [getattr(k, 'value', k) for k in m])"
+    )
+    for first, expected in ((", preskip", "True"), ("", "False")):
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program.format(first=first)],
+            capture_output=True, text=True, timeout=300, check=True,
+        )  # fmt: skip
+        assert run.stdout.strip() == expected
+    light = "import sys, preskip; print(any(m in sys.modules for m in ('torch', 'transformers', 'peft')))"
+    run = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, timeout=300, check=True)
+    assert run.stdout.strip() == "False"

@@ -1,0 +1,85 @@
+"""A frozen base quantised by bitsandbytes (nf4 and int8, on the CPU): identity, training, saving, stacking."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import zoo
+from preskip import PreskipConfig
+from preskip.adapter import PreskipLayer
+
+bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SETTINGS = {
+    "nf4": {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32,
+    },
+    "int8": {"load_in_8bit": True},
+}  # fmt: skip
+
+
+@pytest.fixture(params=SETTINGS)
+def quantized(request, tmp_path):
+    """A function that gives the same quantised model at each call."""
+    zoo.build("llama", hidden_size=64, head_dim=16).save_pretrained(tmp_path / "base")
+
+    def build():
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base",
+            dtype=torch.float32,
+            device_map="cpu",
+            quantization_config=BitsAndBytesConfig(**SETTINGS[request.param]),
+        ).eval()
+
+    try:
+        zoo.logits(build(), "llama")
+    except (RuntimeError, NotImplementedError, ImportError, AttributeError) as error:
+        pytest.skip(f"bitsandbytes {request.param} does not run on this processor: {error}")
+    build.kind = request.param
+    return build
+
+
+def test_a_quantised_base_is_adapted_trained_saved_and_loaded(quantized, tmp_path) -> None:
+    base = quantized()
+    assert type(base.model.layers[0].self_attn.q_proj).__name__ in ("Linear4bit", "Linear8bitLt")
+    untouched = zoo.logits(base, "llama")
+    model = get_peft_model(base, PreskipConfig()).eval()
+    assert torch.equal(zoo.logits(model, "llama"), untouched)
+    weights = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert len(weights) == 6
+    assert {p.dtype for p in weights.values()} == {torch.float32}
+    assert {m.width for m in model.modules() if isinstance(m, PreskipLayer)} == {64}
+
+    zoo.randomise(model)
+    optimizer = torch.optim.AdamW(weights.values(), lr=1e-2)
+    batch, losses = zoo.inputs("llama"), []
+    for _ in range(4):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+
+    changed = zoo.logits(model, "llama")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(quantized(), tmp_path / "adapter").eval()
+    assert torch.equal(zoo.logits(loaded, "llama"), changed)
+    with model.disable_adapter():
+        assert torch.equal(zoo.logits(model, "llama"), untouched)
+    assert torch.equal(zoo.logits(model.unload(), "llama"), untouched)
+
+
+def test_qlora_and_a_branch_on_one_quantised_base(quantized) -> None:
+    model = get_peft_model(quantized(), PreskipConfig(), adapter_name="preskip").eval()
+    zoo.randomise(model)
+    alone = zoo.logits(model, "llama")
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    both = get_peft_model(model.get_base_model(), lora, adapter_name="lora").eval()
+    assert torch.equal(zoo.logits(both, "llama"), alone)
+    zoo.randomise(both, seed=5)
+    assert zoo.difference(zoo.logits(both, "llama"), alone) > 1e-3

@@ -1,0 +1,107 @@
+"""Preskip and LoRA on one model, in both orders: save, load, merge LoRA while the branch stays, delete."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+import zoo
+from preskip import PreskipConfig
+from preskip.adapter import PreskipLayer
+
+LORA_TARGETS = {
+    "llama": ["q_proj", "v_proj", "o_proj", "up_proj"],
+    "gpt_neox": ["query_key_value", "dense"],
+    "bert": ["query", "value", "dense"],
+    "gemma2": ["q_proj", "o_proj"],
+}
+
+
+def stack(name: str, preskip_first: bool):
+    """(first PeftModel, second PeftModel around the same base, logits with the first alone, logits with both)."""
+    lora = LoraConfig(r=4, target_modules=LORA_TARGETS[name])
+    configs = {"preskip": PreskipConfig(skip_position="residual"), "lora": lora}
+    order = ["preskip", "lora"] if preskip_first else ["lora", "preskip"]
+    first = get_peft_model(zoo.build(name), configs[order[0]], adapter_name=order[0]).eval()
+    zoo.randomise(first)
+    alone = zoo.logits(first, name)
+    second = get_peft_model(first.get_base_model(), configs[order[1]], adapter_name=order[1]).eval()
+    assert torch.equal(zoo.logits(second, name), alone)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for key, parameter in second.named_parameters():
+            if f".{order[1]}.weight" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return first, second, alone, zoo.logits(second, name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("preskip_first", [True, False])
+@pytest.mark.parametrize("name", LORA_TARGETS)
+def test_both_orders(name: str, preskip_first: bool, tmp_path) -> None:
+    first, second, alone, both = stack(name, preskip_first)
+    assert zoo.difference(alone, both) > 1e-3
+    names = [next(iter(first.peft_config)), "lora" if preskip_first else "preskip"]
+
+    first.save_pretrained(tmp_path / "first", selected_adapters=[names[0]])
+    second.save_pretrained(tmp_path / "second", selected_adapters=[names[1]])
+    folders = [tmp_path / "first" / names[0], tmp_path / "second" / names[1]]
+    for folder, adapter in zip(folders, names, strict=True):
+        tensors = load_file(folder / "adapter_model.safetensors")
+        mark = ".preskip." if adapter == "preskip" else ".lora_"
+        assert tensors
+        assert all(mark in key for key in tensors)
+
+    one = PeftModel.from_pretrained(zoo.build(name), folders[0], adapter_name=names[0])
+    two = PeftModel.from_pretrained(one.get_base_model(), folders[1], adapter_name=names[1]).eval()
+    assert torch.equal(zoo.logits(two, name), both)
+
+    with second.disable_adapter():
+        assert torch.equal(zoo.logits(second, name), zoo.logits(zoo.build(name), name))
+    assert torch.equal(zoo.logits(second, name), both)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("preskip_first", [True, False])
+@pytest.mark.parametrize("name", LORA_TARGETS)
+def test_lora_is_merged_and_the_branch_stays(name: str, preskip_first: bool) -> None:
+    first, second, _, both = stack(name, preskip_first)
+    lora = second if preskip_first else first
+    merged = lora.merge_and_unload(adapter_names=["lora"])
+    assert zoo.difference(zoo.logits(merged, name), both) < 2e-5
+    assert not any("lora_" in key for key in merged.state_dict())
+    assert sum(isinstance(module, PreskipLayer) for module in merged.modules()) == zoo.LAYERS
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", LORA_TARGETS)
+def test_lora_merged_in_place_and_back(name: str) -> None:
+    _, lora, _, both = stack(name, True)
+    lora.merge_adapter(["lora"])
+    assert zoo.difference(zoo.logits(lora, name), both) < 2e-5
+    lora.unmerge_adapter()
+    assert zoo.difference(zoo.logits(lora, name), both) < 2e-5
+    with pytest.raises(NotImplementedError, match="cannot be merged"):
+        lora.merge_adapter(["preskip"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", LORA_TARGETS)
+def test_the_branch_is_unloaded_and_lora_stays(name: str) -> None:
+    lora_first, preskip, alone, _ = stack(name, False)
+    assert torch.equal(zoo.logits(preskip.unload(), name), alone)
+    assert torch.equal(zoo.logits(lora_first, name), alone)
+    assert not any(isinstance(module, PreskipLayer) for module in lora_first.modules())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_second_branch_joins_over_lora(name: str) -> None:
+    """LoRA wraps the layer that the first branch taps: the second must find the same place."""
+    _, second, _, _ = stack(name, True)
+    third = get_peft_model(second.get_base_model(), PreskipConfig(), adapter_name="third").eval()
+    assert set(third.peft_config) == {"preskip", "lora", "third"}
+    third.base_model.set_adapter("third")
+    assert {n for m in third.modules() if isinstance(m, PreskipLayer) for n in m.settings} == {"preskip", "third"}

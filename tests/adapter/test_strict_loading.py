@@ -1,0 +1,191 @@
+"""An adapter loads whole or not at all: what is missing, too much, misshapen or not finite is named."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import zoo
+from preskip import PreskipConfig, PreskipError
+from preskip.adapter import PreskipLayer
+
+PREFIX = "base_model.model.model.layers"
+DOWN = f"{PREFIX}.1.self_attn.preskip.down.weight"
+Tensors = dict[str, torch.Tensor]
+
+
+def drop(t: Tensors) -> None:
+    del t[DOWN]
+
+
+def add_layer(t: Tensors) -> None:
+    t[f"{PREFIX}.7.self_attn.preskip.down.weight"] = t[DOWN].clone()
+
+
+def add_part(t: Tensors) -> None:
+    t[f"{PREFIX}.0.self_attn.preskip.gate.weight"] = t[DOWN].clone()
+
+
+def reshape(t: Tensors) -> None:
+    t[DOWN] = t[DOWN][:-1].clone()
+
+
+def poison(value: float) -> Callable[[Tensors], None]:
+    def spoil(t: Tensors) -> None:
+        t[DOWN][3, 4] = value
+
+    return spoil
+
+
+DAMAGES: dict[str, tuple[Callable[[Tensors], None], str]] = {
+    "missing": (drop, r"lacks \S*layers\.1\.self_attn\.preskip\.down\.\S*: it belongs to another model"),
+    "missing all": (lambda t: t.clear(), "lacks .* and 5 more|no tensor that belongs"),
+    "extra layer": (add_layer, r"no place for: \S*layers\.7\.self_attn\.preskip\.down"),
+    "extra part": (add_part, r"no place for: \S*layers\.0\.self_attn\.preskip\.gate"),
+    "wrong shape": (reshape, r"layers\.1\.self_attn\.preskip\.down\S* has shape \(31, 40\).* needs \(32, 40\)"),
+    "NaN": (poison(float("nan")), r"layers\.1\.self_attn\.preskip\.down\S* holds NaN or infinity"),
+    "infinity": (poison(float("-inf")), r"layers\.1\.self_attn\.preskip\.down\S* holds NaN or infinity"),
+}
+
+
+def from_pretrained(model, folder):
+    return PeftModel.from_pretrained(model, folder)
+
+
+def low_memory(model, folder):
+    return PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
+
+
+def second_adapter(model, folder):
+    peft_model = get_peft_model(model, PreskipConfig())
+    peft_model.load_adapter(folder, adapter_name="second")
+    return peft_model
+
+
+def transformers_load(model, folder):
+    model.load_adapter(folder)
+    return model
+
+
+WAYS = [from_pretrained, low_memory, second_adapter, transformers_load]
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    model = get_peft_model(zoo.build("llama"), PreskipConfig())
+    zoo.randomise(model)
+    model.save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def damaged(folder: pathlib.Path, change: Callable[[Tensors], None]) -> pathlib.Path:
+    other = folder.parent / "damaged"
+    shutil.copytree(folder, other)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, other / "adapter_model.safetensors")
+    return other
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named(damage: str, way: Callable, folder: pathlib.Path) -> None:
+    change, message = DAMAGES[damage]
+    base = zoo.build("llama")
+    with pytest.raises(PreskipError, match=message) as caught:
+        way(base, damaged(folder, change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_failed_load_through_transformers_leaves_the_model_as_it_was(damage: str, folder: pathlib.Path) -> None:
+    model = zoo.build("llama")
+    before = zoo.logits(model, "llama")
+    broken = damaged(folder, DAMAGES[damage][0])
+    with pytest.raises(PreskipError):
+        model.load_adapter(broken)
+    assert not any(isinstance(module, PreskipLayer) for module in model.modules())
+    assert torch.equal(zoo.logits(model, "llama"), before)
+    model.load_adapter(folder)
+    loaded = zoo.logits(model, "llama")
+    with pytest.raises(PreskipError):
+        model.load_adapter(broken, adapter_name="broken")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(zoo.logits(model, "llama"), loaded)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"hidden_size": 64}, r"has shape .*: the adapter was trained for another width"),
+        ({"num_hidden_layers": 1}, r"no place for: \S*layers\.1\."),
+        ({"num_hidden_layers": 3}, r"lacks \S*layers\.2\."),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(way: Callable, size: dict, message: str, folder: pathlib.Path) -> None:
+    with pytest.raises(PreskipError, match=message):
+        way(zoo.build("llama", **size), folder)
+
+
+@pytest.mark.parametrize("way", [from_pretrained, low_memory, second_adapter])
+def test_a_tensor_of_the_base_model_is_refused_in_an_adapter(way: Callable, folder: pathlib.Path) -> None:
+    def add(t: Tensors) -> None:
+        t["base_model.model.model.norm.weight"] = torch.ones(32)
+
+    with pytest.raises(PreskipError, match=r"no place for: .*model\.norm\.weight"):
+        way(zoo.build("llama"), damaged(folder, add))
+
+
+def test_settings_that_do_not_fit_the_tensors_are_refused(folder: pathlib.Path) -> None:
+    path = folder / "adapter_config.json"
+    for setting, message in (
+        ({"expansion": 2.0}, r"has shape \(40, 32\) in the checkpoint, this model needs \(64, 32\)"),
+        ({"gated": True}, r"lacks \S*preskip\.gate"),
+        ({"content_skip": False}, r"no place for: \S*preskip\.skip"),
+    ):
+        original = path.read_text()
+        path.write_text(json.dumps({**json.loads(original), **setting}))
+        with pytest.raises(PreskipError, match=message):
+            PeftModel.from_pretrained(zoo.build("llama"), folder)
+        path.write_text(original)
+
+
+def test_whole_models_and_base_checkpoints_load_as_ever(folder: pathlib.Path) -> None:
+    model = PeftModel.from_pretrained(zoo.build("llama"), folder)
+    expected = zoo.logits(model, "llama")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    other = get_peft_model(zoo.build("llama"), PreskipConfig())
+    other.load_state_dict(state)
+    assert torch.equal(zoo.logits(other, "llama"), expected)
+    # A base checkpoint brings no branch, and needs none, where the rest is allowed to be missing.
+    base = {key: value for key, value in state.items() if ".preskip." not in key}
+    report = other.load_state_dict(base, strict=False)
+    assert len(report.missing_keys) == 6
+    assert not report.unexpected_keys
+    bare = {key.removeprefix("base_model.model."): value for key, value in base.items()}
+    other.get_base_model().load_state_dict(bare, strict=False)
+    assert torch.equal(zoo.logits(other, "llama"), expected)
+    # A part of a branch is damage even then.
+    del state[f"{PREFIX}.0.self_attn.preskip.skip.default.weight"]
+    with pytest.raises(PreskipError, match=r"lacks \S*layers\.0\.self_attn\.preskip\.skip"):
+        other.load_state_dict(state, strict=False)
+
+
+def test_other_methods_load_through_transformers_untouched(tmp_path: pathlib.Path) -> None:
+    from peft import LoraConfig
+
+    model = get_peft_model(zoo.build("llama"), LoraConfig(target_modules=["q_proj"], r=2))
+    zoo.randomise(model)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    zoo.build("llama").load_adapter(tmp_path)
