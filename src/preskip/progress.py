@@ -12,6 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Advance = Callable[[int, str], None]
 
 
+def no_progress(done: int, note: str = "") -> None:
+    """The `Advance` that shows nothing."""
+
+
 @contextmanager
 def progress_bar(description: str, total: int, *, quiet: bool = False) -> Iterator[Advance]:
     """Show one long step.
@@ -22,12 +26,12 @@ def progress_bar(description: str, total: int, *, quiet: bool = False) -> Iterat
         quiet: show nothing.
     """
     if quiet:
-        yield lambda done, note="": None
+        yield no_progress
         return
     console = Console(stderr=True)
     if not console.is_terminal:
         console.print(f"{description} ...", highlight=False)
-        yield lambda done, note="": None
+        yield no_progress
         return
     columns = (
         TextColumn("{task.description}", style="bold"),
@@ -40,4 +44,8 @@ def progress_bar(description: str, total: int, *, quiet: bool = False) -> Iterat
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(description, total=total, note="")
-        yield lambda done, note="": progress.update(task, completed=done, note=note)
+
+        def advance(done: int, note: str = "") -> None:
+            progress.update(task, completed=done, note=note)
+
+        yield advance

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_model import tiny_llama
 
 from preskip import PreskipConfig
 from preskip.analysis.depth import depth_profile
+from tiny_model import tiny_llama
 
 
 def adapted(**settings):

@@ -1,12 +1,12 @@
 import pytest
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from tiny_model import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from preskip.arms import ARMS, ArmContext, branch_parameters, lora_ranks, resolve_arms
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
+from tiny_model import tiny_llama
 
 
 def context_for(base, settings=None, layers=None) -> ArmContext:
@@ -72,7 +72,7 @@ def test_lora_scale_is_one_for_every_target():
 
 def test_impossible_budget_names_the_nearest():
     base = tiny_llama()
-    with pytest.raises(PreskipError, match=r"rank 1 has 832, the nearest possible"):
+    with pytest.raises(PreskipError, match=r"rank 1 has 448, the nearest possible"):
         lora_ranks(base, 100, None)
 
 

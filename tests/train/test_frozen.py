@@ -2,13 +2,13 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_model import tiny_llama
 
 from preskip import PreskipConfig
 from preskip.errors import PreskipError
 from preskip.rundir import read_jsonl
 from preskip.train.frozen import BlockDataset, TrainingSettings, train_frozen
 from preskip.train.memory import peak_memory
+from tiny_model import tiny_llama
 
 BLOCKS = np.random.default_rng(0).integers(2, 400, (8, 16)).astype(np.int32)
 
@@ -104,7 +104,13 @@ def test_resume_gives_the_uninterrupted_result_bit_for_bit(tmp_path, stop_at):
     folder = tmp_path / "parts"
     with pytest.raises(Stopped):
         train_frozen(
-            model(), BLOCKS, settings(), arm="x", checkpoints=folder / "checkpoints", log=folder / "train.jsonl", advance=stop
+            model(),
+            BLOCKS,
+            settings(),
+            arm="x",
+            checkpoints=folder / "checkpoints",
+            log=folder / "train.jsonl",
+            advance=stop,
         )
     resumed = model()
     rows_resumed = train(resumed, folder)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from preskip.attach import find_sites, input_width, text_decoder
+from preskip.attach import check_layers, find_sites, input_width, text_decoder
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 
@@ -33,9 +33,14 @@ class LoraRanks:
 
 
 def attention_paths(model: nn.Module, layers: tuple[int, ...] | None) -> list[str]:
-    """Paths of the attention modules that a Preskip adapter on these layers would sit in."""
-    sites = find_sites(model).attentions
-    return [site.name for site in sites if layers is None or site.layer in layers]
+    """Paths of the attention modules that a Preskip adapter on these layers would sit in.
+
+    Raises:
+        PreskipError: the model cannot have these layers (`preskip.attach.check_layers`).
+    """
+    sites = find_sites(model)
+    check_layers(model, sites, layers)
+    return [site.name for site in sites.attentions if layers is None or site.layer in layers]
 
 
 def branch_parameters(model: nn.Module, settings: BranchSettings, layers: tuple[int, ...] | None) -> int:
@@ -86,9 +91,9 @@ def lora_ranks(model: nn.Module, budget: int, layers: tuple[int, ...] | None) ->
     return LoraRanks(rank=rank, rank_pattern=pattern, targets=tuple(sizes), parameters=total)
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def _linear_shape(module: Any) -> tuple[int, int] | None:
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D":
-        return tuple(module.weight.shape)  # type: ignore[return-value, arg-type, union-attr]
+        return module.weight.shape[0], module.weight.shape[1]
     return None

@@ -18,7 +18,7 @@ from preskip.data.blocks import Window, heldout_windows, scored_size
 from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem, encode_item
 from preskip.errors import PreskipError
-from preskip.progress import Advance
+from preskip.progress import Advance, no_progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def score_sequences(
     *,
     batch_tokens: int = 2048,
     pad_token_id: int = 0,
-    advance: Advance = lambda done, note="": None,
+    advance: Advance = no_progress,
 ) -> list[Score]:
     """Score many sequences, in the given order.
 

@@ -304,7 +304,7 @@ def _insert(bench: Bench, arm: Arm, seed: int) -> tuple[nn.Module, int]:
 
     assert arm.make_config is not None
     set_seed(seed)
-    model = get_peft_model(bench.base, arm.make_config(bench.context))  # type: ignore[arg-type]
+    model = get_peft_model(bench.base, arm.make_config(bench.context))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trainable)
     if arm.matched and abs(count - bench.context.budget) > 0.005 * bench.context.budget:

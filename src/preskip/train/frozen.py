@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from preskip.errors import PreskipError
+from preskip.progress import Advance, no_progress
 from preskip.rundir import clear_disk_errors, read_jsonl, write_jsonl
 
 TRAINER_STATE = "trainer_state.json"
@@ -76,7 +76,7 @@ class BlockDataset(Dataset):
 class _StepLog(TrainerCallback):
     """Writes train.jsonl and stops at the first loss or gradient that is not finite."""
 
-    def __init__(self, path: Path, tokens_per_step: int, arm: str, advance: Callable[[int, str], None]) -> None:
+    def __init__(self, path: Path, tokens_per_step: int, arm: str, advance: Advance) -> None:
         self.path, self.tokens, self.arm, self.advance = path, tokens_per_step, arm, advance
         self.rows: list[dict[str, Any]] = []
         self.started = time.perf_counter()
@@ -120,7 +120,7 @@ def train_frozen(
     arm: str,
     checkpoints: Path,
     log: Path,
-    advance: Callable[[int, str], None] = lambda done, note="": None,
+    advance: Advance = no_progress,
 ) -> list[dict[str, Any]]:
     """Train the parameters of `model` that require gradients; the rest stays frozen.
 

@@ -1,0 +1,65 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from preskip.cli import doctor
+from preskip.cli.main import main
+
+
+def test_doctor_json(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRESKIP_CACHE", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--json"])
+    facts = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0
+    assert facts["problems"] == []
+    assert facts["cache"]["path"] == str(tmp_path)
+    assert facts["cache"]["models"]["smollm2"]["cached"] is False
+    assert facts["devices"][0]["name"] == "cpu"
+
+
+def test_doctor_names_what_is_missing_and_fails_on_a_required_one(capsys, monkeypatch):
+    monkeypatch.setitem(doctor.EXTRAS, "imaginary", (("no_such_module",), "pip install it"))
+    monkeypatch.setitem(doctor.OLDEST, "torch", (99, 0))
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 1
+    assert "no_such_module" in out
+    assert "99.0 or newer is needed" in " ".join(out.split())
+
+
+def test_help_loads_neither_torch_nor_peft():
+    code = (
+        "import sys; import preskip.cli.main; print([m for m in ('torch', 'peft', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import preskip, peft; print(peft.PeftType.PRESKIP.value)",
+        "import peft, preskip; print(peft.PeftType.PRESKIP.value)",
+        "from preskip import PreskipConfig; print(PreskipConfig().peft_type.value)",
+    ],
+)
+@pytest.mark.slow
+def test_importing_preskip_registers_the_method(statement):
+    done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "PRESKIP"
+
+
+def test_unknown_command_and_version(capsys):
+    from preskip import __version__
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == __version__
+    with pytest.raises(SystemExit) as stop:
+        main(["nonsense"])
+    assert stop.value.code == 2

@@ -1,0 +1,26 @@
+"""The real embedded model through the real command, with few steps."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.embedded
+def test_probe_of_the_embedded_model(embedded, tmp_path):
+    command = [sys.executable, "-m", "preskip", "probe", "--steps", "4", "--batch-size", "2", "--seq-len", "64"]
+    command += ["--eval-documents", "8", "--eval-words", "60", "--last-word-items", "6", "--dtype", "float32"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "run"), "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    counts = {name: arm["trainable_parameters"] for name, arm in results["arms"].items()}
+    assert counts["preskip"] == 30 * int(3.5 * 576**2) == 34_836_480
+    assert abs(counts["lora"] - counts["preskip"]) <= 0.005 * counts["preskip"]
+    # SmolLM2-135M on English prose lies near one bit per byte; a broken model or tokenizer lies far off.
+    assert 0.8 < results["arms"]["none"]["metrics"]["bits_per_byte"]["value"] < 1.3
+    assert len(results["depth"]["preskip"]["42"]) == 30
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["model"]["sha256"].startswith("b179c9523d0e6a0f")
+    assert (tmp_path / "run" / "report.html").is_file()

@@ -1,0 +1,359 @@
+"""`preskip probe` through the real command, on a tiny model in a folder."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from preskip.cli.main import main
+from tiny_model import save_tiny_llama, write_corpus
+
+FEW = ["--steps", "4", "--batch-size", "2", "--seq-len", "16", "--eval-documents", "4", "--eval-words", "30"]
+FEW += ["--last-word-items", "6", "--context-length", "32", "--save-steps", "1", "--device", "cpu"]
+FEW += ["--dtype", "float32", "--heldout-fraction", "0.4"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return save_tiny_llama(folder / "model"), write_corpus(folder / "corpus.jsonl")
+
+
+@pytest.fixture
+def probe(inputs, tmp_path, capsys):
+    """Call `preskip probe` with the tiny inputs; returns exit code, stdout and stderr."""
+    model, corpus = inputs
+
+    def call(*arguments, model=model, corpus=corpus, out=tmp_path / "run"):
+        options = [*FEW, "--corpus", str(corpus), *(["--out", str(out)] if out else []), *map(str, arguments)]
+        code = 0
+        try:
+            main(["probe", str(model), *options])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def items(run, arm, seed=42):
+    return [json.loads(line) for line in (run / "arms" / arm / f"seed-{seed}" / "items.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """One finished run with two seeds."""
+    model, corpus = inputs
+    run = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", str(model), *FEW, "--corpus", str(corpus), "--seeds", "1,2", "--out", str(run), "--json"])
+    assert stop.value.code == 0
+    return run
+
+
+def test_a_finished_run_holds_everything(finished):
+    run = finished
+    manifest = json.loads((run / "run.json").read_text())
+    results = json.loads((run / "results.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["model"]["type"] == "llama"
+    assert manifest["model"]["dtype"] == "float32"
+    assert manifest["environment"]["torch"] == torch.__version__
+    assert set(results["arms"]) == {"none", "preskip", "lora"}
+    assert results["arms"]["none"]["seeds"] == [1]
+    assert results["arms"]["preskip"]["seeds"] == [1, 2]
+    assert results["arms"]["preskip"]["trainable_parameters"] == int(3.5 * 32**2) * 2
+    counts = [results["arms"][arm]["trainable_parameters"] for arm in ("preskip", "lora")]
+    assert abs(counts[0] - counts[1]) <= 0.005 * counts[0]
+    assert {(c["arm"], c["reference"]) for c in results["comparisons"]} == {
+        ("preskip", "none"),
+        ("lora", "none"),
+        ("lora", "preskip"),
+    }
+    assert len(results["depth"]["preskip"]["1"]) == 2
+    assert (run / "report.html").stat().st_size < 3_000_000
+    assert not list(run.glob("arms/*/*/checkpoints"))
+
+
+def test_figures_follow_from_the_items(finished):
+    import math
+
+    results = json.loads((finished / "results.json").read_text())
+    rows = [row for row in items(finished, "none", 1) if row["kind"] == "document"]
+    expected = sum(row["nll"] for row in rows) / math.log(2) / sum(row["bytes"] for row in rows)
+    assert results["arms"]["none"]["metrics"]["bits_per_byte"]["value"] == pytest.approx(expected)
+    words = [row for row in items(finished, "none", 1) if row["kind"] == "last_word"]
+    accuracy = sum(row["correct"] for row in words) / len(words)
+    assert results["arms"]["none"]["metrics"]["last_word_accuracy"]["value"] == pytest.approx(accuracy)
+    assert results["evaluation"]["documents"] == len(rows) == 4
+    assert results["evaluation"]["last_word_items"] == len(words) == 6
+
+
+def test_all_arms_see_the_same_batches(finished):
+    """At step 1 no arm has learnt anything and the insertions are identities: the losses are the base's, and equal."""
+    for seed in (1, 2):
+        first = {}
+        for arm in ("preskip", "lora"):
+            log = (finished / "arms" / arm / f"seed-{seed}" / "train.jsonl").read_text().splitlines()
+            assert len(log) == 4
+            first[arm] = json.loads(log[0])["loss"]
+        assert first["preskip"] == pytest.approx(first["lora"], abs=1e-6)
+
+
+def test_a_stored_adapter_gives_the_stored_scores(finished, inputs):
+    """Everything needed to evaluate again is in the run directory."""
+    from peft import PeftModel
+
+    from preskip.assets import load_model, load_tokenizer
+    from preskip.data.corpus import load_corpus
+    from preskip.evaluate.likelihood import document_windows, score_sequences
+    from preskip.probe.run import _beginning
+
+    model, corpus = inputs
+    base = load_model(str(model), dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, finished / "arms" / "preskip" / "seed-2" / "adapter")
+    documents = {document.id: document for document in load_corpus(str(corpus)).documents}
+    tokenizer = load_tokenizer(str(model))
+    for row in items(finished, "preskip", 2):
+        if row["kind"] == "document":
+            windows, _ = document_windows(
+                [_beginning(documents[row["id"]], 30)], tokenizer, context_length=32, stride=32
+            )
+            total = sum(score.nll for score in score_sequences(adapted, windows))
+            assert total == pytest.approx(row["nll"], rel=1e-5)
+
+
+def test_same_command_same_result(probe, tmp_path):
+    assert probe(out=tmp_path / "a")[0] == 0
+    assert probe(out=tmp_path / "b")[0] == 0
+    for arm in ("none", "preskip", "lora"):
+        assert items(tmp_path / "a", arm) == items(tmp_path / "b", arm)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(inputs, tmp_path):
+    """SIGKILL in the middle, then --resume: bit-identical adapters, logs and items."""
+    model, corpus = inputs
+    base = [sys.executable, "-m", "preskip", "probe", str(model), "--corpus", str(corpus), *FEW, "--steps", "30"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run([*base, "--out", str(whole)], check=True, env=environment, capture_output=True)
+    process = subprocess.Popen([*base, "--out", str(parts)], env=environment, stderr=subprocess.DEVNULL)
+    wanted = parts / "arms" / "lora" / "seed-42" / "checkpoints" / "checkpoint-3"
+    deadline = time.monotonic() + 120
+    while not (wanted / "trainer_state.json").exists() and not list(wanted.parent.glob("checkpoint-*")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (parts / "results.json").exists()
+    resumed = [sys.executable, "-m", "preskip", "probe", "--resume", str(parts)]
+    subprocess.run(resumed, check=True, env=environment, capture_output=True)
+    for arm in ("none", "preskip", "lora"):
+        assert items(whole, arm) == items(parts, arm)
+        if arm != "none":
+            ours, theirs = (
+                load_file(run / "arms" / arm / "seed-42" / "adapter" / "adapter_model.safetensors")
+                for run in (whole, parts)
+            )
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    strip = lambda results: [(c["arm"], c["difference"], c["low"]) for c in results["comparisons"]]  # noqa: E731
+    assert strip(json.loads((whole / "results.json").read_text())) == strip(
+        json.loads((parts / "results.json").read_text())
+    )
+
+
+def test_ctrl_c_says_how_to_resume(probe, tmp_path, monkeypatch):
+    from preskip.train import frozen
+
+    real = frozen._StepLog.on_log
+
+    def interrupt(self, args, state, control, logs=None, **kwargs):
+        real(self, args, state, control, logs=logs, **kwargs)
+        if self.arm == "lora" and state.global_step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(frozen._StepLog, "on_log", interrupt)
+    code, _, err = probe()
+    run = tmp_path / "run"
+    assert code == 130
+    assert f"--resume {run}" in err
+    assert json.loads((run / "run.json").read_text())["status"] == "interrupted"
+    monkeypatch.setattr(frozen._StepLog, "on_log", real)
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", "--resume", str(run), "--json"])
+    assert stop.value.code == 0
+    assert probe(out=tmp_path / "whole")[0] == 0
+    assert items(run, "lora") == items(tmp_path / "whole", "lora")
+
+
+def test_a_finished_run_is_not_computed_again(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("arms/*/*/*.json*")}
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", "--resume", str(finished), "--json"])
+    assert stop.value.code == 0
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("arms/*/*/*.json*")} == before
+    assert json.loads(capsys.readouterr().out)["arms"]["none"]["seeds"] == [1]
+
+
+def test_every_branch_option_reaches_the_adapter(probe, tmp_path):
+    options = ["--arms", "preskip", "--expansion", "0.5", "--activation", "gelu", "--gated", "--dropout", "0.1"]
+    options += ["--skip-rank", "4", "--init-weights", "paper", "--init-std", "0.02", "--layers", "1", "--lr", "1e-4"]
+    code, _, err = probe(*options)
+    assert code == 0, err
+    config = json.loads(
+        (tmp_path / "run" / "arms" / "preskip" / "seed-42" / "adapter" / "adapter_config.json").read_text()
+    )
+    expected = {
+        "expansion": 0.5,
+        "activation": "gelu",
+        "gated": True,
+        "dropout": 0.1,
+        "skip_rank": 4,
+        "init_weights": "paper",
+        "init_std": 0.02,
+        "layers_to_transform": [1],
+    }
+    assert {key: config[key] for key in expected} == expected
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["arms"]["preskip"]["trainable_parameters"] == 3 * 32 * 16 + 2 * 32 * 4
+    assert results["arms"]["preskip"]["learning_rate"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--arms", "none,lorra"], "unknown arm 'lorra'"),
+        (["--activation", "tanh"], "activation='tanh'"),
+        (["--expansion", "0"], "expansion=0.0"),
+        (["--expansion", "nan"], "expansion=nan"),
+        (["--layers", "0,7"], "has attention in layers 0 to 1"),
+        (["--layers", "x"], "--layers 'x'"),
+        (["--lr", "fast"], "--lr 'fast'"),
+        (["--lr", "none=1e-3"], "--lr names 'none'"),
+        (["--steps", "0"], "--steps 0"),
+        (["--seeds", "1,one"], "'one' is not a whole number"),
+        (["--seeds", "1,1"], "different numbers"),
+        (["--dtype", "int8"], "--dtype 'int8'"),
+        (["--device", "tpu"], "--device 'tpu'"),
+        (["--micro-batch-size", "3"], "does not divide"),
+        (["--batch-size", "5000"], "one batch"),
+        (["--context-length", "9999"], "exceed the model's context of 256"),
+        (["--no-preprojection", "--no-content-skip"], "content_skip=False"),
+        (["--skip-rank", "33"], "skip_rank=33 exceeds the width 32"),
+        (["--expansion", "0.01", "--no-content-skip"], "no inner feature"),
+    ],
+)
+def test_bad_options_end_in_one_line_and_leave_nothing(probe, tmp_path, arguments, message):
+    import re
+
+    code, out, err = probe(*arguments)
+    assert code == 1
+    assert re.search(re.escape(message) if "(" not in message else message, err), err
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_models_and_corpora(probe, inputs, tmp_path):
+    model, _ = inputs
+
+    def refused(message, **where):
+        code, _, err = probe(**where)
+        assert code == 1
+        assert message in err
+        assert "Traceback" not in err
+        assert not (tmp_path / "run").exists()
+
+    refused("unknown model", model="nothing-of-that-name")
+    (tmp_path / "empty").mkdir()
+    refused("config.json", model=tmp_path / "empty")
+    refused("HF_HUB_OFFLINE", model="some-org/some-model")
+    refused("unknown corpus", corpus="nothing")
+    cut = shutil.copytree(model, tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    refused("model.safetensors", model=cut)
+    pickled = shutil.copytree(model, tmp_path / "pickled")
+    torch.save({}, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    refused("safetensors", model=pickled)
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"text": "One document alone."}) + "\n")
+    refused("one to hold out", corpus=one)
+
+
+def test_nan_weights_are_found_before_training(probe, inputs, tmp_path):
+    model, _ = inputs
+    broken = shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = probe(model=broken)
+    assert code == 1
+    assert "NaN" in err
+    assert not list(tmp_path.glob("run/arms/*/*/train.jsonl"))
+
+
+def test_out_must_be_new_and_writable(probe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("keep")
+    code, _, err = probe()
+    assert code == 1
+    assert "exists already" in err
+    assert (tmp_path / "run" / "mine").read_text() == "keep"
+    code, _, err = probe(out=tmp_path / "run" / "mine" / "deeper")
+    assert code == 1
+    assert "is not a folder" in err
+
+
+def test_resume_refuses(probe, tmp_path, finished):
+    def resume(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(["probe", *map(str, arguments)])
+        return stop.value.code
+
+    assert resume("--resume", tmp_path / "nowhere") == 1
+    assert resume("--resume", finished, "--steps", "9") == 1
+
+
+def test_full_disk_while_saving_is_one_line_and_resumable(probe, tmp_path, monkeypatch):
+    import errno
+
+    import peft
+
+    real = peft.PeftModel.save_pretrained
+
+    def full(self, folder, *args, **kwargs):
+        if "adapter" in str(folder):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, folder, *args, **kwargs)
+
+    monkeypatch.setattr(peft.PeftModel, "save_pretrained", full)
+    code, _, err = probe()
+    assert code == 1
+    assert "no space left" in err
+    assert "--resume" in err
+    monkeypatch.setattr(peft.PeftModel, "save_pretrained", real)
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", "--resume", str(tmp_path / "run"), "--json"])
+    assert stop.value.code == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+
+
+def test_text_mode_prints_the_table(probe):
+    code, out, err = probe("--arms", "preskip")
+    assert code == 0
+    assert "preskip − none" in out
+    assert "report:" in out
+    assert "inserted weights float32" in err
