@@ -32,7 +32,7 @@ def preskip_data(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pat
 
 @pytest.fixture(scope="session")
 def embedded():
-    """The embedded model and its tokenizer as `preskip.assets.load_model` returns them, in fp32; for `embedded` tests.
+    """The embedded model in fp32, shared by all tests of the session: leave it as it was; for `embedded` tests.
 
     Skips where it cannot be had: not cached under `PRESKIP_CACHE`, and no package index to get it from.
     """

@@ -87,3 +87,18 @@ def test_generation_is_the_same_with_and_without_cache_and_left_padded(name: str
     if name not in NO_STATIC_CACHE:
         static = model.generate(input_ids=prompt, cache_implementation="static", disable_compile=True, **options)
         assert static.sequences[0, 6:].tolist() == tokens
+
+
+@pytest.mark.slow
+@pytest.mark.embedded
+@torch.no_grad()
+def test_the_embedded_model_starts_and_ends_as_itself(embedded) -> None:
+    ids = torch.arange(1000, 1032)[None]
+    untouched = embedded(input_ids=ids).logits
+    model = get_peft_model(embedded, PreskipConfig()).eval()
+    assert model.get_nb_trainable_parameters()[0] == 30 * 3.5 * 576**2 == 34836480
+    assert zoo.difference(model(input_ids=ids).logits, untouched) == 0.0
+    zoo.randomise(model, std=0.01)
+    assert zoo.difference(model(input_ids=ids).logits, untouched) > 1e-2
+    assert zoo.difference(model.unload()(input_ids=ids).logits, untouched) == 0.0
+    embedded.requires_grad_(True)

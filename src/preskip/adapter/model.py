@@ -21,6 +21,7 @@ from preskip.attach import (
     INPUT_PROJECTIONS,
     Sites,
     attach,
+    check_layers,
     coverage,
     detach,
     find_sites,
@@ -82,7 +83,7 @@ class PreskipModel(BaseTuner):
         sites = find_sites(model) if config.target_modules is None else None
         layers = _layer_list(config)
         if sites is not None:
-            _check_complete(model, sites, config)
+            check_layers(model, sites, layers)
             _set_default_targets(model, sites, config)
         inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, PreskipLayer))
         keys = [key for key, _ in model.named_modules() if key and not f"{key}.".startswith(inside)]
@@ -211,24 +212,6 @@ def _has_tuner_layers(model: nn.Module) -> bool:
 def _layer_list(config: PreskipConfig) -> list[int] | None:
     layers = config.layers_to_transform
     return [layers] if isinstance(layers, int) else (list(layers) if layers is not None else None)
-
-
-def _check_complete(model: nn.Module, sites: Sites, config: PreskipConfig) -> None:
-    chosen = _layer_list(config)
-    if chosen is not None:
-        unknown = [layer for layer in chosen if layer not in sites.layers]
-        if unknown or not chosen:
-            first, last = sites.layers[0], sites.layers[-1]
-            whole = sites.layers == list(range(first, last + 1))
-            raise PreskipError(
-                f"layers_to_transform={chosen} is not possible: {type(model).__name__} has attention in "
-                f"{f'layers {first} to {last}' if whole else f'layers {sites.layers}'}"
-            )
-    elif sites.blocks_without:
-        raise PreskipError(
-            f"{type(model).__name__} has blocks without a known self-attention: {', '.join(sites.blocks_without[:8])}; "
-            f"give layers_to_transform={sites.layers} to adapt only the others"
-        )
 
 
 def _set_default_targets(model: nn.Module, sites: Sites, config: PreskipConfig) -> None:
