@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from tiny_text import PROSE, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tiny_text import PROSE, tiny_tokenizer
 
 
 def tiny_llama(**settings) -> LlamaForCausalLM:

@@ -11,7 +11,7 @@ attention (`skip_position="residual"`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +209,33 @@ def tap_of(block: nn.Module, target: str, skip_position: str) -> nn.Module | Non
         return dense.get_base_layer() if hasattr(dense, "get_base_layer") else dense
     norm = POST_ATTENTION_NORMS.get(type(block).__name__)
     return getattr(block, norm) if norm is not None and skip_position == "residual" else None
+
+
+def check_layers(model: nn.Module, sites: Sites, layers: Sequence[int] | None) -> None:
+    """Refuse a choice of layers that the model cannot have.
+
+    Args:
+        model: named in the message.
+        sites: the model's sites.
+        layers: the chosen layer indices, or None for all.
+
+    Raises:
+        PreskipError: a layer that does not exist or has no attention, no layer at all, or None on a model in which
+            some blocks have no known self-attention.
+    """
+    if layers is None:
+        if sites.blocks_without:
+            raise PreskipError(
+                f"{type(model).__name__} has blocks without a known self-attention: "
+                f"{_some(list(sites.blocks_without))}; give layers_to_transform={sites.layers} to adapt only the others"
+            )
+    elif not layers or not set(layers) <= set(sites.layers):
+        first, last = sites.layers[0], sites.layers[-1]
+        available = f"{first} to {last}" if sites.layers == list(range(first, last + 1)) else f"{sites.layers}"
+        raise PreskipError(
+            f"layers_to_transform={list(layers)} is not possible: {type(model).__name__} has attention in layers "
+            f"{available}"
+        )
 
 
 def coverage(names: Iterable[str], sites: Sites, layers: Iterable[int]) -> str:

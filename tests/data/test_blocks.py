@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from tiny_text import PROSE, tiny_tokenizer
 
 from preskip.data.blocks import heldout_windows, pack_blocks, scored_size, text_ids
 from preskip.data.corpus import Document
 from preskip.errors import PreskipError
+from tiny_text import PROSE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 DOCUMENTS = [Document(f"d{i}", f"Document number {i}. " + PROSE, f"d{i}") for i in range(6)]

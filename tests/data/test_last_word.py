@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from tiny_text import PROSE, tiny_tokenizer
 
 from preskip.data.blocks import text_ids
 from preskip.data.corpus import Document, load_corpus, split_documents
 from preskip.data.last_word import STOP_WORDS, LastWordItem, build_items, encode_item, split_sentences
 from preskip.errors import PreskipError
+from tiny_text import PROSE, tiny_tokenizer
 
 DOCUMENTS = [
     Document(name, PROSE.replace("harbor", word) * 3, name) for name, word in (("a", "harbor"), ("b", "village"))

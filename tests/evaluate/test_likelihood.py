@@ -2,8 +2,6 @@ import math
 
 import pytest
 import torch
-from tiny_model import tiny_llama
-from tiny_text import PROSE, tiny_tokenizer
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from preskip.data.blocks import Window
@@ -17,6 +15,8 @@ from preskip.evaluate.likelihood import (
     last_word_windows,
     score_sequences,
 )
+from tiny_model import tiny_llama
+from tiny_text import PROSE, tiny_tokenizer
 
 WINDOWS = [Window(list(range(5, 5 + length)), scored_from) for length, scored_from in ((9, 1), (4, 3), (30, 7), (9, 8))]
 
