@@ -53,7 +53,7 @@ ARMS: dict[str, Arm] = {
         Arm(
             name="preskip",
             description="pre-projection before Q/K/V and content skip around attention",
-            learning_rate=1e-3,
+            learning_rate=5e-4,
             make_config=_preskip,
         ),
         Arm(
