@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from preskip import BranchSettings
-from preskip.arms import ARMS, ArmContext, branch_parameters
+from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters
 from preskip.assets import load_model
 from preskip.train.memory import peak_memory
 
@@ -33,8 +33,16 @@ def arm_on_base(name: str, model: str, dtype: torch.dtype) -> torch.nn.Module:
 
     base = load_model(model, dtype=dtype)
     settings = BranchSettings()
-    budget = branch_parameters(base, settings, None)
-    context = ArmContext(base=base, settings=settings, skip_position="attention", layers=None, budget=budget)
+    targets = attention_paths(base)
+    budget = branch_parameters(base, settings, targets)
+    context = ArmContext(
+        base=base,
+        settings=settings,
+        skip_position="attention",
+        layers=None,
+        targets=tuple(targets),
+        budget=budget,
+    )
     return get_peft_model(base, ARMS[name].make_config(context)).train()
 
 

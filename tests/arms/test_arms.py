@@ -3,7 +3,7 @@ from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from preskip.arms import ARMS, ArmContext, branch_parameters, lora_ranks, resolve_arms
+from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters, lora_ranks, resolve_arms
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 from tiny_model import tiny_llama
@@ -11,8 +11,11 @@ from tiny_model import tiny_llama
 
 def context_for(base, settings=None, layers=None) -> ArmContext:
     settings = settings or BranchSettings()
-    budget = branch_parameters(base, settings, layers)
-    return ArmContext(base=base, settings=settings, skip_position="attention", layers=layers, budget=budget)
+    targets = tuple(attention_paths(base, layers))
+    budget = branch_parameters(base, settings, targets)
+    return ArmContext(
+        base=base, settings=settings, skip_position="attention", layers=layers, targets=targets, budget=budget
+    )
 
 
 def trainable(model) -> int:
@@ -35,7 +38,7 @@ def test_lora_matches_within_half_a_percent(make, expansion, layers):
         counts[arm] = trainable(model)
         adapted = {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad}
         assert adapted, arm
-    assert counts["preskip"] == branch_parameters(make(), settings, layers)
+    assert counts["preskip"] == context_for(make(), settings, layers).budget
     assert abs(counts["lora"] - counts["preskip"]) <= 0.005 * counts["preskip"]
 
 
@@ -53,9 +56,10 @@ def test_lora_ranks_of_pythia():
         )
         with torch.device("meta"):
             model = GPTNeoXForCausalLM(config)
-        budget = branch_parameters(model, BranchSettings(), None)
+        targets = attention_paths(model)
+        budget = branch_parameters(model, BranchSettings(), targets)
         assert budget == int(3.5 * width**2) * layers
-        ranks = lora_ranks(model, budget, None)
+        ranks = lora_ranks(model, budget, targets)
         assert ranks.rank == expected
         assert abs(ranks.parameters - budget) < 0.001 * budget
 
@@ -73,7 +77,7 @@ def test_lora_scale_is_one_for_every_target():
 def test_impossible_budget_names_the_nearest():
     base = tiny_llama()
     with pytest.raises(PreskipError, match=r"rank 1 has 448, the nearest possible"):
-        lora_ranks(base, 100, None)
+        lora_ranks(base, 100, attention_paths(base))
 
 
 def test_resolve_arms():
@@ -82,3 +86,14 @@ def test_resolve_arms():
         resolve_arms(["none", "dora2"])
     with pytest.raises(PreskipError, match="different arms"):
         resolve_arms(["lora", "lora"])
+
+
+def test_targets_by_expression():
+    base = tiny_llama(num_hidden_layers=3)
+    names = [f"model.layers.{i}.self_attn" for i in range(3)]
+    assert attention_paths(base) == names
+    assert attention_paths(base, (0, 2)) == [names[0], names[2]]
+    assert attention_paths(base, None, r".*\.[12]\.self_attn") == names[1:]
+    assert attention_paths(base, None, None, r".*\.1\..*") == [names[0], names[2]]
+    with pytest.raises(PreskipError, match="is left to adapt"):
+        attention_paths(base, None, "nothing")

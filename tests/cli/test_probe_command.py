@@ -229,6 +229,15 @@ def test_every_branch_option_reaches_the_adapter(probe, tmp_path):
     assert results["arms"]["preskip"]["learning_rate"] == 1e-4
 
 
+def test_target_modules_choose_the_same_layers_for_both_arms(probe, tmp_path):
+    code, _, err = probe("--target-modules", r"model\.layers\.1\.self_attn")
+    assert code == 0, err
+    for arm in ("preskip", "lora"):
+        tensors = load_file(tmp_path / "run" / "arms" / arm / "seed-42" / "adapter" / "adapter_model.safetensors")
+        assert tensors
+        assert all(".layers.1." in key for key in tensors)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -238,6 +247,8 @@ def test_every_branch_option_reaches_the_adapter(probe, tmp_path):
         (["--expansion", "nan"], "expansion=nan"),
         (["--layers", "0,7"], "has attention in layers 0 to 1"),
         (["--layers", "x"], "--layers 'x'"),
+        (["--target-modules", "["], "is not a regular expression"),
+        (["--exclude-modules", ".*"], "is left to adapt"),
         (["--lr", "fast"], "--lr 'fast'"),
         (["--lr", "none=1e-3"], "--lr names 'none'"),
         (["--steps", "0"], "--steps 0"),

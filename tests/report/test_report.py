@@ -455,6 +455,13 @@ def test_verdicts(entry: tuple[str, float, float, float], outcome: str, text: st
     assert text in verdicts.sentence(comparison(*entry))
 
 
+def test_an_accuracy_needs_the_exact_test_too() -> None:
+    entry = comparison("last_word_accuracy", 0.075, 0.013, 0.149)
+    assert verdicts.outcome({**entry, "p_value": 0.04}) == "better"
+    assert verdicts.outcome({**entry, "p_value": 0.0703}) == "undecided"
+    assert "but the exact McNemar p is 0.07" in verdicts.sentence({**entry, "p_value": 0.0703})
+
+
 def test_smoothing_is_unbiased_and_skips_gaps() -> None:
     assert plots.smoothed([2.0] * 5) == pytest.approx([2.0] * 5)
     # keep = 0.8: (0.8·0.2·1 + 0.2·3) / (0.8·0.2 + 0.2)

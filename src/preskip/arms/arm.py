@@ -24,7 +24,9 @@ class ArmContext:
         base: the untouched pretrained model.
         settings: the branch that the reference arm inserts.
         skip_position: see `PreskipConfig`.
-        layers: layer indices to adapt, ascending; None for all.
+        layers: layer indices to adapt; None for all.
+        targets: paths of the attention modules to adapt, all of them in these layers.
+        by_name: whether the user chose the targets by an expression, not by layers.
         budget: trainable parameters that a matched arm must come to.
     """
 
@@ -32,7 +34,9 @@ class ArmContext:
     settings: BranchSettings
     skip_position: str
     layers: tuple[int, ...] | None
+    targets: tuple[str, ...]
     budget: int
+    by_name: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,25 +34,47 @@ class LoraRanks:
     parameters: int
 
 
-def attention_paths(model: nn.Module, layers: tuple[int, ...] | None) -> list[str]:
-    """Paths of the attention modules that a Preskip adapter on these layers would sit in.
+def attention_paths(
+    model: nn.Module,
+    layers: tuple[int, ...] | None = None,
+    target_modules: str | None = None,
+    exclude_modules: str | None = None,
+) -> list[str]:
+    """Paths of the attention modules to adapt.
+
+    Args:
+        model: the base.
+        layers: layer indices; None for all.
+        target_modules: regular expression of whole paths; None for every self-attention of the text decoder.
+        exclude_modules: regular expression of whole paths to leave out.
 
     Raises:
-        PreskipError: the model cannot have these layers (`preskip.attach.check_layers`).
+        PreskipError: the model cannot have these layers (`preskip.attach.check_layers`), or nothing is left.
     """
-    sites = find_sites(model)
-    check_layers(model, sites, layers)
-    return [site.name for site in sites.attentions if layers is None or site.layer in layers]
+    if target_modules is not None:
+        paths = [path for path, _ in model.named_modules() if re.fullmatch(target_modules, path)]
+    else:
+        sites = find_sites(model)
+        if exclude_modules is None:
+            check_layers(model, sites, layers)
+        paths = [site.name for site in sites.attentions if layers is None or site.layer in layers]
+    if exclude_modules is not None:
+        paths = [path for path in paths if not re.fullmatch(exclude_modules, path)]
+    if not paths:
+        raise PreskipError(
+            f"no attention of {type(model).__name__} is left to adapt: the expressions must match "
+            "whole paths, e.g. model\\.layers\\.[0-5]\\.self_attn"
+        )
+    return paths
 
 
-def branch_parameters(model: nn.Module, settings: BranchSettings, layers: tuple[int, ...] | None) -> int:
-    """Trainable parameters of a Preskip adapter: the branch's cost, summed over the adapted layers."""
+def branch_parameters(model: nn.Module, settings: BranchSettings, targets: Sequence[str]) -> int:
+    """Trainable parameters of a Preskip adapter: the branch's cost, summed over the target attentions."""
     hidden_size = getattr(getattr(text_decoder(model), "config", None), "hidden_size", None)
-    modules = (model.get_submodule(path) for path in attention_paths(model, layers))
-    return sum(settings.cost(input_width(module, hidden_size)).parameters for module in modules)
+    return sum(settings.cost(input_width(model.get_submodule(path), hidden_size)).parameters for path in targets)
 
 
-def lora_ranks(model: nn.Module, budget: int, layers: tuple[int, ...] | None) -> LoraRanks:
+def lora_ranks(model: nn.Module, budget: int, targets: Sequence[str]) -> LoraRanks:
     """LoRA on every linear layer of the attentions (Q, K, V and output), with as many parameters as `budget`.
 
     One rank costs Σ (in + out) over the targets. The largest common rank that fits is raised by one for as many
@@ -59,13 +83,13 @@ def lora_ranks(model: nn.Module, budget: int, layers: tuple[int, ...] | None) ->
     Args:
         model: the base.
         budget: trainable parameters to come to.
-        layers: layer indices to adapt; None for all.
+        targets: paths of the attention modules to adapt.
 
     Raises:
         PreskipError: less than rank 1 fits, or the nearest possible number is more than 0.5 % away; it is named.
     """
     sizes: dict[str, int] = {}
-    for path in attention_paths(model, layers):
+    for path in targets:
         # BERT keeps the output projection beside `attention.self`.
         root = path.removesuffix(".self")
         for name, module in model.get_submodule(root).named_modules():

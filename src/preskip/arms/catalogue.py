@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from preskip.arms.arm import Arm, ArmContext
@@ -15,18 +16,20 @@ if TYPE_CHECKING:
 
 
 def _preskip(context: ArmContext) -> PeftConfig:
-    from dataclasses import asdict
-
     from preskip.adapter import PreskipConfig
 
-    layers = list(context.layers) if context.layers is not None else None
-    return PreskipConfig(**asdict(context.settings), skip_position=context.skip_position, layers_to_transform=layers)
+    config = PreskipConfig(**asdict(context.settings), skip_position=context.skip_position)
+    if context.by_name:
+        config.target_modules = set(context.targets)  # type: ignore[assignment]
+    elif context.layers is not None:
+        config.layers_to_transform = list(context.layers)
+    return config
 
 
 def _lora(context: ArmContext) -> PeftConfig:
     from peft import LoraConfig
 
-    ranks = lora_ranks(context.base, context.budget, context.layers)
+    ranks = lora_ranks(context.base, context.budget, context.targets)
     pattern = {re.escape(name): rank for name, rank in ranks.rank_pattern.items()}
     # alpha = rank keeps the update's scale at 1 whatever rank the budget gives.
     return LoraConfig(

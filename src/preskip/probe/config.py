@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ class ProbeConfig:
     Args:
         model: embedded name, Hub id, local folder or GGUF file.
         corpus: embedded name, Hub id, text file, folder or JSONL file.
+        text_column: column of a Hub data set; None finds it.
+        corpus_split: split of a Hub data set.
         arms: names of the arms to compare; `none` is always among them.
         seeds: one training per arm and seed; a seed sets initialisation, data order and dropout.
         steps: optimiser steps.
@@ -29,6 +32,8 @@ class ProbeConfig:
         seq_len: tokens per training sequence.
         learning_rates: peak learning rate by arm; an absent arm takes its own default.
         layers: layer indices to adapt; None for all.
+        target_modules: regular expression of the attention modules to adapt; None for all of the text decoder.
+        exclude_modules: regular expression of modules to leave out.
         dtype: of the base's weights; auto is bfloat16 where the processor computes in it, else float32. The inserted
             weights are float32 always.
         device: "auto", "cpu" or "cuda".
@@ -52,6 +57,8 @@ class ProbeConfig:
 
     model: str = "smollm2"
     corpus: str = "sotu"
+    text_column: str | None = None
+    corpus_split: str = "train"
     arms: tuple[str, ...] = ("none", "preskip", "lora")
     seeds: tuple[int, ...] = (42,)
     steps: int = 16
@@ -60,6 +67,8 @@ class ProbeConfig:
     seq_len: int = 128
     learning_rates: dict[str, float] = field(default_factory=dict)
     layers: tuple[int, ...] | None = None
+    target_modules: str | None = None
+    exclude_modules: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     attn_implementation: str | None = None
@@ -101,6 +110,10 @@ class ProbeConfig:
                 raise PreskipError(f"--lr names {arm!r}: choose one of {trained}")
             if not 0 < rate < 10:
                 raise PreskipError(f"--lr {arm}={rate} is not possible: it must be > 0 and < 10")
+        for name in ("target_modules", "exclude_modules"):
+            _check_pattern(_flag(name), getattr(self, name))
+        if self.target_modules is not None and self.layers is not None:
+            raise PreskipError("--layers cannot be combined with --target-modules: name the layers in the expression")
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise PreskipError("--layers needs one or more different layer indices")
 
@@ -171,6 +184,13 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
         except ValueError:
             raise PreskipError(f"--layers {text!r} is not a list of layers, e.g. 0-5,10") from None
     return tuple(layers)
+
+
+def _check_pattern(flag: str, pattern: str | None) -> None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise PreskipError(f"{flag} {pattern!r} is not a regular expression: {error}") from None
 
 
 def _flag(name: str) -> str:

@@ -21,7 +21,7 @@ from transformers import set_seed
 
 from preskip import environment
 from preskip.analysis.depth import depth_profile
-from preskip.arms import Arm, ArmContext, branch_parameters, resolve_arms
+from preskip.arms import Arm, ArmContext, attention_paths, branch_parameters, resolve_arms
 from preskip.assets import load_model, load_tokenizer, resolve_model
 from preskip.data.blocks import Window, pack_blocks
 from preskip.data.corpus import Document, load_corpus, split_documents
@@ -158,7 +158,7 @@ def run_probe(run: RunDirectory, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def _prepare(config: ProbeConfig, quiet: bool) -> tuple[Bench, dict[str, Any]]:
-    corpus = load_corpus(config.corpus, progress=not quiet)
+    corpus = load_corpus(config.corpus, text_column=config.text_column, split=config.corpus_split, progress=not quiet)
     split = split_documents(corpus, config.heldout_fraction, config.split_seed)
     source = resolve_model(config.model)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
@@ -173,9 +173,15 @@ def _prepare(config: ProbeConfig, quiet: bool) -> tuple[Bench, dict[str, Any]]:
     longest = max(config.seq_len, config.context_length)
     if limit is not None and longest > limit:
         raise PreskipError(f"{longest} tokens exceed the model's context of {limit}: lower --seq-len/--context-length")
-    budget = branch_parameters(base, config.settings, config.layers)
+    targets = attention_paths(base, config.layers, config.target_modules, config.exclude_modules)
     context = ArmContext(
-        base=base, settings=config.settings, skip_position=config.skip_position, layers=config.layers, budget=budget
+        base=base,
+        settings=config.settings,
+        skip_position=config.skip_position,
+        layers=config.layers,
+        targets=tuple(targets),
+        by_name=config.target_modules is not None or config.exclude_modules is not None,
+        budget=branch_parameters(base, config.settings, targets),
     )
     heldout = _heldout(config, split.heldout, tokenizer)
     bench = Bench(config, base, tokenizer, context, split.training, heldout, quiet)
@@ -270,8 +276,8 @@ def _run_cell(bench: Bench, arm: Arm, seed: int, cell: Cell, blocks: np.ndarray)
                     )
                 with clear_disk_errors(cell.adapter):
                     model.save_pretrained(str(cell.adapter))  # type: ignore[operator]
-        trained = time.perf_counter()
-        items = _evaluate(bench, model, label)
+            trained = time.perf_counter()
+            items = _evaluate(bench, model, label)
         if arm.name == "preskip":
             windows = [window.input_ids for window in bench.heldout.windows[:DEPTH_WINDOWS]]
             depth = depth_profile(model.get_base_model(), windows)  # type: ignore[operator]

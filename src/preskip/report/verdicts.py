@@ -47,9 +47,12 @@ def metric_named(key: str) -> Metric:
 
 
 def outcome(comparison: Mapping[str, Any]) -> Outcome:
-    """Better or worse when the interval excludes 0, else undecided."""
-    low, high = comparison["low"], comparison["high"]
-    if low <= 0 <= high:
+    """Better or worse when the interval excludes 0 and, for accuracies, the exact McNemar test agrees; else undecided.
+
+    With few discordant items the bootstrap interval and the exact test can disagree; then nothing is claimed.
+    """
+    low, high, p_value = comparison["low"], comparison["high"], comparison.get("p_value")
+    if low <= 0 <= high or (p_value is not None and p_value > 1 - comparison.get("confidence", 0.95)):
         return "undecided"
     improved = (high < 0) == metric_named(comparison["metric"]).lower_is_better
     return "better" if improved else "worse"
@@ -109,9 +112,12 @@ def sentence(comparison: Mapping[str, Any]) -> str:
     arm, reference = comparison["arm"], comparison["reference"]
     if outcome(comparison) == "undecided":
         shown = difference_text(comparison)
+        reason = "and that interval includes 0"
+        if not comparison["low"] <= 0 <= comparison["high"]:
+            reason = f"but the exact McNemar p is {comparison['p_value']:.2g}"
         return (
             f"{arm} and {reference} cannot be told apart on {metric.phrase}: the difference is {shown['value']} "
-            f"{shown['interval']}{shown['unit']}, and that interval includes 0"
+            f"{shown['interval']}{shown['unit']}, {reason}"
         )
     value, low, high = (metric.factor * comparison[key] for key in ("difference", "low", "high"))
     places = decimals(low, high, metric.minimum_decimals)
