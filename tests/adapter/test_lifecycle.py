@@ -245,3 +245,12 @@ def test_importing_preskip_registers_the_method_and_nothing_else_does() -> None:
     light = "import sys, preskip; print(any(m in sys.modules for m in ('torch', 'transformers', 'peft')))"
     run = subprocess.run([sys.executable, "-c", light], capture_output=True, text=True, timeout=300, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_dropout_without_a_preprojection_is_harmless() -> None:
+    """There is nothing to drop then; the skip alone is linear in the attention's input."""
+    model = get_peft_model(zoo.build("llama"), PreskipConfig(preprojection=False, dropout=0.3))
+    zoo.randomise(model)
+    model.train()
+    first, second = (zoo.logits(model, "llama") for _ in range(2))
+    assert zoo.difference(first, second) == 0.0

@@ -86,11 +86,7 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
         return {part: modules[part][adapter_name] for part in PARTS if adapter_name in modules[part]}  # type: ignore
 
     def _enrich(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        dropout = (
-            self.dropout[adapter_name]
-            if adapter_name in self.settings and self.settings[adapter_name].dropout > 0
-            else None
-        )
+        dropout = self.dropout[adapter_name] if adapter_name in self.dropout else None  # noqa: SIM401
         return arithmetic.enrich(x, self.linears(adapter_name), self.settings[adapter_name], dropout)
 
     def enrich(self, x: torch.Tensor) -> torch.Tensor:
