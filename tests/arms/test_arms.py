@@ -1,9 +1,10 @@
 import pytest
+import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters, lora_ranks, resolve_arms
+from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters, lora_ranks, match_expansion, resolve_arms
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 from tiny_model import tiny_llama
@@ -44,8 +45,6 @@ def test_lora_matches_within_half_a_percent(make, expansion, layers):
 
 def test_lora_ranks_of_pythia():
     """PAPER.md section 4: rank 448 at 160M and 597 at 410M match pre-projection + skip on qkv + dense."""
-    import torch
-
     for width, layers, heads, expected in ((768, 12, 12, 448), (1024, 24, 16, 597)):
         config = GPTNeoXConfig(
             hidden_size=width,
@@ -82,7 +81,7 @@ def test_impossible_budget_names_the_nearest():
 
 def test_resolve_arms():
     assert [arm.name for arm in resolve_arms(["lora", "none", "preskip"])] == ["none", "lora", "preskip"]
-    with pytest.raises(PreskipError, match=r"unknown arm 'dora2': choose from none, preskip, lora"):
+    with pytest.raises(PreskipError, match=r"unknown arm 'dora2': choose from none, preskip, preproj"):
         resolve_arms(["none", "dora2"])
     with pytest.raises(PreskipError, match="different arms"):
         resolve_arms(["lora", "lora"])
@@ -97,3 +96,39 @@ def test_targets_by_expression():
     assert attention_paths(base, None, None, r".*\.1\..*") == [names[0], names[2]]
     with pytest.raises(PreskipError, match="is left to adapt"):
         attention_paths(base, None, "nothing")
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.make_config])
+def test_every_arm_meets_the_budget_starts_as_the_base_and_trains(name):
+    base = tiny_llama(hidden_size=64, num_hidden_layers=4).eval()
+    ids = torch.arange(5, 25).reshape(2, 10)
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+    context = context_for(base)
+    model = get_peft_model(base, ARMS[name].make_config(context))
+    count = trainable(model)
+    if ARMS[name].matched:
+        assert abs(count - context.budget) <= 0.005 * context.budget
+    else:
+        assert count == 4 * 64**2
+    with torch.no_grad():
+        # DoRA divides by a norm and multiplies it back.
+        assert (model(input_ids=ids).logits - before).abs().max() <= (1e-5 if name == "dora" else 0.0)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    layers = {name.split(".layers.")[1][0] for name, p in model.named_parameters() if p.requires_grad}
+    assert layers == ({"3"} if name == "preskip-late" else {"0", "1", "2", "3"})
+
+
+def test_content_leaves_what_attention_reads():
+    base = tiny_llama(hidden_size=64)
+    config = ARMS["content"].make_config(context_for(base))
+    assert config.content_skip
+    assert not config.enrich_attention
+    assert config.expansion == pytest.approx(1.25, abs=0.01)
+
+
+def test_an_expansion_that_cannot_be_met_names_the_nearest():
+    base = tiny_llama()
+    with pytest.raises(PreskipError, match="nearest possible is"):
+        match_expansion(base, BranchSettings(), 5050, attention_paths(base))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from preskip.attach import check_layers, find_sites, input_width, text_decoder
@@ -70,11 +70,49 @@ def attention_paths(
 
 def branch_parameters(model: nn.Module, settings: BranchSettings, targets: Sequence[str]) -> int:
     """Trainable parameters of a Preskip adapter: the branch's cost, summed over the target attentions."""
+    return sum(settings.cost(target_width(model, path)).parameters for path in targets)
+
+
+def target_width(model: nn.Module, path: str) -> int:
+    """Width d of what the attention at `path` reads."""
     hidden_size = getattr(getattr(text_decoder(model), "config", None), "hidden_size", None)
-    return sum(settings.cost(input_width(model.get_submodule(path), hidden_size)).parameters for path in targets)
+    return input_width(model.get_submodule(path), hidden_size)
 
 
-def lora_ranks(model: nn.Module, budget: int, targets: Sequence[str]) -> LoraRanks:
+def match_expansion(model: nn.Module, settings: BranchSettings, budget: int, targets: Sequence[str]) -> BranchSettings:
+    """The same branch with the expansion that comes nearest to a number of parameters.
+
+    Args:
+        model: the base.
+        settings: the branch; its expansion is replaced.
+        budget: trainable parameters to come to, over all targets.
+        targets: paths of the attention modules to adapt.
+
+    Raises:
+        PreskipError: the nearest possible number is more than 0.5 % away; it is named.
+    """
+    d = target_width(model, targets[0])
+
+    def with_inner(inner: int) -> BranchSettings:
+        # Half a feature more than wanted, so that rounding ⌊expansion · d⌋ gives `inner` whatever the floats do.
+        return replace(settings, expansion=(inner + 0.5) / d)
+
+    one, two = (branch_parameters(model, with_inner(inner), targets) for inner in (1, 2))
+    inner = max(1, round(1 + (budget - one) / (two - one)))
+    if inner > 64 * d - 1:
+        raise PreskipError(
+            f"{budget:,} parameters need an expansion above 64 in {len(targets)} layers: adapt more layers"
+        )
+    matched = with_inner(inner)
+    total = branch_parameters(model, matched, targets)
+    if abs(total - budget) > TOLERANCE * budget:
+        raise PreskipError(
+            f"a branch cannot match {budget:,} parameters within 0.5 %: the nearest possible is {total:,}"
+        )
+    return matched
+
+
+def lora_ranks(model: nn.Module, budget: int, targets: Sequence[str], *, magnitudes: bool = False) -> LoraRanks:
     """LoRA on every linear layer of the attentions (Q, K, V and output), with as many parameters as `budget`.
 
     One rank costs Σ (in + out) over the targets. The largest common rank that fits is raised by one for as many
@@ -84,11 +122,13 @@ def lora_ranks(model: nn.Module, budget: int, targets: Sequence[str]) -> LoraRan
         model: the base.
         budget: trainable parameters to come to.
         targets: paths of the attention modules to adapt.
+        magnitudes: whether each linear layer trains one more weight per output (DoRA).
 
     Raises:
         PreskipError: less than rank 1 fits, or the nearest possible number is more than 0.5 % away; it is named.
     """
     sizes: dict[str, int] = {}
+    fixed = 0
     for path in targets:
         # BERT keeps the output projection beside `attention.self`.
         root = path.removesuffix(".self")
@@ -96,16 +136,17 @@ def lora_ranks(model: nn.Module, budget: int, targets: Sequence[str]) -> LoraRan
             shape = _linear_shape(module)
             if shape is not None:
                 sizes[f"{root}.{name}"] = sum(shape)
+                fixed += shape[1] if magnitudes else 0
     per_rank = sum(sizes.values())
     if per_rank == 0:
         raise PreskipError(f"{type(model).__name__} has no linear layer in its attentions that LoRA could adapt")
-    rank = budget // per_rank
+    rank = (budget - fixed) // per_rank
     if rank < 1:
         raise PreskipError(
-            f"LoRA cannot match {budget:,} parameters: rank 1 has {per_rank:,}, the nearest possible. "
+            f"LoRA cannot match {budget:,} parameters: rank 1 has {fixed + per_rank:,}, the nearest possible. "
             "Raise --expansion, or leave the arm out"
         )
-    total, pattern = rank * per_rank, {}
+    total, pattern = fixed + rank * per_rank, {}
     for name, size in sizes.items():
         if total + size <= budget:
             pattern[name] = rank + 1

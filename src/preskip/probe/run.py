@@ -20,6 +20,7 @@ from torch import nn
 from transformers import set_seed
 
 from preskip import environment
+from preskip.adapter import PreskipConfig
 from preskip.analysis.depth import depth_profile
 from preskip.arms import Arm, ArmContext, attention_paths, branch_parameters, resolve_arms
 from preskip.assets import load_model, load_tokenizer, resolve_model
@@ -278,7 +279,7 @@ def _run_cell(bench: Bench, arm: Arm, seed: int, cell: Cell, blocks: np.ndarray)
                     model.save_pretrained(str(cell.adapter))  # type: ignore[operator]
             trained = time.perf_counter()
             items = _evaluate(bench, model, label)
-        if arm.name == "preskip":
+        if isinstance(getattr(model, "peft_config", {}).get("default"), PreskipConfig):
             windows = [window.input_ids for window in bench.heldout.windows[:DEPTH_WINDOWS]]
             depth = depth_profile(model.get_base_model(), windows)  # type: ignore[operator]
     finally:
