@@ -24,6 +24,8 @@ VARIANTS = {
     "preprojection_only": {"content_skip": False},
     "skip_only": {"preprojection": False},
     "content": {"enrich_attention": False},
+    "parallel": {"enrich_attention": False, "content_skip": False},
+    "parallel_gated": {"enrich_attention": False, "content_skip": False, "gated": True},
     "low_rank": {"skip_rank": 3},
     "low_rank_skip_only": {"skip_rank": 3, "preprojection": False},
     "low_rank_gated_content": {"skip_rank": 3, "gated": True, "enrich_attention": False},
@@ -52,6 +54,8 @@ def naive(x: torch.Tensor, w: dict[str, torch.Tensor], settings: BranchSettings)
     if settings.content_skip:
         w_skip = w["skip"] if settings.skip_rank is None else w["skip_up"] @ w["skip_down"]
         skip = enriched @ w_skip.T
+    elif not settings.enrich_attention:
+        skip = enriched - x
     return (enriched if settings.enrich_attention else x), skip
 
 
@@ -299,7 +303,6 @@ def test_a_bad_value_is_refused_by_name(name: str, value: object) -> None:
         ({"preprojection": False, "content_skip": False}, "content_skip=False"),
         ({"preprojection": False, "gated": True}, "gated=True is not possible: it needs preprojection"),
         ({"content_skip": False, "skip_rank": 4}, "skip_rank=4 is not possible: it needs content_skip"),
-        ({"enrich_attention": False, "content_skip": False}, "enrich_attention=False"),
         ({"enrich_attention": False, "preprojection": False}, "enrich_attention=False"),
         ({"skip_rank": D + 1}, f"skip_rank={D + 1} exceeds the width {D}"),
         ({"expansion": 0.01}, "expansion=0.01 gives no inner feature"),

@@ -44,7 +44,9 @@ class BranchSettings:
         dropout: probability of dropping an inner feature while training, in [0, 1).
         preprojection: False leaves x̃ = x̂: the linear skip alone.
         content_skip: False leaves the skip out: the pre-projection alone.
-        enrich_attention: False lets attention read x̂ as before, and only the skip carries x̃.
+        enrich_attention: False lets attention read x̂ as before, and only the skip carries x̃; with content_skip=False
+            as well, W_down · σ(W_up · x̂) itself joins attention's output: a parallel adapter (He et al. 2022,
+            arXiv 2110.04366).
         skip_rank: None for a full d × d skip, an int for W_skip = W_skip_up · W_skip_down of that rank.
         init_weights: "identity" (W_down = 0, W_skip = 0: the model starts exactly as it was) or "paper"
             (W_up, W_down ~ N(0, init_std²), W_skip ~ N(0, skip_init_std²)).
@@ -86,11 +88,7 @@ class BranchSettings:
         require(self.preprojection or self.content_skip, "content_skip", "without preprojection nothing is left")
         require(self.preprojection or not self.gated, "gated", "it needs preprojection=True")
         require(self.content_skip or self.skip_rank is None, "skip_rank", "it needs content_skip=True")
-        require(
-            self.enrich_attention or (self.preprojection and self.content_skip),
-            "enrich_attention",
-            "False needs both preprojection=True and content_skip=True, else the branch would do nothing",
-        )
+        require(self.enrich_attention or self.preprojection, "enrich_attention", "False needs preprojection=True")
 
     @classmethod
     def from_object(cls, source: object) -> BranchSettings:
@@ -138,25 +136,58 @@ class BranchCost:
 def enrich(
     x: torch.Tensor, linears: Mapping[str, nn.Module], settings: BranchSettings, dropout: nn.Module | None = None
 ) -> torch.Tensor:
-    """x̃ = x̂ + W_down · σ(W_up · x̂), [B, T, d] → [B, T, d] in the dtype of x.
+    """x̃ = x̂ + W_down · σ(W_up · x̂), [B, T, d] → [B, T, d] in the dtype of x; see `feature` for the arguments.
+
+    The sum is taken in the wider of both dtypes and rounded once. Without a pre-projection, x̃ = x̂.
+    """
+    return (x + feature(x, linears, settings, dropout)).to(x.dtype) if "down" in linears else x
+
+
+def feature(
+    x: torch.Tensor, linears: Mapping[str, nn.Module], settings: BranchSettings, dropout: nn.Module | None = None
+) -> torch.Tensor:
+    """W_down · σ(W_up · x̂), [B, T, d] → [B, T, d] in the weights' dtype, or in autocast's.
 
     Args:
         x: x̂, the normed input of attention.
-        linears: the branch's matrices by part name; without `down`, x̃ = x̂.
+        linears: the branch's matrices by part name.
         settings: names the activation.
         dropout: applied to the inner features [B, T, f], or None.
-
-    The sum is taken in the wider of both dtypes and rounded once.
     """
-    if "down" not in linears:
-        return x
     z = cast_in(x, linears["down"])
     inner = ACTIVATIONS[settings.activation](linears["gate" if "gate" in linears else "up"](z))
     if "gate" in linears:
         inner = inner * linears["up"](z)
     if dropout is not None:
         inner = dropout(inner)
-    return (x + linears["down"](inner)).to(x.dtype)
+    return linears["down"](inner)
+
+
+def content(
+    attention_input: torch.Tensor,
+    linears: Mapping[str, nn.Module],
+    settings: BranchSettings,
+    dropout: nn.Module | None = None,
+) -> torch.Tensor | None:
+    """What goes around attention, [B, T, d] in the dtype of its input, or None.
+
+    Args:
+        attention_input: what attention reads, [B, T, d]: x̃, or x̂ where `enrich_attention` is off.
+        linears: the branch's matrices by part name.
+        settings: which parts there are.
+        dropout: see `feature`.
+
+    Returns:
+        W_skip · x̃; without content skip None, or W_down · σ(W_up · x̂) if it does not feed attention either.
+    """
+    if settings.content_skip:
+        enriched = attention_input
+        if not settings.enrich_attention:
+            enriched = enrich(attention_input, linears, settings, dropout)
+        return skip(enriched, linears)
+    if settings.enrich_attention:
+        return None
+    return feature(attention_input, linears, settings, dropout).to(attention_input.dtype)
 
 
 def skip(enriched: torch.Tensor, linears: Mapping[str, nn.Module]) -> torch.Tensor:
@@ -246,16 +277,11 @@ class PreskipBranch(nn.Module):
         return enrich(x, self.linears, self.settings, self.dropout) if self.settings.enrich_attention else x
 
     def content(self, attention_input: torch.Tensor) -> torch.Tensor | None:
-        """W_skip · x̃ from what `enrich` returned, [B, T, d] in its dtype; None without content skip."""
-        if not self.settings.content_skip:
-            return None
-        enriched = attention_input
-        if not self.settings.enrich_attention:
-            enriched = enrich(attention_input, self.linears, self.settings, self.dropout)
-        return skip(enriched, self.linears)
+        """What goes around attention, from what `enrich` returned; see `preskip.branch.content`."""
+        return content(attention_input, self.linears, self.settings, self.dropout)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x̂ [B, T, d] → (what attention reads [B, T, d], W_skip · x̃ [B, T, d] or None), both in the dtype of x."""
+        """x̂ [B, T, d] → (what attention reads, what goes around it or None), both [B, T, d] in the dtype of x."""
         attention_input = self.enrich(x)
         return attention_input, self.content(attention_input)
 

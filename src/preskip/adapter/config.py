@@ -43,7 +43,8 @@ class PreskipConfig(PeftConfig):
         dropout: dropout on the pre-projection's inner features while training. Default 0.
         preprojection: default True; False trains the linear skip alone.
         content_skip: default True; False trains the pre-projection alone.
-        enrich_attention: default True; False lets attention read x̂ as before, and only the skip carries x̃.
+        enrich_attention: default True; False lets attention read x̂ as before, and only the skip carries x̃; with
+            content_skip=False as well the features themselves join attention's output (a parallel adapter).
         skip_rank: None (default) for a full d × d skip, an int for a low-rank one.
         init_weights: "identity" (default, the model starts exactly as it was) or "paper".
         init_std: standard deviation of W_up (and of W_down with "paper"). Default 0.01.

@@ -85,26 +85,24 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
         modules: dict[str, nn.ModuleDict] = {part: getattr(self, part) for part in PARTS}
         return {part: modules[part][adapter_name] for part in PARTS if adapter_name in modules[part]}  # type: ignore
 
-    def _enrich(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        dropout = self.dropout[adapter_name] if adapter_name in self.dropout else None  # noqa: SIM401
-        return arithmetic.enrich(x, self.linears(adapter_name), self.settings[adapter_name], dropout)
+    def _parts(self, name: str) -> tuple[dict[str, nn.Linear], BranchSettings, nn.Module | None]:
+        dropout = self.dropout[name] if name in self.dropout else None  # noqa: SIM401
+        return self.linears(name), self.settings[name], dropout
 
     def enrich(self, x: torch.Tensor) -> torch.Tensor:
-        """What attention reads, [B, T, d]: x̃ of the active adapters (`preskip.branch.PreskipBranch.enrich`)."""
+        """What attention reads, [B, T, d]: x̃ of the active adapters (`preskip.branch.enrich`)."""
         active = [name for name in self._active() if self.settings[name].enrich_attention]
         if len(active) <= 1:
-            return self._enrich(x, active[0]) if active else x
-        return x + torch.stack([self._enrich(x, name) - x for name in active]).sum(0)
+            return arithmetic.enrich(x, *self._parts(active[0])) if active else x
+        return x + torch.stack([arithmetic.enrich(x, *self._parts(name)) - x for name in active]).sum(0)
 
     def content(self, attention_input: torch.Tensor) -> torch.Tensor | None:
-        """W_skip · x̃ [B, T, d], summed over the active adapters; None where none has a skip."""
+        """What goes around attention, [B, T, d], summed over the active adapters (`preskip.branch.content`)."""
         total = None
         for name in self._active():
-            settings = self.settings[name]
-            if settings.content_skip:
-                enriched = attention_input if settings.enrich_attention else self._enrich(attention_input, name)
-                skip = arithmetic.skip(enriched, self.linears(name))
-                total = skip if total is None else total + skip
+            part = arithmetic.content(attention_input, *self._parts(name))
+            if part is not None:
+                total = part if total is None else total + part
         return total
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

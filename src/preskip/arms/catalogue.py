@@ -107,6 +107,14 @@ ARMS: dict[str, Arm] = {
             make_config=partial(_branch, enrich_attention=False, preprojection=True, content_skip=True),
         ),
         Arm(
+            name="parallel",
+            description="parallel adapter: the features join attention's output and never feed Q/K/V",
+            learning_rate=5e-4,
+            make_config=partial(
+                _branch, enrich_attention=False, content_skip=False, skip_rank=None, preprojection=True
+            ),
+        ),
+        Arm(
             name="preskip-gated",
             description="preskip with a gated pre-projection, narrower to match",
             learning_rate=5e-4,
