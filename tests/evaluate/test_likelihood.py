@@ -2,13 +2,14 @@ import math
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import BertConfig, BertLMHeadModel, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from preskip.data.blocks import Window
 from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import (
+    check_causal,
     document_records,
     document_windows,
     last_word_records,
@@ -112,3 +113,22 @@ def test_last_word_records():
     assert record["nll"] == pytest.approx(nll, abs=1e-4)
     assert record["correct"] == greedy
     assert (record["id"], record["document"], record["target"]) == ("a#1", "a", "harbor")
+
+
+def test_a_window_may_fill_the_whole_context():
+    """The token predicted last is not read: 8 positions score 8 tokens behind the start token."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=4, n_positions=8)).eval()
+    window = Window(list(range(5, 14)), 1)
+    (score,) = score_sequences(model, [window])
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([window.input_ids[:-1]]), labels=None).logits[0].log_softmax(-1)
+    assert score.nll == pytest.approx(-sum(expected[i, window.input_ids[i + 1]].item() for i in range(8)), abs=1e-4)
+
+
+def test_a_model_that_sees_later_tokens_is_refused():
+    settings = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    check_causal(tiny_llama())
+    check_causal(tiny_llama().to(torch.bfloat16))
+    check_causal(BertLMHeadModel(BertConfig(**settings, intermediate_size=64, is_decoder=True)).eval())
+    with pytest.raises(PreskipError, match="sees later tokens"):
+        check_causal(BertLMHeadModel(BertConfig(**settings, intermediate_size=64)).eval())

@@ -81,15 +81,17 @@ def score_sequences(
     try:
         for batch in _batches(sequences, batch_tokens):
             rows = [sequences[index] for index in batch]
-            length = max(len(row.input_ids) for row in rows)
-            ids = torch.full((len(rows), length), pad_token_id)
+            length = len(rows[0].input_ids) - 1  # the last token is predicted, not read
+            ids = torch.full((len(rows), length), pad_token_id)  # [B, T]
             mask = torch.zeros((len(rows), length), dtype=torch.long)
             positions = torch.zeros((len(rows), length), dtype=torch.bool)
             for line, row in enumerate(rows):
-                ids[line, : len(row.input_ids)] = torch.tensor(row.input_ids)
-                mask[line, : len(row.input_ids)] = 1
-                positions[line, row.scored_from - 1 : len(row.input_ids) - 1] = True
-            targets = ids.roll(-1, dims=1)[positions].to(device)  # [S]
+                size = len(row.input_ids) - 1
+                ids[line, :size] = torch.tensor(row.input_ids[:-1])
+                mask[line, :size] = 1
+                positions[line, row.scored_from - 1 : size] = True
+            scored = [token for row in rows for token in row.input_ids[row.scored_from :]]
+            targets = torch.tensor(scored, device=device)  # [S]
             with _head_only_at(_language_model(model), positions.to(device)):
                 logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits[0]
             logits = logits.float()  # [S, V]
@@ -106,6 +108,22 @@ def score_sequences(
     finally:
         model.train(was_training)
     return scores  # type: ignore[return-value]
+
+
+@torch.inference_mode()
+def check_causal(model: nn.Module) -> None:
+    """Refuse a model whose predictions see later tokens: its likelihoods would be those of a text it has read.
+
+    Raises:
+        PreskipError: other tokens behind the first change its logits, as in BERT and other masked language models.
+    """
+    ids = torch.tensor([[1] + 15 * [2], [1] + 15 * [3]], device=next(model.parameters()).device)
+    first, second = model(input_ids=ids, use_cache=False).logits[:, 0].float()  # [V], the same context in both
+    if (first - second).abs().max() > 5e-3 * first.abs().max():  # rounding in bfloat16 stays below
+        raise PreskipError(
+            f"{type(model).__name__} sees later tokens, as a masked language model does: a probe needs a causal "
+            "language model such as llama or gpt_neox"
+        )
 
 
 def _language_model(model: nn.Module) -> nn.Module:
