@@ -58,7 +58,7 @@ def test_jsonl_round_trip_and_bad_line(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", rows)
     assert read_jsonl(tmp_path / "a.jsonl") == rows
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a":')
-    with pytest.raises(PreskipError, match="line 2 is not JSON"):
+    with pytest.raises(PreskipError, match="line 2 is not a JSON object"):
         read_jsonl(tmp_path / "a.jsonl")
 
 
@@ -99,3 +99,22 @@ def test_a_cell_is_done_when_its_summary_is_there(tmp_path):
     write_json(cell.summary, {})
     assert cell.is_done
     assert rundir.SCHEMA_VERSION == 1
+
+
+def test_line_separators_inside_a_value_are_not_line_ends(tmp_path):
+    rows = [{"id": "a\u2028b\x85c"}, {"id": "d"}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    assert read_jsonl(tmp_path / "a.jsonl") == rows
+    write_jsonl(tmp_path / "none.jsonl", [])
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(("name", "content"), [("cell.json", "{"), ("cell.json", "[]"), ("items.jsonl", "1\n")])
+def test_a_damaged_cell_names_the_folder_to_delete(tmp_path, name, content):
+    cell = RunDirectory(tmp_path).cell("lora", 1)
+    write_json(cell.summary, {"seed": 1})
+    write_jsonl(cell.items, [{"nll": 1.0}])
+    assert cell.load() == ({"seed": 1}, [{"nll": 1.0}])
+    (cell.folder / name).write_text(content)
+    with pytest.raises(PreskipError, match=f"{name}.*; delete {cell.folder} and resume"):
+        cell.load()

@@ -111,18 +111,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read one JSON object per line.
 
     Raises:
-        PreskipError: the file is missing or a line is not JSON (its number is given).
+        PreskipError: the file cannot be read or a line is not a JSON object (its number is given).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PreskipError(f"{path} cannot be read: {error}") from None
     rows = []
-    for number, line in enumerate(lines, 1):
+    # Not splitlines: a document's id may hold U+2028 and its like unescaped.
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            raise PreskipError(f"{path} line {number} is not JSON") from None
+            row = None
+        if not isinstance(row, dict):
+            raise PreskipError(f"{path} line {number} is not a JSON object")
+        rows.append(row)
     return rows
 
 
@@ -161,6 +165,20 @@ class Cell:
     def is_done(self) -> bool:
         """Whether the cell's training and evaluation are complete."""
         return self.summary.is_file()
+
+    def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return the summary and the items of a cell that is done.
+
+        Raises:
+            PreskipError: a file is missing or damaged.
+        """
+        try:
+            summary, items = read_json(self.summary), read_jsonl(self.items)
+            if not isinstance(summary, dict):
+                raise PreskipError(f"{self.summary} holds no JSON object")
+        except PreskipError as error:
+            raise PreskipError(f"{error}; delete {self.folder} and resume to compute it again") from None
+        return summary, items
 
 
 @dataclass(frozen=True)
@@ -202,7 +220,8 @@ class RunDirectory:
         """
         if not path.is_dir():
             raise PreskipError(f"{path} is not a run directory: it does not exist or is not a folder")
-        version = read_json(path / "run.json").get("schema_version")
+        manifest = read_json(path / "run.json")
+        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
         if version != SCHEMA_VERSION:
             raise PreskipError(f"{path} has schema version {version}, this preskip reads {SCHEMA_VERSION}")
         return cls(path)

@@ -109,7 +109,7 @@ def probe(
     if resume is None:
         names = _listed(arms)
         options |= {
-            "arms": tuple(names if "none" in names else ["none", *names]),
+            "arms": tuple(names if "none" in names or not names else ["none", *names]),
             "seeds": tuple(_integer(text, "--seeds") for text in _listed(seeds)),
             "layers": parse_layers(layers),
             "learning_rates": parse_learning_rates(options.pop("lr") or [], names),

@@ -13,6 +13,20 @@ from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The smallest value of each count; two documents are the fewest that give an interval.
+LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "micro_batch_size": 1,
+    "seq_len": 2,
+    "context_length": 1,
+    "eval_documents": 2,
+    "eval_words": 1,
+    "last_word_items": 0,
+    "eval_batch_tokens": 1,
+    "save_steps": 1,
+    "split_seed": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,19 +101,21 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         resolve_arms(self.arms)
-        for name in ("steps", "batch_size", "context_length", "eval_documents", "eval_words", "save_steps"):
-            if getattr(self, name) < 1:
-                raise PreskipError(f"{_flag(name)} {getattr(self, name)} is not possible: it must be at least 1")
-        if self.seq_len < 2:
-            raise PreskipError(f"--seq-len {self.seq_len} is not possible: it must be at least 2")
-        if self.last_word_items < 0:
-            raise PreskipError(f"--last-word-items {self.last_word_items} is not possible: it must be 0 or more")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise PreskipError(f"{_flag(name)} {value} is not possible: it must be at least {least}")
+        if not 0 < self.heldout_fraction < 1:
+            raise PreskipError(f"--heldout-fraction {self.heldout_fraction} is not possible: it must be > 0 and < 1")
         if self.batch_size % self.micro_batch:
             raise PreskipError(
                 f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}"
             )
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise PreskipError("--seed needs one or more different numbers >= 0")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise PreskipError("--seeds needs one or more different numbers, e.g. 1,2,3")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise PreskipError(f"--seeds {seed} is not possible: a seed must be >= 0 and < 2^32")
         if self.dtype not in DTYPES:
             raise PreskipError(f"--dtype {self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
         if self.skip_position not in SKIP_POSITIONS:
@@ -108,6 +124,8 @@ class ProbeConfig:
             if arm not in ARMS or ARMS[arm].learning_rate is None:
                 trained = ", ".join(name for name in ARMS if ARMS[name].learning_rate)
                 raise PreskipError(f"--lr names {arm!r}: choose one of {trained}")
+            if arm not in self.arms:
+                raise PreskipError(f"--lr names {arm!r}, which is not compared: add it to --arms, or leave it out")
             if not 0 < rate < 10:
                 raise PreskipError(f"--lr {arm}={rate} is not possible: it must be > 0 and < 10")
         for name in ("target_modules", "exclude_modules"):
@@ -120,8 +138,7 @@ class ProbeConfig:
     @property
     def micro_batch(self) -> int:
         """Sequences per forward pass."""
-        size = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
-        return max(1, size)
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
 
     def learning_rate(self, arm: str) -> float | None:
         """Peak learning rate of an arm; None for `none`."""

@@ -10,7 +10,7 @@ import numpy as np
 from preskip.arms import resolve_arms
 from preskip.evaluate.stats import compare, summarise
 from preskip.probe.config import ProbeConfig
-from preskip.rundir import SCHEMA_VERSION, RunDirectory, read_json, read_jsonl
+from preskip.rundir import SCHEMA_VERSION, RunDirectory
 
 
 def summarise_run(run: RunDirectory, config: ProbeConfig) -> dict[str, Any]:
@@ -26,8 +26,9 @@ def summarise_run(run: RunDirectory, config: ProbeConfig) -> dict[str, Any]:
     """
     arms = [arm.name for arm in resolve_arms(config.arms)]
     cells = {arm: [run.cell(arm, seed) for seed in config.seeds if run.cell(arm, seed).is_done] for arm in arms}
-    items = {arm: [read_jsonl(cell.items) for cell in cells[arm]] for arm in arms}
-    summaries = {arm: [read_json(cell.summary) for cell in cells[arm]] for arm in arms}
+    loaded = {arm: [cell.load() for cell in cells[arm]] for arm in arms}
+    summaries = {arm: [summary for summary, _ in loaded[arm]] for arm in arms}
+    items = {arm: [rows for _, rows in loaded[arm]] for arm in arms}
     comparisons = []
     for reference, arm in combinations(arms, 2):
         comparisons += compare(items[arm], items[reference], arm=arm, reference=reference)
