@@ -42,7 +42,7 @@ format: $(INSTALLED)
 oldest:
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check peft==0.20.0 transformers==5.17.0
-	.venv-oldest/bin/python -m pytest tests/test_branch.py tests/test_attach.py tests/adapter
+	.venv-oldest/bin/python -m pytest -m "not slow" tests/test_branch.py tests/test_attach.py tests/adapter tests/train
 
 clean:
 	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .mypy_cache .coverage
