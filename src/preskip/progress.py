@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 # advance(done, note): how many units are done in all, and a short note such as the current loss.
 Advance = Callable[[int, str], None]
@@ -17,21 +27,18 @@ def no_progress(done: int, note: str = "") -> None:
 
 
 @contextmanager
-def progress_bar(description: str, total: int, *, quiet: bool = False) -> Iterator[Advance]:
-    """Show one long step.
+def progress_display(description: str, *, quiet: bool = False) -> Iterator[Progress | None]:
+    """A display for code that adds its tasks itself; None, after one line on stderr, where there is no terminal.
 
     Args:
-        description: what is being done.
-        total: number of units (steps, batches).
+        description: what is being done, for the line.
         quiet: show nothing.
     """
-    if quiet:
-        yield no_progress
-        return
     console = Console(stderr=True)
-    if not console.is_terminal:
-        console.print(f"{description} ...", highlight=False)
-        yield no_progress
+    if quiet or not console.is_terminal:
+        if not quiet:
+            console.print(f"{description} ...", highlight=False)
+        yield None
         return
     columns = (
         TextColumn("{task.description}", style="bold"),
@@ -40,12 +47,55 @@ def progress_bar(description: str, total: int, *, quiet: bool = False) -> Iterat
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
+        _NoteColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(description, total=total, note="")
+        yield progress
+
+
+@contextmanager
+def progress_bar(description: str, total: int, *, quiet: bool = False) -> Iterator[Advance]:
+    """Show one long step.
+
+    Args:
+        description: what is being done.
+        total: number of units (steps, sequences).
+        quiet: show nothing.
+    """
+    with progress_display(description, quiet=quiet) as progress:
+        if progress is None:
+            yield no_progress
+            return
+        task = progress.add_task(description, total=total)
 
         def advance(done: int, note: str = "") -> None:
             progress.update(task, completed=done, note=note)
 
         yield advance
+
+
+@contextmanager
+def spinner(description: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show that a step without countable units goes on; it leaves nothing behind on the terminal.
+
+    Args:
+        description: what is being done.
+        quiet: show nothing.
+    """
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(f"{description} ..."):
+        yield
+
+
+def say(text: str, *, quiet: bool = False) -> None:
+    """Print one line on stderr, or nothing."""
+    if not quiet:
+        Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+
+
+class _NoteColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("note", ""), style="dim")

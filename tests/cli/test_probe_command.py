@@ -312,6 +312,86 @@ def test_bad_models_and_corpora(probe, inputs, tmp_path):
     refused("one to hold out", corpus=one)
 
 
+def test_corpora_that_cannot_give_an_interval_are_refused_before_training(probe, tmp_path):
+    def refused(text, message, *arguments):
+        corpus = tmp_path / "corpus.jsonl"
+        corpus.write_text("".join(json.dumps({"text": f"{text} {index}"}) + "\n" for index in range(8)))
+        code, _, err = probe(*arguments, corpus=corpus)
+        assert code == 1
+        assert message in err
+        assert not (tmp_path / "run").exists()
+
+    refused("Words without an end " * 40, "leave out last-word accuracy (--last-word-items 0)")
+    refused("Words without an end " * 40, "1 held-out document", "--heldout-fraction", "0.01")
+
+
+def test_a_masked_language_model_is_refused(probe, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    from tiny_text import tiny_tokenizer
+
+    settings = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(**settings, intermediate_size=64)).save_pretrained(tmp_path / "bert")
+    tiny_tokenizer().save_pretrained(tmp_path / "bert")
+    code, _, err = probe(model=tmp_path / "bert")
+    assert code == 1
+    assert err.count("error:") == 1
+    assert "sees later tokens" in err
+
+
+def test_a_short_absolute_context_is_used_to_its_end(probe, tmp_path):
+    """GPT-2's position table ends at 32 tokens: windows fill it, longer items are left out."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tiny_text import tiny_tokenizer
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=4, n_positions=32)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    code, _, err = probe(model=tmp_path / "gpt2")
+    assert code == 1
+    assert "fit the model's context" in err
+    code, _, err = probe("--last-word-items", "0", model=tmp_path / "gpt2")
+    assert code == 0, err
+    assert len(items(tmp_path / "run", "none")) == 4
+
+
+def test_what_was_asked_and_repeated_passes_are_said(probe, tmp_path):
+    code, _, err = probe("--arms", "none", "--steps", "400")
+    assert code == 0
+    assert "base weights float32 (as asked)" in err
+    corpus = json.loads((tmp_path / "run" / "run.json").read_text())["corpus"]
+    assert corpus["training_passes"] == round(400 * 2 * 16 / corpus["training_tokens"], 2) > 1
+    assert f"each seen {corpus['training_passes']:g} times" in err
+
+
+def test_errors_are_one_json_document_with_json(probe):
+    code, out, err = probe("--json", "--steps", "0")
+    assert code == 1
+    assert "--steps 0" in json.loads(out)["error"]
+    assert err.count("error:") == 1
+
+
+def test_resume_refuses_a_changed_corpus_and_a_damaged_cell(inputs, finished, tmp_path, capsys):
+    def resume(run):
+        with pytest.raises(SystemExit) as stop:
+            main(["probe", "--resume", str(run)])
+        return stop.value.code, capsys.readouterr().err
+
+    run = shutil.copytree(finished, tmp_path / "damaged")
+    (run / "arms" / "lora" / "seed-1" / "items.jsonl").write_text("{")
+    code, err = resume(run)
+    assert code == 1
+    assert f"delete {run}/arms/lora/seed-1" in " ".join(err.split())
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["config"]["corpus"] = str(write_corpus(tmp_path / "other.jsonl", documents=11))
+    (run / "run.json").write_text(json.dumps(manifest))
+    code, err = resume(run)
+    assert code == 1
+    assert "has changed since this run began" in err
+
+
 def test_nan_weights_are_found_before_training(probe, inputs, tmp_path):
     model, _ = inputs
     broken = shutil.copytree(model, tmp_path / "broken")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
-from typing import Annotated
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from preskip.cli.doctor import doctor
 from preskip.cli.probe import probe
@@ -42,22 +48,37 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake ends in one line on stderr and exit code 1, Ctrl-C in 130."""
-    console = Console(stderr=True, soft_wrap=True)
+    """Run the command line; a user's mistake ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143.
+
+    With `--json` a mistake is also {"error": ...} on stdout, so that there is exactly one JSON document.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments)
+        with _terminated_like_ctrl_c():
+            app(arguments)
     except PreskipError as error:
-        console.print(f"[bold red]error:[/] {_escaped(error)}", highlight=False)
+        text = " ".join(str(error).split())
+        if "--json" in arguments:
+            print(json.dumps({"error": text}))
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}", highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.print("interrupted", style="yellow")
-        sys.exit(130)
 
 
-def _escaped(error: Exception) -> str:
-    from rich.markup import escape
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, as batch systems send it, end a run in order: it is marked as interrupted and can be resumed."""
 
-    return escape(" ".join(str(error).split()))
+    def stop(signum: int, frame: object) -> NoReturn:
+        sys.exit(128 + signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -115,9 +115,12 @@ def probe(
             "learning_rates": parse_learning_rates(options.pop("lr") or [], names),
         }
         config = _config(ProbeConfig, options)
-    _quiet_libraries()
-    from preskip.probe.run import run_probe, start_probe
-    from preskip.rundir import RunDirectory
+    from preskip.progress import spinner
+
+    with spinner("loading libraries", quiet=as_json):
+        _quiet_libraries()
+        from preskip.probe.run import run_probe, start_probe
+        from preskip.rundir import RunDirectory
 
     if config is not None:
         run = start_probe(config, out or _default_out(config), ["preskip", *sys.argv[1:]])
@@ -125,10 +128,10 @@ def probe(
         assert resume is not None
         run = RunDirectory.open(resume)
     if not as_json:
-        _announce(run)
+        _announce(run, asked=None if config is None else config.dtype)
     try:
         results = run_probe(run, quiet=as_json)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         _hint(run)
         raise
     except PreskipError as error:
@@ -197,22 +200,23 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # GPT-2's Conv1D; PEFT corrects it
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
-def _announce(run: Any) -> None:
-    from rich.console import Console
-
+def _announce(run: Any, asked: str | None) -> None:
+    """Say what runs on what; `asked` is the --dtype of a new run."""
     from preskip.environment import resolve_dtype
+    from preskip.progress import say
 
     config = run.manifest["config"]
-    _, reason = resolve_dtype("auto", config["device"])
-    text = f"model {config['model']}, corpus {config['corpus']}, {config['device']}, base weights {config['dtype']}"
-    text += f" ({reason}), inserted weights float32\nrun {run.path}"
-    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+    reason = "as before" if asked is None else resolve_dtype(asked, config["device"])[1]
+    say(f"model {config['model']}, corpus {config['corpus']}, {config['device']}")
+    say(f"base weights {config['dtype']} ({reason}), inserted weights float32")
+    say(f"run {run.path}")
 
 
 def _hint(run: Any) -> None:
@@ -226,10 +230,12 @@ def _report(run: Any, quiet: bool) -> Path | None:
     """The page, or None and a hint where its extra is not installed: the results are kept either way."""
     from rich.console import Console
 
+    from preskip.progress import spinner
     from preskip.report import build_report
 
     try:
-        return build_report(run.path)
+        with spinner("writing report.html", quiet=quiet):
+            return build_report(run.path)
     except PreskipError as error:
         if not quiet:
             Console(stderr=True, soft_wrap=True).print(f"no report.html: {error}", style="yellow", markup=False)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from preskip.report.verdicts import outcome
 
+WIDTH = 90
 UNITS = {"bits_per_byte": "bits/byte", "last_word_accuracy": "last word"}
 
 
@@ -23,6 +24,8 @@ def print_results(results: dict[str, Any], run: Path, page: Path | None) -> None
         page: its HTML page, or None.
     """
     console = Console()
+    # Too narrow a terminal wraps lines; cutting figures off would be worse.
+    console.width = max(console.width, WIDTH)
     evaluation = results["evaluation"]
     table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("arm", no_wrap=True)
@@ -35,7 +38,7 @@ def print_results(results: dict[str, Any], run: Path, page: Path | None) -> None
             f"{arm['trainable_parameters'] / 1e6:.3f}M" if arm["trainable_parameters"] else "0",
             f"{arm['learning_rate']:g}" if arm["learning_rate"] else "–",
             _figure(metrics.get("bits_per_byte"), "{:.4f}"),
-            _figure(metrics.get("word_perplexity"), "{:.2f}"),
+            _perplexity(metrics.get("word_perplexity")),
             _figure(metrics.get("last_word_accuracy"), "{:.1%}"),
             f"{arm['seconds_per_step']:.2f}" if arm["seconds_per_step"] else "–",
             f"{arm['peak_memory_bytes'] / 2**30:.2f}",
@@ -55,17 +58,31 @@ def print_results(results: dict[str, Any], run: Path, page: Path | None) -> None
             f"{entry['p_value']:.3g}" if entry["p_value"] is not None else "",
             outcome(entry),
         )
-    console.print(differences)
+    if results["comparisons"]:
+        console.print(differences)
     seeds = max(len(arm["seeds"]) for arm in results["arms"].values())
     covers = "documents only, not training randomness (one seed)" if seeds == 1 else f"{seeds} seeds and documents"
-    console.print(
+    lines = [
         f"held-out: {evaluation['documents']} documents, {evaluation['tokens']:,} tokens, context "
-        f"{evaluation['context_length']}; {evaluation['last_word_items']} items of {evaluation['last_word_name']}; "
-        f"intervals cover {covers}; p is the exact McNemar test",
+        f"{evaluation['context_length']}"
+    ]
+    if evaluation["last_word_items"]:
+        lines[0] += f"; {evaluation['last_word_items']} items of {evaluation['last_word_name']}"
+    if results["comparisons"]:
+        test = "; p is the exact McNemar test" if evaluation["last_word_items"] else ""
+        lines.append(f"intervals cover {covers}{test}")
+    console.print(
+        "\n".join(lines),
         style="dim",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(f"run: {run}" + (f"\nreport: {page}" if page else ""), highlight=False, soft_wrap=True)
+
+
+def _perplexity(metric: dict[str, float] | None) -> str:
+    # Beyond this, as from a random model, decimals only widen the table.
+    return _figure(metric, "{:.2f}" if metric is None or metric["value"] < 1e5 else "{:.2e}")
 
 
 def _figure(metric: dict[str, float] | None, form: str) -> str:

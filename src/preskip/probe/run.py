@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from preskip.data.corpus import Document, load_corpus, split_documents
 from preskip.data.last_word import LastWordItem, build_items
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import (
+    check_causal,
     document_records,
     document_windows,
     last_word_records,
@@ -37,7 +40,7 @@ from preskip.evaluate.likelihood import (
 )
 from preskip.probe.config import ProbeConfig
 from preskip.probe.results import summarise_run
-from preskip.progress import progress_bar
+from preskip.progress import progress_bar, progress_display, say, spinner
 from preskip.rundir import Cell, RunDirectory, clear_disk_errors, write_json, write_jsonl
 from preskip.train.frozen import TrainingSettings, train_frozen
 from preskip.train.memory import peak_memory
@@ -62,40 +65,27 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything the cells of a run share."""
+    """Everything the cells of a run share; `blocks(seed)` gives the training blocks [N, seq_len] of every arm."""
 
     config: ProbeConfig
     base: nn.Module
     tokenizer: Any
     context: ArmContext
-    training: list[Document]
+    blocks: Callable[[int], np.ndarray]
     heldout: HeldOut
     quiet: bool
 
-    def blocks(self, seed: int) -> np.ndarray:
-        """Training blocks [N, seq_len] of one seed: the same for every arm."""
-        return pack_blocks(
-            self.training,
-            self.tokenizer,
-            self.config.seq_len,
-            limit_tokens=self.config.steps * self.config.batch_size * self.config.seq_len,
-            seed=seed,
-            piece_characters=PIECE_CHARACTERS,
-            min_blocks=self.config.batch_size,
-        )
 
-
-def start_probe(config: ProbeConfig, out: Path, command: Sequence[str], *, quiet: bool = False) -> RunDirectory:
-    """Check everything that can be checked before training, and create the run directory.
+def start_probe(config: ProbeConfig, out: Path, command: Sequence[str]) -> RunDirectory:
+    """Create the run directory of a new run.
 
     Args:
         config: what to do.
         out: the run directory; must not exist.
         command: the command line, for the record.
-        quiet: no progress bars.
 
     Raises:
-        PreskipError: bad input; nothing has been written then.
+        PreskipError: the path exists, or the device is not there; nothing has been written then.
     """
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another --out, or finish it with --resume {out}")
@@ -125,21 +115,25 @@ def run_probe(run: RunDirectory, *, quiet: bool = False) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         bench, facts = _prepare(config, quiet)
+        _check_same_inputs(run, facts)
+        say(_extent(facts["corpus"], bench.heldout), quiet=quiet)
         earlier = run.manifest.get("timings", {})
         run.update_manifest(status="running", **facts)
         seconds = {"load": time.perf_counter() - started, "train": 0.0, "evaluate": 0.0}
         for seed in config.seeds:
-            blocks = bench.blocks(seed)
             for arm in resolve_arms(config.arms):
                 # The untouched model has no training seed: evaluated once.
                 if arm.make_config is None and seed != config.seeds[0]:
                     continue
                 cell = run.cell(arm.name, seed)
-                if not cell.is_done:
-                    summary = _run_cell(bench, arm, seed, cell, blocks)
+                if cell.is_done:
+                    cell.load()  # damaged files are found now, not after hours of training
+                else:
+                    summary = _run_cell(bench, arm, seed, cell)
                     seconds["train"] += summary["train_seconds"]
                     seconds["evaluate"] += summary["evaluate_seconds"]
-        results = summarise_run(run, config)
+        with spinner("comparing the arms", quiet=quiet):
+            results = summarise_run(run, config)
         write_json(run.path / "results.json", results)
         seconds["total"] = time.perf_counter() - started
         timings = {name: round(earlier.get(name, 0.0) + value, 2) for name, value in seconds.items()}
@@ -149,27 +143,59 @@ def run_probe(run: RunDirectory, *, quiet: bool = False) -> dict[str, Any]:
             for name, described in facts["arms"].items()
         }
         run.update_manifest(status="finished", finished=_now(), timings=timings, peak_memory_bytes=peak, arms=arms)
-    except KeyboardInterrupt:
-        run.update_manifest(status="interrupted")
-        raise
-    except PreskipError:
-        run.update_manifest(status="failed")
+    except torch.OutOfMemoryError as error:
+        _mark(run, "failed")
+        raise PreskipError(
+            f"out of memory ({str(error).splitlines()[0]}): lower --micro-batch-size or --eval-batch-tokens, or give "
+            "--gradient-checkpointing"
+        ) from error
+    except BaseException as error:
+        _mark(run, "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
         raise
     return results
+
+
+def _extent(corpus: dict[str, Any], heldout: HeldOut) -> str:
+    """What is trained on and scored, in one line; a corpus that is read several times is worth knowing."""
+    passes = corpus["training_passes"]
+    return (
+        f"training text {corpus['training_tokens']:,} tokens"
+        + (f", each seen {passes:g} times" if passes > 1 else "")
+        + f"; held out {len(heldout.documents)} documents, {len(heldout.items)} last-word items"
+    )
+
+
+def _mark(run: RunDirectory, status: str) -> None:
+    """Record how a run ended; where even that cannot be written, the error that ended it matters more."""
+    with suppress(PreskipError):
+        run.update_manifest(status=status)
+
+
+def _check_same_inputs(run: RunDirectory, facts: dict[str, Any]) -> None:
+    """Cells of another model or corpus must not be compared with those still to come."""
+    for part in ("model", "corpus"):
+        before = run.manifest.get(part, {}).get("sha256")
+        if before is not None and before != facts[part]["sha256"]:
+            raise PreskipError(
+                f"{part} {facts[part]['name']} has changed since this run began (its SHA-256 was {before[:12]}...): "
+                "put the old one back, or start a new run"
+            )
 
 
 def _prepare(config: ProbeConfig, quiet: bool) -> tuple[Bench, dict[str, Any]]:
     corpus = load_corpus(config.corpus, text_column=config.text_column, split=config.corpus_split, progress=not quiet)
     split = split_documents(corpus, config.heldout_fraction, config.split_seed)
     source = resolve_model(config.model)
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    base = load_model(
-        config.model,
-        dtype=getattr(torch, config.dtype),
-        device=config.device,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
+    with spinner(f"loading {config.model}", quiet=quiet):
+        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        base = load_model(
+            config.model,
+            dtype=getattr(torch, config.dtype),
+            device=config.device,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+    check_causal(base)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     longest = max(config.seq_len, config.context_length)
     if limit is not None and longest > limit:
@@ -184,9 +210,26 @@ def _prepare(config: ProbeConfig, quiet: bool) -> tuple[Bench, dict[str, Any]]:
         by_name=config.target_modules is not None or config.exclude_modules is not None,
         budget=branch_parameters(base, config.settings, targets),
     )
-    heldout = _heldout(config, split.heldout, tokenizer)
-    bench = Bench(config, base, tokenizer, context, split.training, heldout, quiet)
-    blocks = bench.blocks(config.seeds[0])
+    with spinner("preparing the held-out texts", quiet=quiet):
+        heldout = _heldout(config, split.heldout, tokenizer, limit)
+    wanted = config.steps * config.batch_size * config.seq_len
+
+    @lru_cache(maxsize=1)
+    def blocks_of(seed: int) -> np.ndarray:
+        with progress_display("tokenise training text", quiet=quiet) as progress:
+            return pack_blocks(
+                split.training,
+                tokenizer,
+                config.seq_len,
+                limit_tokens=wanted,
+                seed=seed,
+                piece_characters=PIECE_CHARACTERS,
+                min_blocks=config.batch_size,
+                progress=progress,
+            )
+
+    bench = Bench(config, base, tokenizer, context, blocks_of, heldout, quiet)
+    blocks = blocks_of(config.seeds[0])
     facts = {
         "model": {
             "name": config.model,
@@ -204,6 +247,7 @@ def _prepare(config: ProbeConfig, quiet: bool) -> tuple[Bench, dict[str, Any]]:
             "name": corpus.name,
             "training_documents": len(split.training),
             "training_tokens": int(blocks.size),
+            "training_passes": round(wanted / blocks.size, 2),
             "heldout_documents": len(split.heldout),
             "source": corpus.source,
             "sha256": corpus.sha256,
@@ -215,15 +259,40 @@ def _prepare(config: ProbeConfig, quiet: bool) -> tuple[Bench, dict[str, Any]]:
     return bench, facts
 
 
-def _heldout(config: ProbeConfig, documents: Sequence[Document], tokenizer: Any) -> HeldOut:
-    items = build_items(documents, config.last_word_items, config.split_seed) if config.last_word_items else []
+def _heldout(config: ProbeConfig, documents: Sequence[Document], tokenizer: Any, limit: int | None) -> HeldOut:
+    """Choose and tokenise what is scored; items longer than the model's context of `limit` tokens are left out."""
     generator = np.random.default_rng(config.split_seed)
     chosen = sorted(generator.permutation(len(documents))[: config.eval_documents])
+    if len(chosen) < 2:
+        raise PreskipError(
+            f"corpus {config.corpus} has 1 held-out document, an interval needs 2 or more: raise "
+            "--heldout-fraction, or give more documents"
+        )
     scored = [_beginning(documents[index], config.eval_words) for index in chosen]
     windows, owners = document_windows(
         scored, tokenizer, context_length=config.context_length, stride=config.context_length
     )
-    return HeldOut(scored, windows, owners, items, last_word_windows(items, tokenizer))
+    items, item_windows = _last_words(config, documents, tokenizer, limit) if config.last_word_items else ([], [])
+    return HeldOut(scored, windows, owners, items, item_windows)
+
+
+def _last_words(
+    config: ProbeConfig, documents: Sequence[Document], tokenizer: Any, limit: int | None
+) -> tuple[list[LastWordItem], list[Window]]:
+    try:
+        items = build_items(documents, config.last_word_items, config.split_seed)
+        windows = last_word_windows(items, tokenizer)
+    except PreskipError as error:
+        raise PreskipError(f"{error} (--last-word-items 0)") from None
+    fitting = [
+        pair for pair in zip(items, windows, strict=True) if limit is None or len(pair[1].input_ids) <= limit + 1
+    ]
+    if len({item.document for item, _ in fitting}) < 2:
+        raise PreskipError(
+            "the last-word items that fit the model's context come from fewer than 2 held-out documents: give more text"
+            " or leave them out (--last-word-items 0)"
+        )
+    return [item for item, _ in fitting], [window for _, window in fitting]
 
 
 def _beginning(document: Document, words: int) -> Document:
@@ -251,10 +320,11 @@ def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig) -> dict[str, 
     }
 
 
-def _run_cell(bench: Bench, arm: Arm, seed: int, cell: Cell, blocks: np.ndarray) -> dict[str, Any]:
+def _run_cell(bench: Bench, arm: Arm, seed: int, cell: Cell) -> dict[str, Any]:
     config = bench.config
     device = next(bench.base.parameters()).device
     label = arm.name if len(config.seeds) == 1 or arm.make_config is None else f"{arm.name} seed {seed}"
+    blocks = bench.blocks(seed)
     rows: list[dict[str, Any]] = []
     depth: list[dict[str, Any]] = []
     trainable, model = 0, bench.base
@@ -280,7 +350,7 @@ def _run_cell(bench: Bench, arm: Arm, seed: int, cell: Cell, blocks: np.ndarray)
             trained = time.perf_counter()
             items = _evaluate(bench, model, label)
         if isinstance(getattr(model, "peft_config", {}).get("default"), PreskipConfig):
-            windows = [window.input_ids for window in bench.heldout.windows[:DEPTH_WINDOWS]]
+            windows = [window.input_ids[:-1] for window in bench.heldout.windows[:DEPTH_WINDOWS]]
             depth = depth_profile(model.get_base_model(), windows)  # type: ignore[operator]
     finally:
         if model is not bench.base:
