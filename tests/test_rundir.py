@@ -6,7 +6,7 @@ import pytest
 
 from preskip import rundir
 from preskip.errors import PreskipError
-from preskip.rundir import RunDirectory, read_json, read_jsonl, write_json, write_jsonl, write_text
+from preskip.rundir import RunDirectory, clear_disk_errors, read_json, read_jsonl, write_json, write_jsonl, write_text
 
 
 def test_write_replaces_whole_and_leaves_no_temporary(tmp_path):
@@ -42,6 +42,26 @@ def test_disk_errors(tmp_path, monkeypatch, number, words):
     with pytest.raises(PreskipError if words else OSError, match=words):
         write_text(tmp_path / "a.txt", "text")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a Linux device that is always full")
+def test_a_full_disk_is_found_behind_the_libraries_own_errors(tmp_path):
+    import torch
+
+    def save_through_torch():
+        torch.save(torch.zeros(1_000_000), "/dev/full")
+
+    def save_through_safetensors():
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for save in (save_through_torch, save_through_safetensors):
+        with (
+            pytest.raises(PreskipError, match="no space left on the disk while writing there"),
+            clear_disk_errors("there"),
+        ):
+            save()
+    with pytest.raises(RuntimeError, match="something else"), clear_disk_errors(tmp_path):
+        raise RuntimeError("something else")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

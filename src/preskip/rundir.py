@@ -36,18 +36,32 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or a missing permission while writing `path` into one clear line.
 
     Raises:
-        PreskipError: in place of the OSError; other errors pass through.
+        PreskipError: in place of the error; other errors pass through.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _is_full_disk(error):
             raise PreskipError(f"no space left on the disk while writing {path}: free some and resume") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise PreskipError(
                 f"{path} cannot be written ({os.strerror(error.errno)}): choose another --out"
             ) from error
         raise
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised in place of, tells of a full disk.
+
+    safetensors raises its own type with the system's words; torch.save a RuntimeError that names its archive writer
+    but not the reason, which is a full disk in all but rare cases.
+    """
+    words = ("inline_container", *(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)))
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     With `--json` a mistake is also {"error": ...} on stdout, so that there is exactly one JSON document.
     """
+    is_process = arguments is None
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with _terminated_like_ctrl_c():
@@ -62,6 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
             print(json.dumps({"error": text}))
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}", highlight=False)
         sys.exit(1)
+    finally:
+        if is_process:  # a second Ctrl-C would only print a traceback of the libraries' clean-up
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
