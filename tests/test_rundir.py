@@ -6,7 +6,16 @@ import pytest
 
 from preskip import rundir
 from preskip.errors import PreskipError
-from preskip.rundir import RunDirectory, clear_disk_errors, read_json, read_jsonl, write_json, write_jsonl, write_text
+from preskip.rundir import (
+    SUMMARY_FIELDS,
+    RunDirectory,
+    clear_disk_errors,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 
 def test_write_replaces_whole_and_leaves_no_temporary(tmp_path):
@@ -95,7 +104,7 @@ def test_create_leaves_nothing_behind_on_failure(tmp_path):
         RunDirectory.create(tmp_path / "a", {"x": float("nan")})
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(PreskipError, match="is not a folder"):
+    with pytest.raises(PreskipError, match="no folder can be made in"):
         RunDirectory.create(tmp_path / "file" / "a", {})
 
 
@@ -129,12 +138,15 @@ def test_line_separators_inside_a_value_are_not_line_ends(tmp_path):
     assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
-@pytest.mark.parametrize(("name", "content"), [("cell.json", "{"), ("cell.json", "[]"), ("items.jsonl", "1\n")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("cell.json", "{"), ("cell.json", "[]"), ("cell.json", "{}"), ("items.jsonl", "1\n")]
+)
 def test_a_damaged_cell_names_the_folder_to_delete(tmp_path, name, content):
     cell = RunDirectory(tmp_path).cell("lora", 1)
-    write_json(cell.summary, {"seed": 1})
+    summary = dict.fromkeys(SUMMARY_FIELDS, 1)
+    write_json(cell.summary, summary)
     write_jsonl(cell.items, [{"nll": 1.0}])
-    assert cell.load() == ({"seed": 1}, [{"nll": 1.0}])
+    assert cell.load() == (summary, [{"nll": 1.0}])
     (cell.folder / name).write_text(content)
     with pytest.raises(PreskipError, match=f"{name}.*; delete {cell.folder} and resume"):
         cell.load()

@@ -29,6 +29,16 @@ from typing import Any
 from preskip.errors import PreskipError
 
 SCHEMA_VERSION = 1
+# What the results need of every cell.json.
+SUMMARY_FIELDS = {
+    "seed",
+    "trainable_parameters",
+    "learning_rate",
+    "final_training_loss",
+    "seconds_per_step",
+    "peak_memory_bytes",
+    "depth",
+}
 
 
 @contextmanager
@@ -188,8 +198,9 @@ class Cell:
         """
         try:
             summary, items = read_json(self.summary), read_jsonl(self.items)
-            if not isinstance(summary, dict):
-                raise PreskipError(f"{self.summary} holds no JSON object")
+            missing = SUMMARY_FIELDS - set(summary if isinstance(summary, dict) else ())
+            if missing:
+                raise PreskipError(f"{self.summary} lacks {', '.join(sorted(missing))}")
         except PreskipError as error:
             raise PreskipError(f"{error}; delete {self.folder} and resume to compute it again") from None
         return summary, items
@@ -213,9 +224,9 @@ class RunDirectory:
         with clear_disk_errors(path):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError):
-                raise PreskipError(f"{path.parent} is not a folder: choose another --out") from None
-            temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+                temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            except (FileExistsError, NotADirectoryError, FileNotFoundError):
+                raise PreskipError(f"no folder can be made in {path.parent}: choose another --out") from None
             try:
                 write_json(temporary / "run.json", {"schema_version": SCHEMA_VERSION, **manifest})
                 temporary.chmod(0o755)

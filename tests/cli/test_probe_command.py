@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -413,7 +414,28 @@ def test_out_must_be_new_and_writable(probe, tmp_path):
     assert (tmp_path / "run" / "mine").read_text() == "keep"
     code, _, err = probe(out=tmp_path / "run" / "mine" / "deeper")
     assert code == 1
-    assert "is not a folder" in err
+    assert "no folder can be made in" in err
+    code, _, err = probe(out=Path("/proc/preskip"))
+    assert code == 1
+    assert err.count("error:") == 1
+
+
+def test_a_run_moved_elsewhere_resumes_from_any_folder(inputs, tmp_path, monkeypatch, capsys):
+    """Relative paths of model and corpus mean the folder in which the run was started."""
+    model, corpus = inputs
+    monkeypatch.chdir(model.parent)
+    out = tmp_path / "with space"
+    with pytest.raises(SystemExit):
+        main(["probe", model.name, "--corpus", corpus.name, *FEW, "--arms", "none", "--out", str(out), "--json"])
+    moved = tmp_path / "moved" / "run"
+    moved.parent.mkdir()
+    out.rename(moved)
+    (moved / "arms" / "none" / "seed-42" / "cell.json").unlink()
+    monkeypatch.chdir(moved.parent)
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", "--resume", "run", "--json"])
+    assert stop.value.code == 0
+    assert json.loads((moved / "run.json").read_text())["corpus"]["name"] == corpus.name
 
 
 def test_resume_refuses(probe, tmp_path, finished):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -222,7 +223,7 @@ def _announce(run: Any, asked: str | None) -> None:
 def _hint(run: Any) -> None:
     from rich.console import Console
 
-    text = f"what is done is kept; finish with: preskip probe --resume {run.path}"
+    text = f"what is done is kept; finish with: preskip probe --resume {shlex.quote(str(run.path))}"
     Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False, style="yellow")
 
 

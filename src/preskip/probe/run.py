@@ -25,9 +25,9 @@ from preskip import environment
 from preskip.adapter import PreskipConfig
 from preskip.analysis.depth import depth_profile
 from preskip.arms import Arm, ArmContext, attention_paths, branch_parameters, resolve_arms
-from preskip.assets import load_model, load_tokenizer, resolve_model
+from preskip.assets import EMBEDDED_MODELS, load_model, load_tokenizer, resolve_model
 from preskip.data.blocks import Window, pack_blocks
-from preskip.data.corpus import Document, load_corpus, split_documents
+from preskip.data.corpus import EMBEDDED_CORPORA, Document, load_corpus, split_documents
 from preskip.data.last_word import LastWordItem, build_items
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import (
@@ -97,6 +97,7 @@ def start_probe(config: ProbeConfig, out: Path, command: Sequence[str]) -> RunDi
         "created": _now(),
         "finished": None,
         "command": list(command),
+        "directory": str(Path.cwd()),
         "config": config.to_json() | {"dtype": dtype, "device": device},
     }
     return RunDirectory.create(out, manifest)
@@ -114,7 +115,7 @@ def run_probe(run: RunDirectory, *, quiet: bool = False) -> dict[str, Any]:
     config = ProbeConfig.from_json(run.manifest["config"])
     started = time.perf_counter()
     try:
-        bench, facts = _prepare(config, quiet)
+        bench, facts = _prepare(config, Path(run.manifest.get("directory", ".")), quiet)
         _check_same_inputs(run, facts)
         say(_extent(facts["corpus"], bench.heldout), quiet=quiet)
         earlier = run.manifest.get("timings", {})
@@ -182,14 +183,22 @@ def _check_same_inputs(run: RunDirectory, facts: dict[str, Any]) -> None:
             )
 
 
-def _prepare(config: ProbeConfig, quiet: bool) -> tuple[Bench, dict[str, Any]]:
-    corpus = load_corpus(config.corpus, text_column=config.text_column, split=config.corpus_split, progress=not quiet)
+def _found(name: str, directory: Path) -> str:
+    """A model's or corpus's name; a path that does not exist here is one of the folder the run was started in."""
+    path = directory / name
+    is_embedded = name in EMBEDDED_MODELS or name in EMBEDDED_CORPORA
+    return str(path) if path.exists() and not Path(name).exists() and not is_embedded else name
+
+
+def _prepare(config: ProbeConfig, directory: Path, quiet: bool) -> tuple[Bench, dict[str, Any]]:
+    model_name, corpus_name = _found(config.model, directory), _found(config.corpus, directory)
+    corpus = load_corpus(corpus_name, text_column=config.text_column, split=config.corpus_split, progress=not quiet)
     split = split_documents(corpus, config.heldout_fraction, config.split_seed)
-    source = resolve_model(config.model)
+    source = resolve_model(model_name)
     with spinner(f"loading {config.model}", quiet=quiet):
-        tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        tokenizer = load_tokenizer(model_name, trust_remote_code=config.trust_remote_code)
         base = load_model(
-            config.model,
+            model_name,
             dtype=getattr(torch, config.dtype),
             device=config.device,
             attn_implementation=config.attn_implementation,
@@ -244,7 +253,7 @@ def _prepare(config: ProbeConfig, quiet: bool) -> tuple[Bench, dict[str, Any]]:
             "revision": source.revision,
         },
         "corpus": {
-            "name": corpus.name,
+            "name": config.corpus,
             "training_documents": len(split.training),
             "training_tokens": int(blocks.size),
             "training_passes": round(wanted / blocks.size, 2),
