@@ -18,6 +18,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
+# Columns of a terminal from which a bar, the time so far and a note have room beside the figures.
+WIDE = 70
+
 # advance(done, note): how many units are done in all, and a short note such as the current loss.
 Advance = Callable[[int, str], None]
 
@@ -40,15 +43,16 @@ def progress_display(description: str, *, quiet: bool = False) -> Iterator[Progr
             console.print(f"{description} ...", highlight=False)
         yield None
         return
-    columns = (
+    columns: list[ProgressColumn] = [
         TextColumn("{task.description}", style="bold"),
-        BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        _NoteColumn(),
-    )
+    ]
+    if console.width >= WIDE:  # on less, the figures would be cut
+        columns[1:1] = [BarColumn(bar_width=28)]
+        columns[3:3] = [TimeElapsedColumn()]
+        columns.append(_NoteColumn())
     with Progress(*columns, console=console) as progress:
         yield progress
 
