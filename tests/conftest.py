@@ -1,4 +1,4 @@
-"""Shared settings of all tests: offline, one thread, a fixed seed; the fixtures of the embedded model and data."""
+"""Shared settings of all tests: offline, one thread, a fixed seed; the fixture of the embedded model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import pathlib
 
 import pytest
 import torch
@@ -19,15 +17,6 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def preskip_data(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """An empty `PRESKIP_DATA` folder of this test's own."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    monkeypatch.setenv("PRESKIP_DATA", str(folder))
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def sigma(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def naive(x: torch.Tensor, w: dict[str, torch.Tensor], settings: BranchSettings):
-    """(what attention reads, skip) by the formulas of section 3, in the dtype of its arguments."""
+    """(what attention reads, skip) by the paper's formulas, in the dtype of its arguments."""
     enriched = x
     if settings.preprojection:
         inner = sigma(settings.activation, x @ w["gate" if settings.gated else "up"].T)
@@ -181,7 +181,7 @@ def test_cost_is_what_is_there(variant: str) -> None:
 
 def test_cost_of_the_papers_models() -> None:
     assert BranchSettings().cost(768).parameters == 3.5 * 768**2
-    # Pythia-160M: 17.69M + 7.08M = 24.77M; Pythia-410M: 62.9M + 25.2M = 88.1M (section 3, table 1).
+    # Pythia-160M: 17.69M + 7.08M = 24.77M; Pythia-410M: 62.9M + 25.2M = 88.1M.
     for layers, d, total, skip_total in ((12, 768, 24.77e6, 7.08e6), (24, 1024, 88.1e6, 25.2e6)):
         assert layers * BranchSettings().cost(d).parameters == pytest.approx(total, rel=1e-3)
         skip_only = BranchSettings(preprojection=False).cost(d)

@@ -1,6 +1,6 @@
 """The method itself: the arithmetic of one pre-projection + content-skip branch, its initialisation and its cost.
 
-Shinde, "Position-Agnostic Pre-Projection for Transformer Attention" (arXiv 2604.10791, section 3). With x̂ the normed
+Shinde, "Position-Agnostic Pre-Projection for Transformer Attention" (arXiv 2604.10791). With x̂ the normed
 input of a block's attention and d its width::
 
     x̃     = x̂ + W_down · σ(W_up · x̂)      pre-projection, W_up: d → ⌊e·d⌋, W_down: ⌊e·d⌋ → d, no biases
@@ -38,7 +38,7 @@ class BranchSettings:
     """What one branch is made of; the fields of `PreskipConfig` that concern the arithmetic.
 
     Args:
-        expansion: inner width over d, > 0. Default 1.25 (paper, section 3.1).
+        expansion: inner width over d, > 0. Default 1.25 (paper).
         activation: one of silu (paper), gelu, relu, mish.
         gated: SwiGLU-like inner layer, W_down(σ(W_gate x̂) ⊙ W_up x̂), with one more d → f matrix.
         dropout: probability of dropping an inner feature while training, in [0, 1).

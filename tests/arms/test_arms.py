@@ -44,7 +44,7 @@ def test_lora_matches_within_half_a_percent(make, expansion, layers):
 
 
 def test_lora_ranks_of_pythia():
-    """PAPER.md section 4: rank 448 at 160M and 597 at 410M match pre-projection + skip on qkv + dense."""
+    """Rank 448 at 160M and 597 at 410M match pre-projection + skip on qkv + dense."""
     for width, layers, heads, expected in ((768, 12, 12, 448), (1024, 24, 16, 597)):
         config = GPTNeoXConfig(
             hidden_size=width,

@@ -34,7 +34,7 @@ def peft_type() -> PeftType:
 
 @dataclass
 class PreskipConfig(PeftConfig):
-    """Configuration of a Preskip adapter (arXiv 2604.10791, section 3): pre-projection and content skip.
+    """Configuration of a Preskip adapter (arXiv 2604.10791): pre-projection and content skip.
 
     Args:
         expansion: inner width of the pre-projection over the model's width d. Default 1.25.

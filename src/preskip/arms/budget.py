@@ -152,7 +152,10 @@ def lora_ranks(model: nn.Module, budget: int, targets: Sequence[str], *, magnitu
             pattern[name] = rank + 1
             total += size
     if abs(total - budget) > TOLERANCE * budget:
-        raise PreskipError(f"LoRA cannot match {budget:,} parameters within 0.5 %: the nearest possible is {total:,}")
+        raise PreskipError(
+            f"LoRA cannot match {budget:,} parameters within 0.5 %: the nearest possible is {total:,}. "
+            "Change --expansion, or leave the arm out"
+        )
     return LoraRanks(rank=rank, rank_pattern=pattern, targets=tuple(sizes), parameters=total)
 
 

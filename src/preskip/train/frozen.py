@@ -30,7 +30,7 @@ class TrainingSettings:
         steps: optimiser steps.
         batch_size: sequences per optimiser step.
         micro_batch_size: sequences per forward pass; must divide batch_size.
-        learning_rate: peak; linear warm-up over a tenth of the steps, then cosine to 0 (paper, section 4.1).
+        learning_rate: peak; linear warm-up over a tenth of the steps, then cosine to 0 (as the paper).
         seed: of the data order, dropout and initialisation.
         gradient_checkpointing: recompute activations in the backward pass.
         save_steps: optimiser steps between two checkpoints.
