@@ -13,6 +13,7 @@
     RUN/results.json, RUN/report.html
 
 Every file is written beside its place and then renamed, so that a reader sees the old file or the new one, never half.
+One process at a time works on a run (`RunDirectory.lock`); what a killed one left half-written is removed by the next.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ from typing import Any
 from preskip.errors import PreskipError
 
 SCHEMA_VERSION = 2
+# Ends the names of files that are being written.
+TEMPORARY = ".tmp"
+# What marks a folder of a run as done, its checkpoints as no longer needed.
+DONE = ("cell.json", "trial.json")
 # What the results need of every cell.json.
 SUMMARY_FIELDS = {
     "seed",
@@ -85,16 +90,41 @@ def write_text(path: Path, text: str) -> None:
     """
     with clear_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            _sync_folder(path.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring all files of a folder to the disk, so that a power cut after it cannot take them.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):  # Windows has no such thing
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -253,6 +283,38 @@ class RunDirectory:
         if version != SCHEMA_VERSION:
             raise PreskipError(f"{path} has schema version {version}, this preskip reads {SCHEMA_VERSION}")
         return cls(path)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Work on the run alone, beginning with the removal of what a killed process left behind.
+
+        The lock ends with the process, however it ends.
+
+        Raises:
+            PreskipError: another process works on the run.
+        """
+        from filelock import FileLock, Timeout
+
+        with clear_disk_errors(self.path):
+            lock = FileLock(self.path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise PreskipError(
+                    f"another process is working on {self.path}: wait until it has finished, or stop it"
+                ) from None
+        try:
+            self._tidy()
+            yield
+        finally:
+            lock.release()
+
+    def _tidy(self) -> None:
+        for path in self.path.rglob(f".*{TEMPORARY}"):
+            path.unlink()
+        for checkpoints in self.path.rglob("checkpoints"):
+            if any((checkpoints.parent / name).is_file() for name in DONE):
+                shutil.rmtree(checkpoints, ignore_errors=True)
 
     @property
     def manifest(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, TrainingArguments
 
 from preskip.errors import DivergedError, PreskipError
 from preskip.progress import Advance, no_progress
-from preskip.rundir import clear_disk_errors, read_jsonl, write_jsonl
+from preskip.rundir import clear_disk_errors, write_jsonl
+from preskip.train.checkpoints import ResumableTrainer
 from preskip.train.controls import (
     CONTROLS,
     MAX_GRAD_NORM,
@@ -28,7 +27,8 @@ from preskip.train.controls import (
     train_on_noise,
 )
 
-TRAINER_STATE = "trainer_state.json"
+# The newest checkpoint, and one to fall back on where that is damaged.
+KEPT_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +109,7 @@ class _StepLog(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        kept = read_jsonl(self.path) if self.path.exists() and state.global_step else []
-        self.rows = [row for row in kept if row["step"] <= state.global_step]
+        self.rows = [logged["row"] for logged in state.log_history if "row" in logged]
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
@@ -143,6 +142,7 @@ class _StepLog(TrainerCallback):
         if self.equal_step is not None:
             row["step_ratio"] = dict(self.equal_step.ratios)
         self.rows.append(row)
+        state.log_history[-1]["row"] = row  # the checkpoint keeps it: the log cannot run ahead of the weights
         self.advance(state.global_step, f"loss {loss:.3f}")
 
     def on_save(self, args, state, control, **kwargs):
@@ -161,8 +161,8 @@ def train_frozen(
 ) -> list[dict[str, Any]]:
     """Train the parameters of `model` that require gradients; the rest stays frozen.
 
-    An earlier, interrupted call with the same arguments is continued from its last whole checkpoint, with the result
-    of an uninterrupted one.
+    An earlier, interrupted call with the same arguments is continued from its last good checkpoint, with the result of
+    an uninterrupted one; see `preskip.train.checkpoints`.
 
     Args:
         model: a PEFT model.
@@ -203,7 +203,7 @@ def train_frozen(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_steps=settings.save_steps,
-        save_total_limit=1,
+        save_total_limit=KEPT_CHECKPOINTS,
         seed=settings.seed,
         data_seed=settings.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -219,7 +219,7 @@ def train_frozen(
     equal_step = EqualStep(model) if settings.equal_step else None
     steps = _StepLog(log, settings.batch_size * blocks.shape[1], arm, advance, equal_step)
     length = settings.steps * settings.batch_size
-    trainer = Trainer(
+    trainer = ResumableTrainer(
         model=model,
         args=arguments,
         train_dataset=BlockDataset(blocks, length, settings.seed, shuffled=settings.control == "shuffled"),
@@ -230,7 +230,7 @@ def train_frozen(
 
     trainer.remove_callback(PrinterCallback)
     with clear_disk_errors(checkpoints):
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(checkpoints))
+        trainer.train(resume_from_checkpoint=True)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()  # type: ignore[operator]
     write_jsonl(log, steps.rows)
@@ -239,13 +239,3 @@ def train_frozen(
 
 def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; half-written ones are removed."""
-    while folder.is_dir():
-        last = get_last_checkpoint(str(folder))
-        if last is None or (Path(last) / TRAINER_STATE).is_file():  # the trainer writes this file last
-            return last
-        shutil.rmtree(last)
-    return None
