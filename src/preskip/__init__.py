@@ -1,8 +1,9 @@
 """Preskip: a non-linear pre-projection and a content skip for the attention of any Hugging Face transformer.
 
-Importing the package registers the PEFT method: at once where peft is loaded already, else the moment it is, because
-peft takes seconds to import and `preskip --help` should not. `PreskipConfig` is for `peft.get_peft_model`;
-`PreskipBranch` is the building block (arXiv 2604.10791).
+Importing the package registers the PEFT method, at once where peft is loaded already, else the moment it is, and the
+`preskip_<type>` architectures, the moment a config of such a type is asked for: both take seconds to import, and
+`preskip --help` should not. `PreskipConfig` is for `peft.get_peft_model`, `bake` makes a self-contained checkpoint of
+the result; `PreskipBranch` is the building block (arXiv 2604.10791).
 """
 
 import importlib
@@ -15,14 +16,16 @@ from preskip.version import __version__
 
 if TYPE_CHECKING:
     from preskip.adapter import PreskipConfig
+    from preskip.architecture import bake
     from preskip.branch import BranchSettings, PreskipBranch
 
-__all__ = ["BranchSettings", "PreskipBranch", "PreskipConfig", "PreskipError", "__version__"]
+__all__ = ["BranchSettings", "PreskipBranch", "PreskipConfig", "PreskipError", "__version__", "bake"]
 
 _HOMES = {
     "BranchSettings": "preskip.branch",
     "PreskipBranch": "preskip.branch",
     "PreskipConfig": "preskip.adapter",
+    "bake": "preskip.architecture",
 }
 
 
@@ -33,3 +36,7 @@ def __getattr__(name: str) -> object:
 
 
 wrapt.register_post_import_hook(lambda module: importlib.import_module("preskip.adapter"), "peft")
+wrapt.register_post_import_hook(
+    lambda module: importlib.import_module("preskip.lazy_types").install(module.CONFIG_MAPPING),
+    "transformers.models.auto.configuration_auto",
+)

@@ -1,0 +1,19 @@
+"""`preskip_<type>`: transformers' own architectures with the branch built in, and the way from an adapter to one.
+
+Importing this registers every type with AutoConfig, AutoModel and AutoModelForCausalLM; importing `preskip` sees to
+that as soon as transformers' Auto classes are loaded.
+"""
+
+from preskip.architecture import models
+from preskip.architecture.bake import bake
+from preskip.architecture.config import branch_settings, config_class
+from preskip.architecture.models import TYPES, architecture, register
+
+__all__ = ["TYPES", "architecture", "bake", "branch_settings", "config_class"]
+
+register()
+
+
+def __getattr__(name: str) -> type:
+    """The classes by name, e.g. `PreskipLlamaForCausalLM`: what a baked checkpoint's stub imports."""
+    return getattr(models, name)

@@ -1,0 +1,93 @@
+"""Configs of the architectures: a base config with the branch's fields, each prefixed with `preskip_`."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Optional
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from preskip.attach import SKIP_POSITIONS
+from preskip.branch import BranchSettings
+from preskip.errors import PreskipError
+
+PREFIX = "preskip_"
+# From scratch, nothing is there that an identity would have to keep: the paper's initialisation is the default.
+DEFAULTS: dict[str, Any] = {
+    **{PREFIX + field.name: field.default for field in fields(BranchSettings)},
+    "preskip_init_weights": "paper",
+    "preskip_skip_position": "attention",
+    "preskip_layers": None,
+}
+_TYPES: dict[str, Any] = {
+    "preskip_expansion": float,
+    "preskip_activation": str,
+    "preskip_gated": bool,
+    "preskip_dropout": float,
+    "preskip_preprojection": bool,
+    "preskip_content_skip": bool,
+    "preskip_enrich_attention": bool,
+    "preskip_skip_rank": Optional[int],
+    "preskip_init_weights": str,
+    "preskip_init_std": float,
+    "preskip_skip_init_std": float,
+    "preskip_skip_position": str,
+    "preskip_layers": Optional[list[int]],
+}
+
+
+def branch_settings(config: PreTrainedConfig) -> BranchSettings:
+    """What the branches of a model of this config are made of.
+
+    Raises:
+        PreskipError: a value is out of range or two fields contradict each other.
+    """
+    try:
+        return BranchSettings(**{field.name: getattr(config, PREFIX + field.name) for field in fields(BranchSettings)})
+    except PreskipError as error:
+        raise PreskipError(f"{config.model_type} config, field {PREFIX}{error}") from None
+
+
+class BranchConfigMixin:
+    """Checks the `preskip_*` fields; a config read from a base checkpoint starts its branches at identity."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        settings = branch_settings(self)  # type: ignore[arg-type]
+        settings.shapes(self.hidden_size)  # type: ignore[attr-defined]
+        position, layers = self.preskip_skip_position, self.preskip_layers  # type: ignore[attr-defined]
+        count = self.num_hidden_layers  # type: ignore[attr-defined]
+        if position not in SKIP_POSITIONS:
+            raise PreskipError(
+                f"preskip_skip_position={position!r} is not possible: choose {' or '.join(SKIP_POSITIONS)}"
+            )
+        if layers is not None and not (len(set(layers)) == len(layers) and set(layers) <= set(range(count))):
+            raise PreskipError(
+                f"preskip_layers={layers} is not possible with {count} layers: give each at most once, 0 to {count - 1}"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'; the dict of a base config (`preskip_init_weights` not given) means a retrofit: identity."""
+        if config_dict.get("model_type") != cls.model_type:  # type: ignore[attr-defined]
+            kept = {key: value for key, value in config_dict.items() if key not in ("model_type", "architectures")}
+            config_dict = {"preskip_init_weights": "identity", **kept}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+
+def config_class(base_type: str) -> type[PreTrainedConfig]:
+    """Build the config class of `preskip_<base_type>`, e.g. `PreskipLlamaConfig`: all base fields and `DEFAULTS`."""
+    base = CONFIG_MAPPING[base_type]
+    return type(
+        f"Preskip{base.__name__}",
+        (BranchConfigMixin, base),
+        {
+            "__annotations__": _TYPES,
+            **DEFAULTS,
+            "model_type": f"{PREFIX}{base_type}",
+            "__module__": "preskip.architecture.models",
+            "__doc__": f"{base.__name__} with the branch's fields (`preskip.branch.BranchSettings`), `preskip_` before "
+            "each, `preskip_skip_position` and `preskip_layers` (None for all).",
+        },
+    )

@@ -1,0 +1,137 @@
+"""Models with the branch built in: a mixin over transformers' own classes, one family per base type.
+
+The branch is the child `preskip` of each attention module with the same hooks and key names as the adapter's, so that
+an adapter becomes a model by renaming keys. The base's weights keep their names, and at the same seed their values.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+from preskip.architecture.config import PREFIX, branch_settings, config_class
+from preskip.attach import CHILD, attach, find_sites, input_width, tap_of
+from preskip.branch import BranchSettings, PreskipBranch, initialise
+from preskip.errors import PreskipError
+
+TYPES = (
+    "llama", "gpt_neox", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "olmo2", "phi3", "smollm3",
+    "mixtral",
+)  # fmt: skip
+
+# The class with branches of each base class: the inner model of a ForCausalLM is made as the base's.
+_WITH_BRANCH: dict[type, type] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The classes of one base type.
+
+    Attributes:
+        base_type: transformers' model type.
+        config, model, causal_lm: the classes with branches.
+    """
+
+    base_type: str
+    config: type[PreTrainedConfig]
+    model: type[PreTrainedModel]
+    causal_lm: type[PreTrainedModel]
+
+
+class BranchMixin:
+    """Attaches a branch to the self-attention of each chosen layer after the base class has built the model."""
+
+    # The branch's weights stay fp32 beside a half-precision base, as in the adapter (`preskip.branch.PreskipBranch`).
+    _keep_in_fp32_modules_strict = (CHILD,)
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        model: Any = self
+        for child in model.children():
+            # As AutoModel would make it: weight initialisation is asked of each PreTrainedModel for its own modules.
+            if type(child) in _WITH_BRANCH:
+                child.__class__ = _WITH_BRANCH[type(child)]
+        _attach_all(model, config)
+        model.post_init()  # again: the first one has run before there were branches, and keeps what it has initialised
+
+    def _init_weights(self, module: nn.Module) -> None:
+        part: tuple[str, BranchSettings] | None = getattr(module, "preskip_part", None)
+        if part is None:
+            super()._init_weights(module)  # type: ignore[misc]
+        else:
+            initialise(part[0], module.weight, part[1])  # type: ignore[arg-type]
+
+
+def _attach_all(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    settings, layers = branch_settings(config), config.preskip_layers
+    for site in find_sites(model).attentions:
+        if layers is not None and site.layer not in layers:
+            continue
+        attention = model.get_submodule(site.name)
+        path, _, target = site.name.rpartition(".")
+        branch = PreskipBranch(input_width(attention, config.hidden_size), settings)
+        for part, linear in branch.linears.items():
+            # On the Linear: transformers calls `_init_weights` only for modules with weights of their own.
+            linear.preskip_part = (part, settings)  # type: ignore[assignment]
+        attach(attention, branch, tap_of(model.get_submodule(path), target, config.preskip_skip_position))
+
+
+@cache
+def architecture(base_type: str) -> Architecture:
+    """The classes of a base type, registered with the Auto classes.
+
+    Args:
+        base_type: one of `TYPES`, also with `preskip_` before it.
+
+    Raises:
+        PreskipError: a type that has no such architecture.
+    """
+    name = base_type.removeprefix(PREFIX)
+    if name != base_type:
+        return architecture(name)
+    if name not in TYPES:
+        raise PreskipError(f"there is no preskip_{name} architecture: choose one of {', '.join(TYPES)}")
+    base = CONFIG_MAPPING[name]
+    config = config_class(name)
+    AutoConfig.register(config.model_type, config)
+    classes = []
+    for mapping, auto in ((MODEL_MAPPING, AutoModel), (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM)):
+        model = mapping[base]
+        with_branch = type(
+            f"Preskip{model.__name__}",
+            (BranchMixin, model),
+            {"config_class": config, "__module__": __name__, "__doc__": f"{model.__name__} with a branch per layer."},
+        )
+        _WITH_BRANCH[model] = with_branch
+        auto.register(config, with_branch)
+        classes.append(with_branch)
+        _copy_conversion(model.__name__, with_branch.__name__)
+    _copy_conversion(name, config.model_type)
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    if base in TOKENIZER_MAPPING:
+        TOKENIZER_MAPPING.register(config, TOKENIZER_MAPPING[base])
+    for made in (config, *classes):
+        setattr(sys.modules[__name__], made.__name__, made)
+    return Architecture(base_type=name, config=config, model=classes[0], causal_lm=classes[1])
+
+
+def register() -> None:
+    """Register every type of `TYPES` with the Auto classes; a second call does nothing."""
+    for base_type in TYPES:
+        architecture(base_type)
+
+
+def _copy_conversion(base: str, ours: str) -> None:
+    """Let our class or type read checkpoints whose keys transformers renames or fuses on loading (Mixtral's)."""
+    conversion = get_checkpoint_conversion_mapping(base)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(ours, conversion, overwrite=True)
