@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from preskip.probe.config import ProbeConfig
 
 WHAT, TRAINING, BRANCH, EVALUATION, OUTPUT = "What", "Training", "Branch", "Evaluation", "Output"
+# Options that say how and where, not what: they may stand beside --resume.
+FREE = ("resume", "as_json", "executor", "ray_address")
 
 
 def _option(name: str, panel: str, text: str) -> Any:
@@ -131,6 +133,12 @@ def probe(
         int | None,
         _option("--eval-batch-tokens", EVALUATION, "Padded tokens per forward pass. Default: by the device."),
     ] = None,
+    executor: Annotated[
+        str, _option("--executor", OUTPUT, "local, or ray: each arm and seed as a task of its own.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, _option("--ray-address", OUTPUT, "Ray cluster, e.g. auto. Default: one on this machine.")
+    ] = None,
     out: Annotated[
         Path | None, _option("--out", OUTPUT, "Run directory; must not exist. Default: runs/<time>-<model>-<corpus>.")
     ] = None,
@@ -143,7 +151,7 @@ def probe(
 
     Without arguments it runs the embedded model on the embedded corpus, in a few minutes on two cores.
     """
-    options = {name: value for name, value in locals().items() if name not in ("context", "out", "resume", "as_json")}
+    options = {name: value for name, value in locals().items() if name not in ("context", "out", *FREE)}
     if resume is not None:
         _refuse_other_options(context)
     from preskip.probe.config import ProbeConfig, parse_layers, parse_learning_rates, parse_lora_ranks
@@ -170,9 +178,11 @@ def probe(
         from preskip.cli.libraries import quiet_libraries
 
         quiet_libraries()
+        from preskip.probe.executor import check_executor
         from preskip.probe.run import run_probe, start_probe
         from preskip.rundir import RunDirectory
 
+    check_executor(executor, ray_address)
     if config is not None:
         run = start_probe(config, out or _default_out(config), ["preskip", *sys.argv[1:]])
     else:
@@ -181,7 +191,7 @@ def probe(
     if not as_json:
         _announce(run, asked=None if config is None else config.dtype)
     try:
-        results = run_probe(run, quiet=as_json)
+        results = run_probe(run, quiet=as_json, executor=executor, ray_address=ray_address)
     except (KeyboardInterrupt, SystemExit):
         _hint(run)
         raise
@@ -248,8 +258,7 @@ def _refuse_other_options(context: typer.Context) -> None:
     given = [
         name
         for name in context.params
-        if name not in ("resume", "as_json")
-        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        if name not in FREE and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
     if given:
         raise PreskipError(f"--resume takes every option from the run: leave out {', '.join(sorted(given))}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,15 @@ import torch
 
 from preskip import environment
 from preskip.analysis.trend import arm_trends
-from preskip.arms import resolve_arms
+from preskip.arms import Arm, resolve_arms
 from preskip.errors import PreskipError
 from preskip.evaluate.stats import planned_power
 from preskip.probe.bench import Bench, prepare
-from preskip.probe.cells import run_cell
 from preskip.probe.config import ProbeConfig
 from preskip.probe.controls import run_controls
+from preskip.probe.executor import LocalExecutor, open_executor
 from preskip.probe.results import summarise_run
-from preskip.probe.search import base_records, search_rate
+from preskip.probe.search import base_records
 from preskip.progress import say, spinner
 from preskip.rundir import RunDirectory, write_json
 from preskip.version import __version__
@@ -59,8 +59,16 @@ def start_probe(config: ProbeConfig, out: Path, command: Sequence[str]) -> RunDi
     return RunDirectory.create(out, manifest)
 
 
-def run_probe(run: RunDirectory, *, quiet: bool = False) -> dict[str, Any]:
+def run_probe(
+    run: RunDirectory, *, quiet: bool = False, executor: str = "local", ray_address: str | None = None
+) -> dict[str, Any]:
     """Do, or finish, what the run's run.json says.
+
+    Args:
+        run: the run directory.
+        quiet: no progress.
+        executor: where the cells are computed, see `preskip.probe.executor`; the results are the same.
+        ray_address: of the Ray cluster; None starts one on this machine.
 
     Returns:
         The content of results.json.
@@ -78,19 +86,11 @@ def run_probe(run: RunDirectory, *, quiet: bool = False) -> dict[str, Any]:
         earlier = run.manifest.get("timings", {})
         run.update_manifest(status="running", **facts)
         seconds = {"load": time.perf_counter() - started, "tune": 0.0, "train": 0.0, "evaluate": 0.0}
-        _tune(run, bench, facts, seconds)
-        for seed in config.seeds:
-            for arm in resolve_arms(config.arms):
-                # The untouched model has no training seed: evaluated once.
-                if not arm.trains and seed != config.seeds[0]:
-                    continue
-                cell = run.cell(arm.name, seed)
-                if cell.is_done:
-                    cell.load()  # damaged files are found now, not after hours of training
-                else:
-                    summary = run_cell(bench, arm, seed, cell)
-                    seconds["train"] += summary["train_seconds"]
-                    seconds["evaluate"] += summary["evaluate_seconds"]
+        with closing(open_executor(executor, ray_address, config.device)) as where:
+            _tune(run, bench, facts, seconds, where)
+            for summary in where.cells(run, bench, _open_cells(run, config)):
+                seconds["train"] += summary["train_seconds"]
+                seconds["evaluate"] += summary["evaluate_seconds"]
         extra = run_controls(run, bench)
         with spinner("comparing the arms", quiet=quiet):
             results = summarise_run(run, config, run.manifest) | extra
@@ -113,7 +113,25 @@ def run_probe(run: RunDirectory, *, quiet: bool = False) -> dict[str, Any]:
     return results
 
 
-def _tune(run: RunDirectory, bench: Bench, facts: dict[str, Any], seconds: dict[str, float]) -> None:
+def _open_cells(run: RunDirectory, config: ProbeConfig) -> list[tuple[Arm, int]]:
+    """The arms and seeds that are still to be computed."""
+    cells = []
+    for seed in config.seeds:
+        for arm in resolve_arms(config.arms):
+            # The untouched model has no training seed: evaluated once.
+            if not arm.trains and seed != config.seeds[0]:
+                continue
+            cell = run.cell(arm.name, seed)
+            if cell.is_done:
+                cell.load()  # damaged files are found now, not after hours of training
+            else:
+                cells.append((arm, seed))
+    return cells
+
+
+def _tune(
+    run: RunDirectory, bench: Bench, facts: dict[str, Any], seconds: dict[str, float], where: LocalExecutor
+) -> None:
     """Find the learning rates that are to be tuned, and record them."""
     started = time.perf_counter()
     tuned = [arm for arm in resolve_arms(bench.config.arms) if bench.config.is_tuned(arm.name)]
@@ -121,9 +139,8 @@ def _tune(run: RunDirectory, bench: Bench, facts: dict[str, Any], seconds: dict[
         return
     waiting = [arm for arm in tuned if not (run.search / arm.name / "search.json").is_file()]
     base = base_records(bench) if waiting else []
-    for arm in tuned:
-        bench.rates[arm.name] = search_rate(bench, arm, run.search / arm.name, base)["chosen"]
-        facts["arms"][arm.name]["learning_rate"] = bench.rates[arm.name]
+    for arm, found in zip(tuned, where.search(run, bench, tuned, base), strict=True):
+        bench.rates[arm.name] = facts["arms"][arm.name]["learning_rate"] = found["chosen"]
         run.update_manifest(arms=facts["arms"])
     seconds["tune"] = time.perf_counter() - started
 
