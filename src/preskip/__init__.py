@@ -37,6 +37,6 @@ def __getattr__(name: str) -> object:
 
 wrapt.register_post_import_hook(lambda module: importlib.import_module("preskip.adapter"), "peft")
 wrapt.register_post_import_hook(
-    lambda module: importlib.import_module("preskip.lazy_types").install(module.CONFIG_MAPPING),
+    lambda module: importlib.import_module("preskip.types").install(module.CONFIG_MAPPING),
     "transformers.models.auto.configuration_auto",
 )

@@ -117,6 +117,10 @@ class PreskipModel(BaseTuner):
         hidden_size = getattr(getattr(text_decoder(model), "config", None), "hidden_size", None)
         width, tap = input_width(target, hidden_size), tap_of(parent, name, config.skip_position)
         layer = getattr(target, CHILD, None)
+        if layer is not None and not isinstance(layer, PreskipLayer):
+            raise PreskipError(
+                f"{key} has its own branch already ({type(model).__name__}): train that, or adapt the base it came from"
+            )
         if isinstance(layer, PreskipLayer) and layer.tap is not tap:
             raise PreskipError(
                 f"skip_position={config.skip_position!r} is not possible: the model has a Preskip adapter with the "

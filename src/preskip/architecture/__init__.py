@@ -5,9 +5,10 @@ that as soon as transformers' Auto classes are loaded.
 """
 
 from preskip.architecture import models
-from preskip.architecture.bake import bake
+from preskip.architecture.baking import bake
 from preskip.architecture.config import branch_settings, config_class
-from preskip.architecture.models import TYPES, architecture, register
+from preskip.architecture.models import architecture, register
+from preskip.types import TYPES
 
 __all__ = ["TYPES", "architecture", "bake", "branch_settings", "config_class"]
 

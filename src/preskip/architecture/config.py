@@ -11,8 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from preskip.attach import SKIP_POSITIONS
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
+from preskip.types import PREFIX
 
-PREFIX = "preskip_"
 # From scratch, nothing is there that an identity would have to keep: the paper's initialisation is the default.
 DEFAULTS: dict[str, Any] = {
     **{PREFIX + field.name: field.default for field in fields(BranchSettings)},

@@ -17,15 +17,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from preskip.architecture.config import PREFIX, branch_settings, config_class
+from preskip.architecture.config import branch_settings, config_class
 from preskip.attach import CHILD, attach, find_sites, input_width, tap_of
 from preskip.branch import BranchSettings, PreskipBranch, initialise
 from preskip.errors import PreskipError
-
-TYPES = (
-    "llama", "gpt_neox", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "olmo2", "phi3", "smollm3",
-    "mixtral",
-)  # fmt: skip
+from preskip.types import PREFIX, TYPES
 
 # The class with branches of each base class: the inner model of a ForCausalLM is made as the base's.
 _WITH_BRANCH: dict[type, type] = {}
@@ -48,9 +44,6 @@ class Architecture:
 
 class BranchMixin:
     """Attaches a branch to the self-attention of each chosen layer after the base class has built the model."""
-
-    # The branch's weights stay fp32 beside a half-precision base, as in the adapter (`preskip.branch.PreskipBranch`).
-    _keep_in_fp32_modules_strict = (CHILD,)
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -104,11 +97,19 @@ def architecture(base_type: str) -> Architecture:
     AutoConfig.register(config.model_type, config)
     classes = []
     for mapping, auto in ((MODEL_MAPPING, AutoModel), (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM)):
-        model = mapping[base]
+        model: Any = mapping[base]
         with_branch = type(
             f"Preskip{model.__name__}",
             (BranchMixin, model),
-            {"config_class": config, "__module__": __name__, "__doc__": f"{model.__name__} with a branch per layer."},
+            {
+                "config_class": config,
+                "__module__": __name__,
+                "__doc__": f"{model.__name__} with a branch per layer.",
+                # The branch's weights stay fp32, as in the adapter (`preskip.branch.PreskipBranch`). Quantisers read
+                # the first of these, as a pattern from the start of the name.
+                "_keep_in_fp32_modules": [*(model._keep_in_fp32_modules or ()), rf".*\.{CHILD}"],
+                "_keep_in_fp32_modules_strict": [*(model._keep_in_fp32_modules_strict or ()), CHILD],
+            },
         )
         _WITH_BRANCH[model] = with_branch
         auto.register(config, with_branch)

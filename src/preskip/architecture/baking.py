@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from preskip.architecture.config import PREFIX
-from preskip.architecture.models import TYPES, Architecture, architecture
+from preskip.architecture.config import branch_settings
+from preskip.architecture.models import Architecture, architecture
 from preskip.attach import CHILD, find_sites
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
+from preskip.rundir import clear_disk_errors
+from preskip.types import PREFIX, TYPES
 from preskip.version import __version__
 
 STUB = "modeling_preskip.py"
@@ -57,7 +59,7 @@ def bake(
     out = Path(out)
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another folder")
-    base, name, settings = _find(model, adapter)
+    base, found = _find(model, adapter)
     family = architecture(base.config.model_type) if base.config.model_type in TYPES else None
     if family is None:
         raise PreskipError(
@@ -65,48 +67,59 @@ def bake(
         )
     if type(base).__name__ != family.causal_lm.__bases__[-1].__name__:
         raise PreskipError(f"{type(base).__name__} cannot be baked: only its causal language model can")
-    baked = _rebuild(base, name, settings, family)
-    source = base_name or settings.base_model_name_or_path or base.config.name_or_path
+    baked = _rebuild(base, found, family)
+    recorded = getattr(model, "peft_config", {}).get(found.name)
+    source = base_name or getattr(recorded, "base_model_name_or_path", None) or base.config.name_or_path
     baked.config.auto_map = {
         "AutoConfig": f"{Path(STUB).stem}.{family.config.__name__}",
         "AutoModel": f"{Path(STUB).stem}.{family.model.__name__}",
         "AutoModelForCausalLM": f"{Path(STUB).stem}.{family.causal_lm.__name__}",
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and renamed: what is at `out` is whole.
-    workspace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        baked.save_pretrained(workspace)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(workspace)
-        (workspace / STUB).write_text(_stub(family), encoding="utf-8")
-        (workspace / "README.md").write_text(card or short_card(baked, source, settings), encoding="utf-8")
-        workspace.chmod(0o755)
-        workspace.rename(out)
-    except BaseException:
-        shutil.rmtree(workspace, ignore_errors=True)
-        raise
+    with clear_disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside its place and renamed: what is at `out` is whole.
+        workspace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            baked.save_pretrained(workspace)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(workspace)
+            (workspace / STUB).write_text(_stub(family), encoding="utf-8")
+            (workspace / "README.md").write_text(card or short_card(baked, source), encoding="utf-8")
+            workspace.chmod(0o755)
+            workspace.rename(out)
+        except BaseException:
+            shutil.rmtree(workspace, ignore_errors=True)
+            raise
     return out
 
 
-def _find(model: nn.Module, adapter: str | None) -> tuple[Any, str, Any]:
-    """The base model, the adapter's name and its config, after what can be known before building anything."""
+@dataclass(frozen=True, kw_only=True)
+class _Adapter:
+    """One adapter as its layers tell it: PEFT forgets configs when adapters are stacked."""
+
+    name: str
+    settings: BranchSettings
+    skip_position: str
+    modules: frozenset[str]
+
+
+def _find(model: nn.Module, adapter: str | None) -> tuple[Any, _Adapter]:
+    """The base model and the adapter on it, after what can be known before building anything."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from preskip.adapter import PreskipConfig, PreskipLayer
+    from preskip.adapter import PreskipLayer
 
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    configs: dict[str, Any] = getattr(model, "peft_config", None) or getattr(base, "peft_config", None) or {}
-    ours = [name for name, config in configs.items() if isinstance(config, PreskipConfig)]
-    if not ours:
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, PreskipLayer)}
+    names = sorted({name for layer in layers.values() for name in layer.settings})
+    if not names:
         raise PreskipError(f"{type(model).__name__} has no Preskip adapter to bake")
-    layers = [module for module in base.modules() if isinstance(module, PreskipLayer)]
-    active = [name for name in (layers[0].active_adapters if layers else ours) if name in ours]
+    active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in layer.settings})
     if adapter is None and len(active) != 1:
-        raise PreskipError(f"{len(active)} adapters are active ({', '.join(active) or 'none'}): name one of {ours}")
+        raise PreskipError(f"{len(active)} adapters are active ({', '.join(active) or 'none'}): name one of {names}")
     name = active[0] if adapter is None else adapter
-    if name not in ours:
-        raise PreskipError(f"there is no Preskip adapter {name!r} on this model: choose one of {ours}")
+    if name not in names:
+        raise PreskipError(f"there is no Preskip adapter {name!r} on this model: choose one of {names}")
     others = [m for m in base.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, PreskipLayer)]
     if others:
         raise PreskipError(
@@ -114,37 +127,38 @@ def _find(model: nn.Module, adapter: str | None) -> tuple[Any, str, Any]:
         )
     if getattr(base, "is_quantized", False) or getattr(base, "quantization_method", None) is not None:
         raise PreskipError("a quantised base cannot be baked: load it in full precision and put the adapter on that")
-    return base, name, configs[name]
+    own = {path: layer for path, layer in layers.items() if name in layer.settings}
+    first = next(iter(own.values()))
+    return base, _Adapter(
+        name=name,
+        settings=first.settings[name],
+        skip_position="attention" if first.tap is None else "residual",
+        modules=frozenset(path.removesuffix(f".{CHILD}") for path in own),
+    )
 
 
-def _rebuild(base: Any, adapter: str, settings: Any, family: Architecture) -> Any:
+def _rebuild(base: Any, adapter: _Adapter, family: Architecture) -> Any:
     """The model with branches, on the base's own tensors."""
-    from preskip.adapter import PreskipLayer
-
-    found = {
-        name.removesuffix(f".{CHILD}")
-        for name, module in base.named_modules()
-        if isinstance(module, PreskipLayer) and adapter in module.settings
-    }
     sites = {site.name: site.layer for site in find_sites(base).attentions}
-    strays = sorted(found - sites.keys())
+    strays = sorted(adapter.modules - sites.keys())
     if strays:
         raise PreskipError(f"the branch at {strays[0]} is not at a self-attention of the decoder: it cannot be baked")
-    layers = sorted(sites[name] for name in found)
+    layers = sorted(sites[name] for name in adapter.modules)
     values = base.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "transformers_version"):
         values.pop(key, None)
-    config = family.config(
+    build: Any = family.config
+    config = build(
         **values,
-        **{PREFIX + field.name: getattr(settings, field.name) for field in fields(BranchSettings)},
-        preskip_skip_position=settings.skip_position,
+        **{PREFIX + field.name: getattr(adapter.settings, field.name) for field in fields(BranchSettings)},
+        preskip_skip_position=adapter.skip_position,
         preskip_layers=None if len(layers) == len(sites) else layers,
         attn_implementation=base.config._attn_implementation,
     )
     config.dtype = base.dtype
     with torch.device("meta"):
         baked: Any = family.causal_lm(config)
-    tensors = _plain_keys(base.state_dict(), adapter)
+    tensors = _plain_keys(base.state_dict(), adapter.name)
     baked.load_state_dict(tensors, strict=True, assign=True)
     # Buffers that no state dict holds (rotary frequencies) are the base's, too.
     buffers = dict(base.named_buffers())
@@ -185,13 +199,14 @@ def _stub(family: Architecture) -> str:
     )
 
 
-def short_card(baked: Any, source: str | None, settings: Any) -> str:
+def short_card(baked: Any, source: str | None) -> str:
     """README.md of a checkpoint of which no more is known than what it is made of."""
     from huggingface_hub import ModelCardData
 
     hub_id = source if source and source.count("/") == 1 and not source.startswith((".", "/")) else None
     data = ModelCardData(base_model=hub_id, library_name="transformers", tags=["preskip", "text-generation"])
     count = sum(p.numel() for name, p in baked.named_parameters() if f".{CHILD}." in name)
+    settings = branch_settings(baked.config)
     named = ", ".join(f"{field.name} {getattr(settings, field.name)}" for field in fields(BranchSettings))
     return f"""---
 {data.to_yaml()}

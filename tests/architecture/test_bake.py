@@ -1,0 +1,292 @@
+"""Baking: base + adapter becomes one checkpoint with the same logits, which is a base again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import zoo
+from preskip import PreskipConfig, PreskipError, bake
+from preskip.architecture import TYPES, architecture
+
+FAMILY = {base_type: "gemma3" if base_type == "gemma3_text" else base_type for base_type in TYPES}
+
+
+def adapted(base_type: str = "llama", dtype: torch.dtype | None = None, **fields):
+    model = get_peft_model(zoo.build(FAMILY[base_type], dtype=dtype), PreskipConfig(**fields))
+    zoo.randomise(model)
+    return model.eval()
+
+
+def logits(model) -> torch.Tensor:
+    return zoo.logits(model, "llama")
+
+
+@pytest.mark.parametrize("base_type", TYPES)
+def test_baked_it_has_the_same_logits(base_type, tmp_path):
+    model = adapted(base_type)
+    wanted = logits(model)
+    assert bake(model, tmp_path / "out") == tmp_path / "out"
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(baked) is architecture(base_type).causal_lm
+    assert baked.config.model_type == f"preskip_{base_type}"
+    assert torch.equal(logits(baked), wanted)
+    assert torch.equal(logits(model), wanted)  # the adapted model is as before
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gated": True, "activation": "gelu", "expansion": 0.5},
+        {"skip_rank": 4},
+        {"content_skip": False},
+        {"preprojection": False},
+        {"enrich_attention": False},
+        {"enrich_attention": False, "content_skip": False},
+        {"layers_to_transform": [1]},
+        {"modules_to_save": ["lm_head"]},
+        {"dropout": 0.3},
+    ],
+    ids=str,
+)
+def test_every_setting_is_kept(fields, tmp_path):
+    model = adapted(**fields)
+    bake(model, tmp_path / "out")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(baked), logits(model))
+    for name, value in fields.items():
+        if name in ("layers_to_transform", "modules_to_save"):
+            continue
+        assert getattr(baked.config, f"preskip_{name}") == value
+    assert baked.config.preskip_layers == fields.get("layers_to_transform")
+
+
+@pytest.mark.parametrize("base_type", ["gemma2", "gemma3_text", "olmo2"])
+def test_a_skip_behind_the_norm_is_kept(base_type, tmp_path):
+    model = adapted(base_type, skip_position="residual")
+    bake(model, tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(model))
+
+
+def test_a_half_precision_base_keeps_its_dtype_and_the_branch_float32(tmp_path):
+    zoo.build("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = get_peft_model(base, PreskipConfig()).eval()
+    zoo.randomise(model)
+    bake(model, tmp_path / "out")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert {p.dtype for name, p in baked.named_parameters() if ".preskip." in name} == {torch.float32}
+    assert {p.dtype for name, p in baked.named_parameters() if ".preskip." not in name} == {torch.bfloat16}
+    assert torch.equal(logits(baked), logits(model))
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    model = get_peft_model(zoo.build("llama", tie_word_embeddings=True), PreskipConfig())
+    zoo.randomise(model)
+    bake(model, tmp_path / "out")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert baked.lm_head.weight is baked.model.embed_tokens.weight
+    assert torch.equal(logits(baked), logits(model.eval()))
+
+
+def test_one_of_several_adapters(tmp_path):
+    model = adapted()
+    model.add_adapter("other", PreskipConfig(expansion=0.5))
+    zoo.randomise(model, seed=9)
+    first = logits(model)
+    model.set_adapter("other")
+    zoo.randomise(model, seed=10)
+    second = logits(model)
+    assert zoo.difference(first, second) > 1e-3
+    bake(model, tmp_path / "active")
+    bake(model, tmp_path / "default", adapter="default")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "active").eval()), second)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "default").eval()), first)
+    with pytest.raises(PreskipError, match="no Preskip adapter 'third'"):
+        bake(model, tmp_path / "third", adapter="third")
+
+
+def test_lora_stacked_on_the_adapter_can_be_merged_and_baked_with_it(tmp_path):
+    below = adapted()
+    stacked = get_peft_model(below.get_base_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    merged = stacked.eval().merge_and_unload()
+    bake(merged, tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(merged))
+
+
+def test_an_adapter_added_through_transformers(tmp_path):
+    base = zoo.build("llama")
+    base.add_adapter(PreskipConfig())
+    for name, parameter in base.named_parameters():
+        if ".preskip." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    bake(base, tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(base))
+
+
+PROGRAM = """
+import sys, torch
+{imports}
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code={trust}).eval()
+print(type(model).__name__, model(torch.arange(8)[None]).logits.double().sum().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("imports", "trust"), [("import preskip", False), ("", True)])
+def test_a_new_process_loads_it(imports, trust, tmp_path):
+    model = adapted()
+    bake(model, tmp_path / "out")
+    with torch.no_grad():
+        wanted = model(torch.arange(8)[None]).logits.double().sum().item()
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        PROGRAM.format(imports=imports, trust=trust),
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    name, total = done.stdout.split()[-2:]
+    assert name == "PreskipLlamaForCausalLM"
+    assert float(total) == wanted
+
+
+def test_the_stub_names_classes_that_exist(tmp_path):
+    bake(adapted("gpt_neox"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["PreskipGPTNeoXForCausalLM"]
+    scope: dict = {}
+    exec((tmp_path / "out" / "modeling_preskip.py").read_text(), scope)
+    for reference in config["auto_map"].values():
+        assert reference.split(".")[0] == "modeling_preskip"
+        assert reference.split(".")[1] in scope
+
+
+def test_lora_on_a_baked_model_and_merging_it(tmp_path):
+    bake(adapted(), tmp_path / "out")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = logits(baked.eval())
+    tuned = get_peft_model(baked, LoraConfig(r=2, init_lora_weights=False))  # default targets of the base type
+    assert zoo.difference(logits(tuned.eval()), before) > 1e-4
+    wanted = logits(tuned)
+    merged = tuned.merge_and_unload()
+    assert zoo.difference(logits(merged), wanted) < 1e-5
+
+
+def test_a_second_branch_on_a_baked_model_is_refused(tmp_path):
+    bake(adapted(), tmp_path / "out")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    state = {key: value.clone() for key, value in baked.state_dict().items()}
+    with pytest.raises(PreskipError, match="has its own branch"):
+        get_peft_model(baked, PreskipConfig())
+    assert state.keys() == baked.state_dict().keys()
+
+
+def test_a_baked_model_trains_on(tmp_path):
+    bake(adapted(), tmp_path / "out")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out").train()
+    ids = zoo.inputs("llama")["input_ids"]
+    optimizer = torch.optim.SGD(baked.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        loss = baked(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_a_baked_model_loads_quantised(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    model = get_peft_model(zoo.build("llama", hidden_size=64, head_dim=16), PreskipConfig())
+    zoo.randomise(model, std=0.02)
+    bake(model, tmp_path / "out")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=settings).eval()
+    attention = quantised.model.layers[0].self_attn
+    assert type(attention.q_proj).__name__ == "Linear4bit"
+    assert type(attention.preskip.up) is torch.nn.Linear  # the branch stays as it was trained
+    assert torch.equal(attention.preskip.up.weight, model.state_dict()[_key("up")])
+    exact = logits(model.eval())
+    correlation = torch.corrcoef(torch.stack([logits(quantised).flatten(), exact.flatten()]))[0, 1].item()
+    assert 0.9 < correlation < 1
+
+
+def _key(part: str) -> str:
+    return f"base_model.model.model.layers.0.self_attn.preskip.{part}.default.weight"
+
+
+def test_the_card_says_what_it_is(tmp_path):
+    bake(adapted(expansion=0.5), tmp_path / "out", base_name="someone/their-llama")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: someone/their-llama" in card
+    assert "expansion 0.5" in card
+    assert "licence" in card
+
+
+def refused(model, out: Path, words: str) -> None:
+    with pytest.raises(PreskipError, match=words) as caught:
+        bake(model, out)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_baked_is_refused_in_one_line(tmp_path):
+    out = tmp_path / "out"
+    refused(zoo.build("llama"), out, "no Preskip adapter")
+    refused(get_peft_model(zoo.build("bloom"), PreskipConfig()), out, "a bloom model cannot be baked")
+    refused(get_peft_model(zoo.build("llama"), LoraConfig(target_modules=["q_proj"])), out, "no Preskip adapter")
+    below = adapted()
+    get_peft_model(below.get_base_model(), LoraConfig(target_modules=["q_proj"]))
+    refused(below, out, "merge or unload it first")
+    tied = get_peft_model(zoo.build("llama", tie_word_embeddings=True), PreskipConfig(modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        tied.base_model.model.lm_head.modules_to_save["default"].weight.add_(1)
+    refused(tied, out, "trained apart from the tensor it is tied to")
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    refused(adapted(), out, "exists already")
+    assert (out / "mine").read_text() == "kept"
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    model = adapted()
+
+    def fails(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(architecture("llama").causal_lm, "save_pretrained", fails)
+    with pytest.raises(PreskipError, match="no space left"):
+        bake(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corrupt_shard_is_an_error(tmp_path):
+    bake(adapted(), tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    from preskip.assets import load_model
+
+    with pytest.raises(PreskipError) as caught:
+        load_model(str(tmp_path / "out"), dtype="float32")
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_model_and_config_read_it(tmp_path):
+    bake(adapted(), tmp_path / "out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").preskip_expansion == 1.25
+    assert AutoModel.from_pretrained(tmp_path / "out").layers[1].self_attn.preskip.d == zoo.WIDTH
+    assert not isinstance(AutoModel.from_pretrained(tmp_path / "out"), PeftModel)
