@@ -1,0 +1,102 @@
+"""The tokenizer of a model trained from scratch: byte-level BPE trained on its documents, or one that exists."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from preskip.data.corpus import Document, split_text
+from preskip.errors import PreskipError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+# 256 bytes, the end of text, and at least one merge.
+SMALLEST = 258
+# Pre-tokenisation never joins paragraphs, so a document may be given in pieces that the trainer can hold.
+PIECE_CHARACTERS = 100_000
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE on documents, in the order of their ids.
+
+    Every text can be encoded, since all 256 bytes are in the vocabulary. `<|endoftext|>`, id 0, is start, end and
+    padding token.
+
+    Args:
+        documents: training documents only; held-out text must not choose the merges.
+        vocab_size: tokens in all, at least 258.
+
+    Raises:
+        PreskipError: `vocab_size` is too small, or the text has too few different words to reach it.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < SMALLEST:
+        raise PreskipError(f"--vocab-size {vocab_size} is too small: bytes alone take 256, give {SMALLEST} or more")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    ordered = sorted(documents, key=lambda document: document.id)
+    backend.train_from_iterator(
+        (piece for document in ordered for piece in split_text(document.text, PIECE_CHARACTERS)), trainer
+    )
+    found = backend.get_vocab_size()
+    if found < vocab_size:
+        raise PreskipError(
+            f"--vocab-size {vocab_size}: the training text gives only {found} tokens; lower it, or give more text"
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer: an embedded model's, a local folder, a `tokenizer.json`, or a Hub id.
+
+    A bare `tokenizer.json` names no special tokens; `<|endoftext|>` is its end token where it has one.
+
+    Args:
+        name: as given by the user.
+        trust_remote_code: let code of the repository run.
+
+    Raises:
+        PreskipError: there is none, or it cannot be read.
+    """
+    path = Path(name).expanduser()
+    is_file = path.suffix == ".json" and path.is_file()
+    if not is_file and not (path / "tokenizer.json").is_file():
+        from preskip.assets import load_tokenizer as load_any
+
+        return load_any(name, trust_remote_code=trust_remote_code)
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if not is_file:
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except Exception as error:  # the libraries raise many kinds, the Rust one bare Exceptions
+        reason = " ".join(str(error).split())[:120]
+        raise PreskipError(f"tokenizer {name} cannot be read ({reason}): give a folder or a tokenizer.json") from None
+    if END_OF_TEXT in tokenizer.get_vocab():
+        tokenizer.bos_token = tokenizer.eos_token = END_OF_TEXT
+    return tokenizer
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary and of what a sample text becomes: two tokenizers that differ give different tokens."""
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0])):
+        digest.update(f"{index}\0{token}\0".encode())
+    digest.update(repr(tokenizer("Don't stop: 1,024  naïve words\n\n\tand tabs.")["input_ids"]).encode())
+    return digest.hexdigest()

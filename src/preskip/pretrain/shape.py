@@ -1,0 +1,99 @@
+"""The plain architecture of a run: a named shape or a config file, with the user's changes and the tokenizer's size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from preskip.architecture import TYPES
+from preskip.architecture.config import PREFIX
+from preskip.architecture.shapes import SHAPES, shape_config
+from preskip.errors import PreskipError
+from preskip.rundir import read_json
+
+
+def tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
+    """What a model's config takes from its tokenizer.
+
+    A padding token that is also start or end is left out: transformers never trains the embedding of the padding token.
+    """
+    start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": None if padding in (start, end) else padding,
+    }
+
+
+def plain_config(
+    arch: str, overrides: dict[str, Any], tokenizer: dict[str, Any], *, own_vocabulary: bool = False
+) -> PreTrainedConfig:
+    """The config of the architecture without branches.
+
+    Args:
+        arch: a name of `SHAPES`, or the path of a `config.json` or its folder.
+        overrides: fields to change; a `vocab_size` among them is kept.
+        tokenizer: `tokenizer_fields`.
+        own_vocabulary: keep the architecture's own vocabulary size where the tokenizer fits into it.
+
+    Raises:
+        PreskipError: an unknown name, a file that is no config of a plain architecture, fields that do not fit
+            together, or a vocabulary too small for the tokenizer.
+    """
+    needed = tokenizer["vocab_size"]
+    values = {**tokenizer, **overrides}
+    if values["vocab_size"] < needed:
+        raise PreskipError(
+            f"vocab_size {values['vocab_size']} is too small for the tokenizer, which has {needed} tokens: raise it, "
+            "or leave it out"
+        )
+    config = _make(arch, values)
+    if own_vocabulary and "vocab_size" not in overrides:
+        without = {key: value for key, value in values.items() if key != "vocab_size"}
+        own = _make(arch, without)
+        config = own if own.vocab_size >= needed else config
+    heads = config.num_attention_heads
+    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        raise PreskipError(f"--hidden-size {config.hidden_size} cannot be shared by {heads} heads: give a multiple")
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    if heads % shared:
+        raise PreskipError(f"{heads} heads cannot share {shared} key-value heads evenly: give a divisor to --kv-heads")
+    return config
+
+
+def _make(arch: str, values: dict[str, Any]) -> PreTrainedConfig:
+    """The config with these fields; what transformers refuses becomes one line."""
+    is_file = arch not in SHAPES and (arch.endswith(".json") or Path(arch).expanduser().exists())
+    try:
+        return _from_file(arch, values) if is_file else shape_config(arch, branch=None, **values)
+    except PreskipError:
+        raise
+    except Exception as error:  # the configs raise many kinds
+        raise PreskipError(f"--arch {arch}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _from_file(arch: str, values: dict[str, Any]) -> PreTrainedConfig:
+    path = Path(arch).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise PreskipError(f"--arch {arch}: {path} does not exist: check the path")
+    stored = read_json(path)
+    base_type = stored.get("model_type") if isinstance(stored, dict) else None
+    if str(base_type).startswith(PREFIX):
+        raise PreskipError(
+            f"{path} is a {base_type}: give the plain {base_type[len(PREFIX) :]} config, arms add the branch"
+        )
+    if base_type not in TYPES:
+        raise PreskipError(f"{path} is of type {base_type!r}: there is an architecture for {', '.join(TYPES)}")
+    fields = {
+        key: value
+        for key, value in stored.items()
+        if key not in ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
+    }
+    if "num_hidden_layers" in values:  # one entry per layer, made anew from the number of layers
+        fields.pop("layer_types", None)
+    names: dict[str, str] = type(AutoConfig.for_model(base_type)).attribute_map
+    return AutoConfig.for_model(base_type, **fields, **{names.get(key, key): value for key, value in values.items()})
