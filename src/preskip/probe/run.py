@@ -74,8 +74,14 @@ def run_probe(
         The content of results.json.
 
     Raises:
-        PreskipError: anything a user can mend; the run directory then says "failed" and can be resumed.
+        PreskipError: anything a user can mend; the run directory then says "failed" and can be resumed. Or another
+            process is working on the run.
     """
+    with run.lock():
+        return _run(run, quiet, executor, ray_address)
+
+
+def _run(run: RunDirectory, quiet: bool, executor: str, ray_address: str | None) -> dict[str, Any]:
     config = ProbeConfig.from_json(run.manifest["config"])
     started = time.perf_counter()
     try:
