@@ -1,0 +1,133 @@
+"""SIGKILL at any moment, then resume: weights, optimiser, logs and results equal an uninterrupted run's to the bit.
+
+On CPU in fp32, with dropout; the moments are drawn with a fixed seed from all that a training does, see `killing`.
+"""
+
+import json
+import random
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import killing
+from preskip.rundir import read_jsonl
+from preskip.train.checkpoints import find_fault
+from tiny_model import save_tiny_llama, write_corpus
+
+TIMED = re.compile(r"seconds|runtime|per_second|peak_memory|timings")
+
+
+def exact(value, folder: Path = Path("/nowhere")):
+    """A value that equals another one only if every bit does, without what a clock or the place gives."""
+    if isinstance(value, dict):
+        return {key: exact(entry, folder) for key, entry in value.items() if not TIMED.search(str(key))}
+    if isinstance(value, (list, tuple)):
+        return [exact(entry, folder) for entry in value]
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), list(value.shape), value.numpy().tobytes()]
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    return value.replace(str(folder), "") if isinstance(value, str) else value
+
+
+def state(folder: Path) -> dict:
+    """Everything that a training ends with: its last checkpoint, and its log."""
+    last = max((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert find_fault(last) is None
+    found = {path.name: load_file(path) for path in last.glob("*.safetensors")}
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        found[name] = torch.load(last / name, weights_only=False)
+    found |= {name: json.loads((last / name).read_text()) for name in ("trainer_state.json", "losses_0.json")}
+    if (folder / "train.jsonl").exists():
+        found["train.jsonl"] = read_jsonl(folder / "train.jsonl")
+    return exact(found, folder)
+
+
+def kill_and_finish(work, folder: Path, moments: list[killing.Moment], kills: int = 4) -> None:
+    """Kill up to so many children at the last of the moments, each going on from the one before, then let one finish.
+
+    The moments that came are taken from the list; one that a resumed child has no occasion for stays.
+    """
+    for number in range(kills):
+        if not moments:
+            break
+        code = killing.child(work, folder, moment=moments[-1])
+        if code == 0:
+            assert number > 0, f"{moments[-1]} never comes"
+            return
+        assert code == -signal.SIGKILL
+        moments.pop()
+    assert killing.child(work, folder) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("work", "others"), [(killing.frozen, 5), (killing.scratch, 3)])
+def test_a_killed_training_ends_as_an_uninterrupted_one(work, others, tmp_path):
+    draw = random.Random(4)
+    whole = tmp_path / "whole"
+    counts = killing.moments(work, whole)
+    expected = state(whole)
+    torn = sorted(label for label in counts if label.startswith("tear"))
+    assert len(torn) == 5
+    drawn = draw.sample(sorted(counts.keys() - set(torn)), others)
+    drawn += [*torn, "optimiser step", "rename checkpoint-N/seal.json.tmp", "rmtree checkpoints/checkpoint-N"]
+    moments = [(label, draw.randint(1, counts[label])) for label in drawn]
+    draw.shuffle(moments)
+    number = 0
+    while moments:
+        folder = tmp_path / f"killed-{number}"
+        kill_and_finish(work, folder, moments)
+        assert state(folder) == expected
+        number += 1
+
+
+@pytest.mark.slow
+def test_killed_by_the_clock(tmp_path):
+    draw = random.Random(5)
+    assert killing.child(killing.frozen, tmp_path / "whole") == 0
+    for number in range(2):
+        folder = tmp_path / f"killed-{number}"
+        for _ in range(3):
+            killing.child(killing.frozen, folder, after=draw.uniform(0.3, 0.8))
+        assert killing.child(killing.frozen, folder) == 0
+        assert state(folder) == state(tmp_path / "whole")
+
+
+def outcome(run: Path) -> dict:
+    """Everything that a run ends with."""
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    assert (run / "report.html").is_file()
+    assert not list(run.rglob("checkpoints")) + list(run.rglob(".*.tmp"))
+    found = {"results": json.loads((run / "results.json").read_text())}
+    for path in sorted(run.glob("*/**/*.json*")):
+        content = read_jsonl(path) if path.suffix == ".jsonl" else json.loads(path.read_text())
+        found[str(path.relative_to(run))] = content
+    found |= {str(path.relative_to(run)): load_file(path) for path in run.rglob("*.safetensors")}
+    return exact(found, run.parent)
+
+
+@pytest.mark.slow
+def test_a_killed_probe_ends_as_an_uninterrupted_one(tmp_path):
+    """In the search, in a checkpoint, in the scoring, between a cell's files, at the results and at the report."""
+    draw = random.Random(6)
+    save_tiny_llama(tmp_path / "model")
+    write_corpus(tmp_path / "corpus.jsonl", 40)
+    (tmp_path / "whole").mkdir()
+    assert killing.child(killing.probe, tmp_path / "whole") == 0
+    expected = outcome(tmp_path / "whole" / "run")
+    assert {"results", "arms/preskip/seed-42/adapter/adapter_model.safetensors"} <= expected.keys()
+    first = ["rename run.tmp", "score", "rmtree 0.0005/checkpoints", "rename preskip/search.json.tmp"]
+    then = ["tear by serialize_file adapter/adapter_model.safetensors", "open adapter/adapter_config.json"]
+    last = ["rename seed-N/cell.json.tmp", "rename run/results.json.tmp", "rename run/report.tmp"]
+    moments = [(label, 1) for label in [*first, "tear by save checkpoint-N/optimizer.pt", *then, *last]][::-1]
+    moments[moments.index(("score", 1))] = ("score", draw.randint(1, 4))
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    kill_and_finish(killing.probe, folder, moments, kills=len(moments))
+    assert not moments
+    assert outcome(folder / "run") == expected
