@@ -1,0 +1,139 @@
+"""`preskip bake`: a trained adapter and its base become one self-contained checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from preskip.errors import PreskipError
+
+
+def bake(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a Preskip adapter, e.g. RUN/arms/preskip/seed-1/adapter.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make; must not exist.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base. Default: what the run or the adapter names.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option("--dtype", help="Of the base's weights: auto (the run's, else float32), float32, bfloat16, ..."),
+    ] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let code of the base's repository run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, without progress.")] = False,
+) -> None:
+    """Write base + adapter as one checkpoint of type preskip_<type>, and check that its logits are the same."""
+    if not (adapter / "adapter_config.json").is_file():
+        raise PreskipError(f"{adapter} has no adapter_config.json: give a folder of a saved adapter")
+    if out.exists():
+        raise PreskipError(f"{out} exists already: choose another folder")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise PreskipError(f"--dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
+    origin = _origin(adapter)
+    base_name = model or (origin.model if origin else None) or _recorded_base(adapter)
+    resolved = dtype if dtype != "auto" else origin.dtype if origin else "float32"
+    from preskip.progress import say, spinner
+
+    with spinner("loading libraries", quiet=as_json):
+        from preskip.cli.libraries import quiet_libraries
+
+        quiet_libraries()
+        import torch
+
+        from preskip.architecture import bake as bake_checkpoint
+        from preskip.assets import load_model, load_tokenizer
+        from preskip.evaluate.adapters import load_adapter
+    with spinner(f"loading {base_name} ({resolved})", quiet=as_json):
+        base = load_model(base_name, dtype=getattr(torch, resolved), trust_remote_code=trust_remote_code)
+        live = load_adapter(base, adapter)
+        tokenizer = load_tokenizer(base_name, trust_remote_code)
+    card = _card(origin, out.name)
+    with spinner(f"writing {out}", quiet=as_json):
+        bake_checkpoint(live, out, tokenizer=tokenizer, base_name=base_name, card=card)
+    with spinner("comparing its logits", quiet=as_json):
+        difference = _difference(live, out, getattr(torch, resolved))
+    if difference != 0.0:
+        shutil.rmtree(out)
+        raise PreskipError(f"the baked model's logits differ by up to {difference:.3g}: nothing was kept")
+    facts: dict[str, Any] = {
+        "out": str(out),
+        "base": base_name,
+        "dtype": resolved,
+        "model_type": json.loads((out / "config.json").read_text())["model_type"],
+        "bytes": sum(file.stat().st_size for file in out.iterdir()),
+        "logits_difference": difference,
+    }
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    say(f"{facts['model_type']}, base weights {resolved}, {facts['bytes'] / 1e6:,.0f} MB, logits difference 0")
+    print(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """The run that an adapter lies in."""
+
+    run: Path
+    arm: str
+    seed: int
+    model: str
+    dtype: str
+
+
+def _origin(adapter: Path) -> _Origin | None:
+    """The run of RUN/arms/<arm>/seed-<seed>/adapter, or None for an adapter elsewhere."""
+    parts = adapter.resolve().parts[-4:]
+    if len(parts) < 4 or parts[0] != "arms" or not parts[2].startswith("seed-"):
+        return None
+    run = adapter.resolve().parents[3]
+    if not (run / "run.json").is_file():
+        return None
+    from preskip.report.load import load_json
+
+    manifest = load_json(run / "run.json")
+    config = manifest["config"]
+    local = Path(manifest.get("directory", ".")) / config["model"]  # as `preskip probe` finds it on resuming
+    return _Origin(
+        run=run,
+        arm=parts[1],
+        seed=int(parts[2].removeprefix("seed-")),
+        model=str(local) if local.is_dir() else config["model"],
+        dtype=config["dtype"],
+    )
+
+
+def _recorded_base(adapter: Path) -> str:
+    name = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not name:
+        raise PreskipError(f"{adapter} does not say which base it was trained on: give it with --model")
+    return name
+
+
+def _card(origin: _Origin | None, name: str) -> str | None:
+    """The card of a finished run; an adapter from elsewhere gets a short one."""
+    if origin is None or not (origin.run / "results.json").is_file():
+        return None
+    from preskip.report.card import model_card
+
+    return model_card(origin.run, origin.arm, origin.seed, baked=True, name=name)
+
+
+def _difference(live: Any, out: Path, dtype: Any) -> float:
+    """The largest difference of the logits of the adapted and the baked model, on 64 tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    baked = auto.from_pretrained(out, dtype=dtype, attn_implementation=live.config._attn_implementation).eval()
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = live.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, vocabulary, (1, 64), generator=generator)
+    with torch.inference_mode():
+        return (live(input_ids=ids).logits - baked(input_ids=ids).logits).abs().max().item()

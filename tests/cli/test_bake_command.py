@@ -1,0 +1,113 @@
+"""`preskip bake` through the real command: from a run, from a lone adapter, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from preskip.cli.main import main
+from tiny_model import save_tiny_llama, write_corpus
+
+FEW = ["--steps", "4", "--batch-size", "2", "--seq-len", "16", "--eval-documents", "4", "--eval-words", "30"]
+FEW += ["--last-word-items", "6", "--context-length", "32", "--save-steps", "1", "--device", "cpu"]
+FEW += ["--dtype", "float32", "--heldout-fraction", "0.4", "--arms", "none,preskip,lora", "--seeds", "1,2"]
+
+
+def preskip(*arguments) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny_llama(folder / "model")
+    corpus = write_corpus(folder / "corpus.jsonl")
+    assert preskip("probe", folder / "model", *FEW, "--corpus", corpus, "--out", folder / "run", "--json") == 0
+    return folder
+
+
+def adapter(place, arm="preskip"):
+    return place / "run" / "arms" / arm / "seed-2" / "adapter"
+
+
+def test_an_adapter_of_a_run(place, tmp_path, capsys):
+    assert preskip("bake", adapter(place), tmp_path / "out", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["model_type"], facts["logits_difference"], facts["dtype"]) == ("preskip_llama", 0.0, "float32")
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    wanted = PeftModel.from_pretrained(base, adapter(place)).eval()
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(baked(ids).logits, wanted(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the people").input_ids
+    results = json.loads((place / "run" / "results.json").read_text())
+    value = results["arms"]["preskip"]["metrics"]["corpus"]["bits_per_byte"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]" in card
+    difference = next(
+        row
+        for row in results["comparisons"]
+        if (row["arm"], row["reference"], row["set"]) == ("preskip", "none", "corpus")
+    )
+    assert f"{difference['difference']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]" in card
+    assert "* Command: `" in card
+
+
+def test_the_baked_model_is_scored_as_the_adapter_was(place, tmp_path, capsys):
+    assert preskip("bake", adapter(place), tmp_path / "out") == 0
+    capsys.readouterr()
+    scored = ["--corpus", place / "corpus.jsonl", "--context-length", "32", "--dtype", "float32", "--json"]
+    assert preskip("eval", tmp_path / "out", *scored) == 0
+    baked = json.loads(capsys.readouterr().out)["metrics"]
+    assert preskip("eval", place / "model", "--adapter", adapter(place), *scored) == 0
+    assert json.loads(capsys.readouterr().out)["metrics"] == baked
+
+
+def test_a_baked_model_can_be_probed_but_not_with_a_second_branch(place, tmp_path, capsys):
+    assert preskip("bake", adapter(place), tmp_path / "out") == 0
+    options = [*FEW[:-4], "--seeds", "1", "--corpus", place / "corpus.jsonl", "--match", "none", "--lora-rank", "4"]
+    assert preskip("probe", tmp_path / "out", *options, "--arms", "none,lora", "--out", tmp_path / "lora") == 0
+    capsys.readouterr()
+    assert preskip("probe", tmp_path / "out", *options, "--arms", "none,preskip", "--out", tmp_path / "twice") == 1
+    assert "has its own branch already" in capsys.readouterr().err
+
+
+def test_a_lone_adapter_takes_the_base_it_names(place, tmp_path, capsys):
+    shutil.copytree(adapter(place), tmp_path / "lone")
+    assert preskip("bake", tmp_path / "lone", tmp_path / "out", "--model", place / "model", "--dtype", "bfloat16") == 0
+    assert "base weights bfloat16" in capsys.readouterr().err
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert baked.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert baked.model.layers[0].self_attn.preskip.up.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", ["missing", "lora", "exists", "dtype", "other base", "corrupt"])
+def test_what_cannot_be_baked_ends_in_one_line(case, place, tmp_path, capsys):
+    source, out, more = adapter(place), tmp_path / "out", []
+    if case == "missing":
+        source, words = tmp_path / "nothing", "no adapter_config.json"
+    elif case == "lora":
+        source, words = adapter(place, "lora"), "no Preskip adapter"
+    elif case == "exists":
+        out, words = place / "corpus.jsonl", "exists already"
+    elif case == "dtype":
+        more, words = ["--dtype", "float64"], "--dtype 'float64' is unknown"
+    elif case == "other base":
+        save_tiny_llama(tmp_path / "wide", hidden_size=64)
+        more, words = ["--model", tmp_path / "wide"], "shape"
+    else:
+        shutil.copytree(source, tmp_path / "broken")
+        file = tmp_path / "broken" / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-50])
+        source, more, words = tmp_path / "broken", ["--model", place / "model"], "does not fit this model"
+    assert preskip("bake", source, out, *more) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert words in error
+    assert case == "exists" or not out.exists()
