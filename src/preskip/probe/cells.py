@@ -21,7 +21,7 @@ from preskip.evaluate.paper import paper_scores
 from preskip.evaluate.texts import prepare_texts, score_texts
 from preskip.probe.bench import LAST_WORD, Bench
 from preskip.progress import progress_bar
-from preskip.rundir import Cell, clear_disk_errors, write_json, write_jsonl
+from preskip.rundir import Cell, clear_disk_errors, sync_tree, write_json, write_jsonl
 from preskip.train.frozen import TrainingSettings, train_frozen
 from preskip.train.memory import peak_memory
 
@@ -55,7 +55,9 @@ def run_cell(bench: Bench, arm: Arm, seed: int, cell: Cell) -> dict[str, Any]:
         if arm.trains:
             rows = train(bench, arm, inserted, seed, folder=cell, label=f"train {label}")
             with clear_disk_errors(cell.adapter):
+                shutil.rmtree(cell.adapter, ignore_errors=True)  # half of one, where a process was killed here
                 inserted.save(cell.adapter)
+                sync_tree(cell.adapter)
         trained = time.perf_counter()
         items = evaluate(bench, inserted.model, label)
         if branch:
