@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from preskip.cli.audit import audit
+from preskip.cli.bake import bake
 from preskip.cli.compare import compare
 from preskip.cli.doctor import doctor
 from preskip.cli.evaluate import evaluate
 from preskip.cli.power import power
+from preskip.cli.pretrain import pretrain
 from preskip.cli.probe import probe
 from preskip.cli.report import report
 from preskip.errors import PreskipError
@@ -37,6 +39,8 @@ app.command()(compare)
 app.command()(power)
 app.command()(audit)
 app.command()(report)
+app.command()(pretrain)
+app.command()(bake)
 app.command()(doctor)
 
 
