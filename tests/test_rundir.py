@@ -1,6 +1,9 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +15,7 @@ from preskip.rundir import (
     clear_disk_errors,
     read_json,
     read_jsonl,
+    sync_tree,
     write_json,
     write_jsonl,
     write_text,
@@ -97,6 +101,72 @@ def test_create_open_update(tmp_path):
     assert RunDirectory.open(run.path).manifest == {"schema_version": 2, "status": "finished"}
     with pytest.raises(PreskipError, match="exists already"):
         RunDirectory.create(run.path, {})
+
+
+def test_two_at_once_do_not_share_a_new_run(tmp_path, monkeypatch):
+    real = rundir.write_json
+
+    def other_is_faster(path, value):
+        real(path, value)
+        if not (tmp_path / "a").exists():
+            (tmp_path / "a").mkdir()
+            real(tmp_path / "a" / "run.json", {"theirs": 1})
+
+    monkeypatch.setattr(rundir, "write_json", other_is_faster)
+    with pytest.raises(PreskipError, match="just been made by another process"):
+        RunDirectory.create(tmp_path / "a", {})
+    assert read_json(tmp_path / "a" / "run.json") == {"theirs": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_one_process_works_on_a_run(tmp_path):
+    run = RunDirectory.create(tmp_path / "a", {})
+    with (
+        run.lock(),
+        pytest.raises(PreskipError, match=f"another process is working on {run.path}: wait"),
+        RunDirectory.open(run.path).lock(),
+    ):
+        pass
+    with run.lock():
+        pass
+
+
+def test_the_lock_ends_with_a_killed_process(tmp_path):
+    run = RunDirectory.create(tmp_path / "a", {})
+    code = "import sys, os, signal, pathlib; from preskip.rundir import RunDirectory\n"
+    code += "with RunDirectory(pathlib.Path(sys.argv[1])).lock(): os.kill(os.getpid(), signal.SIGKILL)"
+    killed = subprocess.run([sys.executable, "-c", code, str(run.path)])
+    assert killed.returncode == -signal.SIGKILL
+    with run.lock():
+        pass
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    run = RunDirectory.create(tmp_path / "a", {})
+    done, waiting = run.cell("lora", 1), run.cell("lora", 2)
+    for cell in (done, waiting):
+        (cell.checkpoints / "checkpoint-1").mkdir(parents=True)
+        (cell.folder / ".items.jsonl.abc.tmp").write_text("{")
+    write_json(done.summary, {})
+    with run.lock():
+        found = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.name != ".lock"}
+    assert found == {
+        *("run.json", "arms", "arms/lora", "arms/lora/seed-1", "arms/lora/seed-1/cell.json"),
+        *("arms/lora/seed-2", "arms/lora/seed-2/checkpoints", "arms/lora/seed-2/checkpoints/checkpoint-1"),
+    }
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="only Linux names the file behind a handle")
+def test_files_and_folders_are_brought_to_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_text("x")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    sync_tree(tmp_path / "a")
+    assert sorted(synced) == [str(tmp_path / "a"), str(tmp_path / "a" / "b"), str(tmp_path / "a" / "b" / "file")]
+    synced.clear()
+    write_text(tmp_path / "c.txt", "x")
+    assert synced[1:] == [str(tmp_path)]  # the file under its temporary name, then the folder that has it now
 
 
 def test_create_leaves_nothing_behind_on_failure(tmp_path):

@@ -264,8 +264,10 @@ class RunDirectory:
                 write_json(temporary / "run.json", {"schema_version": SCHEMA_VERSION, **manifest})
                 temporary.chmod(0o755)
                 temporary.rename(path)
-            except BaseException:
+            except BaseException as error:
                 shutil.rmtree(temporary, ignore_errors=True)
+                if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise PreskipError(f"{path} has just been made by another process: choose another --out") from None
                 raise
         return cls(path)
 
