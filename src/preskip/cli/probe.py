@@ -152,6 +152,11 @@ def probe(
     Without arguments it runs the embedded model on the embedded corpus, in a few minutes on two cores.
     """
     options = {name: value for name, value in locals().items() if name not in ("context", "out", *FREE)}
+    from preskip.train.distributed import is_main
+
+    if not is_main():
+        _follow(device, resume)
+        return
     if resume is not None:
         _refuse_other_options(context)
     from preskip.probe.config import ProbeConfig, parse_layers, parse_learning_rates, parse_lora_ranks
@@ -214,6 +219,21 @@ def probe(
         print_results(results, run.path, page)
         print_paper(results)
         print_claims(run.manifest, results)
+
+
+def _follow(device: str, resume: Path | None) -> None:
+    """Another process than the main one of a launch: only takes part in the trainings."""
+    import signal
+
+    from preskip.cli.libraries import quiet_libraries
+
+    quiet_libraries()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has nothing to tidy, and waits where Python sees no signals
+    from preskip.environment import resolve_device
+    from preskip.probe.run import follow_probe
+    from preskip.rundir import RunDirectory
+
+    follow_probe(resolve_device(device) if resume is None else RunDirectory.open(resume).manifest["config"]["device"])
 
 
 def _config(kind: type[ProbeConfig], options: dict[str, Any]) -> ProbeConfig:

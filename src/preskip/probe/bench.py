@@ -28,6 +28,7 @@ from preskip.evaluate.stats import ALPHA, DEFAULT_MARGINS
 from preskip.evaluate.texts import TextSet, prepare_texts
 from preskip.probe.config import ProbeConfig, parse_extent
 from preskip.progress import progress_display, spinner
+from preskip.train.distributed import Crew
 
 if TYPE_CHECKING:
     from preskip.evaluate.tasks import TaskSuite
@@ -83,6 +84,7 @@ class Bench:
         heldout: what is scored.
         quiet: no progress.
         rates: peak learning rate by arm, as given, default or found.
+        crew: the processes that train together.
     """
 
     config: ProbeConfig
@@ -93,15 +95,19 @@ class Bench:
     heldout: HeldOut
     quiet: bool
     rates: dict[str, float | None] = field(default_factory=dict)
+    crew: Crew = field(default_factory=Crew)
 
 
-def prepare(config: ProbeConfig, directory: Path, quiet: bool) -> tuple[Bench, dict[str, Any]]:
+def prepare(
+    config: ProbeConfig, directory: Path, quiet: bool, crew: Crew | None = None
+) -> tuple[Bench, dict[str, Any]]:
     """Load and tokenise what a run needs.
 
     Args:
         config: every option.
         directory: where the run was started; relative paths that do not exist here are taken from there.
         quiet: no progress.
+        crew: the processes that train together; None for this one alone.
 
     Returns:
         The bench, and the facts for run.json.
@@ -143,6 +149,7 @@ def prepare(config: ProbeConfig, directory: Path, quiet: bool) -> tuple[Bench, d
         heldout=heldout,
         quiet=quiet,
         rates={arm.name: config.learning_rate(arm.name) for arm in arms},
+        crew=crew or Crew(),
     )
     blocks = blocks_of(config.seeds[0])
     wanted = config.steps * config.batch_size * config.seq_len

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,10 @@ from torch import nn
 from preskip.adapter import PreskipConfig
 from preskip.analysis.ablation import ablate, ablation_passes
 from preskip.analysis.depth import depth_profile
-from preskip.arms import Arm, ArmContext, Inserted, insert
+from preskip.arms import ARMS, Arm, ArmContext, Inserted, insert
 from preskip.data.blocks import scored_size
 from preskip.data.splits import choose
+from preskip.errors import DivergedError
 from preskip.evaluate.likelihood import last_word_records, score_sequences
 from preskip.evaluate.paper import paper_scores
 from preskip.evaluate.texts import prepare_texts, score_texts
@@ -140,6 +143,9 @@ def train(
     config = bench.config
     rate = bench.rates[arm.name] if learning_rate is None else learning_rate
     assert rate is not None
+    if bench.crew.leads and control.get("control") != "noise":  # which takes no data, so there is nothing to share
+        task = {"arm": arm.name, "seed": seed, "folder": folder, "learning_rate": rate, "steps": steps, **control}
+        bench.crew.announce(task)
     settings = TrainingSettings(
         steps=config.steps if steps is None else steps,
         batch_size=config.batch_size,
@@ -160,6 +166,19 @@ def train(
             log=folder.train_log,
             advance=advance,
         )
+
+
+def follow(bench: Bench, tasks: Iterable[dict[str, Any]]) -> None:
+    """Take part in the trainings that another process leads.
+
+    Args:
+        bench: as the other process has it.
+        tasks: what that process announces.
+    """
+    for task in tasks:
+        arm, seed = ARMS[task.pop("arm")], task.pop("seed")
+        with suppress(DivergedError), insert(arm, bench.context, seed) as inserted:  # the leader tells of it
+            train(bench, arm, inserted, seed, label="", **task)
 
 
 def evaluate(bench: Bench, model: nn.Module, label: str) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from preskip.probe.config import ProbeConfig
 from preskip.probe.search import search_rate
 from preskip.progress import progress_bar
 from preskip.rundir import RunDirectory
+from preskip.train.distributed import world_size
 
 EXECUTORS = ("local", "ray")
 # How often a task whose worker is lost is given to another one.
@@ -146,12 +147,15 @@ def check_executor(kind: str, address: str | None) -> None:
     """Refuse, before anything is written, what `open_executor` cannot give.
 
     Raises:
-        PreskipError: the kind is unknown, Ray is not installed, or an address is given without Ray.
+        PreskipError: the kind is unknown, Ray is not installed, an address is given without Ray, or a launcher has
+            started several processes, too.
     """
     if kind not in EXECUTORS:
         raise PreskipError(f"--executor {kind!r} is unknown: choose {' or '.join(EXECUTORS)}")
     if kind == "ray":
         _import_ray()
+        if world_size() > 1:
+            raise PreskipError("--executor ray starts its own processes: leave out torchrun or accelerate launch")
     elif address is not None:
         raise PreskipError("--ray-address goes with --executor ray")
 

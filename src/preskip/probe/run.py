@@ -22,6 +22,7 @@ from preskip.arms import Arm, resolve_arms
 from preskip.errors import PreskipError
 from preskip.evaluate.stats import planned_power
 from preskip.probe.bench import Bench, prepare
+from preskip.probe.cells import follow
 from preskip.probe.config import ProbeConfig
 from preskip.probe.controls import run_controls
 from preskip.probe.executor import LocalExecutor, open_executor
@@ -29,6 +30,7 @@ from preskip.probe.results import summarise_run
 from preskip.probe.search import base_records
 from preskip.progress import say, spinner
 from preskip.rundir import RunDirectory, write_json
+from preskip.train.distributed import Crew, share_batch
 from preskip.version import __version__
 
 
@@ -62,7 +64,7 @@ def start_probe(config: ProbeConfig, out: Path, command: Sequence[str]) -> RunDi
 def run_probe(
     run: RunDirectory, *, quiet: bool = False, executor: str = "local", ray_address: str | None = None
 ) -> dict[str, Any]:
-    """Do, or finish, what the run's run.json says.
+    """Do, or finish, what the run's run.json says; under a launcher, as the main process of several that train.
 
     Args:
         run: the run directory.
@@ -85,12 +87,15 @@ def _run(run: RunDirectory, quiet: bool, executor: str, ray_address: str | None)
     config = ProbeConfig.from_json(run.manifest["config"])
     started = time.perf_counter()
     try:
-        bench, facts = prepare(config, Path(run.manifest.get("directory", ".")), quiet)
+        share_batch(config.batch_size, config.micro_batch)
+        crew = Crew(config.device)
+        bench, facts = prepare(config, Path(run.manifest.get("directory", ".")), quiet, crew)
         _check_same_inputs(run, facts)
         say(_extent(facts), quiet=quiet)
         _say_power(facts, config, quiet)
         earlier = run.manifest.get("timings", {})
         run.update_manifest(status="running", **facts)
+        crew.announce(run.path.resolve())
         seconds = {"load": time.perf_counter() - started, "tune": 0.0, "train": 0.0, "evaluate": 0.0}
         with closing(open_executor(executor, ray_address, config.device)) as where:
             _tune(run, bench, facts, seconds, where)
@@ -98,6 +103,7 @@ def _run(run: RunDirectory, quiet: bool, executor: str, ray_address: str | None)
                 seconds["train"] += summary["train_seconds"]
                 seconds["evaluate"] += summary["evaluate_seconds"]
         extra = run_controls(run, bench)
+        crew.dismiss()
         with spinner("comparing the arms", quiet=quiet):
             results = summarise_run(run, config, run.manifest) | extra
             results |= _trends(results)
@@ -117,6 +123,20 @@ def _run(run: RunDirectory, quiet: bool, executor: str, ray_address: str | None)
         _mark(run, "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
         raise
     return results
+
+
+def follow_probe(device: str) -> None:
+    """Take part in the trainings of a probe that the main process of this launch runs; only that one prints and writes.
+
+    Args:
+        device: "cpu" or "cuda", where the model is.
+    """
+    crew = Crew(device)
+    tasks = crew.tasks()
+    for path in tasks:  # the run, once the main process has prepared it
+        manifest = RunDirectory.open(path).manifest
+        config = ProbeConfig.from_json(manifest["config"])
+        follow(prepare(config, Path(manifest.get("directory", ".")), True, crew)[0], tasks)
 
 
 def _open_cells(run: RunDirectory, config: ProbeConfig) -> list[tuple[Arm, int]]:

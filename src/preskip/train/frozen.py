@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from preskip.errors import DivergedError, PreskipError
 from preskip.progress import Advance, no_progress
@@ -26,6 +27,7 @@ from preskip.train.controls import (
     shuffle_targets,
     train_on_noise,
 )
+from preskip.train.distributed import heed_fsdp, is_main, share_batch, uses_fsdp, whole_afterwards
 
 # The newest checkpoint, and one to fall back on where that is damaged.
 KEPT_CHECKPOINTS = 2
@@ -37,8 +39,8 @@ class TrainingSettings:
 
     Args:
         steps: optimiser steps.
-        batch_size: sequences per optimiser step.
-        micro_batch_size: sequences per forward pass; must divide batch_size.
+        batch_size: sequences per optimiser step, over all processes.
+        micro_batch_size: sequences per forward pass of a process, at most; must divide its share of the batch.
         learning_rate: peak; linear warm-up over a tenth of the steps, then cosine to 0 (as the paper).
         seed: of the data order, dropout and initialisation.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -146,7 +148,8 @@ class _StepLog(TrainerCallback):
         self.advance(state.global_step, f"loss {loss:.3f}")
 
     def on_save(self, args, state, control, **kwargs):
-        write_jsonl(self.path, self.rows)
+        if state.is_world_process_zero:
+            write_jsonl(self.path, self.rows)
 
 
 def train_frozen(
@@ -187,12 +190,15 @@ def train_frozen(
         rows = train_on_noise(model, settings, advance=advance)
         write_jsonl(log, rows)
         return rows
+    if settings.equal_step and uses_fsdp():
+        raise PreskipError("equal steps need whole weights, which FSDP does not keep: train them with DDP")
     device = next(model.parameters()).device
+    micro_batch, accumulation = share_batch(settings.batch_size, settings.micro_batch_size)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=SCHEDULE,
         warmup_steps=settings.warmup_steps,
@@ -210,6 +216,7 @@ def train_frozen(
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,  # what an arm trains takes part in every step
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=[],
@@ -219,21 +226,19 @@ def train_frozen(
     equal_step = EqualStep(model) if settings.equal_step else None
     steps = _StepLog(log, settings.batch_size * blocks.shape[1], arm, advance, equal_step)
     length = settings.steps * settings.batch_size
-    trainer = ResumableTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=BlockDataset(blocks, length, settings.seed, shuffled=settings.control == "shuffled"),
-        data_collator=_stack,
-        callbacks=[steps],
-    )
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    with clear_disk_errors(checkpoints):
-        trainer.train(resume_from_checkpoint=True)
+    dataset = BlockDataset(blocks, length, settings.seed, shuffled=settings.control == "shuffled")
+    with whole_afterwards(model) as trained:
+        trainer = ResumableTrainer(
+            model=trained, args=arguments, train_dataset=dataset, data_collator=_stack, callbacks=[steps]
+        )
+        trainer.remove_callback(PrinterCallback)
+        heed_fsdp(trainer)
+        with clear_disk_errors(checkpoints):
+            trainer.train(resume_from_checkpoint=True)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()  # type: ignore[operator]
-    write_jsonl(log, steps.rows)
+    if is_main():
+        write_jsonl(log, steps.rows)
     return steps.rows
 
 
