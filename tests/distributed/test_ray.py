@@ -11,6 +11,7 @@ from preskip.errors import PreskipError
 from preskip.probe import executor
 from preskip.probe.config import ProbeConfig
 from preskip.probe.run import run_probe, start_probe
+from preskip.train.cluster import RayPool, check_executor
 from tiny_model import save_tiny_llama, write_corpus
 
 MEASURED = {"seconds", "seconds_per_step", "train_seconds", "evaluate_seconds", "peak_memory_bytes"}
@@ -88,17 +89,24 @@ def test_ray_gives_the_local_results_although_a_worker_is_killed(tmp_path, monke
 
 def test_what_cannot_be_executed_is_refused_in_one_line(monkeypatch):
     with pytest.raises(PreskipError, match="--executor 'slurm' is unknown: choose local or ray"):
-        executor.check_executor("slurm", None)
+        check_executor("slurm", None)
     with pytest.raises(PreskipError, match="--ray-address goes with --executor ray"):
-        executor.check_executor("local", "auto")
+        check_executor("local", "auto")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(PreskipError, match=r"needs Ray, which is not installed: pip install 'preskip\[ray\]'"):
-        executor.check_executor("ray", None)
-    executor.check_executor("local", None)
+        check_executor("ray", None)
+    check_executor("local", None)
+
+
+def test_ray_and_a_launcher_do_not_go_together(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PreskipError, match="leave out torchrun or accelerate launch"):
+        check_executor("ray", None)
 
 
 @pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_one_line():
     pytest.importorskip("ray")
     with pytest.raises(PreskipError, match="no Ray cluster at --ray-address auto"):
-        executor.RayExecutor("auto", "cpu")
+        RayPool("auto", "cpu")

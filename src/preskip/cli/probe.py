@@ -183,9 +183,9 @@ def probe(
         from preskip.cli.libraries import quiet_libraries
 
         quiet_libraries()
-        from preskip.probe.executor import check_executor
         from preskip.probe.run import run_probe, start_probe
         from preskip.rundir import RunDirectory
+        from preskip.train.cluster import check_executor
 
     check_executor(executor, ray_address)
     if config is not None:
