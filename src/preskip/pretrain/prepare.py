@@ -246,7 +246,7 @@ def _check_enough(config: PretrainConfig, plans: dict[str, Plan], packed: Packed
     if longest.tokens > usable and not config.repeat:
         raise PreskipError(
             f"corpus {config.corpus} has {usable:,} training tokens, arm {longest.name} is to read {longest.tokens:,}: "
-            f"it would be read {longest.tokens / max(1, usable):.1f} times; give more text, or fewer --tokens, or allow "
+            f"it would be read {longest.tokens / max(1, usable):.1f} times; give more text or fewer --tokens, or allow "
             "it with --repeat"
         )
     if usable < config.tokens_per_step:

@@ -81,11 +81,10 @@ def _from_file(arch: str, values: dict[str, Any]) -> PreTrainedConfig:
     if not path.is_file():
         raise PreskipError(f"--arch {arch}: {path} does not exist: check the path")
     stored = read_json(path)
-    base_type = stored.get("model_type") if isinstance(stored, dict) else None
-    if str(base_type).startswith(PREFIX):
-        raise PreskipError(
-            f"{path} is a {base_type}: give the plain {base_type[len(PREFIX) :]} config, arms add the branch"
-        )
+    base_type = str(stored.get("model_type")) if isinstance(stored, dict) else "none"
+    if base_type.startswith(PREFIX):
+        plain = base_type.removeprefix(PREFIX)
+        raise PreskipError(f"{path} is a {base_type}: give the config of a plain {plain}; the arms add the branch")
     if base_type not in TYPES:
         raise PreskipError(f"{path} is of type {base_type!r}: there is an architecture for {', '.join(TYPES)}")
     fields = {

@@ -1,0 +1,97 @@
+"""Loss on development documents by learning rate, width and arm: how the best rate moves with the width.
+
+    python benchmarks/pretrain_lr_sweep.py --corpus books --widths 64,128 --lrs 2e-3,4e-3,8e-3 --arms base,preskip \
+        --tokens 600k --workers 2 --out sweep.json
+
+Every training is a cell of `preskip pretrain` with its own schedule run to the end, one seed; the width changes the
+hidden size, the MLP in proportion (8/3) and the heads (32 wide). Nothing is scored on held-out documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+from preskip.environment import describe, usable_cores
+from preskip.pretrain.cells import run_cell
+from preskip.pretrain.config import PretrainConfig, parse_tokens
+from preskip.pretrain.prepare import prepare
+from preskip.pretrain.run import _limit, start_pretrain
+from preskip.rundir import RunDirectory, write_json
+
+HEAD = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", default="llama-1m")
+    parser.add_argument("--corpus", default="sotu")
+    parser.add_argument("--widths", default="128")
+    parser.add_argument("--lrs", default="2e-3,4e-3,8e-3")
+    parser.add_argument("--arms", default="base,preskip")
+    parser.add_argument("--tokens", default="600k")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    tokens, arms = parse_tokens(options.tokens), tuple(options.arms.split(","))
+    config = PretrainConfig(
+        arch=options.arch,
+        corpus=options.corpus,
+        arms=arms,
+        seeds=(options.seed,),
+        tokens=tokens,
+        batch_size=options.batch_size,
+        micro_batch_size=options.micro_batch_size,
+        dtype=options.dtype,
+        eval_steps=round(tokens / (options.batch_size * 128)),
+        eval_blocks=256,
+        eval_documents=2,
+        eval_words=20,
+        report_to=("none",),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        first = start_pretrain(config, Path(folder) / "first", [])
+        config = PretrainConfig.from_json(first.manifest["config"])
+        prepare(first, config, quiet=False)
+        cells = []
+        for width in map(int, options.widths.split(",")):
+            for rate in map(float, options.lrs.split(",")):
+                path = Path(folder) / f"{width}-{rate:g}"
+                sizes = {
+                    "hidden_size": width,
+                    "num_attention_heads": width // HEAD,
+                    "num_key_value_heads": width // HEAD,
+                    "intermediate_size": round(width * 8 / 3 / 8) * 8,
+                }
+                changed = replace(config, learning_rate=rate, overrides=sizes)
+                run = RunDirectory.create(path, {**first.manifest, "config": changed.to_json()})
+                for shared in ("data", "tokenizer"):
+                    shutil.copytree(first.path / shared, run.path / shared)
+                cells += [(width, rate, arm, path) for arm in arms]
+        threads = max(1, usable_cores() // options.workers)
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(options.workers, mp_context=spawn, initializer=_limit, initargs=(threads,)) as pool:
+            running = [(pool.submit(run_cell, cell[-1], cell[2], options.seed), *cell[:3]) for cell in cells]
+            rows = []
+            for future, width, rate, arm in running:
+                loss = future.result()["final_eval_loss"]
+                rows.append({"width": width, "learning_rate": rate, "arm": arm, "development_loss": round(loss, 4)})
+                print(f"width {width}  lr {rate:g}  {arm:8s} {loss:.4f}", flush=True)
+    result = {"settings": asdict(config) | {"directory": "."}, "environment": describe("cpu"), "rows": rows}
+    if options.out:
+        write_json(options.out, result)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Training from scratch: against a written-out loop, its groups, its log, its stops, and its cost."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import preskip.architecture  # noqa: F401
+from preskip.errors import DivergedError, PreskipError
+from preskip.train.frozen import BlockDataset
+from preskip.train.scratch import ScratchSettings, parameter_groups, trackers, train_scratch
+from preskip.train.speed import embedding_parameters, forward_flops_per_token, measured_peak
+
+BLOCKS = np.random.default_rng(0).integers(2, 96, (24, 16)).astype(np.uint16)
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True, "pad_token_id": None,
+}  # fmt: skip
+
+
+def model(model_type="preskip_llama", **changes):
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **changes}))
+
+
+def settings(**changes):
+    defaults = {"steps": 6, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-2, "warmup_steps": 2, "seed": 1}
+    return ScratchSettings(**{**defaults, "save_steps": 2, **changes})
+
+
+def train(net, folder, **changes):
+    evaluation = changes.pop("evaluation", None)
+    return train_scratch(
+        net,
+        BLOCKS,
+        settings(**changes),
+        arm="preskip",
+        checkpoints=folder / "checkpoints",
+        log=folder / "train.jsonl",
+        evaluation=evaluation,
+    )
+
+
+def flat(net):
+    return torch.cat([parameter.detach().flatten() for parameter in net.parameters()])
+
+
+def test_trainer_equals_a_written_out_loop(tmp_path):
+    """AdamW in groups, warm-up, cosine to a tenth, clipping, micro-batches, the branch at half the rate: by hand."""
+    by_trainer = model()
+    rows = train(by_trainer, tmp_path, micro_batch_size=2, branch_rate_factor=0.5, max_grad_norm=0.5)
+    by_hand = model().train()
+    named = list(by_hand.named_parameters())
+    branch = [p for name, p in named if ".preskip." in name]
+    matrices = [p for name, p in named if ".preskip." not in name and p.ndim == 2 and "embed_tokens" not in name]
+    rest = [p for name, p in named if ".preskip." not in name and (p.ndim == 1 or "embed_tokens" in name)]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": branch, "weight_decay": 0.1},
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": rest, "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
+    data = BlockDataset(BLOCKS, 24, seed=1)
+    for step in range(6):
+        progress = (step - 2) / 4
+        share = step / 2 if step < 2 else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+        for group, factor in zip(optimizer.param_groups, (0.5, 1, 1), strict=True):
+            group["lr"] = 1e-2 * share * factor
+        ids = torch.stack([data[4 * step + i]["input_ids"] for i in range(4)])
+        logits = by_hand(input_ids=ids).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert rows[step]["loss"] == pytest.approx(loss.item(), abs=2e-5)
+        assert rows[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
+        assert rows[step]["learning_rate"] == pytest.approx(1e-2 * share)
+    torch.testing.assert_close(flat(by_trainer), flat(by_hand), atol=5e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tied"),
+    [("preskip_llama", True), ("preskip_gpt_neox", False), ("preskip_gpt2", True), ("mixtral", False)],
+)
+def test_only_matrices_decay(model_type, tied):
+    net = model(model_type, tie_word_embeddings=tied)
+    groups = parameter_groups(net, learning_rate=1.0, weight_decay=0.1, branch_rate_factor=0.25)
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert len(of) == len(list(net.parameters())) == sum(len(group["params"]) for group in groups)
+    for name, parameter in net.named_parameters():
+        is_vector = parameter.ndim == 1  # norms and biases
+        is_embedding = any(part in name for part in ("embed", "wte", "wpe")) and "embed_out" not in name
+        assert of[id(parameter)]["weight_decay"] == (0.0 if is_vector or is_embedding else 0.1), name
+        assert of[id(parameter)]["lr"] == (0.25 if ".preskip." in name else 1.0), name
+
+
+def test_interrupted_training_ends_as_if_it_had_not_been(tmp_path):
+    whole, stopped = model(), model()
+    rows = train(whole, tmp_path / "whole", evaluation=BLOCKS[:4], eval_steps=2)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, note):
+        if step == 5:
+            raise Stop
+
+    options = {"arm": "a", "checkpoints": tmp_path / "c", "log": tmp_path / "train.jsonl", "evaluation": BLOCKS[:4]}
+    with pytest.raises(Stop):
+        train_scratch(stopped, BLOCKS, settings(eval_steps=2), advance=stop, **options)
+    again = train_scratch(model(), BLOCKS, settings(eval_steps=2), **options)
+    deterministic = ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss")
+    assert [{k: row.get(k) for k in deterministic} for row in again] == [
+        {k: row.get(k) for k in deterministic} for row in rows
+    ]
+    assert [json.loads(line) for line in (tmp_path / "train.jsonl").open()] == again
+
+
+def test_evaluation_while_training_is_the_mean_loss_of_those_blocks(tmp_path):
+    net = model()
+    rows = train(net, tmp_path, evaluation=BLOCKS[:5], eval_steps=3, micro_batch_size=2)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6]
+    ids = torch.from_numpy(BLOCKS[:5].astype(np.int64))
+    with torch.no_grad():
+        logits = net.eval()(input_ids=ids).logits
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    # Trainer averages over batches; blocks are of one length, and the last batch may be smaller.
+    assert rows[-1]["eval_loss"] == pytest.approx(loss.item(), rel=2e-3)
+
+
+def test_a_longer_training_begins_as_a_shorter_one():
+    short, long = BlockDataset(BLOCKS, 10, seed=5), BlockDataset(BLOCKS, 60, seed=5)
+    assert long.order[:10].tolist() == short.order.tolist()
+
+
+def test_utilisation_is_speed_times_flops_over_the_peak(tmp_path):
+    net = model()
+    row = train(net, tmp_path, peak_flops=1e9)[-1]
+    speed = row["tokens"] / row["seconds"]
+    assert row["tokens"] == 64
+    assert row["tokens_per_second"] == pytest.approx(speed, rel=0.05)
+    assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 3 * forward_flops_per_token(net, 16) / 1e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "preskip_llama", "preskip_gpt_neox", "gpt2", "qwen3", "preskip_gemma2"]
+)
+def test_flops_are_those_that_torch_counts(model_type):
+    """Torch's own counter on the real forward pass; its attention is eager, so that both products are seen."""
+    net = model(model_type, attn_implementation="eager", **({"head_dim": 16} if "q" in model_type else {}))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(input_ids=torch.zeros(1, 16, dtype=torch.long))
+    counted = counter.get_total_flops() / 16
+    # Torch sees the rotary frequencies' product, too: a few tenths of a per cent of so small a model.
+    assert forward_flops_per_token(net, 16) == pytest.approx(counted, rel=0.01)
+
+
+def test_a_mixture_of_experts_counts_what_a_token_visits():
+    one = model("mixtral", num_local_experts=2, num_experts_per_tok=1)
+    two = model("mixtral", num_local_experts=2, num_experts_per_tok=2)
+    assert forward_flops_per_token(two, 16) - forward_flops_per_token(one, 16) == 2 * 2 * 3 * 32 * 64
+    four = model("mixtral", num_local_experts=4, num_experts_per_tok=1)
+    assert forward_flops_per_token(four, 16) - forward_flops_per_token(one, 16) == 2 * 2 * 2 * 32  # the router
+
+
+def test_embeddings_are_counted_once():
+    assert embedding_parameters(model()) == 96 * 32
+    assert embedding_parameters(model(tie_word_embeddings=False)) == 96 * 32
+    assert embedding_parameters(model("gpt2", n_positions=64)) == (96 + 64) * 32
+
+
+def test_a_matrix_product_is_measured():
+    assert 1e8 < measured_peak("cpu", torch.float32, size=128, seconds=0.02) < 1e14
+
+
+def test_a_loss_that_is_not_finite_stops_at_once(tmp_path):
+    net = model()
+    with torch.no_grad():
+        net.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(DivergedError, match=r"the loss is nan .* at step 1: lower --lr"):
+        train(net, tmp_path)
+
+
+def test_a_batch_that_the_processes_cannot_share(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(PreskipError, match="3 processes cannot share a batch of 4"):
+        train(model(), tmp_path)
+
+
+def test_trackers(monkeypatch):
+    monkeypatch.setattr("preskip.train.scratch.find_spec", lambda name: None)
+    assert trackers(("auto",)) == trackers(("none",)) == ()
+    assert trackers(("wandb",)) == ("wandb",)
+    with pytest.raises(PreskipError, match="pip install tensorboard"):
+        trackers(("tensorboard",))
+    monkeypatch.setattr("preskip.train.scratch.find_spec", lambda name: object())
+    assert trackers(("auto",)) == ("tensorboard",)
