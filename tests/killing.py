@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -102,8 +103,15 @@ class Fate:
         setattr(owner, name, counted)
 
 
-def _live(work: Callable[[Path], None], folder: Path, moment: Moment | None, counts: Path | None) -> None:
+def _live(
+    work: Callable[[Path], None],
+    folder: Path,
+    moment: Moment | None,
+    counts: Path | None,
+    environment: dict[str, str],
+) -> None:
     torch.set_num_threads(1)
+    os.environ.update(environment)
     sys.stdout = sys.stderr = open(folder.with_suffix(".log"), "a")  # noqa: SIM115
     fate = Fate(folder, moment)
     fate.watch()
@@ -129,7 +137,7 @@ def child(
         after: seconds after which it is killed from outside.
         counts: where it leaves how often it did what.
     """
-    process = _server().Process(target=_live, args=(work, folder, moment, counts))
+    process = _server().Process(target=_live, args=(work, folder, moment, counts, {}))
     process.start()
     process.join(after)
     if after is not None:
@@ -137,6 +145,30 @@ def child(
     process.join()
     assert process.exitcode is not None
     return process.exitcode
+
+
+def crew(work: Callable[[Path], None], folder: Path, *, moment: Moment | None = None) -> list[int]:
+    """Let two children that train together (DDP over gloo) do the work; their exit codes.
+
+    Args:
+        work: a function of this module.
+        folder: where.
+        moment: when the first, which writes, is killed; the other one follows.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank in range(2):
+        environment = {**launch, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        arguments = (work, folder, None if rank else moment, None, environment)
+        processes.append(_server().Process(target=_live, args=arguments))
+        processes[-1].start()
+    processes[0].join()
+    if processes[0].exitcode:
+        processes[1].kill()
+    processes[1].join()
+    return [process.exitcode for process in processes]
 
 
 @cache

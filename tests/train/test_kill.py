@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import killing
-from preskip.rundir import read_jsonl
+from preskip.rundir import RunDirectory, read_jsonl
 from preskip.train.checkpoints import find_fault
 from tiny_model import save_tiny_llama, write_corpus
 
@@ -40,9 +40,10 @@ def state(folder: Path) -> dict:
     last = max((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert find_fault(last) is None
     found = {path.name: load_file(path) for path in last.glob("*.safetensors")}
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        found[name] = torch.load(last / name, weights_only=False)
-    found |= {name: json.loads((last / name).read_text()) for name in ("trainer_state.json", "losses_0.json")}
+    for path in (last / "optimizer.pt", last / "scheduler.pt", *last.glob("rng_state*.pth")):
+        found[path.name] = torch.load(path, weights_only=False)
+    assert all(entry["exp_avg_sq"].any() for entry in found["optimizer.pt"]["state"].values())
+    found |= {path.name: json.loads(path.read_text()) for path in (last / "trainer_state.json", *last.glob("losses*"))}
     if (folder / "train.jsonl").exists():
         found["train.jsonl"] = read_jsonl(folder / "train.jsonl")
     return exact(found, folder)
@@ -98,6 +99,18 @@ def test_killed_by_the_clock(tmp_path):
         assert state(folder) == state(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_together(tmp_path):
+    assert killing.crew(killing.scratch, tmp_path / "whole") == [0, 0]
+    expected = state(tmp_path / "whole")
+    assert {"rng_state_0.pth", "rng_state_1.pth", "losses_1.json"} <= expected.keys()
+    folder = tmp_path / "killed"
+    for moment in (("tear by save checkpoint-N/optimizer.pt", 2), ("open checkpoint-N/seal.json.tmp", 1)):
+        assert killing.crew(killing.scratch, folder, moment=moment) == [-signal.SIGKILL] * 2
+    assert killing.crew(killing.scratch, folder) == [0, 0]
+    assert state(folder) == expected
+
+
 def outcome(run: Path) -> dict:
     """Everything that a run ends with."""
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
@@ -130,4 +143,8 @@ def test_a_killed_probe_ends_as_an_uninterrupted_one(tmp_path):
     folder.mkdir()
     kill_and_finish(killing.probe, folder, moments, kills=len(moments))
     assert not moments
+    assert outcome(folder / "run") == expected
+    with RunDirectory.open(folder / "run").lock():
+        assert killing.child(killing.probe, folder) == 1
+    assert "another process is working on" in (tmp_path / "killed.log").read_text()
     assert outcome(folder / "run") == expected
