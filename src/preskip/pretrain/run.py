@@ -7,6 +7,7 @@ cells is open: this process, several of this machine, or a cluster.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
@@ -171,7 +172,10 @@ def in_processes(count: int, quiet: bool) -> Execute:
 
 
 def _limit(threads: int) -> None:
+    """Set a worker up: its share of the cores, and the libraries' notices kept off the terminal."""
     from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
