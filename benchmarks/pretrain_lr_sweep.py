@@ -29,6 +29,7 @@ HEAD = 32
 
 
 def main() -> None:
+    """Train every cell and print its loss."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", default="llama-1m")
     parser.add_argument("--corpus", default="sotu")

@@ -28,7 +28,7 @@ SIZES = {
     "mlp_width": "intermediate_size",
 }
 # Options that say how and where, not what: they may stand beside --resume.
-FREE = ("resume", "as_json", "workers")
+FREE = ("resume", "as_json", "workers", "executor", "ray_address")
 
 
 def _option(name: str, panel: str, text: str) -> Any:
@@ -85,7 +85,7 @@ def pretrain(
         float, _option("--branch-lr-factor", TRAINING, "Learning rate of the branch over that of the rest.")
     ] = 1.0,
     warmup_steps: Annotated[
-        int | None, _option("--warmup-steps", TRAINING, "Steps of the warm-up. Default: a fiftieth.")
+        int | None, _option("--warmup-steps", TRAINING, "Steps of the warm-up. Default: a tenth.")
     ] = None,
     final_rate: Annotated[float, _option("--final-rate", TRAINING, "Last learning rate over the peak.")] = 0.1,
     weight_decay: Annotated[float, _option("--weight-decay", TRAINING, "Of matrices only.")] = 0.1,
@@ -145,6 +145,12 @@ def pretrain(
         bool, _option("--trust-remote-code", WHAT, "Let code of the tokenizer's repository run.")
     ] = False,
     workers: Annotated[int, _option("--workers", OUTPUT, "Processes that train arms and seeds side by side.")] = 1,
+    executor: Annotated[
+        str, _option("--executor", OUTPUT, "local, or ray: each arm and seed as a task of its own.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, _option("--ray-address", OUTPUT, "Ray cluster, e.g. auto. Default: one on this machine.")
+    ] = None,
     out: Annotated[
         Path | None, _option("--out", OUTPUT, "Run directory; must not exist. Default: runs/<time>-<arch>-<corpus>.")
     ] = None,
@@ -158,10 +164,19 @@ def pretrain(
     Without arguments it trains four arms of about a million weights on the embedded corpus.
     """
     options = {name: value for name, value in locals().items() if name not in ("context", "out", *FREE)}
+    from preskip.train.cluster import check_executor
+    from preskip.train.distributed import is_main, world_size
+
+    if not is_main():
+        _follow(device, resume)
+        return
     if resume is not None:
         _refuse_other_options(context)
+    check_executor(executor, ray_address)
     if workers < 1:
         raise PreskipError(f"--workers {workers} is not possible: it must be at least 1")
+    if workers > 1 and (executor == "ray" or world_size() > 1):
+        raise PreskipError("--workers has its own processes: leave out --executor ray, torchrun or accelerate launch")
     config = _config(options) if resume is None else None
     from preskip.progress import spinner
 
@@ -169,6 +184,7 @@ def pretrain(
         from preskip.cli.libraries import quiet_libraries
 
         quiet_libraries()
+        from preskip.pretrain.executor import all_together, on_ray
         from preskip.pretrain.run import in_processes, run_pretrain, start_pretrain
         from preskip.rundir import RunDirectory
 
@@ -179,10 +195,15 @@ def pretrain(
         run = RunDirectory.open(resume)
     if not as_json:
         _announce(run)
+    execute = in_processes(workers, as_json) if workers > 1 else None
+    if executor == "ray":
+        execute = on_ray(ray_address, as_json)
+    elif world_size() > 1:
+        execute = all_together(as_json)
     try:
         results = run_pretrain(
             run,
-            execute=in_processes(workers, as_json) if workers > 1 else None,
+            execute=execute,
             show_plans=(lambda plans: None) if as_json else print_plans,
             quiet=as_json,
         )
@@ -206,6 +227,23 @@ def pretrain(
         from preskip.cli.tables import print_results
 
         print_results(results, run.path, page)
+
+
+def _follow(device: str, resume: Path | None) -> None:
+    """Another process than the main one of a launch: only takes part in the trainings."""
+    import signal
+
+    from preskip.cli.libraries import quiet_libraries
+
+    quiet_libraries()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has nothing to tidy, and waits where Python sees no signals
+    from preskip.environment import resolve_device
+    from preskip.pretrain.executor import follow_pretrain
+    from preskip.rundir import RunDirectory
+
+    follow_pretrain(
+        resolve_device(device) if resume is None else RunDirectory.open(resume).manifest["config"]["device"]
+    )
 
 
 def print_plans(plans: Mapping[str, Plan]) -> None:

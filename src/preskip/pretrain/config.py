@@ -60,7 +60,7 @@ class PretrainConfig:
         learning_rate: peak, of every arm without its own.
         learning_rates: peak by arm.
         branch_rate_factor: learning rate of the branch's matrices over that of the rest.
-        warmup_steps: None for a fiftieth of the steps, at least one.
+        warmup_steps: None for a tenth of the steps, at least one.
         final_rate: learning rate at the end over the peak.
         weight_decay: of matrices.
         beta2: AdamW's second decay.
@@ -205,7 +205,7 @@ class PretrainConfig:
 
     def warmup(self, steps: int) -> int:
         """Steps of the warm-up of a training of `steps`."""
-        return max(1, steps // 50) if self.warmup_steps is None else self.warmup_steps
+        return max(1, steps // 10) if self.warmup_steps is None else self.warmup_steps
 
     def rate(self, arm: str) -> float:
         """Peak learning rate of an arm."""
