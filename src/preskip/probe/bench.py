@@ -77,6 +77,7 @@ class Bench:
 
     Attributes:
         config: every option.
+        model_name: what `preskip.assets.load_model` calls the base from here.
         base: the untouched model.
         tokenizer: its tokenizer.
         context: what arms depend on.
@@ -88,6 +89,7 @@ class Bench:
     """
 
     config: ProbeConfig
+    model_name: str
     base: nn.Module
     tokenizer: Any
     context: ArmContext
@@ -142,6 +144,7 @@ def prepare(
     blocks_of = _training_blocks(config, splits, tokenizer, quiet)
     bench = Bench(
         config=config,
+        model_name=model_name,
         base=base,
         tokenizer=tokenizer,
         context=context,

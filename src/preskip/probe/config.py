@@ -85,6 +85,7 @@ class ProbeConfig:
             them: its extent is then that of the in-domain set, which lets one list serve several trainings.
         nulls: controls of the depth picture to train: "noise", "shuffled".
         equal_step: train preskip once more with equalised steps per layer.
+        dtype_audit: score the untouched base in fp32, with bf16 weights and under bf16 autocast, too.
         ablation_documents: held-out documents on which each layer's parts are switched off; 0 for none.
         paper_scoring: score by the paper's own protocol, too.
         packing: training sequences: "packed" blocks of running text, or "paragraphs", padded or cut (the paper's).
@@ -135,6 +136,7 @@ class ProbeConfig:
     eval_corpora: tuple[str, ...] = ()
     nulls: tuple[str, ...] = ()
     equal_step: bool = False
+    dtype_audit: bool = False
     ablation_documents: int = 0
     paper_scoring: bool = False
     packing: str = "packed"

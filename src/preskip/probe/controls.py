@@ -1,4 +1,4 @@
-"""Nulls and controls of the depth picture, trained after the cells: what the norms owe to the optimiser alone."""
+"""Nulls and controls, after the cells: what the norms by layer owe to the optimiser, and the scores to the dtype."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from preskip.analysis.depth import depth_profile
 from preskip.analysis.nulls import norms
 from preskip.arms import Arm, insert, resolve_arms
+from preskip.evaluate.dtype_audit import dtype_audit
 from preskip.probe.bench import Bench
 from preskip.probe.cells import depth_rows, has_branch, train
 from preskip.rundir import Cell, RunDirectory, clear_disk_errors, read_json, write_json
@@ -20,7 +21,7 @@ def run_controls(run: RunDirectory, bench: Bench) -> dict[str, Any]:
     training each and are made for the reference arm and the first seed. All use the arm's own rate, steps and shapes.
 
     Returns:
-        `nulls` and `equal_step` of results.json, as far as asked for.
+        `nulls`, `equal_step` and `dtype_audit` of results.json, as far as asked for.
     """
     config = bench.config
     arms = [arm for arm in resolve_arms(config.arms) if has_branch(arm, bench.context)]
@@ -40,7 +41,29 @@ def run_controls(run: RunDirectory, bench: Bench) -> dict[str, Any]:
         arm, seed = arms[0], config.seeds[0]
         rows = _control(run, bench, arm, seed, "equal_step", equal_step=True)
         parts["equal_step"] = {arm.name: {str(seed): rows}}
+    if config.dtype_audit:
+        parts["dtype_audit"] = _dtype_audit(run, bench)
     return parts
+
+
+def _dtype_audit(run: RunDirectory, bench: Bench) -> dict[str, Any]:
+    """The untouched base in each dtype on what the arms are scored on, audited now or read from the run."""
+    done = run.path / "controls" / "dtype-audit.json"
+    if not done.is_file():
+        config = bench.config
+        found = dtype_audit(
+            bench.model_name,
+            bench.tokenizer,
+            texts=bench.heldout.texts,
+            suite=bench.heldout.suite,
+            device=config.device,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            batch_tokens=config.eval_batch_tokens,
+            quiet=bench.quiet,
+        )
+        write_json(done, found.report)
+    return read_json(done)
 
 
 def _control(run: RunDirectory, bench: Bench, arm: Arm, seed: int, name: str, **control: Any) -> list[dict[str, Any]]:

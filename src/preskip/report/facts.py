@@ -148,6 +148,8 @@ def limits(record: Mapping[str, Any], results: Mapping[str, Any], seeds: int) ->
             f"The base model ran in {' and '.join(sorted(dtypes))}: part of a gain may be repair of rounding damage. "
             "Repeat in float32 to tell the two apart."
         )
+    if results.get("dtype_audit"):
+        found.append(_dtype_cost(results))
     for name, entry in results["sets"].items():
         if name.startswith("last_word"):
             found.append(
@@ -163,6 +165,18 @@ def limits(record: Mapping[str, Any], results: Mapping[str, Any], seeds: int) ->
         else "P-values are per comparison, not corrected for how many comparisons are shown."
     )
     return found
+
+
+def _dtype_cost(results: Mapping[str, Any]) -> str:
+    """What rounding alone does to the untouched base, by set, in the sets' primary measure."""
+    names = {"bfloat16": "bf16 weights", "autocast": "bf16 autocast"}
+    costs = [
+        f"{names[entry['arm']]} {entry['difference']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}] "
+        f"{metric_named(entry['metric']).phrase} on {set_title(results['sets'], entry['set'])} ({entry['verdict']})"
+        for entry in results["dtype_audit"]["comparisons"]
+        if entry["metric"] == results["sets"].get(entry["set"], {}).get("primary", entry["metric"])
+    ]
+    return f"What the dtype alone does to the untouched model, against float32: {'; '.join(costs)}."
 
 
 def _domain_limit(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
