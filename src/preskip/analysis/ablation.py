@@ -21,14 +21,17 @@ import numpy as np
 from torch import nn
 
 from preskip.adapter.layer import PreskipLayer
-from preskip.attach import CHILD, AttentionSite, find_sites
+from preskip.analysis.branches import PARTS, Branch, LiveBranch, live_branches, parts_of
+from preskip.attach import AttentionSite
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import default_batch_tokens, language_model, score_sequences
 from preskip.evaluate.stats import CONFIDENCE, paired_ratio_difference
 from preskip.progress import Advance, no_progress
 
-PARTS = ("skip", "enrichment")
+__all__ = ["BOTH", "PARTS", "ablate", "ablation_passes", "branch_layers", "parts_of", "switched_off"]
+# The two parts of a layer that has two, off together.
+BOTH = "both"
 
 
 def ablate(
@@ -45,12 +48,12 @@ def ablate(
     """Switch off one part of one layer at a time and score the same windows.
 
     Args:
-        model: a causal language model with an active Preskip adapter, also as a PEFT model. With several active ones,
-            all of a layer are switched off together.
+        model: a causal language model with branches, its own or an active adapter's, also as a PEFT model. With several
+            active adapters, all of a layer are switched off together.
         windows: held-out windows; all of a document's, or its bytes do not fit.
         owners: for each window the index of its document in `sizes`.
         sizes: UTF-8 bytes of the scored text of each document.
-        parts: which of "skip" and "enrichment".
+        parts: which of "skip", "enrichment" and "both".
         batch_tokens: upper bound of padded tokens per forward pass. One batch's block outputs are held in memory.
         confidence: level of the intervals. Default 0.95.
         advance: progress, called as advance(scored passes over one batch, note); see `ablation_passes`.
@@ -66,9 +69,7 @@ def ablate(
     chosen = sorted(set(owners))
     if len(chosen) < 2:
         raise PreskipError(f"{len(chosen)} document is too few for an interval: ablate on 2 or more held-out documents")
-    switches = [
-        (site, layer, part) for site, layer in branch_layers(model) for part in parts_of(layer) if part in parts
-    ]
+    switches = _switches(model, parts)
     if not switches:
         raise PreskipError("no layer has an active Preskip branch to switch off: insert one first")
     base = language_model(model)
@@ -77,25 +78,27 @@ def ablate(
     done = 0
     for batch in _batches(windows, batch_tokens or default_batch_tokens(next(model.parameters()).device)):
         texts = [windows[index] for index in batch]
-        kept = _KeptBlocks(base, {site.stack for site, _, _ in switches})
+        kept = _KeptBlocks(base, {branch.site.stack for branch, _ in switches})
         with kept.recorded():
             on[batch] = _nats(model, texts, batch_tokens)
         advance(done := done + 1, "")
-        for row, (site, layer, part) in enumerate(switches):
-            with kept.replayed_below(site), switched_off(base.get_submodule(site.name), layer, part):
+        for row, (branch, part) in enumerate(switches):
+            with kept.replayed_below(branch.site), ExitStack() as stack:
+                for one in PARTS if part == BOTH else (part,):
+                    stack.enter_context(switched_off(branch.attention, branch, one))
                 off[row, batch] = _nats(model, texts, batch_tokens)
-            advance(done := done + 1, f"layer {site.layer} without {part}")
+            advance(done := done + 1, f"layer {branch.layer} without {part}")
     place = {owner: index for index, owner in enumerate(chosen)}
     documents = np.array([place[owner] for owner in owners])
     bytes_of = np.array([sizes[owner] for owner in chosen])
     nats_on = np.bincount(documents, weights=on)
     rows = []
-    for (site, _, part), nats in zip(switches, off, strict=True):
+    for (branch, part), nats in zip(switches, off, strict=True):
         nats_off = np.bincount(documents, weights=nats)
         interval = paired_ratio_difference(nats_off, nats_on, bytes_of, confidence=confidence)
         rows.append(
             {
-                "layer": site.layer,
+                "layer": branch.layer,
                 "part": part,
                 "difference": interval.value,
                 "low": interval.low,
@@ -106,42 +109,35 @@ def ablate(
     return rows
 
 
-def ablation_passes(model: nn.Module, windows: Sequence[Window], batch_tokens: int | None = None) -> int:
-    """Number of passes that `ablate` will make with both parts, for a progress bar."""
-    switches = sum(len(parts_of(layer)) for _, layer in branch_layers(model))
+def ablation_passes(
+    model: nn.Module, windows: Sequence[Window], batch_tokens: int | None = None, parts: Sequence[str] = PARTS
+) -> int:
+    """Number of passes that `ablate` will make, for a progress bar."""
     size = batch_tokens or default_batch_tokens(next(model.parameters()).device)
-    return (1 + switches) * len(_batches(windows, size))
+    return (1 + len(_switches(model, parts))) * len(_batches(windows, size))
 
 
-def branch_layers(model: nn.Module) -> list[tuple[AttentionSite, PreskipLayer]]:
-    """The attentions of the model that have a branch with an active adapter, by layer."""
-    base = language_model(model)
-    found = []
-    for site in find_sites(base).attentions:
-        layer = getattr(base.get_submodule(site.name), CHILD, None)
-        if isinstance(layer, PreskipLayer) and parts_of(layer):
-            found.append((site, layer))
-    return found
+def branch_layers(model: nn.Module) -> list[tuple[AttentionSite, Branch]]:
+    """The attentions of the model that have an active branch, by layer."""
+    return [(branch.site, branch.module) for branch in live_branches(model)]
 
 
-def parts_of(layer: PreskipLayer) -> list[str]:
-    """Which of `PARTS` the active adapters of a layer have."""
-    active = [] if layer.disable_adapters else [s for n, s in layer.settings.items() if n in layer.active_adapters]
-    parts = []
-    if any(settings.content_skip or not settings.enrich_attention for settings in active):
-        parts.append("skip")
-    if any(settings.preprojection and settings.enrich_attention for settings in active):
-        parts.append("enrichment")
-    return parts
+def _switches(model: nn.Module, parts: Sequence[str]) -> list[tuple[LiveBranch, str]]:
+    """What is switched off, one at a time; both parts together only in layers that have both."""
+    switches = []
+    for branch in live_branches(model):
+        own = branch.parts
+        switches += [(branch, part) for part in (*own, *([BOTH] if len(own) > 1 else [])) if part in parts]
+    return switches
 
 
 @contextmanager
-def switched_off(attention: nn.Module, layer: PreskipLayer, part: str) -> Iterator[None]:
+def switched_off(attention: nn.Module, layer: PreskipLayer | LiveBranch, part: str) -> Iterator[None]:
     """Switch one part of one layer off while the block runs; weights, hooks and outputs are then as before.
 
     Args:
         attention: the attention module whose child `layer` is.
-        layer: the branch.
+        layer: the branch, for its `tap`.
         part: "skip" or "enrichment".
     """
     if part not in PARTS:

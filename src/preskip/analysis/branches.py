@@ -1,0 +1,98 @@
+"""The branches of a live model, whether an adapter put them there or the model was built with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from preskip.adapter.layer import PreskipLayer
+from preskip.attach import CHILD, POST_ATTENTION_NORMS, AttentionSite, find_sites, tap_of
+from preskip.branch import BranchSettings, PreskipBranch
+from preskip.evaluate.likelihood import language_model
+
+PARTS = ("skip", "enrichment")
+
+Branch = PreskipLayer | PreskipBranch
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveBranch:
+    """One branch where it sits.
+
+    Attributes:
+        site: the attention's place.
+        attention: the attention module.
+        block: the block that holds it.
+        module: the branch itself, child of the attention.
+        tap: the module behind whose output the skip joins, or None for the attention's own output.
+    """
+
+    site: AttentionSite
+    attention: nn.Module
+    block: nn.Module
+    module: Branch
+    tap: nn.Module | None
+
+    @property
+    def layer(self) -> int:
+        """Index of the block in its stack."""
+        return self.site.layer
+
+    @property
+    def parts(self) -> list[str]:
+        """Which of `PARTS` are on."""
+        return parts_of(self.module)
+
+    def active(self) -> list[tuple[BranchSettings, dict[str, nn.Linear]]]:
+        """Settings and matrices of each active adapter; a model's own branch counts as one."""
+        if isinstance(self.module, PreskipBranch):
+            return [(self.module.settings, self.module.linears)]
+        return [(self.module.settings[name], self.module.linears(name)) for name in _active(self.module)]
+
+    @property
+    def post_norm(self) -> nn.Module | None:
+        """The norm that attention's output and the skip pass together before the residual sum (Gemma), or None."""
+        name = POST_ATTENTION_NORMS.get(type(self.block).__name__)
+        return getattr(self.block, name) if name is not None and self.tap is None else None
+
+
+def live_branches(model: nn.Module) -> list[LiveBranch]:
+    """The attentions of a model that have an active branch, by layer.
+
+    Args:
+        model: a PEFT model or its base, or a model of a `preskip_<type>` architecture.
+    """
+    base = language_model(model)
+    found = []
+    for site in find_sites(base).attentions:
+        attention = base.get_submodule(site.name)
+        module = getattr(attention, CHILD, None)
+        if not isinstance(module, PreskipLayer | PreskipBranch) or not parts_of(module):
+            continue
+        path, _, target = site.name.rpartition(".")
+        if isinstance(module, PreskipLayer):
+            tap = module.tap
+        else:
+            tap = tap_of(base.get_submodule(path), target, base.config.preskip_skip_position)  # type: ignore
+        block = base.get_submodule(f"{site.stack}.{site.layer}")
+        found.append(LiveBranch(site=site, attention=attention, block=block, module=module, tap=tap))
+    return found
+
+
+def parts_of(module: Branch) -> list[str]:
+    """Which of `PARTS` a branch has; of an adapter's, which its active ones have."""
+    if isinstance(module, PreskipBranch):
+        active = [module.settings]
+    else:
+        active = [module.settings[name] for name in _active(module)]
+    parts = []
+    if any(settings.content_skip or not settings.enrich_attention for settings in active):
+        parts.append("skip")
+    if any(settings.preprojection and settings.enrich_attention for settings in active):
+        parts.append("enrichment")
+    return parts
+
+
+def _active(layer: PreskipLayer) -> list[str]:
+    return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.settings]
