@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
+from preskip.errors import DivergedError
 from preskip.evaluate.texts import score_texts
 from preskip.pretrain.arms import Plan
 from preskip.pretrain.config import PretrainConfig
@@ -48,23 +50,11 @@ def run_cell(run_path: Path, arm: str, seed: int, *, quiet: bool = True) -> dict
     shared = _shared(run.path.resolve())
     config, plan = shared.config, shared.plans[arm]
     label = arm if len(config.seeds) == 1 else f"{arm} seed {seed}"
-    settings = training_settings(config, plan, seed, peak_flops=run.manifest.get("peak_flops"))
     started = time.perf_counter()
     with clear_disk_errors(cell.folder):
         cell.folder.mkdir(parents=True, exist_ok=True)
     with peak_memory(torch.device(config.device)) as peak:
-        model = build_model(config, plan, seed)
-        with progress_bar(f"train {label}", plan.steps, quiet=quiet) as advance:
-            rows = train_scratch(
-                model,
-                shared.blocks,
-                settings,
-                arm=arm,
-                checkpoints=cell.checkpoints,
-                log=cell.train_log,
-                evaluation=shared.development,
-                advance=advance,
-            )
+        model, rows = _train(run, shared, arm, seed, label, quiet)
         with clear_disk_errors(cell.folder):
             model.save_pretrained(cell.folder / "model")  # type: ignore[operator]
             shared.tokenizer.save_pretrained(cell.folder / "model")
@@ -93,6 +83,34 @@ def run_cell(run_path: Path, arm: str, seed: int, *, quiet: bool = True) -> dict
     write_json(cell.summary, summary)
     shutil.rmtree(cell.checkpoints, ignore_errors=True)
     return summary
+
+
+def follow_cell(run_path: Path, arm: str, seed: int) -> None:
+    """Take part in the training of a cell whose `run_cell` another process of the launch calls."""
+    run = RunDirectory.open(run_path)
+    with suppress(DivergedError):  # the leader tells of it
+        _train(run, _shared(run.path), arm, seed, "", True)
+
+
+def _train(
+    run: RunDirectory, shared: Shared, arm: str, seed: int, label: str, quiet: bool
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The trained model of a cell and the rows of its log."""
+    plan, cell = shared.plans[arm], run.cell(arm, seed)
+    settings = training_settings(shared.config, plan, seed, peak_flops=run.manifest.get("peak_flops"))
+    model = build_model(shared.config, plan, seed)
+    with progress_bar(f"train {label}", plan.steps, quiet=quiet) as advance:
+        rows = train_scratch(
+            model,
+            shared.blocks,
+            settings,
+            arm=arm,
+            checkpoints=cell.checkpoints,
+            log=cell.train_log,
+            evaluation=shared.development,
+            advance=advance,
+        )
+    return model, rows
 
 
 def build_model(config: PretrainConfig, plan: Plan, seed: int) -> nn.Module:

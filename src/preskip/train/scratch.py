@@ -15,13 +15,14 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from preskip.attach import CHILD
 from preskip.errors import DivergedError, PreskipError
 from preskip.progress import Advance, no_progress
 from preskip.rundir import clear_disk_errors, write_jsonl
 from preskip.train.checkpoints import ResumableTrainer
-from preskip.train.distributed import share_batch
+from preskip.train.distributed import heed_fsdp, is_main, share_batch, whole_afterwards, world_size
 from preskip.train.frozen import BlockDataset
 from preskip.train.speed import training_flops_per_token
 
@@ -52,7 +53,7 @@ class ScratchSettings:
         save_steps: optimiser steps between two checkpoints.
         keep_checkpoints: how many of the newest are kept while training; 2 or more, to have one to fall back on.
         report_to: experiment trackers of Trainer, e.g. ("tensorboard", "wandb").
-        peak_flops: FLOPs per second that utilisation is held against; None leaves it out.
+        peak_flops: FLOPs per second of a process that utilisation is held against; None leaves it out.
     """
 
     steps: int
@@ -188,7 +189,7 @@ class _Log(TrainerCallback):
         }
         note = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
         if self.settings.peak_flops:
-            row["mfu"] = round(speed * self.flops_per_token / self.settings.peak_flops, 4)
+            row["mfu"] = round(speed * self.flops_per_token / (world_size() * self.settings.peak_flops), 4)
             note += f", MFU {row['mfu']:.0%}"
         self.rows.append(row)
         state.log_history[-1]["row"] = row
@@ -283,21 +284,21 @@ def train_scratch(
     seq_len = blocks.shape[1]
     tokens = settings.batch_size * seq_len
     steps = _Log(settings, tokens, training_flops_per_token(model, seq_len), arm, advance)
-    trainer = ScratchTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=BlockDataset(blocks, settings.steps * settings.batch_size, settings.seed),
-        eval_dataset=WholeBlocks(evaluation) if evaluation is not None and evaluates else None,
-        data_collator=_stack,
-        callbacks=[steps, *_tensorboard(settings.report_to, log.parent)],
-        branch_rate_factor=settings.branch_rate_factor,
-    )
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    with clear_disk_errors(checkpoints):
-        trainer.train(resume_from_checkpoint=True)
-    if trainer.is_world_process_zero():
+    with whole_afterwards(model) as trained:
+        trainer = ScratchTrainer(
+            model=trained,
+            args=arguments,
+            train_dataset=BlockDataset(blocks, settings.steps * settings.batch_size, settings.seed),
+            eval_dataset=WholeBlocks(evaluation) if evaluation is not None and evaluates else None,
+            data_collator=_stack,
+            callbacks=[steps, *(_tensorboard(settings.report_to, log.parent) if is_main() else [])],
+            branch_rate_factor=settings.branch_rate_factor,
+        )
+        trainer.remove_callback(PrinterCallback)
+        heed_fsdp(trainer)
+        with clear_disk_errors(checkpoints):
+            trainer.train(resume_from_checkpoint=True)
+    if is_main():
         write_jsonl(log, steps.rows)
     return steps.rows
 
