@@ -35,6 +35,7 @@ def make_figures(results: Mapping[str, Any], curves: Sequence[Curve]) -> list[Fi
         *_planes(results),
         *_forests(results),
         *_searches(results, arms),
+        *_evaluations(results, arms),
         *_training(curves, arms),
         *_depth(results, arms),
     ]
@@ -101,6 +102,25 @@ def _searches(results: Mapping[str, Any], arms: Sequence[str]) -> Iterator[Figur
             alt,
             note=f"chose {found[arm]['chosen']:g}" + (", grid extended" if found[arm].get("extended") else ""),
         )
+
+
+def _evaluations(results: Mapping[str, Any], arms: Sequence[str]) -> Iterator[Figure]:
+    records = training.evaluation_records(results.get("curves") or {})
+    if not records:
+        return
+    last = {record["arm"]: record for record in records}
+    words = "; ".join(
+        f"{arm} {record['mean']:.4f} [{record['low']:.4f}, {record['high']:.4f}] after {record['tokens']:,} tokens"
+        for arm, record in last.items()
+    )
+    yield _figure(
+        "evaluation",
+        "training",
+        "Loss on development documents",
+        training.evaluation(records, arms),
+        f"Mean over seeds, lowest and highest: {words}",
+        note="line: mean over seeds; band: lowest to highest",
+    )
 
 
 def _training(curves: Sequence[Curve], arms: Sequence[str]) -> Iterator[Figure]:

@@ -59,6 +59,16 @@ def trained_arms(results: Results) -> list[str]:
     return [arm for arm, summary in results["arms"].items() if summary["trainable_parameters"]]
 
 
+def is_pretraining(results: Results) -> bool:
+    """Whether the arms were trained from scratch (`preskip pretrain`), not inserted into a frozen model."""
+    return results.get("kind") == "pretrain"
+
+
+def plain_arm(results: Results) -> str:
+    """The arm without anything added: the untouched model, or the plain architecture trained from scratch."""
+    return "base" if is_pretraining(results) else "none"
+
+
 def is_declared(entry: Mapping[str, Any]) -> bool:
     """Whether a comparison belongs to the family declared before training."""
     return bool(entry.get("declared"))

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preskip.report.facts import bytes_text
-from preskip.report.lookup import by_measure, find, is_declared, ordered, primary, resolvable
+from preskip.report.lookup import (
+    by_measure,
+    find,
+    is_declared,
+    is_pretraining,
+    ordered,
+    plain_arm,
+    primary,
+    resolvable,
+)
 from preskip.report.plots.plane import development
 from preskip.report.verdicts import (
     MINUS,
@@ -101,7 +110,7 @@ def cost_rows(results: Mapping[str, Any], record: Mapping[str, Any]) -> list[dic
         rows.append(
             {
                 "name": name,
-                "flops": "–" if flops is None else (f"+{flops / 1e6:,.1f} M" if flops else "0"),
+                "flops": _flops(flops, whole=is_pretraining(results)),
                 "loss": "–" if loss is None else f"{loss:.3f}",
                 "step": "–" if step is None else f"{step:.3g} s",
                 "peak": bytes_text(about.get("peak_memory_bytes")),
@@ -109,6 +118,36 @@ def cost_rows(results: Mapping[str, Any], record: Mapping[str, Any]) -> list[dic
                 "adapter": str(about.get("adapter_dtype") or "–"),
                 "compute": str(about.get("compute_dtype") or "–"),
                 "attention": str(about.get("attn_implementation") or "–"),
+            }
+        )
+    return rows
+
+
+def _flops(flops: float | None, *, whole: bool) -> str:
+    """Forward FLOPs per token, of the whole model or of what the arm adds."""
+    if flops is None:
+        return "–"
+    return f"{flops / 1e6:,.2f} M" if whole else (f"+{flops / 1e6:,.1f} M" if flops else "0")
+
+
+def size_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row per arm trained from scratch: weights, compute, and how near its control comes; else none."""
+    if not is_pretraining(results):
+        return []
+    rows = []
+    for name, summary in results["arms"].items():
+        matched, deviation, mfu = summary.get("matched"), summary.get("deviation"), summary.get("mfu")
+        rows.append(
+            {
+                "name": name,
+                "weights": number(summary["parameters"], 0),
+                "non_embedding": number(summary["non_embedding"], 0),
+                "flops": _flops(summary["forward_flops_per_token"], whole=True),
+                "tokens": number(summary["tokens"], 0),
+                "training": f"{summary['training_flops'] / 1e15:,.3g}",
+                "matched": "–" if matched is None else f"{matched} {number(100 * deviation, 2, sign=True)} %",
+                "speed": number(summary["tokens_per_second"], 0),
+                "mfu": "–" if mfu is None else f"{mfu:.0%}",
             }
         )
     return rows
@@ -152,7 +191,7 @@ def _comparison(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scoreboard(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Every trained arm against `none` on every set's primary metric: the page's overview.
+    """Every trained arm against the plain one on every set's primary metric: the page's overview.
 
     Returns:
         "columns" (title, name, domain) and "rows" (arm, cells with outcome, value, interval, unit; None where it was
@@ -169,9 +208,9 @@ def scoreboard(results: Mapping[str, Any]) -> dict[str, Any]:
     ]
     rows = []
     for arm, summary in results["arms"].items():
-        if arm == "none" or not summary["trainable_parameters"]:
+        if arm == plain_arm(results) or not summary["trainable_parameters"]:
             continue
-        found = [find(results, arm, "none", name, primary(results, name)) for name in sets]
+        found = [find(results, arm, plain_arm(results), name, primary(results, name)) for name in sets]
         cells = [{"outcome": entry["verdict"], **difference_text(entry)} if entry else None for entry in found]
         if any(cells):
             rows.append({"arm": arm, "cells": cells})

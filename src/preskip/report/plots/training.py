@@ -1,4 +1,4 @@
-"""Training loss by step, thinned to the page's budget and smoothed."""
+"""Loss while training: by step, thinned to the page's budget and smoothed, and on development documents by tokens."""
 
 from __future__ import annotations
 
@@ -36,6 +36,57 @@ def training_records(curves: Sequence[tuple[str, str, Sequence[Mapping[str, Any]
                 }
             )
     return records
+
+
+def evaluation_records(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> list[Record]:
+    """Loss on development documents by tokens read: mean, lowest and highest over the seeds of each arm.
+
+    Args:
+        curves: {arm: {seed: [{"tokens", "eval_loss"}]}} as in the results of `preskip pretrain`.
+    """
+    records: list[Record] = []
+    for arm, seeds in curves.items():
+        by_tokens: dict[int, list[float]] = {}
+        for points in seeds.values():
+            for point in points:
+                by_tokens.setdefault(point["tokens"], []).append(point["eval_loss"])
+        records += [
+            {
+                "arm": arm,
+                "tokens": tokens,
+                "seeds": len(losses),
+                "mean": round(sum(losses) / len(losses), 5),
+                "low": round(min(losses), 5),
+                "high": round(max(losses), 5),
+            }
+            for tokens, losses in sorted(by_tokens.items())
+            if len(losses) == len(seeds)
+        ]
+    return records
+
+
+def evaluation(records: Sequence[Record], arms: Sequence[str]) -> Spec:
+    """Loss on development documents by tokens read: a line for the mean over seeds, a band from lowest to highest."""
+    import altair as alt
+
+    legend = alt.Legend(symbolOpacity=1)
+    scale = alt.Scale(zero=False, nice=True)
+    base = alt.Chart(alt.InlineData(values=list(records))).encode(
+        x=alt.X("tokens:Q", title="Training tokens", axis=alt.Axis(grid=False, tickCount=6, format="~s")),
+        color=arm_colour(arms, legend),
+    )
+    band = base.mark_area(opacity=0.2, clip=True).encode(
+        y=alt.Y("low:Q", title="Loss on development documents, nats per token", scale=scale), y2="high:Q"
+    )
+    line = base.mark_line(strokeWidth=2, opacity=0.9).encode(
+        y=alt.Y("mean:Q", title="Loss on development documents, nats per token", scale=scale),
+        strokeDash=arm_dash(arms, legend),
+        tooltip=[
+            *tooltips({"arm:N": "arm", "tokens:Q": "tokens"}, ","),
+            *tooltips({"mean:Q": "mean", "low:Q": "lowest", "high:Q": "highest"}, ".4f"),
+        ],
+    )
+    return specification(alt.layer(band, line), height=320)
 
 
 def smoothed(losses: Sequence[float | None]) -> list[float | None]:
