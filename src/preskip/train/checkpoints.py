@@ -85,6 +85,7 @@ class ResumableTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             if self.args.should_save:
+                checkpoint.mkdir(parents=True, exist_ok=True)  # else the best one is not noted where FSDP shards it
                 (checkpoint / SEAL).unlink(missing_ok=True)
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
