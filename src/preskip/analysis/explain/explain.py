@@ -1,0 +1,321 @@
+"""`explain`: everything that explain.json says of a model's branches, from texts that are read once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from preskip.analysis.ablation import BOTH, PARTS, ablate, ablation_passes
+from preskip.analysis.branches import LiveBranch, live_branches
+from preskip.analysis.explain.attention import MEASURES as ATTENTION_MEASURES
+from preskip.analysis.explain.attention import attention_changes
+from preskip.analysis.explain.classes import Frequencies
+from preskip.analysis.explain.forward import Measured, Recorder, measure
+from preskip.analysis.explain.reading import SETS, Reading, Text, chunks
+from preskip.analysis.explain.shown import Shown
+from preskip.analysis.explain.spectrum import skip_weight, spectrum
+from preskip.analysis.explain.sums import Sums, interval
+from preskip.analysis.explain.tokens import TokenWriter
+from preskip.analysis.explain.unembed import promoted_tokens
+from preskip.data.blocks import scored_size, start_token
+from preskip.data.corpus import Document
+from preskip.data.splits import choose
+from preskip.errors import PreskipError
+from preskip.evaluate.likelihood import default_batch_tokens, document_windows
+from preskip.progress import Advance, no_progress
+
+# bar(description, units): shows one stage, and gives what to call as it goes on.
+Bar = Callable[[str, int], AbstractContextManager[Advance]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much is read.
+
+    Attributes:
+        context_length: most tokens read at once.
+        batch_tokens: padded tokens per forward pass; None for 512 on a processor, else 4,096.
+        ablation_documents: held-out documents on which parts are switched off, 0 for none, else 2 or more.
+        ablation_words: words of each, from its beginning: three passes per layer are costly.
+        attention_documents: held-out documents whose first window tells how attention changes; 0 for none.
+        shown_tokens: tokens of the bypass map; given texts come first.
+    """
+
+    context_length: int = 512
+    batch_tokens: int | None = None
+    ablation_documents: int = 8
+    ablation_words: int = 60
+    attention_documents: int = 8
+    shown_tokens: int = 5000
+
+    @property
+    def most(self) -> int:
+        """Texts of which ablation and attention together need the first ones."""
+        return max(self.ablation_documents, self.attention_documents)
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("context_length", 2),
+            ("batch_tokens", 1),
+            ("ablation_documents", 0),
+            ("ablation_words", 2),
+            ("attention_documents", 0),
+            ("shown_tokens", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise PreskipError(f"--{name.replace('_', '-')} {value} is not possible: it must be at least {least}")
+        if self.ablation_documents == 1:
+            raise PreskipError("--ablation-documents 1: an interval takes 2 or more, 0 leaves ablation out")
+
+
+def explain(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[Text],
+    extent: Extent | None = None,
+    *,
+    reference: Iterable[str] | None = None,
+    tokens: Path | None = None,
+    bar: Bar | None = None,
+) -> dict[str, Any]:
+    """Measure what the branches of a model do.
+
+    Memory does not grow with the number of texts, but for a few sums per document and layer.
+
+    Args:
+        model: a causal language model with branches, its own or of one active adapter, also a PEFT model.
+        tokenizer: its tokenizer.
+        texts: what to read; gone through more than once, so no generator. Statistics are of the held-out ones, of the
+            given ones where there are no others.
+        extent: how much is read.
+        reference: texts that say how frequent each token is; None takes `texts`.
+        tokens: where to write tokens.parquet; None for nowhere.
+        bar: shows progress.
+
+    Returns:
+        {"texts", "layers", "classes", "documents", "timings", "method"}, as docs/explain.md says.
+
+    Raises:
+        PreskipError: no branch, several active adapters, no text, a text of fewer than 2 tokens, or a loss that is not
+            finite.
+    """
+    extent = extent or Extent()
+    bar = bar or (lambda description, units: nullcontext(no_progress))
+    branches = _only_branches(model)
+    counted = next((name for name in SETS if any(text.set == name for text in texts)), None)
+    if counted is None:
+        raise PreskipError("there is no text to read: give --text, or 1 or more --documents")
+    timings: dict[str, float] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with _timed(timings, "read"):
+            found = _read(model, tokenizer, texts, branches, extent, counted, reference, tokens, bar)
+        with _timed(timings, "weights"):
+            layers = [
+                _weights(branch) | found.sums.layer(index) | found.written(index, model, branch, tokenizer)
+                for index, branch in enumerate(branches)
+            ]
+        some = list(islice((text for text in texts if text.set == counted), extent.most))
+        with _timed(timings, "attention"):
+            attention = _attention(model, tokenizer, some[: extent.attention_documents], branches, extent, bar)
+        with _timed(timings, "ablation"):
+            ablation = _ablation(model, tokenizer, some[: extent.ablation_documents], extent, bar)
+    finally:
+        model.train(was_training)
+    for layer, changes in zip(layers, attention, strict=True):
+        layer |= changes | {"ablation": ablation.get(layer["layer"])}
+    return {
+        "texts": found.texts,
+        "layers": layers,
+        "classes": found.sums.classes(),
+        "documents": found.shown.documents,
+        "timings": {name: round(seconds, 2) for name, seconds in timings.items()},
+        "method": {
+            "statistics": counted,
+            "context_length": extent.context_length,
+            "frequency_tokens": found.frequencies.tokens,
+            "attention_documents": min(extent.attention_documents, len(some)),
+            "ablation_documents": min(extent.ablation_documents, len(some)) if ablation else 0,
+            "ablation_words": extent.ablation_words,
+        },
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What the pass over all texts gives."""
+
+    sums: Sums
+    shown: Shown
+    texts: list[dict[str, Any]]
+    recorder: Recorder
+    frequencies: Frequencies
+
+    def written(self, index: int, model: nn.Module, branch: LiveBranch, tokenizer: Any) -> dict[str, Any]:
+        """The tokens that a layer's mean skip output promotes and demotes; none without a skip."""
+        total = self.recorder.written[index]
+        if total is None or not self.recorder.counted:
+            return {"promoted": [], "demoted": []}
+        return promoted_tokens(model, branch, (total / self.recorder.counted).float(), tokenizer)
+
+
+def _only_branches(model: nn.Module) -> list[LiveBranch]:
+    branches = live_branches(model)
+    if not branches:
+        raise PreskipError("no layer has an active Preskip branch: there is nothing to explain")
+    most = max(len(branch.active()) for branch in branches)
+    if most > 1:
+        raise PreskipError(f"{most} Preskip adapters are active: activate one with set_adapter")
+    return branches
+
+
+def _read(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[Text],
+    branches: list[LiveBranch],
+    extent: Extent,
+    counted: str,
+    reference: Iterable[str] | None,
+    tokens: Path | None,
+    bar: Bar,
+) -> _Found:
+    frequencies = Frequencies(reference or (text.text for text in texts), tokenizer)
+    found = _Found(
+        sums=Sums(len(branches)),
+        shown=Shown(extent.shown_tokens),
+        texts=[],
+        recorder=Recorder(branches),
+        frequencies=frequencies,
+    )
+    parts = {part for branch in branches for part in branch.parts}
+    writer = (
+        nullcontext()
+        if tokens is None
+        else TokenWriter(tokens, has_skip="skip" in parts, has_enrichment="enrichment" in parts)
+    )
+    total = len(texts) if isinstance(texts, Sized) else sum(1 for _ in texts)
+    pieces = chunks(texts, tokenizer, frequencies, context_length=extent.context_length, counted=counted)
+    size = extent.batch_tokens or default_batch_tokens(next(model.parameters()).device)
+    has_start = start_token(tokenizer) is not None
+    before: float | None = None  # nats of the first token of the next window
+    with found.recorder.recording(), writer as rows, bar("read", total) as advance:
+        for measured in measure(model, found.recorder, pieces, batch_tokens=size, has_start=has_start):
+            before = _take(measured, found, rows, counted, before)
+            advance(measured.chunk.owner.index + 1, measured.chunk.owner.text.title[:30])
+    return found
+
+
+def _take(
+    measured: Measured[Reading], found: _Found, rows: TokenWriter | None, counted: str, before: float | None
+) -> float | None:
+    """Add one window to everything that is kept; gives the nats of the token behind it."""
+    chunk = measured.chunk
+    reading = chunk.owner
+    lead = reading.lead if chunk.begin == 0 else 0  # tokens of the window that are not of the text
+    first = chunk.begin + lead - reading.lead  # index in the text
+    size = len(chunk.ids) - lead
+    values = measured.values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bypass, enrichment = (
+            np.where(values[below] > 0, values[above] / values[below], np.where(np.isnan(values[above]), np.nan, 0.0))
+            for above, below in (("skip", "attention"), ("change", "input"))
+        )
+    bypass, enrichment = bypass[:, lead:], enrichment[:, lead:]
+    # nll[i] is of the token behind the window's i-th.
+    nll = [*([] if lead else [None if chunk.begin == 0 else before]), *measured.nll.tolist()]
+    if chunk.begin == 0:
+        found.texts.append(
+            {
+                "id": reading.text.id,
+                "title": reading.text.title,
+                "set": reading.text.set,
+                "tokens": len(reading.ids),
+                "shown": False,
+            }
+        )
+    if found.shown.add(reading, first, bypass, enrichment):
+        found.texts[-1]["shown"] = True
+    if rows is not None:
+        own = reading.ids[first : first + size]
+        rows.write(reading.text.id, first, own, reading.table, nll[:size], bypass, enrichment)
+    if reading.text.set == counted:
+        labels = {name: column[first : first + size] for name, column in reading.table.labels.items()}
+        found.sums.add(reading.index, values, labels)
+    return nll[size] if len(nll) > size else None
+
+
+def _weights(branch: LiveBranch) -> dict[str, Any]:
+    """Norms and spectrum of one layer's matrices; None for those it lacks."""
+    ((_, linears),) = branch.active()
+    skip = skip_weight(linears)
+    norms = {
+        f"{part}_norm": linears[part].weight.detach().float().norm().item() if part in linears else None
+        for part in ("up", "down")
+    }
+    return {
+        "layer": branch.layer,
+        **norms,
+        "skip_norm": None if skip is None else skip.norm().item(),
+        "null": None,
+        **spectrum(skip),
+    }
+
+
+def _attention(
+    model: nn.Module, tokenizer: Any, texts: list[Text], branches: list[LiveBranch], extent: Extent, bar: Bar
+) -> list[dict[str, Any]]:
+    """entropy_change and sink_change of each layer."""
+    if not texts or not any("enrichment" in branch.parts for branch in branches):
+        return [dict.fromkeys(ATTENTION_MEASURES) for _ in branches]
+    start = start_token(tokenizer)
+    sequences = []
+    for text in texts:
+        ids = list(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"])
+        sequences.append([*([] if start is None else [start]), *ids][: extent.context_length])
+    with bar("attention patterns", len(sequences)) as advance:
+        sums = attention_changes(model, branches, sequences, advance)
+    return [
+        {name: interval(row[:, place], row[:, -1]) for place, name in enumerate(ATTENTION_MEASURES)} for row in sums
+    ]
+
+
+def _ablation(
+    model: nn.Module, tokenizer: Any, texts: list[Text], extent: Extent, bar: Bar
+) -> dict[int, dict[str, Any]]:
+    """By layer, what each part and both together are worth; empty with fewer than 2 texts."""
+    if len(texts) < 2:
+        return {}
+    # In their order, each cut to its beginning.
+    documents = choose(
+        [Document(text.id, text.text, text.id) for text in texts], len(texts), extent.ablation_words, seed=0
+    )
+    windows, owners = document_windows(
+        documents, tokenizer, context_length=extent.context_length, stride=extent.context_length
+    )
+    sizes = [scored_size(document, tokenizer).bytes for document in documents]
+    parts = (*PARTS, BOTH)
+    with bar("ablate", ablation_passes(model, windows, extent.batch_tokens, parts)) as advance:
+        rows = ablate(model, windows, owners, sizes, parts=parts, batch_tokens=extent.batch_tokens, advance=advance)
+    by_layer: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        own = by_layer.setdefault(row["layer"], dict.fromkeys(parts))
+        own[row["part"]] = {"value": row["difference"], "low": row["low"], "high": row["high"]}
+    return by_layer
+
+
+@contextmanager
+def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    timings[name] = time.perf_counter() - started

@@ -1,0 +1,86 @@
+"""Texts as what the model reads: tokens with their classes, cut into windows, one text at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from preskip.analysis.explain.classes import Frequencies, TokenTable, classify, encode
+from preskip.analysis.explain.forward import Chunk
+from preskip.data.blocks import start_token
+from preskip.errors import PreskipError
+
+SETS = ("held-out", "given")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text to read.
+
+    Attributes:
+        id: unique among the texts.
+        title: for people.
+        text: the text itself.
+        set: "held-out" or "given" by the user.
+    """
+
+    id: str
+    title: str
+    text: str
+    set: str = "held-out"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text and its tokens.
+
+    Attributes:
+        index: place among the texts.
+        text: the text.
+        ids: its tokens, without the start token.
+        table: what kind of token each is.
+        lead: number of tokens before the text's own, 1 with a start token, else 0.
+    """
+
+    index: int
+    text: Text
+    ids: list[int]
+    table: TokenTable
+    lead: int
+
+
+def chunks(
+    texts: Iterable[Text],
+    tokenizer: Any,
+    frequencies: Frequencies,
+    *,
+    context_length: int,
+    counted: str,
+) -> Iterator[Chunk[Reading]]:
+    """Cut texts into windows that follow each other, each read on its own; texts are taken one at a time.
+
+    Args:
+        texts: what to read.
+        tokenizer: a Hugging Face tokenizer; its start token goes before each text.
+        frequencies: of the reference text.
+        context_length: most tokens of a window.
+        counted: the set whose tokens count for statistics.
+
+    Raises:
+        PreskipError: a text of fewer than 2 tokens.
+    """
+    start = start_token(tokenizer)
+    lead = [] if start is None else [start]
+    for index, text in enumerate(texts):
+        shown, ids, offsets = encode(text.text, tokenizer)
+        if len(ids) < 2:
+            raise PreskipError(f"text {text.title!r} has {len(ids)} token: 2 or more are needed")
+        sequence = [*lead, *ids]
+        windows = [place // context_length for place in range(len(lead), len(sequence))]
+        table = classify(shown, ids, offsets, frequencies, windows)
+        reading = Reading(index, text, ids, table, len(lead))
+        for begin in range(0, len(sequence), context_length):
+            end = begin + context_length
+            targets = sequence[begin + 1 : end + 1]
+            yield Chunk(reading, begin, sequence[begin:end], targets, text.set == counted)

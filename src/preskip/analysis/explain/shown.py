@@ -1,0 +1,55 @@
+"""The bypass map: the tokens of some texts, each with its two sizes in every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from preskip.analysis.explain.reading import Reading
+
+
+class Shown:
+    """Gathers the map until it is full.
+
+    Args:
+        most_tokens: of all texts together; the text in which it is reached is cut there.
+
+    Attributes:
+        documents: {"id", "title", "tokens", "bypass", "enrichment"} of each text; sizes by layer and token, rounded to
+            4 significant digits, None where no layer has the part.
+    """
+
+    def __init__(self, most_tokens: int) -> None:
+        self.left = most_tokens
+        self.documents: list[dict[str, Any]] = []
+        self._last: int | None = None
+
+    def add(self, reading: Reading, first: int, bypass: NDArray[np.float32], enrichment: NDArray[np.float32]) -> bool:
+        """Add consecutive tokens of a text, as far as there is room; whether the text is shown.
+
+        Args:
+            reading: the text.
+            first: index of the first of them in the text.
+            bypass: ‖skip output‖ / ‖attention output‖, [layers, tokens]; NaN in layers without a skip.
+            enrichment: ‖x̃ - x̂‖ / ‖x̂‖, the same.
+        """
+        if self.left > 0 and bypass.shape[1]:
+            if self._last != reading.index:
+                self._last = reading.index
+                empty = {"bypass": _start(bypass), "enrichment": _start(enrichment)}
+                self.documents.append({"id": reading.text.id, "title": reading.text.title, "tokens": [], **empty})
+            size = min(self.left, bypass.shape[1])
+            document = self.documents[-1]
+            document["tokens"] += reading.table.strings[first : first + size]
+            for name, values in (("bypass", bypass), ("enrichment", enrichment)):
+                if document[name] is not None:
+                    for row, new in zip(document[name], values[:, :size].tolist(), strict=True):
+                        row += [float(f"{value:.4g}") for value in new]
+            self.left -= size
+        return self._last == reading.index
+
+
+def _start(values: NDArray[np.float32]) -> list[list[float]] | None:
+    return None if np.isnan(values).all() else [[] for _ in values]

@@ -1,0 +1,131 @@
+"""What is kept of all tokens: sums per document, per layer and per class, from which every interval is made."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from preskip.analysis.explain.classes import CLASSES
+from preskip.evaluate.stats import bootstrap_ratio
+
+Array = NDArray[np.float64]
+SIZES = {"skip_to_attention": ("skip", "attention"), "enrichment": ("change", "input")}
+
+
+def interval(above: ArrayLike, below: ArrayLike) -> dict[str, float | None] | None:
+    """Σ above / Σ below with its 95 % interval over documents.
+
+    Args:
+        above: numerators, [documents]; NaN where nothing was measured.
+        below: denominators, [documents]; a document with 0 is left out.
+
+    Returns:
+        {"value", "low", "high"}, the limits None with fewer than 2 documents or where they are infinite; None where
+        nothing was measured.
+    """
+    tops, bottoms = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    usable = np.isfinite(tops) & np.isfinite(bottoms) & (bottoms > 0)
+    tops, bottoms = tops[usable], bottoms[usable]
+    if not len(tops):
+        return None
+    if len(tops) == 1:
+        return {"value": float(tops[0] / bottoms[0]), "low": None, "high": None}
+    found = bootstrap_ratio(tops, bottoms)
+    low, high = (float(limit) if np.isfinite(limit) else None for limit in (found.low, found.high))
+    return {"value": float(found.value), "low": low, "high": high}
+
+
+class Sums:
+    """Sums over tokens, gathered chunk by chunk.
+
+    Args:
+        layers: number of layers with a branch.
+
+    Sizes include a text's start token, as in `preskip.analysis.depth`; everything else is of text tokens alone.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+        self._documents: dict[int, dict[str, Array]] = {}
+        self._classes: dict[tuple[str, str], dict[int, Array]] = defaultdict(dict)
+        self._class_layers: dict[tuple[str, str], Array] = {}
+        self._class_tokens: dict[tuple[str, str], int] = defaultdict(int)
+
+    def add(
+        self, document: int, values: Mapping[str, NDArray[np.float32]], labels: Mapping[str, list[str | None]]
+    ) -> None:
+        """Count some tokens of a document.
+
+        Args:
+            document: its index.
+            values: by name of `forward.MEASURES`, [layers, tokens].
+            labels: by dimension, a class per text token; the tokens before these are a start token's.
+        """
+        tokens = len(next(iter(labels.values())))
+        row = self._documents.setdefault(document, {name: np.zeros(self.layers) for name in (*values, "tokens")})
+        exact = {name: value.astype(np.float64) for name, value in values.items()}
+        text = {name: value[:, value.shape[1] - tokens :] for name, value in exact.items()}
+        for name in values:
+            row[name] += (text if name.endswith("cosine") else exact)[name].sum(1)
+        row["tokens"] += tokens
+        sizes = np.stack([text[name] for pair in SIZES.values() for name in pair])  # [4, layers, tokens]
+        for dimension, own in labels.items():
+            names = np.array([label or "" for label in own])
+            for label in set(own) - {None}:
+                key = (dimension, str(label))
+                chosen = names == label
+                summed = sizes[:, :, chosen].sum(2)  # [4, layers]
+                kept = self._classes[key]
+                kept[document] = kept.get(document, 0.0) + np.nansum(summed, 1)
+                self._class_layers[key] = self._class_layers.get(key, 0.0) + summed
+                self._class_tokens[key] += int(chosen.sum())
+
+    def layer(self, index: int) -> dict[str, Any]:
+        """Sizes and cosines of one layer with their intervals."""
+
+        def over(above: str, below: str) -> dict[str, float | None] | None:
+            rows = self._documents.values()
+            return interval([row[above][index] for row in rows], [row[below][index] for row in rows])
+
+        return {
+            **{name: over(*pair) for name, pair in SIZES.items()},
+            "alignment": {
+                "attention": over("attention_cosine", "tokens"),
+                "mlp": over("mlp_cosine", "tokens"),
+            },
+        }
+
+    def classes(self) -> list[dict[str, Any]]:
+        """A row per class that occurs, in the order of `CLASSES`; ratios of sums over all layers together."""
+        rows = []
+        for dimension, names in CLASSES.items():
+            for name in names:
+                key = (dimension, name)
+                if not self._class_tokens[key]:
+                    continue
+                documents = np.stack(list(self._classes[key].values()))  # [documents, 4]
+                by_layer = self._class_layers[key]
+                rows.append(
+                    {
+                        "dimension": dimension,
+                        "class": name,
+                        "tokens": self._class_tokens[key],
+                        "skip_to_attention": interval(documents[:, 0], documents[:, 1]) if self._has(0) else None,
+                        "enrichment": interval(documents[:, 2], documents[:, 3]) if self._has(2) else None,
+                        "by_layer": _ratios(by_layer[0], by_layer[1]) if self._has(0) else None,
+                        "enrichment_by_layer": _ratios(by_layer[2], by_layer[3]) if self._has(2) else None,
+                    }
+                )
+        return rows
+
+    def _has(self, place: int) -> bool:
+        """Whether any layer has the part whose sums stand at `place`."""
+        return any(np.isfinite(row[place]).any() for row in self._class_layers.values())
+
+
+def _ratios(above: Array, below: Array) -> list[float | None]:
+    return [float(a / b) if np.isfinite(a) and b > 0 else None for a, b in zip(above, below, strict=True)]
