@@ -31,6 +31,7 @@ from preskip import PreskipConfig
 from preskip.cli.main import main
 from preskip.probe import run as _probe  # noqa: F401  imported by the server, once for all children
 from preskip.train.checkpoints import ResumableTrainer
+from preskip.train.distributed import heed_fsdp
 from preskip.train.frozen import TrainingSettings, train_frozen
 from tiny_model import tiny_llama
 
@@ -85,7 +86,7 @@ class Fate:
 
         def write(*arguments, **options):
             path = arguments[position]
-            torn = self.reached(f"tear by {name}", path)
+            torn = isinstance(path, (str, os.PathLike)) and self.reached(f"tear by {name}", path)
             real(*arguments, **options)
             if torn:
                 os.truncate(path, os.path.getsize(path) // 2)
@@ -147,20 +148,35 @@ def child(
     return process.exitcode
 
 
-def crew(work: Callable[[Path], None], folder: Path, *, moment: Moment | None = None) -> list[int]:
-    """Let two children that train together (DDP over gloo) do the work; their exit codes.
+DDP = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+FSDP = {
+    **DDP,
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def crew(
+    work: Callable[[Path], None], folder: Path, launch: dict[str, str], *, moment: Moment | None = None
+) -> list[int]:
+    """Let two children that train together over gloo do the work; their exit codes.
 
     Args:
         work: a function of this module.
         folder: where.
+        launch: how they share it, `DDP` or `FSDP`.
         moment: when the first, which writes, is killed; the other one follows.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        port = str(free.getsockname()[1])
     processes = []
     for rank in range(2):
-        environment = {**launch, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = {**launch, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         arguments = (work, folder, None if rank else moment, None, environment)
         processes.append(_server().Process(target=_live, args=arguments))
         processes[-1].start()
@@ -248,6 +264,7 @@ def scratch(folder: Path) -> None:
         eval_dataset=MappedBlocks(data),
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    heed_fsdp(trainer)
     trainer.train(resume_from_checkpoint=True)
 
 

@@ -40,9 +40,11 @@ def state(folder: Path) -> dict:
     last = max((folder / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     assert find_fault(last) is None
     found = {path.name: load_file(path) for path in last.glob("*.safetensors")}
-    for path in (last / "optimizer.pt", last / "scheduler.pt", *last.glob("rng_state*.pth")):
+    for path in {*last.glob("*.pt"), *last.glob("*.pth")}:
         found[path.name] = torch.load(path, weights_only=False)
-    assert all(entry["exp_avg_sq"].any() for entry in found["optimizer.pt"]["state"].values())
+    found |= {f"{path.parent.name}/{path.name}": path.read_bytes() for path in last.rglob("*.distcp")}
+    if "optimizer.pt" in found:
+        assert all(entry["exp_avg_sq"].any() for entry in found["optimizer.pt"]["state"].values())
     found |= {path.name: json.loads(path.read_text()) for path in (last / "trainer_state.json", *last.glob("losses*"))}
     if (folder / "train.jsonl").exists():
         found["train.jsonl"] = read_jsonl(folder / "train.jsonl")
@@ -100,14 +102,19 @@ def test_killed_by_the_clock(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_killed_go_on_together(tmp_path):
-    assert killing.crew(killing.scratch, tmp_path / "whole") == [0, 0]
+@pytest.mark.parametrize(
+    ("launch", "holds"),
+    [(killing.DDP, {"optimizer.pt", "model.safetensors"}), (killing.FSDP, {"optimizer_0/__1_0.distcp"})],
+    ids=["DDP", "FSDP"],
+)
+def test_two_processes_that_are_killed_go_on_together(launch, holds, tmp_path):
+    assert killing.crew(killing.scratch, tmp_path / "whole", launch) == [0, 0]
     expected = state(tmp_path / "whole")
-    assert {"rng_state_0.pth", "rng_state_1.pth", "losses_1.json"} <= expected.keys()
+    assert {"rng_state_0.pth", "rng_state_1.pth", "losses_1.json", *holds} <= expected.keys()
     folder = tmp_path / "killed"
-    for moment in (("tear by save checkpoint-N/optimizer.pt", 2), ("open checkpoint-N/seal.json.tmp", 1)):
-        assert killing.crew(killing.scratch, folder, moment=moment) == [-signal.SIGKILL] * 2
-    assert killing.crew(killing.scratch, folder) == [0, 0]
+    for moment in (("open checkpoint-N/seal.json.tmp", 2), ("tear by save checkpoint-N/scheduler.pt", 2)):
+        assert killing.crew(killing.scratch, folder, launch, moment=moment) == [-signal.SIGKILL] * 2
+    assert killing.crew(killing.scratch, folder, launch) == [0, 0]
     assert state(folder) == expected
 
 

@@ -91,6 +91,7 @@ def _run(run: RunDirectory, quiet: bool, executor: str, ray_address: str | None)
         crew = Crew(config.device)
         bench, facts = prepare(config, Path(run.manifest.get("directory", ".")), quiet, crew)
         _check_same_inputs(run, facts)
+        _say_other_environment(run.manifest, facts["environment"], quiet)
         say(_extent(facts), quiet=quiet)
         _say_power(facts, config, quiet)
         earlier = run.manifest.get("timings", {})
@@ -245,6 +246,18 @@ def _check_same_inputs(run: RunDirectory, facts: dict[str, Any]) -> None:
                 f"the texts of the evaluation set {name} have changed since this run began: put the old ones back, or "
                 "start a new run"
             )
+
+
+def _say_other_environment(manifest: dict[str, Any], now: dict[str, Any], quiet: bool) -> None:
+    """What is still to be computed equals an uninterrupted run to the bit only where it is computed alike."""
+    before = manifest.get("environment", {})
+    changed = [
+        f"{name} {before[name]}, now {now.get(name)}"
+        for name in before
+        if name != "memory_bytes" and before[name] != now.get(name)
+    ]
+    if changed:
+        say(f"this run began with {'; '.join(changed)}: last digits may differ from an uninterrupted run", quiet=quiet)
 
 
 def _now() -> str:

@@ -66,7 +66,7 @@ class ResumableTrainer(Trainer):
 
     def _verified(self, asked: str | bool | None) -> Path | None:
         if not isinstance(asked, str):
-            return last_good_checkpoint(Path(self.args.output_dir)) if asked else None
+            return last_good_checkpoint(Path(str(self.args.output_dir))) if asked else None
         fault = find_fault(Path(asked))
         if fault is not None:
             raise PreskipError(f"checkpoint {asked} cannot be used ({fault}): give another one")
