@@ -1,0 +1,194 @@
+"""The figures of what `preskip explain` measured: what is drawn, in which section, with a description in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from preskip.report.plots import classes, depth, layers
+from preskip.report.plots.base import Spec
+from preskip.report.verdicts import MINUS
+
+Figure = dict[str, Any]
+Explain = Mapping[str, Any]
+Interval = Mapping[str, float]
+
+SIZES = {
+    "skip_to_attention": ("Round attention: the skip", "‖skip‖ / ‖attention output‖"),
+    "enrichment": ("Into attention: the enrichment", "‖x̃ − x̂‖ / ‖x̂‖"),
+}
+ABLATIONS = {"skip": "skip off", "enrichment": "enrichment off", "both": "both off"}
+ALIGNMENTS = {"attention": "attention output", "mlp": "MLP output"}
+CHANGES = {
+    "entropy_change": ("Entropy of attention", "Δ entropy, nats", "above 0 attention spreads wider"),
+    "sink_change": ("Attention on the first token", "Δ mass on the first token", "above 0 more goes to the sink"),
+}
+
+
+def explain_figures(explain: Explain) -> list[Figure]:
+    """All figures of explain.json, in the page's order.
+
+    Returns:
+        Dictionaries with key (unique), section, title, note, alt (the figure in words) and spec.
+    """
+    return [
+        *_sizes(explain),
+        *_norms(explain),
+        *_ablation(explain["layers"]),
+        *_classes(explain),
+        *_weights(explain["layers"]),
+        *_directions(explain["layers"]),
+    ]
+
+
+def measured(layers: Sequence[Mapping[str, Any]], *path: str) -> list[tuple[int, Interval]]:
+    """(layer, interval) of every layer that has the measure."""
+    find = _at(*path)
+    return [(layer["layer"], found) for layer in layers for found in [find(layer)] if found is not None]
+
+
+def value_text(found: Interval, form: str = ".3g") -> str:
+    """A value with its interval, such as "0.412 [0.38, 0.44]", with true minus signs."""
+    value, low, high = (f"{found[key]:{form}}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]".replace("-", MINUS)
+
+
+def _at(*path: str) -> Callable[[Mapping[str, Any]], Interval | None]:
+    def find(layer: Mapping[str, Any]) -> Interval | None:
+        found: Any = layer
+        for key in path:
+            found = (found or {}).get(key)
+        return found
+
+    return find
+
+
+def _figure(key: str, section: str, title: str, spec: Spec, alt: str, *, note: str = "") -> Figure:
+    shown = {"key": f"explain-{key}", "section": f"explain-{section}", "title": title, "note": note}
+    return {**shown, "alt": alt, "spec": spec}
+
+
+def _sizes(explain: Explain) -> Iterator[Figure]:
+    for measure, (title, axis) in SIZES.items():
+        records = layers.interval_records(explain["layers"], {title: _at(measure)})
+        if records:
+            yield _figure(measure, "depth", title, layers.profile(records, axis), _extremes(records, axis))
+
+
+def _norms(explain: Explain) -> Iterator[Figure]:
+    arm = explain["source"].get("arm") or "branch"
+    for measure in ("skip_norm", "down_norm"):
+        learned = [
+            {
+                "part": "arm",
+                "arm": arm,
+                "seed": str(explain["source"].get("seed", "")),
+                "layer": row["layer"],
+                "value": row[measure],
+            }
+            for row in explain["layers"]
+            if row.get(measure)
+        ]
+        if not learned:
+            continue
+        bands = [
+            {"part": "null", "null": depth.NULLS["noise"], "layer": row["layer"], **row["null"][measure]}
+            for row in explain["layers"]
+            if (row.get("null") or {}).get(measure)
+        ]
+        records = [*learned, *bands]
+        name = depth.MEASURES[measure]
+        top = max(learned, key=lambda row: row["value"])
+        yield _figure(
+            measure,
+            "depth",
+            f"Norm: {name}",
+            depth.norms(records, [arm], measure, depth.top_of(records)),
+            f"{name}; largest at layer {top['layer']} ({top['value']:.3g}); "
+            + ("with" if bands else "no")
+            + " null band",
+            note="with the band that noise gives" if bands else "no null band: a norm alone shows little",
+        )
+
+
+def _ablation(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
+    parts = {part: layers.interval_records(rows, {title: _at("ablation", part)}) for part, title in ABLATIONS.items()}
+    limits = layers.bounds([record for records in parts.values() for record in records])
+    for part, records in parts.items():
+        if records:
+            yield _figure(
+                f"ablation-{part}",
+                "ablation",
+                f"One layer's {ABLATIONS[part]}",
+                layers.bars(records, "Δ bits per byte", limits, list(ABLATIONS.values())),
+                _extremes(records, "Bits per byte added"),
+                note="above 0 it helps; pale: the interval includes 0",
+            )
+
+
+def _classes(explain: Explain) -> Iterator[Figure]:
+    found = explain.get("classes") or []
+    for measure, (title, axis) in SIZES.items():
+        records = classes.class_records(found, measure)
+        shown = [record for record in records if record["value"] is not None]
+        if shown:
+            words = "; ".join(f"{record['class']} {value_text(record)}" for record in shown)
+            spec = classes.classes_plot(records, axis, list(SIZES))
+            yield _figure(f"classes-{measure}", "classes", title, spec, f"{axis} by class of token: {words}")
+    if any(entry.get("by_layer") for entry in found):
+        indices = [layer["layer"] for layer in explain["layers"]]
+        records = classes.by_layer_records([entry for entry in found if entry.get("by_layer")], indices)
+        axis = SIZES["skip_to_attention"][1]
+        top = max((record for record in records if record["value"] is not None), key=lambda record: record["value"])
+        words = f"{axis} by class and layer; largest for {top['class']} at layer {top['layer']} ({top['value']:.3g})"
+        yield _figure(
+            "classes-by-layer", "by-layer", "The skip by class and layer", classes.by_layer(records, axis), words
+        )
+
+
+def _weights(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
+    records = layers.spectrum_records(rows)
+    if records:
+        top = max(records, key=lambda record: record["value"])
+        words = f"Largest singular value at layer {top['layer']}: {top['value']:.3g}"
+        yield _figure("spectrum", "weights", "Singular values of W_skip", layers.spectrum(records), words)
+    ranks = {"effective rank": "effective_rank", "stable rank": "stable_rank"}
+    found = [
+        {"series": name, "layer": row["layer"], "value": row[key], "low": row[key], "high": row[key]}
+        for name, key in ranks.items()
+        for row in rows
+        if row.get(key) is not None
+    ]
+    if found:
+        spec = layers.profile(found, "Rank of W_skip", series=list(ranks))
+        yield _figure("ranks", "weights", "Ranks of W_skip", spec, _extremes(found, "Rank of W_skip"))
+
+
+def _directions(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
+    series = {f"with the {words}": _at("alignment", key) for key, words in ALIGNMENTS.items()}
+    records = layers.interval_records(rows, series)
+    if records:
+        yield _figure(
+            "alignment",
+            "alignment",
+            "Direction of the skip's output",
+            layers.profile(records, "Cosine", series=list(series), form="+.4f"),
+            _extremes(records, "Cosine of the skip's output"),
+            note="0: at right angles",
+        )
+    for key, (title, axis, note) in CHANGES.items():
+        records = layers.interval_records(rows, {title: _at(key)})
+        if records:
+            spec = layers.profile(records, axis, form="+.5f")
+            yield _figure(key.replace("_", "-"), "attention", title, spec, _extremes(records, axis), note=note)
+
+
+def _extremes(records: Sequence[Mapping[str, Any]], name: str) -> str:
+    first, last = min(r["layer"] for r in records), max(r["layer"] for r in records)
+    several = len({record["series"] for record in records}) > 1
+    top, bottom = (pick(records, key=lambda r: r["value"]) for pick in (max, min))
+    ends = [
+        f"{word} at layer {r['layer']} ({value_text(r)}{', ' + r['series'] if several else ''})"
+        for word, r in (("largest", top), ("smallest", bottom))
+    ]
+    return f"{name}, layers {first} to {last}; {', '.join(ends)}"

@@ -1,0 +1,289 @@
+"""The page of `preskip explain`, from explain.json alone, and the same as a section of a run's report."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from preskip.errors import PreskipError
+from preskip.report.explain_figures import ABLATIONS, ALIGNMENTS, SIZES, Interval, explain_figures, measured, value_text
+from preskip.report.explain_map import pack_map
+from preskip.report.explain_words import findings, limits
+from preskip.report.load import load_object, short
+from preskip.report.plots.classes import DIMENSIONS
+from preskip.report.render import render, require_extra, write_page
+from preskip.report.verdicts import MINUS
+
+SCHEMA_VERSION = 1
+CONTENTS = {
+    "explain-depth": "By layer",
+    "explain-ablation": "Ablation",
+    "explain-map": "Bypass map",
+    "explain-classes": "Classes",
+    "explain-writes": "What it writes",
+    "explain-weights": "Matrix",
+    "explain-directions": "Neighbours",
+}
+MAP_MEASURES = {"bypass": "Round attention", "enrichment": "Into attention"}
+SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+NOT_MEASURED = {"sort": None, "value": "–", "interval": ""}
+
+
+class Section(NamedTuple):
+    """What `preskip explain` measured, ready for the templates."""
+
+    content: dict[str, Any]
+    figures: list[dict[str, Any]]
+    data: dict[str, Any]  # explain.json without the numbers of the map, which stand in bypass_map
+    bypass_map: dict[str, Any] | None
+
+
+def build_explain_page(folder: Path) -> Path:
+    """Write FOLDER/explain.html from FOLDER/explain.json and return its path.
+
+    The page opens offline from the file itself and makes no request. The file is replaced atomically.
+
+    Args:
+        folder: the folder that `preskip explain` wrote.
+
+    Raises:
+        PreskipError: explain.json is missing, damaged or of another schema, the page cannot be written, or the extra
+            `report` is missing.
+    """
+    folder = Path(folder)
+    require_extra()
+    section = explain_section({folder / "explain.json": load_explain(folder / "explain.json")})
+    explain = section.data
+    content = {
+        "eyebrow": "Preskip explain",
+        "title": _title(explain),
+        "version": explain["preskip_version"],
+        "created": explain["created"],
+        "file_name": "preskip-explain.json",
+        "explain": section.content,
+    }
+    html = render("explain_page.html.j2", content, section.figures, explain, section.bypass_map)
+    return write_page(folder / "explain.html", html)
+
+
+def load_explain(path: Path) -> dict[str, Any]:
+    """Read explain.json.
+
+    Raises:
+        PreskipError: the file is missing, damaged, not finite somewhere, or of another schema version.
+    """
+    return load_object(path, SCHEMA_VERSION, "write it with `preskip explain`")
+
+
+def find_explains(run: Path, results: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
+    """What was explained of a run's arms: path of explain.json → content, in the order of the arms and seeds.
+
+    Raises:
+        PreskipError: one of the files is damaged.
+    """
+    arms = list(results["arms"])
+    found = {path: load_explain(path) for path in sorted(run.glob("explain/*/explain.json"))}
+
+    def place(item: tuple[Path, Mapping[str, Any]]) -> tuple[int, int, str]:
+        source = item[1].get("source") or {}
+        arm = source.get("arm")
+        return arms.index(arm) if arm in arms else len(arms), int(source.get("seed") or 0), str(item[0])
+
+    return dict(sorted(found.items(), key=place))
+
+
+def explain_section(explains: Mapping[Path, Mapping[str, Any]]) -> Section:
+    """The section of the first of several explain.json, with links to the pages of the others.
+
+    Raises:
+        PreskipError: the file lacks what the page needs.
+    """
+    path, explain = next(iter(explains.items()))
+    others = list(explains.items())[1:]
+    try:
+        documents = explain["documents"]
+        indices = [row["layer"] for row in explain["layers"]]
+        bypass_map = pack_map(documents, indices) if documents else None
+        if bypass_map is not None and not bypass_map["measures"]:
+            bypass_map = None
+        figures = explain_figures(explain)
+        content = _content(explain, figures, bypass_map)
+        content["others"] = [
+            (_source(other), quote(f"explain/{place.parent.name}/explain.html")) for place, other in others
+        ]
+        data = {key: value for key, value in explain.items() if key != "documents"}
+    except PreskipError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        raise PreskipError(
+            f"{path} lacks what the page needs ({type(error).__name__}: {short(error)}): "
+            "run `preskip explain` again to write it anew"
+        ) from error
+    return Section(content, figures, data, bypass_map)
+
+
+def _content(
+    explain: Mapping[str, Any], figures: Sequence[Mapping[str, Any]], bypass_map: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    rows, classes = explain["layers"], explain.get("classes") or []
+    writes = _writes(rows)
+    drawn = {figure["section"] for figure in figures}
+    drawn |= {"explain-map"} if bypass_map else set()
+    drawn |= {"explain-writes"} if writes else set()
+    drawn |= {"explain-directions"} if drawn & {"explain-alignment", "explain-attention"} else set()
+    columns = _columns(rows)
+    return {
+        "name": _source(explain),
+        "heading": f"Inside {_source(explain)}",
+        "about": _about(explain),
+        "contents": [(key, words) for key, words in CONTENTS.items() if key in drawn],
+        "findings": findings(explain),
+        "documents": len(explain["texts"]),
+        "tokens": f"{sum(entry['tokens'] for entry in explain['texts']):,}",
+        "columns": list(columns),
+        "rows": [
+            {"layer": row["layer"], "cells": list(cells)}
+            for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True)
+        ],
+        "classes": [_class_row(entry) for entry in classes],
+        "writes": writes,
+        "legend": " ".join(f"{sign} is a {name}." for sign, name in (("␣", "space"), ("⏎", "line break"))),
+        "map_titles": [document["title"] for document in explain["documents"]],
+        "map_measures": [
+            (key, words) for key, words in MAP_MEASURES.items() if bypass_map and key in bypass_map["measures"]
+        ],
+        "map_layers": len(rows),
+        "map_first": rows[0]["layer"],
+        "map_last": rows[-1]["layer"],
+        "map_start": _start(rows),
+        "facts": _facts(explain),
+        "command": shlex.join(explain["command"]),
+        "limits": limits(explain),
+    }
+
+
+def visible(token: str) -> str:
+    """A token with its spaces and line breaks as signs; "∅" for an empty one."""
+    return "".join(SIGNS.get(character, character) for character in token) or "∅"
+
+
+def _title(explain: Mapping[str, Any]) -> str:
+    return f"{explain['model']['name']}: {_source(explain)}"
+
+
+def _source(explain: Mapping[str, Any]) -> str:
+    source = explain["source"]
+    if source.get("arm") is None:
+        return str(source["name"])
+    return f"{source['arm']}, seed {source['seed']}" if source.get("seed") is not None else str(source["arm"])
+
+
+def _about(explain: Mapping[str, Any]) -> str:
+    kinds = {"run": "run", "adapter": "adapter", "baked": "baked checkpoint"}
+    return f"{kinds.get(explain['source']['kind'], explain['source']['kind'])} {explain['source']['name']}"
+
+
+def _start(rows: Sequence[Mapping[str, Any]]) -> int:
+    """The layer that the map opens with: where most goes round attention, or the most enriched one."""
+    for measure in SIZES:
+        sizes = measured(rows, measure)
+        if sizes:
+            top = max(sizes, key=lambda row: row[1]["value"])[0]
+            return [row["layer"] for row in rows].index(top)
+    return 0
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Heading → the cells of all layers; columns without any number are left out."""
+    columns = {
+        "‖skip‖ / ‖attention‖": [_cell(row["skip_to_attention"]) for row in rows],
+        "‖x̃ − x̂‖ / ‖x̂‖": [_cell(row["enrichment"]) for row in rows],
+        **{
+            f"Δ bits per byte, {words}": [_cell((row.get("ablation") or {}).get(part), "+.5f") for row in rows]
+            for part, words in ABLATIONS.items()
+        },
+        **{
+            words: [_plain(row[key]) for row in rows]
+            for key, words in (
+                ("skip_norm", "‖W_skip‖"),
+                ("down_norm", "‖W_down‖"),
+                ("up_norm", "‖W_up‖"),
+                ("effective_rank", "effective rank"),
+                ("stable_rank", "stable rank"),
+            )
+        },
+        **{
+            f"cosine with the {words}": [_cell((row["alignment"] or {}).get(key), "+.3f") for row in rows]
+            for key, words in ALIGNMENTS.items()
+        },
+        "Δ entropy, nats": [_cell(row["entropy_change"], "+.4f") for row in rows],
+        "Δ mass on the first token": [_cell(row["sink_change"], "+.4f") for row in rows],
+    }
+    return {name: cells for name, cells in columns.items() if any(cell["sort"] is not None for cell in cells)}
+
+
+def _cell(found: Interval | None, form: str = ".3g") -> dict[str, Any]:
+    if found is None:
+        return NOT_MEASURED
+    value, interval = value_text(found, form).split(" ", 1)
+    return {"sort": found["value"], "value": value, "interval": interval}
+
+
+def _plain(value: float | None) -> dict[str, Any]:
+    return NOT_MEASURED if value is None else {"sort": value, "value": f"{value:.3g}", "interval": ""}
+
+
+def _class_row(entry: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = {"sort": entry["tokens"], "value": f"{entry['tokens']:,}", "interval": ""}
+    return {
+        "name": entry["class"],
+        "dimension": DIMENSIONS.get(entry["dimension"], entry["dimension"]).lower(),
+        "cells": [tokens, *(_cell(entry.get(measure)) for measure in SIZES)],
+    }
+
+
+def _writes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def words(pairs: Sequence[tuple[str, float]] | None) -> list[dict[str, str]]:
+        return [{"text": visible(text), "value": f"{value:+.3g}".replace("-", MINUS)} for text, value in pairs or ()]
+
+    return [
+        {"layer": row["layer"], "promoted": words(row.get("promoted")), "demoted": words(row.get("demoted"))}
+        for row in rows
+        if row.get("promoted") or row.get("demoted")
+    ]
+
+
+def _facts(explain: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    model = explain["model"]
+    groups: dict[str, dict[str, Any]] = {
+        "Model": {
+            "Name": model["name"],
+            "Type": model.get("type"),
+            "Layers": model.get("layers"),
+            "Width": model.get("hidden_size"),
+            "Parameters": model.get("parameters"),
+            "Data type": model.get("dtype"),
+        },
+        "Branch": explain.get("settings") or {},
+        "Texts": {entry["title"]: f"{entry['tokens']:,} tokens, {entry['set']}" for entry in explain["texts"][:12]},
+        "Machine": {
+            **(explain.get("environment") or {}),
+            **{f"seconds, {key}": value for key, value in (explain.get("timings") or {}).items()},
+        },
+    }
+    more = len(explain["texts"]) - 12
+    if more > 0:
+        groups["Texts"][f"{more} more"] = "listed in the data"
+    return [
+        (name, [(label, _text(value)) for label, value in entries.items() if value not in (None, "")])
+        for name, entries in groups.items()
+    ]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

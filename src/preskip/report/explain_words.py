@@ -1,0 +1,182 @@
+"""What `preskip explain` found, in sentences with their intervals, and what it cannot show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from preskip.report.explain_figures import Interval, measured, value_text
+from preskip.report.plots.classes import DIMENSIONS
+from preskip.report.verdicts import MINUS
+
+Explain = Mapping[str, Any]
+MOST_CONTRASTS = 3
+# Position in the word, of a few documents: what an interval over documents is worth.
+FEW_DOCUMENTS = 10
+
+
+def findings(explain: Explain) -> list[tuple[str, str]]:
+    """(heading, sentence) of what was found; what was not measured is left out."""
+    rows = explain["layers"]
+    found = [
+        ("Where", _where(measured(rows, "skip_to_attention"))),
+        ("For which tokens", _which(explain.get("classes") or [])),
+        ("Worth of the skip", _worth(measured(rows, "ablation", "skip"), "skip")),
+        ("Worth of the enrichment", _worth(measured(rows, "ablation", "enrichment"), "enrichment")),
+        ("Learnt or noise", _norms(rows)),
+        ("Direction", _direction(rows)),
+        ("Effect on attention", _attention(rows)),
+        ("Rank", _rank(rows, explain["model"].get("hidden_size"))),
+    ]
+    return [(heading, text) for heading, text in found if text]
+
+
+def limits(explain: Explain) -> list[str]:
+    """What these measurements cannot show, a sentence or two each."""
+    texts = [entry for entry in explain["texts"] if entry["set"] == "held-out"]
+    tokens = sum(entry["tokens"] for entry in explain["texts"])
+    found = [
+        f"Intervals are 95 %, by bootstrap over {len(explain['texts'])} documents ({tokens:,} tokens)"
+        + (": with so few they are known only roughly." if len(explain["texts"]) < FEW_DOCUMENTS else ".")
+        + " They say how a figure varies with the text, and nothing about another training seed."
+    ]
+    given = len(explain["texts"]) - len(texts)
+    if given:
+        found.append(f"{given} of the documents were given by hand: they are not a sample of anything.")
+    found += [
+        "A ratio of norms says how large the skip is beside attention, not what it is good for: the ablation does. "
+        "Where attention writes next to nothing, the ratio is large without the skip being so.",
+        "Ablation switches one layer off and leaves the others as they were trained: parts that stand in for each "
+        "other both look idle.",
+        "Classes overlap: rare words are also longer and more often capitalised. A difference is no cause.",
+        "Reading the skip through the final norm and the unembedding assumes that later layers pass it on unchanged.",
+    ]
+    if not any(layer.get("null") for layer in explain["layers"]):
+        found.append("No null was trained for this branch: whether its norms exceed what noise gives is not known.")
+    return found
+
+
+def layers_text(indices: Sequence[int]) -> str:
+    """Layers as ranges: "0–3, 7, 9–11"."""
+    ranges: list[list[int]] = []
+    for index in sorted(indices):
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in ranges)
+
+
+def apart(one: Interval, other: Interval) -> bool:
+    """Whether two intervals do not touch."""
+    return one["low"] > other["high"] or one["high"] < other["low"]
+
+
+def _where(sizes: Sequence[tuple[int, Interval]]) -> str:
+    if not sizes:
+        return ""
+    (top, most), (bottom, least) = (pick(sizes, key=lambda row: row[1]["value"]) for pick in (max, min))
+    text = (
+        f"Most content goes round attention at layer {top}: the skip's output is {value_text(most)} times as large as "
+        f"attention's."
+    )
+    if top == bottom:
+        return text
+    return text + (
+        f" Least at layer {bottom}: {value_text(least)}."
+        if apart(most, least)
+        else f" No layer stands apart: at layer {bottom} it is {value_text(least)}, and the intervals overlap."
+    )
+
+
+def _which(classes: Sequence[Mapping[str, Any]]) -> str:
+    contrasts = []
+    for dimension in dict.fromkeys(entry["dimension"] for entry in classes):
+        inside = [e for e in classes if e["dimension"] == dimension and e.get("skip_to_attention")]
+        if len(inside) > 1:
+            top, bottom = (pick(inside, key=lambda e: e["skip_to_attention"]["value"]) for pick in (max, min))
+            contrasts.append((top, bottom))
+    if not contrasts:
+        return ""
+    clear = [pair for pair in contrasts if apart(*(entry["skip_to_attention"] for entry in pair))]
+    clear.sort(
+        key=lambda pair: -pair[0]["skip_to_attention"]["value"] / max(1e-12, pair[1]["skip_to_attention"]["value"])
+    )
+    parts = [
+        f"{DIMENSIONS.get(top['dimension'], top['dimension']).lower()}: "
+        + " against ".join(f"{entry['class']} {value_text(entry['skip_to_attention'])}" for entry in (top, bottom))
+        for top, bottom in clear[:MOST_CONTRASTS]
+    ]
+    if not parts:
+        return "No class of tokens stands apart from the others of its kind: all intervals overlap."
+    return "The share that goes round attention differs most by " + "; by ".join(parts) + "."
+
+
+def _worth(rows: Sequence[tuple[int, Interval]], part: str) -> str:
+    if not rows:
+        return ""
+    helps = [layer for layer, found in rows if found["low"] > 0]
+    hurts = [layer for layer, found in rows if found["high"] < 0]
+    top, most = max(rows, key=lambda row: row[1]["value"])
+    text = f"One layer's {part} switched off costs most at layer {top}: {value_text(most, '+.4f')} bits per byte. "
+    text += f"Its interval lies above 0 in {len(helps)} of {len(rows)} layers"
+    text += f" ({layers_text(helps)})" if helps and len(helps) < len(rows) else ""
+    text += f", below it in {len(hurts)} ({layers_text(hurts)})" if hurts else ", below it in none"
+    rest = len(rows) - len(helps) - len(hurts)
+    return text + (f", and includes it in {rest}." if rest else ".")
+
+
+def _norms(rows: Sequence[Mapping[str, Any]]) -> str:
+    banded = [row for row in rows if (row.get("null") or {}).get("skip_norm") and row.get("skip_norm") is not None]
+    if not banded:
+        return ""
+    above = [row["layer"] for row in banded if row["skip_norm"] > row["null"]["skip_norm"]["high"]]
+    below = [row["layer"] for row in banded if row["skip_norm"] < row["null"]["skip_norm"]["low"]]
+    inside = len(banded) - len(above) - len(below)
+    text = f"‖W_skip‖ exceeds what noise gradients give in {len(above)} of {len(banded)} layers"
+    text += f" ({layers_text(above)})" if above and len(above) < len(banded) else ""
+    text += f", and falls short of it in {len(below)} ({layers_text(below)})" if below else ""
+    return text + (f"; in {inside} it is no larger than noise makes it." if inside else ".")
+
+
+def _direction(rows: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for key, words in (("attention", "attention's output"), ("mlp", "the MLP's output")):
+        found = measured(rows, "alignment", key)
+        if found:
+            along = sum(interval["low"] > 0 for _, interval in found)
+            against = sum(interval["high"] < 0 for _, interval in found)
+            layer, most = max(found, key=lambda row: abs(row[1]["value"]))
+            parts.append(
+                f"with {words} it points the same way in {along} layers and the opposite way in {against} of "
+                f"{len(found)} (strongest at layer {layer}: cosine {value_text(most, '+.2f')})"
+            )
+    return f"The skip's output: {'; '.join(parts)}." if parts else ""
+
+
+def _attention(rows: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for key, up, down, unit in (
+        ("entropy_change", "spreads attention wider", "sharpens it", " nats"),
+        ("sink_change", "moves mass to the first token", "takes mass from it", ""),
+    ):
+        found = measured(rows, key)
+        if found:
+            more = sum(interval["low"] > 0 for _, interval in found)
+            less = sum(interval["high"] < 0 for _, interval in found)
+            layer, most = max(found, key=lambda row: abs(row[1]["value"]))
+            parts.append(
+                f"{up} in {more} layers and {down} in {less} of {len(found)} (strongest at layer {layer}: "
+                f"{value_text(most, '+.3f')}{unit})"
+            )
+    return f"The enrichment {'; it '.join(parts)}." if parts else ""
+
+
+def _rank(rows: Sequence[Mapping[str, Any]], width: int | None) -> str:
+    ranks = [(row["layer"], row["effective_rank"]) for row in rows if row.get("effective_rank") is not None]
+    if not ranks:
+        return ""
+    (low_layer, low), (high_layer, high) = (pick(ranks, key=lambda row: row[1]) for pick in (min, max))
+    of = f" of {width:,}" if width else ""
+    text = f"The skip's effective rank runs from {low:.0f} (layer {low_layer}) to {high:.0f} (layer {high_layer}){of}."
+    return text.replace("-", MINUS)
