@@ -1,0 +1,156 @@
+"""The controls: what is matched, held against counts of built models and against equations."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from preskip.branch import BranchSettings
+from preskip.errors import PreskipError
+from preskip.pretrain.arms import ARMS, plan_arms
+from preskip.pretrain.config import ARM_NAMES, PretrainConfig
+from tiny_text import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def config(**changes):
+    return PretrainConfig(**{"arms": ARM_NAMES, "tokens": 400_000, **changes})
+
+
+@pytest.fixture(scope="module")
+def plans():
+    return plan_arms(config(), TOKENIZER)
+
+
+def test_every_name_has_an_arm():
+    assert tuple(ARMS) == ARM_NAMES
+
+
+def test_sizes_are_those_of_the_models_that_are_built(plans):
+    for name, plan in plans.items():
+        model = AutoModelForCausalLM.from_config(plan.config)
+        assert plan.size.parameters == sum(p.numel() for p in model.parameters()), name
+        assert plan.size.parameters - plan.size.non_embedding == 400 * 128, name
+
+
+def test_preskip_adds_three_and_a_half_squares_per_layer(plans):
+    added = plans["preskip"].size.parameters - plans["base"].size.parameters
+    assert added == 5 * 3.5 * 128**2
+    assert plans["preskip"].size.flops_per_token - plans["base"].size.flops_per_token == 2 * added
+
+
+def test_the_wide_control_has_as_many_weights_as_the_width_allows(plans):
+    wide, target = plans["base-wide"], plans["preskip"].size.parameters
+    assert wide.matched == "parameters"
+    # One feature more or less of a gated MLP is 3 d weights per layer.
+    assert abs(wide.size.parameters - target) <= 5 * 3 * 128 / 2
+    assert wide.deviation == pytest.approx(wide.size.parameters / target - 1)
+    assert wide.config.intermediate_size == wide.mlp_width == 344 + round(3.5 * 128 / 3)
+
+
+def test_the_deep_control_is_the_nearest_number_of_layers():
+    plans = plan_arms(config(overrides={"num_hidden_layers": 12}), TOKENIZER)
+    base, deep, target = (plans[name] for name in ("base", "base-deep", "preskip"))
+    per_layer = (deep.size.parameters - base.size.parameters) / (deep.config.num_hidden_layers - 12)
+    assert abs(deep.size.parameters - target.size.parameters) <= per_layer / 2
+    assert deep.deviation == pytest.approx(deep.size.parameters / target.size.parameters - 1)
+
+
+def test_the_iso_flop_control_trains_on_as_many_flops(plans):
+    flops, target = plans["base-flops"], plans["preskip"]
+    assert flops.size == plans["base"].size
+    assert flops.tokens % 4096 == 0
+    one_step = 3 * flops.size.flops_per_token * 4096
+    assert abs(flops.training_flops - target.training_flops) <= one_step / 2
+    assert flops.deviation == pytest.approx(flops.training_flops / target.training_flops - 1)
+
+
+@pytest.mark.parametrize("arm", ["preproj", "parallel"])
+def test_arms_without_a_skip_are_widened(plans, arm):
+    assert plans[arm].size.parameters == pytest.approx(plans["preskip"].size.parameters, rel=5e-4)
+    assert plans[arm].config.preskip_content_skip is False
+    assert plans[arm].config.preskip_enrich_attention is (arm == "preproj")
+
+
+def test_the_linear_skip_is_smaller_and_says_so(plans):
+    assert plans["skip"].matched is None
+    assert plans["skip"].size.parameters == plans["base"].size.parameters + 5 * 128**2
+
+
+def test_every_arm_trains_on_the_asked_tokens_but_the_iso_flop_one(plans):
+    assert {plan.tokens for name, plan in plans.items() if name != "base-flops"} == {98 * 4096}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_other_branches_are_matched_too(gated):
+    settings = BranchSettings(gated=gated, expansion=0.5, skip_rank=8, init_weights="paper")
+    plans = plan_arms(config(settings=settings), TOKENIZER)
+    for arm in ("preproj", "parallel", "base-wide"):
+        assert plans[arm].size.parameters == pytest.approx(plans["preskip"].size.parameters, rel=2e-3)
+
+
+@pytest.mark.parametrize("arch", ["pythia-14m", "gpt2", "gemma3_text", "mixtral", "phi3"])
+def test_other_architectures_are_matched_too(arch, tmp_path):
+    path = arch
+    if "-" not in arch:
+        path = tmp_path / "config.json"
+        path.write_text(f'{{"model_type": "{arch}"}}')
+    sizes = {
+        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128,
+        "num_key_value_heads": 2, "num_local_experts": 2, "head_dim": 16,
+    }  # fmt: skip
+    unknown = {
+        "pythia-14m": ("num_key_value_heads", "num_local_experts", "head_dim"),
+        "gpt2": ("num_key_value_heads", "num_local_experts", "head_dim", "intermediate_size"),
+    }.get(arch, ("num_local_experts", "head_dim") if arch == "phi3" else ())
+    sizes = {
+        key: value for key, value in sizes.items() if key not in unknown and (arch == "mixtral" or "experts" not in key)
+    }
+    plans = plan_arms(config(arch=str(path), overrides=sizes), TOKENIZER)
+    assert abs(plans["base-wide"].deviation) < 0.005
+    assert plans["preskip"].config.model_type == f"preskip_{plans['base'].config.model_type}"
+    assert plans["preskip"].size.flops_per_token > plans["base"].size.flops_per_token
+
+
+def test_base_and_preskip_begin_with_the_same_weights():
+    from preskip.pretrain.cells import build_model
+
+    plans = plan_arms(config(overrides={"num_hidden_layers": 1}), TOKENIZER)
+    run = config(device="cpu")
+    base, ours = (build_model(run, plans[arm], seed=7).state_dict() for arm in ("base", "preskip"))
+    assert base.keys() < ours.keys()
+    for name, tensor in base.items():
+        assert torch.equal(tensor, ours[name]), name
+    other = build_model(run, plans["base"], seed=8).state_dict()
+    assert not torch.equal(other["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "pythia-70b"}, "did you mean pythia-70m"),
+        ({"arch": "nowhere/config.json"}, "does not exist"),
+        ({"overrides": {"hidden_size": 130}}, "cannot be shared by 4 heads"),
+        ({"overrides": {"num_key_value_heads": 3}}, "4 heads cannot share 3 key-value heads"),
+        ({"overrides": {"vocab_size": 300}}, "vocab_size 300 is too small for the tokenizer, which has 400 tokens"),
+        ({"overrides": {"colour": 3}}, "colour is no field"),
+        ({"overrides": {"num_hidden_layers": "many"}}, "num_hidden_layers"),
+    ],
+)
+def test_architectures_that_cannot_be_built(changes, message):
+    with pytest.raises(PreskipError, match=message):
+        plan_arms(config(**changes), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"model_type": "preskip_llama"}', "give the config of a plain llama"),
+        ('{"model_type": "bert"}', "of type 'bert'"),
+        ("{", "cannot be read"),
+    ],
+)
+def test_config_files_that_cannot_be_used(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(PreskipError, match=message):
+        plan_arms(config(arch=str(tmp_path)), TOKENIZER)
