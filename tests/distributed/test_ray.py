@@ -1,6 +1,5 @@
 """The cells of a probe as tasks of a Ray cluster: the results of a run without it, also when a worker is lost."""
 
-import json
 import os
 import signal
 import sys
@@ -9,55 +8,13 @@ import pytest
 
 from preskip.errors import PreskipError
 from preskip.probe import executor
-from preskip.probe.config import ProbeConfig
 from preskip.probe.run import run_probe, start_probe
 from preskip.train.cluster import RayPool, check_executor
-from tiny_model import save_tiny_llama, write_corpus
-
-MEASURED = {"seconds", "seconds_per_step", "train_seconds", "evaluate_seconds", "peak_memory_bytes"}
-
-
-def small_probe(folder) -> ProbeConfig:
-    return ProbeConfig(
-        model=str(save_tiny_llama(folder / "model")),
-        corpus=str(write_corpus(folder / "corpus.jsonl", 60)),
-        seeds=(1, 2),
-        arms=("none", "preskip"),
-        lr_mode="tune",
-        development_documents=2,
-        heldout_fraction=0.4,
-        steps=3,
-        batch_size=2,
-        seq_len=16,
-        context_length=32,
-        eval_documents=3,
-        eval_words=20,
-        last_word_items=4,
-        save_steps=1,
-        dtype="float32",
-        device="cpu",
-    )
-
-
-def unmeasured(value):
-    """JSON without what differs from run to run: times and memory."""
-    if isinstance(value, dict):
-        return {key: unmeasured(part) for key, part in value.items() if key not in MEASURED}
-    return [unmeasured(part) for part in value] if isinstance(value, list) else value
-
-
-def stored(run) -> dict:
-    files = [run / "results.json", *run.rglob("cell.json"), *run.rglob("search.json"), *run.rglob("*.jsonl")]
-    return {
-        str(path.relative_to(run)): [unmeasured(json.loads(line)) for line in path.read_text().splitlines()]
-        if path.suffix == ".jsonl"
-        else unmeasured(json.loads(path.read_text()))
-        for path in files
-    }
+from small_probe import stored
 
 
 @pytest.mark.slow
-def test_ray_gives_the_local_results_although_a_worker_is_killed(tmp_path, monkeypatch):
+def test_ray_gives_the_local_results_although_a_worker_is_killed(local_probe, tmp_path, monkeypatch):
     pytest.importorskip("ray")
 
     def dying_cell_task(run, bench, name, seed, rates):
@@ -75,16 +32,15 @@ def test_ray_gives_the_local_results_although_a_worker_is_killed(tmp_path, monke
             cells.evaluate = die
         return _cell_task(run, bench, name, seed, rates)
 
-    config = small_probe(tmp_path)
-    run_probe(start_probe(config, tmp_path / "local", ["test"]), quiet=True)
+    config, local_run = local_probe
     monkeypatch.setattr(executor, "_cell_task", dying_cell_task)
     run_probe(start_probe(config, tmp_path / "ray", ["test"]), quiet=True, executor="ray")
     assert (tmp_path / "ray" / "killed").exists()
-    local, ray = stored(tmp_path / "local"), stored(tmp_path / "ray")
+    local, ray = stored(local_run), stored(tmp_path / "ray")
     assert {"results.json", "arms/preskip/seed-2/items.jsonl", "search/preskip/search.json"} <= local.keys()
     assert ray == local
     weights = "arms/preskip/seed-2/adapter/adapter_model.safetensors"
-    assert (tmp_path / "ray" / weights).read_bytes() == (tmp_path / "local" / weights).read_bytes()
+    assert (tmp_path / "ray" / weights).read_bytes() == (local_run / weights).read_bytes()
 
 
 def test_what_cannot_be_executed_is_refused_in_one_line(monkeypatch):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preskip.errors import PreskipError
@@ -141,15 +142,17 @@ def whole_afterwards(model: nn.Module) -> Iterator[nn.Module]:
     from torch.distributed.tensor import DTensor
 
     device = next(model.parameters()).device
-    trained = copy.deepcopy(model.cpu())
-    yield trained
-    weights = dict(trained.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                value = weights[name].detach()
-                parameter.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
-    model.to(device)
+    try:
+        trained = copy.deepcopy(model.cpu())
+        yield trained
+        weights = dict(trained.named_parameters())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    value = weights[name].detach()
+                    parameter.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+    finally:
+        model.to(device)
 
 
 def heed_fsdp(trainer: Any) -> None:
@@ -162,13 +165,22 @@ def heed_fsdp(trainer: Any) -> None:
         trainer: a `transformers.Trainer`.
 
     Raises:
-        PreskipError: FSDP of version 1 is asked for.
+        PreskipError: FSDP of version 1 is asked for, or an interrupted training is to go on that sharded otherwise.
     """
-    if not uses_fsdp():
-        return
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.utils.constants import FSDP_MODEL_NAME
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+    folder = Path(trainer.args.output_dir)
+    sharded = {any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")) for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    if sharded == {not uses_fsdp()}:
+        raise PreskipError(
+            f"the training in {folder} began {'without' if uses_fsdp() else 'with'} FSDP: start it the same way again, "
+            "or delete that folder to begin it anew"
+        )
+    if not uses_fsdp():
+        return
     state = trainer.accelerator.state
     if getattr(state, "fsdp_plugin", None) is None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()

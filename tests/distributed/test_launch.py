@@ -1,0 +1,103 @@
+"""The commands under a launcher: the results of one process, one voice, and one line for what cannot be shared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from preskip.errors import PreskipError
+from preskip.probe.run import start_probe
+from preskip.train.distributed import share_batch
+from small_probe import stored
+from tiny_model import write_corpus
+from two_processes import ROOT, launch
+
+FSDP2 = ("accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "fsdp2.yaml"))
+PRETRAIN = "--arch llama-1m --layers 2 --hidden-size 32 --heads 4 --kv-heads 2 --mlp-width 64 --set head_dim=8"
+PRETRAIN += " --vocab-size 400 --seq-len 16 --batch-size 4 --tokens 256 --arms base,preskip --seeds 1 --device cpu"
+PRETRAIN += " --dtype float32 --eval-steps 2 --eval-blocks 4 --eval-documents 3 --eval-words 30 --log-steps 1"
+
+
+def assert_close(value, expected, path=""):
+    if isinstance(expected, dict):
+        assert value.keys() == expected.keys(), path
+        for key in expected:
+            assert_close(value[key], expected[key], f"{path}/{key}")
+    elif isinstance(expected, list):
+        assert len(value) == len(expected), path
+        for index, (own, other) in enumerate(zip(value, expected, strict=True)):
+            assert_close(own, other, f"{path}/{index}")
+    elif isinstance(expected, float):
+        assert value == pytest.approx(expected, rel=1e-4, abs=1e-5), path
+    else:
+        assert value == expected, path
+
+
+def logged(run: Path) -> dict[str, list[float]]:
+    return {
+        str(log.relative_to(run)): [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+        for log in run.rglob("train.jsonl")
+    }
+
+
+@pytest.mark.slow
+def test_a_probe_under_accelerate_with_fsdp2_equals_one_process(local_probe, tmp_path):
+    """The whole command: search, two seeds, scores; the second process says nothing."""
+    config, local_run = local_probe
+    start_probe(config, tmp_path / "run", ["test"])
+    finished = launch("-m", "preskip", "probe", "--resume", tmp_path / "run", launcher=FSDP2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stderr.count("train preskip seed 2 ...") == 1
+    assert finished.stdout.count("report: ") == 1
+    sharded, whole = stored(tmp_path / "run"), stored(local_run)
+    assert logged(tmp_path / "run").keys() == logged(local_run).keys()
+    for part in ("arms/preskip/seed-1/items.jsonl", "arms/preskip/seed-2/cell.json", "search/preskip/search.json"):
+        assert_close(sharded[part], whole[part], part)
+
+
+@pytest.mark.slow
+def test_pretraining_under_torchrun_equals_one_process(tmp_path):
+    from preskip.cli.main import main
+
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl", 60))
+    options = ["pretrain", *PRETRAIN.split(), "--corpus", corpus, "--json"]
+    with pytest.raises(SystemExit) as stop:
+        main([*options, "--out", str(tmp_path / "one")])
+    assert stop.value.code == 0
+    finished = launch("-m", "preskip", *options, "--out", tmp_path / "two")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert json.loads(finished.stdout)["run"] == str(tmp_path / "two")
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert one.keys() == two.keys() == {"arms/base/seed-1/train.jsonl", "arms/preskip/seed-1/train.jsonl"}
+    for log, losses in one.items():
+        assert len(losses) == 4
+        assert two[log] == pytest.approx(losses, abs=1e-5)
+    for arm in ("base", "preskip"):
+        items = f"arms/{arm}/seed-1/items.jsonl"
+        assert_close(stored(tmp_path / "two")[items], stored(tmp_path / "one")[items], items)
+
+
+def test_shares_of_a_batch(monkeypatch):
+    assert share_batch(8, 8) == (8, 1)
+    assert share_batch(8, 2) == (2, 4)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert share_batch(8, 8) == (2, 1)
+    assert share_batch(8, 1) == (1, 2)
+    with pytest.raises(PreskipError, match="4 processes cannot share a batch of 6 sequences evenly"):
+        share_batch(6, 6)
+    with pytest.raises(PreskipError, match="--micro-batch-size 2 does not divide the 3 sequences"):
+        share_batch(12, 2)
+
+
+@pytest.mark.parametrize("command", ["probe", "pretrain"])
+def test_a_batch_that_cannot_be_shared_is_one_line_and_leaves_nothing(command, tmp_path, monkeypatch, capsys):
+    """As the main process of three sees it, before any other is needed."""
+    from preskip.cli.main import main
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--batch-size", "8", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert stop.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "3 processes cannot share a batch of 8 sequences evenly: give a --batch-size that is a multiple of 3" in line
+    assert not (tmp_path / "run").exists()
