@@ -165,7 +165,7 @@ def pretrain(
     """
     options = {name: value for name, value in locals().items() if name not in ("context", "out", *FREE)}
     from preskip.train.cluster import check_executor
-    from preskip.train.distributed import is_main, world_size
+    from preskip.train.distributed import is_main, share_batch, world_size
 
     if not is_main():
         _follow(device, resume)
@@ -178,6 +178,8 @@ def pretrain(
     if workers > 1 and (executor == "ray" or world_size() > 1):
         raise PreskipError("--workers has its own processes: leave out --executor ray, torchrun or accelerate launch")
     config = _config(options) if resume is None else None
+    if config is not None:
+        share_batch(config.batch_size, config.micro_batch)
     from preskip.progress import spinner
 
     with spinner("loading libraries", quiet=as_json):
