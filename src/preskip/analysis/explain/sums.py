@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 SIZES = {"skip_to_attention": ("skip", "attention"), "enrichment": ("change", "input")}
 
 
-def interval(above: ArrayLike, below: ArrayLike) -> dict[str, float | None] | None:
+def interval(above: ArrayLike, below: ArrayLike) -> dict[str, float] | None:
     """Σ above / Σ below with its 95 % interval over documents.
 
     Args:
@@ -24,19 +24,15 @@ def interval(above: ArrayLike, below: ArrayLike) -> dict[str, float | None] | No
         below: denominators, [documents]; a document with 0 is left out.
 
     Returns:
-        {"value", "low", "high"}, the limits None with fewer than 2 documents or where they are infinite; None where
-        nothing was measured.
+        {"value", "low", "high"}, or None with fewer than 2 documents, or so few that a limit is infinite.
     """
     tops, bottoms = np.asarray(above, np.float64), np.asarray(below, np.float64)
     usable = np.isfinite(tops) & np.isfinite(bottoms) & (bottoms > 0)
-    tops, bottoms = tops[usable], bottoms[usable]
-    if not len(tops):
+    if usable.sum() < 2:
         return None
-    if len(tops) == 1:
-        return {"value": float(tops[0] / bottoms[0]), "low": None, "high": None}
-    found = bootstrap_ratio(tops, bottoms)
-    low, high = (float(limit) if np.isfinite(limit) else None for limit in (found.low, found.high))
-    return {"value": float(found.value), "low": low, "high": high}
+    found = bootstrap_ratio(tops[usable], bottoms[usable])
+    limits = {"value": float(found.value), "low": float(found.low), "high": float(found.high)}
+    return limits if np.isfinite(list(limits.values())).all() else None
 
 
 class Sums:
@@ -87,7 +83,7 @@ class Sums:
     def layer(self, index: int) -> dict[str, Any]:
         """Sizes and cosines of one layer with their intervals."""
 
-        def over(above: str, below: str) -> dict[str, float | None] | None:
+        def over(above: str, below: str) -> dict[str, float] | None:
             rows = self._documents.values()
             return interval([row[above][index] for row in rows], [row[below][index] for row in rows])
 
@@ -116,8 +112,7 @@ class Sums:
                         "tokens": self._class_tokens[key],
                         "skip_to_attention": interval(documents[:, 0], documents[:, 1]) if self._has(0) else None,
                         "enrichment": interval(documents[:, 2], documents[:, 3]) if self._has(2) else None,
-                        "by_layer": _ratios(by_layer[0], by_layer[1]) if self._has(0) else None,
-                        "enrichment_by_layer": _ratios(by_layer[2], by_layer[3]) if self._has(2) else None,
+                        "by_layer": _ratios(by_layer[0], by_layer[1]) if self._has(0) else [],
                     }
                 )
         return rows

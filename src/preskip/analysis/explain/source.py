@@ -1,0 +1,270 @@
+"""What is to be explained, and on which texts: a run's arm, an adapter folder, or a baked checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preskip.analysis.explain.reading import Text
+from preskip.assets import EMBEDDED_MODELS
+from preskip.data.corpus import EMBEDDED_CORPORA, Document, load_corpus
+from preskip.data.local import data_directory
+from preskip.data.splits import PUBLISHED, choose, load_splits
+from preskip.errors import PreskipError
+from preskip.rundir import RunDirectory, read_json
+from preskip.types import PREFIX
+
+PEFT_TYPE = "PRESKIP"
+DEFAULT_CORPUS = "sotu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the weights are, and what is known of them.
+
+    Attributes:
+        kind: "run", "adapter" or "baked".
+        name: of the run or the folder.
+        weights: an adapter folder (or one with a numbered folder per stacked adapter), or a checkpoint folder.
+        is_checkpoint: whether `weights` is a whole model.
+        arm: name of the arm, in a run.
+        seed: of its training, in a run.
+        run: the run that the weights lie in, or None.
+        manifest: its run.json, or {}.
+    """
+
+    kind: str
+    name: str
+    weights: Path
+    is_checkpoint: bool
+    arm: str | None = None
+    seed: int | None = None
+    run: Path | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options of the run, or {}."""
+        return self.manifest.get("config", {})
+
+    @property
+    def base(self) -> str | None:
+        """The model that the adapter was trained on, as far as it is known; a checkpoint's own folder."""
+        if self.is_checkpoint:
+            return str(self.weights)
+        if "model" in self.config:
+            return _found(self.config["model"], self.manifest)
+        return _peft_configs(self.weights)[0].get("base_model_name_or_path")
+
+    @property
+    def adapters(self) -> list[Path]:
+        """The folders of the adapters, first to last; none of a checkpoint."""
+        return [] if self.is_checkpoint else _adapter_folders(self.weights)
+
+    @property
+    def null(self) -> list[dict[str, Any]]:
+        """The noise nulls of the arm, {"seed", "layers"}; none where the run has trained none."""
+        path = None if self.run is None else self.run / "results.json"
+        if path is None or self.arm is None or not path.is_file():
+            return []
+        return ((read_json(path).get("nulls") or {}).get("noise") or {}).get(self.arm) or []
+
+
+def find_source(path: Path, *, arm: str | None = None, seed: int | None = None) -> Source:
+    """Find out what a folder holds.
+
+    Args:
+        path: a run directory, an adapter folder or a baked checkpoint.
+        arm: of a run; None is the reference arm if it has a branch, else the first that has.
+        seed: of that arm; None is the first.
+
+    Raises:
+        PreskipError: none of these, no branch in it, or an arm or seed that is not there.
+    """
+    if not path.is_dir():
+        raise PreskipError(f"{path} does not exist or is no folder: give a run, an adapter or a baked checkpoint")
+    if (path / "run.json").is_file():
+        return _in_run(path, arm, seed)
+    if arm is not None or seed is not None:
+        raise PreskipError(f"--arm and --seed are for runs, and {path} is none: leave them out")
+    if _adapter_folders(path):
+        return _adapter(path)
+    if (path / "config.json").is_file():
+        return _checkpoint(path)
+    raise PreskipError(
+        f"{path} has no run.json, adapter_config.json or config.json: give a run, an adapter or a baked checkpoint"
+    )
+
+
+def _in_run(path: Path, arm: str | None, seed: int | None) -> Source:
+    run = RunDirectory.open(path)
+    manifest = run.manifest
+    known = sorted(manifest.get("arms") or {}) or sorted(folder.name for folder in path.glob("arms/*"))
+    if arm is not None and arm not in known:
+        raise PreskipError(f"run {path} has no arm {arm!r}: choose one of {', '.join(known) or 'none'}")
+    done: dict[str, dict[int, Path]] = {}
+    for cell in sorted(path.glob("arms/*/seed-*/cell.json")):
+        weights = _branch_in(cell.parent)
+        if weights is not None:
+            number = int(cell.parent.name.removeprefix("seed-"))
+            done.setdefault(cell.parent.parent.name, {})[number] = weights
+    if not done:
+        raise PreskipError(f"run {path} has no finished arm with a branch: finish it, or give another run")
+    if arm is None:
+        declared = [row["arm"] for row in (manifest.get("family") or {}).get("declared") or []]
+        arm = next((name for name in [*declared, *manifest.get("arms", {}), *done] if name in done), "")
+    if arm not in done:
+        raise PreskipError(f"arm {arm} of {path} has no branch, or is not finished: choose one of {', '.join(done)}")
+    seeds = done[arm]
+    order = [number for number in manifest.get("seeds") or [] if number in seeds] or sorted(seeds)
+    if seed is not None and seed not in seeds:
+        raise PreskipError(
+            f"arm {arm} of {path} has no finished seed {seed}: choose one of {', '.join(map(str, sorted(seeds)))}"
+        )
+    chosen = order[0] if seed is None else seed
+    return Source(
+        kind="run",
+        name=path.resolve().name,
+        weights=seeds[chosen],
+        is_checkpoint=seeds[chosen].name == "model",
+        arm=arm,
+        seed=chosen,
+        run=path,
+        manifest=manifest,
+    )
+
+
+def _branch_in(cell: Path) -> Path | None:
+    """The weights of a cell that have a branch, or None."""
+    if any(config.get("peft_type") == PEFT_TYPE for config in _peft_configs(cell / "adapter")):
+        return cell / "adapter"
+    config = cell / "model" / "config.json"
+    is_ours = config.is_file() and str(read_json(config).get("model_type", "")).startswith(PREFIX)
+    return config.parent if is_ours else None
+
+
+def _adapter(path: Path) -> Source:
+    kinds = [str(config.get("peft_type")) for config in _peft_configs(path)]
+    if PEFT_TYPE not in kinds:
+        raise PreskipError(f"{path} holds a {kinds[0]} adapter, which has no branch: give a Preskip adapter")
+    place = path.resolve()
+    inside = [*place.parents[:4]]  # RUN/arms/<arm>/seed-<seed>/adapter
+    run = inside[3] if len(inside) == 4 and inside[2].name == "arms" and (inside[3] / "run.json").is_file() else None
+    name = place.name if run is None else run.name
+    if run is None:
+        return Source(kind="adapter", name=name, weights=path, is_checkpoint=False)
+    return Source(
+        kind="adapter",
+        name=name,
+        weights=path,
+        is_checkpoint=False,
+        arm=inside[1].name,
+        seed=int(inside[0].name.removeprefix("seed-")),
+        run=run,
+        manifest=RunDirectory.open(run).manifest,
+    )
+
+
+def _checkpoint(path: Path) -> Source:
+    kind = str(read_json(path / "config.json").get("model_type"))
+    if not kind.startswith(PREFIX):
+        raise PreskipError(f"{path} is a {kind} model, which has no branch: give a baked checkpoint or an adapter")
+    return Source(kind="baked", name=path.resolve().name, weights=path, is_checkpoint=True)
+
+
+def _adapter_folders(path: Path) -> list[Path]:
+    if (path / "adapter_config.json").is_file():
+        return [path]
+    stacked = [folder for folder in path.glob("[0-9]*") if (folder / "adapter_config.json").is_file()]
+    return sorted(stacked, key=lambda folder: int(folder.name) if folder.name.isdigit() else 0)
+
+
+def _peft_configs(path: Path) -> list[dict[str, Any]]:
+    return [read_json(folder / "adapter_config.json") for folder in _adapter_folders(path)]
+
+
+def _found(name: str, manifest: dict[str, Any]) -> str:
+    """A name of a run's options; a path that does not exist here is one of the folder the run was started in."""
+    path = Path(manifest.get("directory", ".")) / name
+    is_named = name in EMBEDDED_MODELS or name in EMBEDDED_CORPORA or name in PUBLISHED
+    return str(path) if path.exists() and not Path(name).exists() and not is_named else name
+
+
+def heldout_texts(
+    source: Source, corpus: str | None, count: int, words: int, *, data_dir: Path | None, quiet: bool = True
+) -> tuple[list[Text], list[str]]:
+    """The held-out documents to read, and all of them as the reference of how frequent tokens are.
+
+    A run's own held-out documents where there is a run; of another corpus those that a run would hold out where it is
+    embedded or has published parts, else every document.
+
+    Args:
+        source: what is explained.
+        corpus: name as `preskip.data.corpus.load_corpus` takes it; None is the run's, else sotu.
+        count: most documents.
+        words: of each, from its beginning.
+        data_dir: folder of local data; None is the run's, else the default.
+        quiet: no progress.
+
+    Raises:
+        PreskipError: a corpus that cannot be had, or fewer than 2 documents.
+    """
+    documents = _documents(source, corpus, data_dir, quiet)
+    usable = [document for document in documents if len(document.text.split()) > 1]
+    if len(usable) < 2:
+        raise PreskipError(f"{len(usable)} held-out document is too few for an interval: give another --corpus")
+    seed = source.config.get("split_seed", 0)
+    chosen = choose(usable, count, words, seed)
+    # Shuffled: ablation, attention patterns and the map take the first ones, which by id would be the oldest.
+    order = np.random.default_rng(seed).permutation(len(chosen))
+    texts = [Text(chosen[index].id, chosen[index].id, chosen[index].text) for index in order]
+    return texts, [document.text for document in documents]
+
+
+def _documents(source: Source, corpus: str | None, data_dir: Path | None, quiet: bool) -> Sequence[Document]:
+    config = source.config
+    own = config.get("corpus")
+    stored = None if source.run is None else source.run / "data" / "heldout.json"
+    if corpus in (None, own) and stored is not None and stored.is_file():  # a run from scratch
+        return [Document(entry["id"], entry["text"], entry["id"]) for entry in read_json(stored)[0]["documents"]]
+    name = _found(corpus or own or DEFAULT_CORPUS, source.manifest)
+    if name in (own and _found(own, source.manifest), *EMBEDDED_CORPORA, *PUBLISHED):
+        is_own = corpus in (None, own) and own is not None
+        given = data_dir or (_found(config["data_dir"], source.manifest) if config.get("data_dir") else None)
+        options = {"text_column": config.get("text_column"), "split": config["corpus_split"]} if is_own else {}
+        return load_splits(
+            name,
+            data_dir=data_directory(given),
+            heldout_fraction=config.get("heldout_fraction", 0.2),
+            seed=config.get("split_seed", 0),
+            progress=not quiet,
+            **options,
+        ).heldout
+    return load_corpus(name, progress=not quiet).documents
+
+
+def given_texts(given: Sequence[str]) -> list[Text]:
+    """Texts that the user gives: a file is read, anything else is the text itself.
+
+    Raises:
+        PreskipError: a file that is not UTF-8, a path that does not exist, or an empty text.
+    """
+    texts = []
+    for number, value in enumerate(given, 1):
+        path = Path(value)
+        is_file = len(value) < 4096 and "\n" not in value and path.is_file()
+        if not is_file and len(value.split()) == 1 and path.suffix in (".txt", ".md"):
+            raise PreskipError(f"--text {value}: no such file")
+        try:
+            text = path.read_text(encoding="utf-8") if is_file else value
+        except (OSError, UnicodeDecodeError):
+            raise PreskipError(f"--text {value} cannot be read: give a UTF-8 text file") from None
+        if not text.strip():
+            raise PreskipError(f"--text {value!r} is empty: give a text of 2 or more tokens")
+        title = path.name if is_file else f"“{' '.join(text.split())[:40]}”"
+        texts.append(Text(f"given-{number}", title, text, "given"))
+    return texts

@@ -1,0 +1,282 @@
+"""`preskip explain`: what a trained branch does, by layer and by token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from preskip.errors import PreskipError
+
+if TYPE_CHECKING:
+    from preskip.analysis.explain.source import Source
+
+WHAT, EXTENT, OUTPUT = "What", "How much", "Output"
+SCHEMA_VERSION = 1
+
+
+def _option(name: str, panel: str, text: str) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=panel)
+
+
+def explain(
+    source: Annotated[Path, typer.Argument(help="A run, an adapter folder, or a baked checkpoint.")],
+    arm: Annotated[str | None, _option("--arm", WHAT, "Of a run. Default: the reference arm.")] = None,
+    seed: Annotated[int | None, _option("--seed", WHAT, "Of a run's arm. Default: the first.")] = None,
+    model: Annotated[
+        str | None, _option("--model", WHAT, "The adapter's base. Default: what the run or the adapter names.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, _option("--text", WHAT, "A text file, or a text itself, to show as well; repeatable.")
+    ] = None,
+    corpus: Annotated[
+        str | None, _option("--corpus", WHAT, "Held-out text. Default: what the run held out, else sotu.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, _option("--data-dir", WHAT, "Local data. Default: the run's, PRESKIP_DATA or ../shared/data.")
+    ] = None,
+    documents: Annotated[int, _option("--documents", EXTENT, "Held-out documents to read.")] = 50,
+    words: Annotated[int, _option("--words", EXTENT, "Words of each.")] = 300,
+    context_length: Annotated[
+        int | None, _option("--context-length", EXTENT, "Most tokens read at once. Default: as the model, at most 512.")
+    ] = None,
+    ablation_documents: Annotated[
+        int, _option("--ablation-documents", EXTENT, "Documents on which parts are switched off; 0: none.")
+    ] = 8,
+    ablation_words: Annotated[int, _option("--ablation-words", EXTENT, "Words of each.")] = 60,
+    attention_documents: Annotated[
+        int, _option("--attention-documents", EXTENT, "Documents for attention's entropy and sink; 0: none.")
+    ] = 8,
+    shown_tokens: Annotated[int, _option("--shown-tokens", EXTENT, "Tokens of the map; given texts first.")] = 5000,
+    batch_tokens: Annotated[
+        int | None, _option("--batch-tokens", EXTENT, "Padded tokens per pass. Default: 512 on a cpu, else 4096.")
+    ] = None,
+    dtype: Annotated[
+        str, _option("--dtype", EXTENT, "Base weights: auto (the run's, else by the processor), float32, bfloat16, ...")
+    ] = "auto",
+    device: Annotated[str, _option("--device", EXTENT, "auto, cpu or cuda.")] = "auto",
+    trust_remote_code: Annotated[
+        bool, _option("--trust-remote-code", EXTENT, "Let code of the model's repository run.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        _option("--out", OUTPUT, "The folder to make. Default: RUN/explain/<arm>-seed-<s>, else explain-<name>."),
+    ] = None,
+    figures: Annotated[
+        Path | None, _option("--figures", OUTPUT, "Also write figures for papers (SVG, PDF, PNG) to this folder.")
+    ] = None,
+    as_json: Annotated[bool, _option("--json", OUTPUT, "Print layers and classes as JSON, without progress.")] = False,
+) -> None:
+    """Measure what the skip and the enrichment of each layer do: sizes, ablation, token classes, a map of the text."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise PreskipError(f"--dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
+    for flag, value in (("--documents", documents), ("--words", words)):
+        if value < 2:
+            raise PreskipError(f"{flag} {value} is not possible: it must be at least 2")
+    from preskip.progress import progress_bar, say, spinner
+
+    started = time.perf_counter()
+    with spinner("loading libraries", quiet=as_json):
+        from preskip.cli.libraries import quiet_libraries
+
+        quiet_libraries()
+        from preskip import environment
+        from preskip.analysis.explain import Extent, explain
+        from preskip.analysis.explain.source import find_source, given_texts, heldout_texts
+        from preskip.report.static_figures import check_folder, save_figures
+        from preskip.rundir import clear_disk_errors, write_json
+    found = find_source(source, arm=arm, seed=seed)
+    out = out or _default_out(found)
+    if out.exists():
+        raise PreskipError(f"{out} exists already: choose another --out")
+    if figures is not None:
+        check_folder(figures)
+    given = given_texts(text or [])
+    device = environment.resolve_device(device)
+    wanted = found.config.get("dtype", "auto") if dtype == "auto" else dtype
+    resolved, reason = environment.resolve_dtype(wanted, device)
+    with spinner("preparing the texts", quiet=as_json):
+        heldout, reference = heldout_texts(found, corpus, documents, words, data_dir=data_dir, quiet=as_json)
+    with spinner(f"loading {model or found.base or found.name}", quiet=as_json):
+        live, tokenizer = _load(found, model, resolved, device, trust_remote_code)
+    extent = Extent(
+        context_length=_context_length(live, context_length),
+        batch_tokens=batch_tokens,
+        ablation_documents=ablation_documents,
+        ablation_words=ablation_words,
+        attention_documents=attention_documents,
+        shown_tokens=shown_tokens,
+    )
+    for line in _announcement(found, resolved, reason if dtype != "auto" or wanted == "auto" else "the run's", device):
+        say(line, quiet=as_json)
+    loaded = time.perf_counter() - started
+    with clear_disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Made beside its place and renamed: what is at `out` is whole.
+        workspace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        result = explain(
+            live,
+            tokenizer,
+            [*given, *heldout],
+            extent,
+            reference=reference,
+            tokens=workspace / "tokens.parquet",
+            bar=lambda description, units: progress_bar(description, units, quiet=as_json),
+        )
+        _add_null(result["layers"], found.null)
+        timings = {"load": round(loaded, 2), **result.pop("timings")}
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            **_facts(found, live, model, resolved),
+            **result,
+            "timings": {**timings, "total": round(time.perf_counter() - started, 2)},
+            "environment": environment.describe(device),
+        }
+        write_json(workspace / "explain.json", content)
+        workspace.chmod(0o755)
+        with clear_disk_errors(out):
+            workspace.rename(out)
+    except BaseException:
+        shutil.rmtree(workspace, ignore_errors=True)
+        raise
+    written = save_figures(content, figures) if figures is not None else []
+    if as_json:
+        shown = {key: value for key, value in content.items() if key != "documents"}
+        print(json.dumps({"out": str(out), "figures": [str(path) for path in written], **shown}, indent=1))
+    else:
+        _print(content, out, written)
+
+
+def _default_out(source: Source) -> Path:
+    if source.run is not None:
+        return source.run / "explain" / f"{source.arm}-seed-{source.seed}"
+    return Path(f"explain-{source.name}")
+
+
+def _load(source: Source, model: str | None, dtype: str, device: str, trust: bool) -> tuple[Any, Any]:
+    """The model with its branches, and its tokenizer."""
+    import torch
+
+    from preskip.assets import load_model, load_tokenizer
+    from preskip.evaluate.adapters import load_adapter
+    from preskip.evaluate.likelihood import check_causal, language_model
+
+    name = source.base if source.is_checkpoint else model or source.base
+    if source.is_checkpoint and model is not None:
+        raise PreskipError("--model names the base of an adapter, and this is a whole checkpoint: leave it out")
+    if not name:
+        raise PreskipError(f"{source.weights} does not say which base it was trained on: give it with --model")
+    live = load_model(name, getattr(torch, dtype), device, None, trust)
+    for folder in source.adapters:
+        live = load_adapter(language_model(live), folder)
+    check_causal(live)
+    return live, load_tokenizer(name, trust)
+
+
+def _context_length(model: Any, asked: int | None) -> int:
+    from preskip.evaluate.likelihood import language_model
+
+    own = getattr(language_model(model).config.get_text_config(), "max_position_embeddings", None)  # type: ignore
+    if asked is None:
+        return min(own or 512, 512)
+    if own is not None and asked > own:
+        raise PreskipError(f"--context-length {asked}: the model reads at most {own}")
+    return asked
+
+
+def _announcement(source: Source, dtype: str, reason: str, device: str) -> list[str]:
+    what = source.name if source.arm is None else f"{source.name}, arm {source.arm}, seed {source.seed}"
+    return [f"{source.kind} {what}", f"base weights {dtype} ({reason}), {device}"]
+
+
+def _add_null(layers: Sequence[dict[str, Any]], null: Sequence[Mapping[str, Any]]) -> None:
+    """The band of the run's noise null beside each norm."""
+    from preskip.analysis.nulls import NORMS
+    from preskip.analysis.trend import null_band
+
+    if not null:
+        return
+    bands = {norm: {row["layer"]: row for row in null_band(null, norm)} for norm in NORMS}
+    for layer in layers:
+        layer["null"] = {
+            norm: {key: rows[layer["layer"]][key] for key in ("low", "high")}
+            for norm, rows in bands.items()
+            if layer["layer"] in rows and layer[norm] is not None
+        }
+
+
+def _facts(source: Source, live: Any, model: str | None, dtype: str) -> dict[str, Any]:
+    from preskip.analysis.branches import live_branches
+    from preskip.evaluate.likelihood import language_model
+    from preskip.version import __version__
+
+    base: Any = language_model(live)
+    config = base.config.get_text_config()
+    name = source.config.get("model") if model is None else model
+    return {
+        "kind": "explain",
+        "preskip_version": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": ["preskip", *sys.argv[1:]],
+        "source": {"kind": source.kind, "name": source.name, "arm": source.arm, "seed": source.seed},
+        "model": {
+            "name": name or source.config.get("arch") or (source.name if source.is_checkpoint else source.base),
+            "type": base.config.model_type,
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "parameters": sum(parameter.numel() for parameter in base.parameters()),
+            "dtype": dtype,
+        },
+        "settings": asdict(live_branches(live)[0].active()[0][0]),
+    }
+
+
+def _print(content: Mapping[str, Any], out: Path, figures: Sequence[Path]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from preskip.cli.wide import print_wide
+
+    table = Table(box=SIMPLE_HEAD, header_style="bold")
+    for heading in ("layer", "skip / attention", "enrichment", "skip off", "enrichment off", "both off", "rank"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("promotes", no_wrap=True)
+    for layer in content["layers"]:
+        ablation = layer["ablation"] or {}
+        rank = layer["effective_rank"]
+        table.add_row(
+            str(layer["layer"]),
+            _interval(layer["skip_to_attention"], ".3f"),
+            _interval(layer["enrichment"], ".3f"),
+            *(_interval(ablation.get(part), "+.4f") for part in ("skip", "enrichment", "both")),
+            "–" if rank is None else f"{rank:.0f}",
+            " ".join(repr(token)[1:-1] for token, _ in layer["promoted"][:3]),
+        )
+    console = Console()
+    print_wide(console, table)
+    tokens = sum(text["tokens"] for text in content["texts"])
+    console.print(
+        f"{tokens:,} tokens of {len(content['texts'])} texts; off: bits per byte without the part minus with it, on "
+        f"{content['method']['ablation_documents']} documents; 95 % intervals over documents; "
+        f"{content['timings']['total']:g} s",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for path in (out, *figures):
+        console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def _interval(found: Mapping[str, float] | None, form: str) -> str:
+    return "–" if found is None else f"{found['value']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
