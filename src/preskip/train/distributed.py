@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # A follower waits for the next training while the main process scores, and scoring may take days.
 PATIENCE = timedelta(days=14)
+# How gloo and NCCL say that another process is no more.
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "NCCL communicator was aborted")
 
 
 def world_size() -> int:
@@ -86,11 +88,16 @@ class Crew:
         return self._group is not None and is_main()
 
     def announce(self, task: Any) -> None:
-        """Main process: tell the others what to do next."""
-        if self.leads:
-            from torch import distributed
+        """Main process: tell the others what to do next, once all of them have done what they were told before.
 
-            distributed.broadcast_object_list([task], src=0, group=self._group)
+        Raises:
+            PreskipError: one of them has ended.
+        """
+        if self.leads:
+            try:
+                self._exchange([task])
+            except RuntimeError:
+                raise PreskipError("another process of this launch has ended: see what it said above") from None
 
     def dismiss(self) -> None:
         """Main process: let the others end. Where it fails instead, the launcher ends them."""
@@ -99,18 +106,21 @@ class Crew:
 
     def tasks(self) -> Iterator[Any]:
         """The other processes: what the main one announces, until it dismisses them or is no more."""
-        from torch import distributed
-
         while True:
             box = [None]
-            try:
-                distributed.broadcast_object_list(box, src=0, group=self._group)
-            except RuntimeError:  # the main process has ended, and has said why
-                raise SystemExit(1) from None
+            with ending_with_main():
+                self._exchange(box)
             if box[0] is None:
                 self._leave()
                 return
             yield box[0]
+
+    def _exchange(self, box: list[Any]) -> None:
+        from torch import distributed
+
+        distributed.broadcast_object_list(box, src=0, group=self._group)
+        # The main process may have sent all before the others listen; training has less patience than this.
+        distributed.barrier(group=self._group)
 
     def _leave(self) -> None:
         if self._group is not None:
@@ -118,6 +128,21 @@ class Crew:
 
             distributed.destroy_process_group()
             self._group = None
+
+
+@contextmanager
+def ending_with_main() -> Iterator[None]:
+    """For what another process than the main one does: where that one has ended, it ends as well, without a word.
+
+    Raises:
+        SystemExit: in place of the error of a training that the main process has left.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in LOST):
+            raise SystemExit(1) from None
+        raise
 
 
 def uses_fsdp() -> bool:
