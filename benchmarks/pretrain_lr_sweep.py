@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +23,7 @@ from preskip.environment import describe, usable_cores
 from preskip.pretrain.cells import run_cell
 from preskip.pretrain.config import PretrainConfig, parse_tokens
 from preskip.pretrain.prepare import prepare
-from preskip.pretrain.run import _limit, start_pretrain
+from preskip.pretrain.run import _set_up, start_pretrain
 from preskip.rundir import RunDirectory, write_json
 
 HEAD = 32
@@ -81,7 +82,9 @@ def main() -> None:
                 cells += [(width, rate, arm, path) for arm in arms]
         threads = max(1, usable_cores() // options.workers)
         spawn = get_context("spawn")
-        with ProcessPoolExecutor(options.workers, mp_context=spawn, initializer=_limit, initargs=(threads,)) as pool:
+        with ProcessPoolExecutor(
+            options.workers, mp_context=spawn, initializer=_set_up, initargs=(threads, os.getpid())
+        ) as pool:
             running = [(pool.submit(run_cell, cell[-1], cell[2], options.seed), *cell[:3]) for cell in cells]
             rows = []
             for future, width, rate, arm in running:

@@ -6,6 +6,8 @@ cells is open: this process, several of this machine, or a cluster.
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -149,7 +151,7 @@ def in_processes(count: int, quiet: bool) -> Execute:
         threads = max(1, environment.usable_cores() // count)
         # Spawned: a forked process inherits locks of the libraries' threads, and no CUDA.
         with ProcessPoolExecutor(
-            count, mp_context=get_context("spawn"), initializer=_limit, initargs=(threads,)
+            count, mp_context=get_context("spawn"), initializer=_set_up, initargs=(threads, os.getpid())
         ) as pool:
             running = {pool.submit(run_cell, path, arm, seed): (arm, seed) for arm, seed in cells}
             try:
@@ -171,8 +173,8 @@ def in_processes(count: int, quiet: bool) -> Execute:
     return execute
 
 
-def _limit(threads: int) -> None:
-    """Set a worker up: its share of the cores, and the libraries' notices kept off the terminal."""
+def _set_up(threads: int, parent: int) -> None:
+    """A worker's share of the cores; the libraries' notices off the terminal; its end where the run's process dies."""
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -180,6 +182,14 @@ def _limit(threads: int) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
+
+    def watch() -> None:
+        # A run that was killed can be resumed at once: nobody else may be training its cells then.
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _mark(run: RunDirectory, status: str) -> None:
