@@ -369,7 +369,7 @@ def test_in_a_browser(rich: tuple[Path, Page], tmp_path: Path) -> None:
         "sort": "descending",
         "unmeasured": "none",
         "themed": True,
-        "saved": ["application/json", "application/json", "image/png", "image/svg+xml"],
+        "saved": ["application/json", "application/json", "image/png", "image/svg+xml", "text/csv"],
     }
 
 

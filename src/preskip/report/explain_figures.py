@@ -7,7 +7,7 @@ from typing import Any
 
 from preskip.report.plots import classes, depth, layers
 from preskip.report.plots.base import Spec
-from preskip.report.verdicts import MINUS
+from preskip.report.verdicts import decimals, number
 
 Figure = dict[str, Any]
 Explain = Mapping[str, Any]
@@ -18,10 +18,11 @@ SIZES = {
     "enrichment": ("Into attention: the enrichment", "‖x̃ − x̂‖ / ‖x̂‖"),
 }
 ABLATIONS = {"skip": "skip off", "enrichment": "enrichment off", "both": "both off"}
-ALIGNMENTS = {"attention": "attention output", "mlp": "MLP output"}
+TITLES = [title for title, _ in SIZES.values()]
+ALIGNMENTS = {"attention": "attention", "mlp": "MLP"}
 CHANGES = {
-    "entropy_change": ("Entropy of attention", "Δ entropy, nats", "above 0 attention spreads wider"),
-    "sink_change": ("Attention on the first token", "Δ mass on the first token", "above 0 more goes to the sink"),
+    "entropy_change": ("Entropy of attention", "Δ entropy, nats", "above 0: it spreads wider"),
+    "sink_change": ("Mass on the first token", "Δ mass on the first token", "above 0: more goes there"),
 }
 
 
@@ -47,10 +48,11 @@ def measured(layers: Sequence[Mapping[str, Any]], *path: str) -> list[tuple[int,
     return [(layer["layer"], found) for layer in layers for found in [find(layer)] if found is not None]
 
 
-def value_text(found: Interval, form: str = ".3g") -> str:
-    """A value with its interval, such as "0.412 [0.38, 0.44]", with true minus signs."""
-    value, low, high = (f"{found[key]:{form}}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]".replace("-", MINUS)
+def value_text(found: Interval, *, sign: bool = False) -> str:
+    """A value with its interval, such as "0.412 [0.380, 0.444]": two figures of the half width."""
+    places = decimals(found["low"], found["high"], 2)
+    value, low, high = (number(found[key], places, sign=sign) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def _at(*path: str) -> Callable[[Mapping[str, Any]], Interval | None]:
@@ -72,7 +74,9 @@ def _sizes(explain: Explain) -> Iterator[Figure]:
     for measure, (title, axis) in SIZES.items():
         records = layers.interval_records(explain["layers"], {title: _at(measure)})
         if records:
-            yield _figure(measure, "depth", title, layers.profile(records, axis), _extremes(records, axis))
+            yield _figure(
+                measure, "depth", title, layers.profile(records, axis, series=TITLES), _extremes(records, axis)
+            )
 
 
 def _norms(explain: Explain) -> Iterator[Figure]:
@@ -119,10 +123,10 @@ def _ablation(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
             yield _figure(
                 f"ablation-{part}",
                 "ablation",
-                f"One layer's {ABLATIONS[part]}",
+                ABLATIONS[part].capitalize(),
                 layers.bars(records, "Δ bits per byte", limits, list(ABLATIONS.values())),
                 _extremes(records, "Bits per byte added"),
-                note="above 0 it helps; pale: the interval includes 0",
+                note="above 0 it helps; pale: unclear",
             )
 
 
@@ -165,16 +169,16 @@ def _weights(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
 
 
 def _directions(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
-    series = {f"with the {words}": _at("alignment", key) for key, words in ALIGNMENTS.items()}
+    series = {f"with {words}": _at("alignment", key) for key, words in ALIGNMENTS.items()}
     records = layers.interval_records(rows, series)
     if records:
         yield _figure(
             "alignment",
             "alignment",
-            "Direction of the skip's output",
+            "Direction of the skip",
             layers.profile(records, "Cosine", series=list(series), form="+.4f"),
             _extremes(records, "Cosine of the skip's output"),
-            note="0: at right angles",
+            note="above 0: the same way",
         )
     for key, (title, axis, note) in CHANGES.items():
         records = layers.interval_records(rows, {title: _at(key)})

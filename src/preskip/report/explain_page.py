@@ -202,7 +202,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]
         "‖skip‖ / ‖attention‖": [_cell(row["skip_to_attention"]) for row in rows],
         "‖x̃ − x̂‖ / ‖x̂‖": [_cell(row["enrichment"]) for row in rows],
         **{
-            f"Δ bits per byte, {words}": [_cell((row.get("ablation") or {}).get(part), "+.5f") for row in rows]
+            f"Δ bits per byte, {words}": [_cell((row.get("ablation") or {}).get(part), sign=True) for row in rows]
             for part, words in ABLATIONS.items()
         },
         **{
@@ -216,19 +216,19 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]
             )
         },
         **{
-            f"cosine with the {words}": [_cell((row["alignment"] or {}).get(key), "+.3f") for row in rows]
+            f"cosine with {words}": [_cell((row["alignment"] or {}).get(key), sign=True) for row in rows]
             for key, words in ALIGNMENTS.items()
         },
-        "Δ entropy, nats": [_cell(row["entropy_change"], "+.4f") for row in rows],
-        "Δ mass on the first token": [_cell(row["sink_change"], "+.4f") for row in rows],
+        "Δ entropy, nats": [_cell(row["entropy_change"], sign=True) for row in rows],
+        "Δ mass on the first token": [_cell(row["sink_change"], sign=True) for row in rows],
     }
     return {name: cells for name, cells in columns.items() if any(cell["sort"] is not None for cell in cells)}
 
 
-def _cell(found: Interval | None, form: str = ".3g") -> dict[str, Any]:
+def _cell(found: Interval | None, *, sign: bool = False) -> dict[str, Any]:
     if found is None:
         return NOT_MEASURED
-    value, interval = value_text(found, form).split(" ", 1)
+    value, interval = value_text(found, sign=sign).split(" ", 1)
     return {"sort": found["value"], "value": value, "interval": interval}
 
 
@@ -257,7 +257,7 @@ def _writes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _facts(explain: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    model = explain["model"]
+    model, sets = explain["model"], dict.fromkeys(entry["set"] for entry in explain["texts"])
     groups: dict[str, dict[str, Any]] = {
         "Model": {
             "Name": model["name"],
@@ -268,19 +268,23 @@ def _facts(explain: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
             "Data type": model.get("dtype"),
         },
         "Branch": explain.get("settings") or {},
-        "Texts": {entry["title"]: f"{entry['tokens']:,} tokens, {entry['set']}" for entry in explain["texts"][:12]},
+        "Texts": {
+            **{name.capitalize(): _extent([e for e in explain["texts"] if e["set"] == name]) for name in sets},
+            "On the map": ", ".join(document["title"] for document in explain["documents"]),
+        },
         "Machine": {
             **(explain.get("environment") or {}),
             **{f"seconds, {key}": value for key, value in (explain.get("timings") or {}).items()},
         },
     }
-    more = len(explain["texts"]) - 12
-    if more > 0:
-        groups["Texts"][f"{more} more"] = "listed in the data"
     return [
         (name, [(label, _text(value)) for label, value in entries.items() if value not in (None, "")])
         for name, entries in groups.items()
     ]
+
+
+def _extent(texts: Sequence[Mapping[str, Any]]) -> str:
+    return f"{len(texts):,} document{'s' if len(texts) != 1 else ''}, {sum(e['tokens'] for e in texts):,} tokens"
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 
 from preskip.report.explain_figures import Interval, measured, value_text
 from preskip.report.plots.classes import DIMENSIONS
-from preskip.report.verdicts import MINUS
 
 Explain = Mapping[str, Any]
 MOST_CONTRASTS = 3
@@ -67,6 +66,10 @@ def layers_text(indices: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in ranges)
 
 
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
 def apart(one: Interval, other: Interval) -> bool:
     """Whether two intervals do not touch."""
     return one["low"] > other["high"] or one["high"] < other["low"]
@@ -118,7 +121,7 @@ def _worth(rows: Sequence[tuple[int, Interval]], part: str) -> str:
     helps = [layer for layer, found in rows if found["low"] > 0]
     hurts = [layer for layer, found in rows if found["high"] < 0]
     top, most = max(rows, key=lambda row: row[1]["value"])
-    text = f"One layer's {part} switched off costs most at layer {top}: {value_text(most, '+.4f')} bits per byte. "
+    text = f"One layer's {part} switched off costs most at layer {top}: {value_text(most, sign=True)} bits per byte. "
     text += f"Its interval lies above 0 in {len(helps)} of {len(rows)} layers"
     text += f" ({layers_text(helps)})" if helps and len(helps) < len(rows) else ""
     text += f", below it in {len(hurts)} ({layers_text(hurts)})" if hurts else ", below it in none"
@@ -148,8 +151,8 @@ def _direction(rows: Sequence[Mapping[str, Any]]) -> str:
             against = sum(interval["high"] < 0 for _, interval in found)
             layer, most = max(found, key=lambda row: abs(row[1]["value"]))
             parts.append(
-                f"with {words} it points the same way in {along} layers and the opposite way in {against} of "
-                f"{len(found)} (strongest at layer {layer}: cosine {value_text(most, '+.2f')})"
+                f"with {words} it points the same way in {_layers(along)} and the opposite way in {against} of "
+                f"{len(found)} (strongest at layer {layer}: cosine {value_text(most, sign=True)})"
             )
     return f"The skip's output: {'; '.join(parts)}." if parts else ""
 
@@ -166,8 +169,8 @@ def _attention(rows: Sequence[Mapping[str, Any]]) -> str:
             less = sum(interval["high"] < 0 for _, interval in found)
             layer, most = max(found, key=lambda row: abs(row[1]["value"]))
             parts.append(
-                f"{up} in {more} layers and {down} in {less} of {len(found)} (strongest at layer {layer}: "
-                f"{value_text(most, '+.3f')}{unit})"
+                f"{up} in {_layers(more)} and {down} in {less} of {len(found)} (strongest at layer {layer}: "
+                f"{value_text(most, sign=True)}{unit})"
             )
     return f"The enrichment {'; it '.join(parts)}." if parts else ""
 
@@ -178,5 +181,4 @@ def _rank(rows: Sequence[Mapping[str, Any]], width: int | None) -> str:
         return ""
     (low_layer, low), (high_layer, high) = (pick(ranks, key=lambda row: row[1]) for pick in (min, max))
     of = f" of {width:,}" if width else ""
-    text = f"The skip's effective rank runs from {low:.0f} (layer {low_layer}) to {high:.0f} (layer {high_layer}){of}."
-    return text.replace("-", MINUS)
+    return f"The skip's effective rank runs from {low:.0f} (layer {low_layer}) to {high:.0f} (layer {high_layer}){of}."

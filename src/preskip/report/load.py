@@ -30,25 +30,41 @@ def load_json(path: Path) -> dict[str, Any]:
         PreskipError: the file is missing, damaged, not finite somewhere, or of another schema version.
     """
     remedy = f"finish the run with `preskip probe --resume {shlex.quote(str(path.parent))}`"
+    if not path.parent.is_dir():
+        raise PreskipError(f"{path.parent} is not a directory: give a run directory of `preskip probe`")
+    return load_object(path, SCHEMA_VERSION, f"{remedy}, or give another run directory", remedy)
+
+
+def load_object(path: Path, version: int, missing: str, damaged: str | None = None) -> dict[str, Any]:
+    """Read a JSON object that states its schema version.
+
+    Args:
+        path: the file.
+        version: the schema version that this preskip reads.
+        missing: what to do when the file is missing.
+        damaged: what to do when it is damaged; None for the same.
+
+    Raises:
+        PreskipError: the file is missing, damaged, not finite somewhere, or of another schema version.
+    """
+    damaged = damaged or missing
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        if not path.parent.is_dir():
-            raise PreskipError(f"{path.parent} is not a directory: give a run directory of `preskip probe`") from None
-        raise PreskipError(f"{path} is missing: {remedy}, or give another run directory") from None
+        raise PreskipError(f"{path} is missing: {missing}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PreskipError(f"{path} cannot be read ({short(error)}): check the file") from None
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise PreskipError(f"{path} is not valid JSON ({short(error)}): {remedy}") from None
+        raise PreskipError(f"{path} is not valid JSON ({short(error)}): {damaged}") from None
     if not isinstance(value, dict):
-        raise PreskipError(f"{path} holds a {type(value).__name__}, not an object: {remedy}")
-    version = value.get("schema_version")
-    if version != SCHEMA_VERSION:
+        raise PreskipError(f"{path} holds a {type(value).__name__}, not an object: {damaged}")
+    found = value.get("schema_version")
+    if found != version:
         raise PreskipError(
-            f"{path} has schema_version {version!r}, this preskip {__version__} reads {SCHEMA_VERSION}: "
-            "use the preskip version that wrote the run"
+            f"{path} has schema_version {found!r}, this preskip {__version__} reads {version}: "
+            "use the preskip version that wrote it"
         )
     return value
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +10,15 @@ from typing import Any
 from preskip.errors import PreskipError
 from preskip.report import facts, rows, verdicts
 from preskip.report.claims import assess, power_text
+from preskip.report.explain_page import explain_section, find_explains
 from preskip.report.figures import make_figures, trend_rows
 from preskip.report.frontier import assess_plane, planes
 from preskip.report.load import Curve, load_curves, load_json, short
-from preskip.report.lookup import trained_arms
+from preskip.report.lookup import is_pretraining, trained_arms
 from preskip.report.plots.training import POINTS_PER_CURVE
-from preskip.report.render import render, require_extra
+from preskip.report.render import render, require_extra, write_page
+
+DEPTH_SECTIONS = ("depth", "norms", "ablation")
 
 
 def build_report(run: Path) -> Path:
@@ -28,7 +29,7 @@ def build_report(run: Path) -> Path:
 
     Args:
         run: a run directory (schema_version 2) with run.json and results.json; training logs are shown where there are
-            any.
+            any, and what `preskip explain` measured: of the first arm in full, of the others as links.
 
     Raises:
         PreskipError: a file is missing, damaged or of another schema, the directory cannot be written, or the extra
@@ -39,16 +40,22 @@ def build_report(run: Path) -> Path:
     require_extra()
     try:
         curves = load_curves(run, results)
-        figures = make_figures(results, curves)
-        html = render(_content(run, record, results, curves), figures, {"run": record, "results": results})
+        explains = find_explains(run, results)
+        section = explain_section(explains) if explains else None
+        content = {**_content(run, record, results, curves), "explain": section.content if section else None}
+        figures, data = make_figures(results, curves), {"run": record, "results": results}
+        if section:
+            figures, data = [*figures, *section.figures], {**data, "explain": section.data}
+        content["has_depth"] = bool(content["trends"]) or any(f["section"] in DEPTH_SECTIONS for f in figures)
+        html = render("report.html.j2", content, figures, data, section.bypass_map if section else None)
     except PreskipError:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         raise PreskipError(
             f"{run}: run.json or results.json lacks what the report needs ({type(error).__name__}: {short(error)}): "
-            f"run `preskip probe --resume {shlex.quote(str(run))}` to write them again"
+            f"run `preskip {record.get('kind') or 'probe'} --resume {shlex.quote(str(run))}` to write them again"
         ) from error
-    return _write(run / "report.html", html)
+    return write_page(run / "report.html", html)
 
 
 def _content(
@@ -59,7 +66,9 @@ def _content(
     seeds = max((len(results["arms"][arm]["seeds"]) for arm in trained), default=1)
     groups = rows.arm_columns(results)
     return {
+        "eyebrow": "Preskip report",
         "title": f"{record['model']['name']} on {record['corpus']['name']}",
+        "file_name": "preskip-run.json",
         "status": record["status"],
         "version": record["preskip_version"],
         "created": record["created"],
@@ -73,6 +82,8 @@ def _content(
         "groups": groups,
         "arms": rows.arm_rows(results, record, groups),
         "costs": rows.cost_rows(results, record),
+        "sizes": rows.size_rows(results),
+        "from_scratch": is_pretraining(results),
         "sets": facts.set_rows(results),
         "comparisons": rows.comparison_groups(results),
         "power": rows.power_rows(results),
@@ -85,7 +96,7 @@ def _content(
         "crowded": len(trained) > 4,
         "facts": facts.facts(record),
         "command": shlex.join(record["command"]),
-        "resume": f"preskip probe --resume {shlex.quote(str(run))}",
+        "resume": f"preskip {record.get('kind') or 'probe'} --resume {shlex.quote(str(run))}",
         "settings": facts.settings(record),
         "limits": facts.limits(record, results, seeds),
     }
@@ -98,24 +109,3 @@ def _with_power(claim: Mapping[str, Any]) -> dict[str, Any]:
 def _confidence(comparisons: Sequence[Mapping[str, Any]]) -> str:
     levels = sorted({entry["confidence"] for entry in comparisons})
     return " and ".join(f"{100 * level:g} %" for level in levels) or "95 %"
-
-
-def _write(path: Path, html: str) -> Path:
-    temporary = ""
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=".report-", suffix=".tmp", delete=False
-        ) as stream:
-            temporary = stream.name
-            stream.write(html)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # the temporary file is private; a report is there to be passed on
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise PreskipError(
-            f"{path} cannot be written ({short(error)}): free space or choose a writable run directory"
-        ) from None
-    return path

@@ -6,11 +6,14 @@ import base64
 import functools
 import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preskip.errors import PreskipError
+from preskip.report.load import short
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -34,13 +37,21 @@ def require_extra() -> None:
         ) from None
 
 
-def render(content: Mapping[str, Any], figures: Sequence[Mapping[str, Any]], data: Mapping[str, Any]) -> str:
-    """The page as text.
+def render(
+    template: str,
+    content: Mapping[str, Any],
+    figures: Sequence[Mapping[str, Any]],
+    data: Mapping[str, Any],
+    bypass_map: Mapping[str, Any] | None = None,
+) -> str:
+    """A page as text.
 
     Args:
+        template: which page: report.html.j2 or explain_page.html.j2.
         content: values for the template; everything is escaped.
-        figures: with key and spec.
+        figures: with key, section and spec.
         data: what "Download data" saves.
+        bypass_map: as from `preskip.report.explain_map.pack_map`, for a page that shows it.
     """
     import jinja2
     from markupsafe import Markup
@@ -52,18 +63,25 @@ def render(content: Mapping[str, Any], figures: Sequence[Mapping[str, Any]], dat
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style = _joined("report.css", "map.css")
+    script = _joined("report.js", "map.js") if bypass_map else _joined("report.js")
     bundle = _vega_bundle()
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         **content,
         figures=figures,
+        sections={figure["section"] for figure in figures},
         style=Markup(style),
         bundle=Markup(bundle),
         script=Markup(script),
         script_hashes=Markup(" ".join(_script_hash(text) for text in (bundle, script))),
         specs=_embedded({figure["key"]: figure["spec"] for figure in figures}, Markup),
         data=_embedded(data, Markup),
+        map=_embedded(bypass_map, Markup) if bypass_map else None,
     )
+
+
+def _joined(*names: str) -> str:
+    return "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
 
 
 @functools.lru_cache(maxsize=1)
@@ -90,3 +108,29 @@ def _embedded(value: Any, markup: type[Markup]) -> Markup:
 def _script_hash(text: str) -> str:
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"
+
+
+def write_page(path: Path, html: str) -> Path:
+    """Write a page atomically, readable for everyone, and return its path.
+
+    Raises:
+        PreskipError: it cannot be written.
+    """
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp", delete=False
+        ) as stream:
+            temporary = stream.name
+            stream.write(html)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)  # the temporary file is private; a report is there to be passed on
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise PreskipError(
+            f"{path} cannot be written ({short(error)}): free space or choose a writable folder"
+        ) from None
+    return path

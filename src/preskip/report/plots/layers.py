@@ -33,13 +33,13 @@ def profile(records: Sequence[Record], title: str, *, series: Sequence[str] = ()
     Args:
         records: as from `interval_records`.
         title: of the vertical axis.
-        series: all names in order; with more than one there is a legend.
+        series: all names in order, for the colour.
         form: of the numbers in the tooltip.
     """
     import altair as alt
 
     names = list(series) or list(dict.fromkeys(record["series"] for record in records))
-    legend = alt.Legend(symbolOpacity=1) if len(names) > 1 else None
+    legend = alt.Legend(symbolOpacity=1) if len({record["series"] for record in records}) > 1 else None
     source = alt.Chart(alt.InlineData(values=list(records)))
     colour = alt.Color("series:N", title=None, legend=legend, scale=alt.Scale(domain=names, range="category"))
     base = source.encode(x=layer_axis(), color=colour)
@@ -71,7 +71,7 @@ def bars(records: Sequence[Record], title: str, domain: tuple[float, float], ser
         alt.InlineData(values=[{**record, "clear": record["low"] * record["high"] > 0} for record in records])
     )
     shade = alt.Scale(domain=list(series), range="category")
-    width = max(3, min(14, 260 // max(1, len(records))))
+    width = max(3, min(14, 150 // max(1, len(records))))
     y = alt.Y("value:Q", title=title, scale=alt.Scale(domain=list(domain), nice=False))
     about = tooltips({"layer:Q": "layer"}) + tooltips({"value:Q": "when off", "low:Q": "from", "high:Q": "to"}, "+.5f")
     layers = [
@@ -80,10 +80,12 @@ def bars(records: Sequence[Record], title: str, domain: tuple[float, float], ser
             y=y,
             y2=alt.datum(0),
             color=alt.Color("series:N", scale=shade, legend=None),
-            opacity=alt.condition("datum.clear", alt.value(1), alt.value(0.4)),
+            opacity=alt.condition("datum.clear", alt.value(0.7), alt.value(0.25)),
             tooltip=about,
         ),
-        source.mark_rule(strokeWidth=1.5).encode(x=layer_axis(padding=10), y="low:Q", y2="high:Q", tooltip=about),
+        source.mark_rule(strokeWidth=1.5, style="strong").encode(
+            x=layer_axis(padding=10), y="low:Q", y2="high:Q", tooltip=about
+        ),
         once(source).mark_rule(strokeWidth=1.25).encode(y=alt.datum(0)),
     ]
     return specification(alt.layer(*layers), height=210)
@@ -114,7 +116,12 @@ def spectrum(records: Sequence[Record]) -> Spec:
     source = alt.Chart(alt.InlineData(values=list(records)))
     scale = alt.Scale(range="ramp", nice=False)
     legend = alt.Legend(
-        orient="top", direction="horizontal", gradientLength=150, gradientThickness=10, titleOrient="left"
+        orient="top",
+        direction="horizontal",
+        gradientLength=150,
+        gradientThickness=10,
+        titleOrient="left",
+        type="gradient",
     )
     y = alt.Y(
         "value:Q",

@@ -54,16 +54,17 @@
     }
     return caps[key];
   }
-  let ramp = [];
-  function colours() {
+  const ramps = {}; // behind words pale enough to read them, in the heat map over the whole range
+  function colours(kind) {
     const style = getComputedStyle(document.documentElement);
-    const stops = [0, 1, 2, 3].map((n) => style.getPropertyValue("--ramp-" + n).trim()).map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
-    ramp = Array.from({ length: 256 }, (_, i) => {
+    const stops = [0, 1, 2, 3].map((n) => style.getPropertyValue(`--${kind}-${n}`).trim()).map((hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16)));
+    ramps[kind] = Array.from({ length: 256 }, (_, i) => {
       const place = (i / 255) * 3, low = Math.min(2, Math.floor(place)), part = place - low;
       return stops[low].map((channel, k) => Math.round(channel + part * (stops[low + 1][k] - channel)));
     });
   }
-  const shade = (value, limit) => ramp[Math.round(255 * Math.min(1, value / limit))];
+  const recolour = () => { colours("ramp"); colours("heat"); };
+  const shade = (value, limit, kind) => ramps[kind][Math.round(255 * Math.min(1, value / limit))];
 
   // ---- the text
   const words = id("map-text");
@@ -93,7 +94,7 @@
     const limit = cap();
     spans.forEach((span, i) => {
       const value = at(state.measure, from + i, state.layer);
-      span.style.backgroundColor = value === null ? "" : "rgb(" + shade(value, limit).join(" ") + ")";
+      span.style.backgroundColor = value === null ? "" : "rgb(" + shade(value, limit, "ramp").join(" ") + ")";
     });
   }
 
@@ -135,7 +136,7 @@
       for (let i = from; i < to; i += 1) {
         const value = at(state.measure, i, layer);
         const place = 4 * ((layers - 1 - layer) * (to - from) + i - from);
-        if (value !== null) image.data.set([...shade(value, limit), 255], place);
+        if (value !== null) image.data.set([...shade(value, limit, "heat"), 255], place);
       }
     }
     return image;
@@ -180,12 +181,18 @@
     const { tokens } = text();
     id("map-token").textContent = spoken(tokens[state.token]);
     id("map-place").textContent = `token ${state.token + 1} of ${tokens.length}, layer ${map.layers[state.layer]}`;
+    const before = document.createElement("span"), middle = document.createElement("b"), after = document.createElement("span");
+    const flat = (from, to) => tokens.slice(Math.max(0, from), to).join("").replace(/\s+/g, " ");
+    before.textContent = "…" + flat(state.token - 6, state.token);
+    middle.textContent = flat(state.token, state.token + 1);
+    after.textContent = flat(state.token + 1, state.token + 7) + "…";
+    id("map-context").replaceChildren(before, middle, after);
     const rows = Object.keys(measures).map((measure) => [measure, NAMES[measure], shown(at(measure, state.token, state.layer))]);
     const mine = at(state.measure, state.token, state.layer);
     if (mine !== null) {
       let less = 0;
       for (let i = 0; i < tokens.length; i += 1) less += at(state.measure, i, state.layer) < mine;
-      rows.push(["rank", "More than", Math.round((100 * less) / tokens.length) + " % of this text"]);
+      rows.push(["rank", "Higher than", Math.round((100 * less) / tokens.length) + " % of this text"]);
     }
     id("map-values").replaceChildren(...rows.map(([key, name, value]) => {
       const row = document.createElement("div"), term = document.createElement("dt"), number = document.createElement("dd");
@@ -220,6 +227,7 @@
     legend();
   }
   function refresh(options) {
+    id("map-panel").dataset.view = state.view;
     words.hidden = state.view !== "text";
     heat.hidden = state.view !== "layers";
     if (state.view === "text") { write(); paint(); } else { spans = []; paintHeat(); }
@@ -372,7 +380,7 @@
     };
     words.addEventListener("keydown", keys);
     heat.addEventListener("keydown", keys);
-    document.addEventListener("recolour", () => { colours(); refresh(); });
+    document.addEventListener("recolour", () => { recolour(); refresh(); });
     addEventListener("resize", () => { if (state.view === "layers") refresh(); });
   }
 
@@ -388,7 +396,7 @@
 
   (async () => {
     for (const [key, packed] of Object.entries(map.measures)) measures[key] = await unpack(packed);
-    colours();
+    recolour();
     listen();
     setText(0, -1);
     setLayer(state.layer);

@@ -1,4 +1,5 @@
 // Theme, plots, sorting, saving. Runs once, after the page and the Vega bundle; sends nothing anywhere.
+const preskip = {}; // what other scripts of the page share: save, say, complete
 (function () {
   "use strict";
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
@@ -19,6 +20,16 @@
     setTimeout(() => URL.revokeObjectURL(url), 10000);
     say("Saved " + name);
   }
+  preskip.save = save;
+  preskip.say = say;
+  preskip.complete = (data) => data; // the map's script puts back what it holds
+
+  // Rows of records as comma-separated values (RFC 4180), the columns in the order in which they appear.
+  preskip.csv = (records) => {
+    const columns = Array.from(new Set(records.flatMap(Object.keys)));
+    const field = (value) => (value === null || value === undefined ? "" : /[",\r\n]/.test(value) ? '"' + String(value).replace(/"/g, '""') + '"' : String(value));
+    return [columns, ...records.map((record) => columns.map((name) => record[name]))].map((row) => row.map(field).join(",")).join("\r\n") + "\r\n";
+  };
 
   // Plots take their colours and type from the style sheet, so that they follow the theme.
   function config() {
@@ -36,23 +47,36 @@
       axisY: { domain: false, ticks: false, labelPadding: 8 },
       legend: Object.assign({ orient: "top", labelFontSize: 13, symbolStrokeWidth: 2.5, symbolSize: 260, symbolType: "stroke", symbolOpacity: 1, columns: innerWidth < 640 ? 2 : 6 },
         text, { labelColor: value("--ink") }),
+      style: { strong: { stroke: value("--ink") } },
       rule: { color: value("--muted") },
       text: { color: value("--muted"), font: font },
       range: {
         category: [1, 2, 3, 4, 5, 6, 7, 8].map((n) => value("--arm-" + n)),
+        ramp: [0, 1, 2].map((n) => value("--depth-" + n)),
+        heatmap: [0, 1, 2, 3].map((n) => value("--heat-" + n)),
         ordinal: ["better", "worse", "equivalent", "undecided"].map((name) => value("--" + name)),
       },
     };
   }
 
+  async function drawOne(key, shared) {
+    if (views[key]) views[key].finalize();
+    const copy = JSON.parse(JSON.stringify(specs[key]));
+    // `ast` interprets expressions instead of compiling them: the page needs no eval.
+    views[key] = await vegaEmbed(document.getElementById(key), copy, { actions: false, ast: true, mode: "vega-lite", renderer: "svg", config: shared });
+  }
+
+  // Those in sight first; between any two the page answers the reader.
+  const place = (key) => {
+    const box = document.getElementById(key).getBoundingClientRect();
+    return box.bottom < 0 ? innerHeight - box.bottom : box.top;
+  };
   async function draw() {
+    delete root.dataset.drawn;
     const shared = config();
-    for (const key of Object.keys(specs)) {
-      const element = document.getElementById(key);
-      if (views[key]) views[key].finalize();
-      const copy = JSON.parse(JSON.stringify(specs[key]));
-      // `ast` interprets expressions instead of compiling them: the page needs no eval.
-      views[key] = await vegaEmbed(element, copy, { actions: false, ast: true, mode: "vega-lite", renderer: "svg", config: shared });
+    for (const key of Object.keys(specs).sort((a, b) => place(a) - place(b))) {
+      await drawOne(key, shared);
+      await new Promise((resolve) => setTimeout(resolve));
     }
     root.dataset.drawn = "true";
   }
@@ -62,21 +86,23 @@
   const failed = (error) => { console.error(error); say("A plot could not be drawn; the tables hold its data."); };
 
   const theme = document.getElementById("theme");
+  const recolour = () => { document.dispatchEvent(new Event("recolour")); redraw(); };
   const system = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
   const label = () => { theme.textContent = isDark() ? "Light" : "Dark"; theme.setAttribute("aria-label", "Switch to the " + (isDark() ? "light" : "dark") + " theme"); };
-  theme.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; label(); redraw(); });
-  system.addEventListener("change", () => { label(); redraw(); });
+  theme.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; label(); recolour(); });
+  system.addEventListener("change", () => { label(); recolour(); });
   label();
 
-  document.getElementById("download").addEventListener("click", () => {
-    save("preskip-run.json", JSON.stringify(read("data"), null, 2), "application/json");
-  });
+  const download = document.getElementById("download");
+  download.addEventListener("click", () => save(download.dataset.name, JSON.stringify(preskip.complete(read("data")), null, 2), "application/json"));
   for (const button of document.querySelectorAll("[data-save]")) {
     button.addEventListener("click", async () => {
       const key = button.dataset.figure;
       const name = "preskip-" + key.replace(/[^\w.-]+/g, "-") + "." + button.dataset.save;
       if (button.dataset.save === "json") return save(name, JSON.stringify(specs[key].data.values, null, 2), "application/json");
+      if (button.dataset.save === "csv") return save(name, preskip.csv(specs[key].data.values), "text/csv");
+      if (!views[key]) await drawOne(key, config());
       const view = views[key].view;
       if (button.dataset.save === "svg") return save(name, await view.toSVG(), "image/svg+xml");
       const canvas = await view.toCanvas(2);
@@ -98,20 +124,37 @@
     });
   }
 
+  // A cell's place in the order: what it says it sorts by, else its first line as a number where its column has numbers.
+  function sorting(cell, numeric) {
+    if (cell.dataset.sort !== undefined) return cell.dataset.sort;
+    const text = (cell.firstChild ? cell.firstChild.textContent : "").trim();
+    if (!numeric) return cell.textContent.trim();
+    const found = text.replace(/,/g, "").replace(/−/g, "-").match(/[-+]?\d+(\.\d+)?(e[-+]?\d+)?/i);
+    return found ? String(Number(found[0]) * (/GiB/.test(text) ? 1024 : 1)) : "";
+  }
   for (const table of document.querySelectorAll("table.sortable")) {
     const headings = Array.from(table.tHead.rows[table.tHead.rows.length - 1].cells); // above it stand the names of groups
-    headings.forEach((heading, column) => heading.querySelector("button").addEventListener("click", () => {
-      const ascending = heading.getAttribute("aria-sort") !== "ascending";
-      headings.forEach((other) => other.setAttribute("aria-sort", "none"));
-      heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
-      const content = (row) => row.cells[column].dataset.sort;
-      const order = (a, b) => {
-        if (content(a) === "" || content(b) === "") return (content(a) === "") - (content(b) === ""); // what was not measured: last
-        const difference = column === 0 ? content(a).localeCompare(content(b)) : Number(content(a)) - Number(content(b));
-        return ascending ? difference : -difference;
-      };
-      table.tBodies[0].append(...Array.from(table.tBodies[0].rows).sort(order));
-    }));
+    headings.forEach((heading, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      const words = Array.from(heading.childNodes).filter((node) => node.nodeName !== "SMALL");
+      heading.prepend(button);
+      button.append(...words);
+      heading.setAttribute("aria-sort", "none");
+      const numeric = heading.classList.contains("number");
+      button.addEventListener("click", () => {
+        const ascending = heading.getAttribute("aria-sort") !== "ascending";
+        headings.forEach((other) => other.setAttribute("aria-sort", "none"));
+        heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+        const keyed = Array.from(table.tBodies[0].rows, (row) => [row, sorting(row.cells[column], numeric)]);
+        keyed.sort(([, a], [, b]) => {
+          if (a === "" || b === "") return (a === "") - (b === ""); // what was not measured: last
+          const difference = numeric ? Number(a) - Number(b) : a.localeCompare(b, undefined, { numeric: true });
+          return ascending ? difference : -difference;
+        });
+        table.tBodies[0].append(...keyed.map(([row]) => row));
+      });
+    });
   }
 
   redraw();
