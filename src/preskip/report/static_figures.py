@@ -7,6 +7,7 @@ and bars for 95 % intervals over documents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ FORMATS = ("svg", "pdf", "png")
 WIDTH = 6.75  # inches
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#6b7280"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8,
@@ -113,12 +114,12 @@ def depth(explain: Explain) -> Any:
     """Functional size of each part by layer with its interval, and the skip's norm on the band of its noise null."""
     layers = explain["layers"]
     panels: list[tuple[str, Callable[[Any], None]]] = [
-        (title, lambda axes, key=key, colour=colour: _profile(axes, layers, key, colour))
+        (title, partial(_profile, layers, key, colour))
         for key, (title, colour) in SIZES.items()
         if any(row[key] for row in layers)
     ]
     if any(row["skip_norm"] is not None for row in layers):
-        panels.append(("‖W_skip‖ (Frobenius)", lambda axes: _norm(axes, layers)))
+        panels.append(("‖W_skip‖ (Frobenius)", partial(_norm, layers)))
     if not panels:
         return None
     figure, all_axes = _figure(1, len(panels), 2.1)
@@ -231,14 +232,14 @@ def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Any
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
-def _profile(axes: Any, layers: Layers, key: str, colour: str) -> None:
+def _profile(layers: Layers, key: str, colour: str, axes: Any) -> None:
     rows = [(row["layer"], row[key]) for row in layers if row[key]]
     x = [layer for layer, _ in rows]
     axes.fill_between(x, [f["low"] for _, f in rows], [f["high"] for _, f in rows], color=colour, alpha=0.22, lw=0)
     axes.plot(x, [f["value"] for _, f in rows], marker="o", color=colour)
 
 
-def _norm(axes: Any, layers: Layers) -> None:
+def _norm(layers: Layers, axes: Any) -> None:
     rows = [row for row in layers if row["skip_norm"] is not None]
     bands = [(row["layer"], row["null"]["skip_norm"]) for row in rows if (row.get("null") or {}).get("skip_norm")]
     if bands:
