@@ -11,7 +11,7 @@ from preskip.pretrain.config import PretrainConfig
 from preskip.progress import say
 from preskip.rundir import RunDirectory
 from preskip.train.cluster import RayPool
-from preskip.train.distributed import Crew, ending_with_main, share_batch
+from preskip.train.distributed import Crew, share_batch
 
 Execute = Callable[[Path, Sequence[tuple[str, int]]], None]
 
@@ -42,9 +42,8 @@ def follow_pretrain(device: str) -> None:
     Args:
         device: "cpu" or "cuda", where the models are.
     """
-    with ending_with_main():
-        for cell in Crew(device).tasks():
-            follow_cell(*cell)
+    for cell in Crew(device).tasks():
+        follow_cell(*cell)
 
 
 def on_ray(address: str | None, quiet: bool) -> Execute:

@@ -30,7 +30,7 @@ from preskip.probe.results import summarise_run
 from preskip.probe.search import base_records
 from preskip.progress import say, spinner
 from preskip.rundir import RunDirectory, write_json
-from preskip.train.distributed import Crew, ending_with_main, share_batch
+from preskip.train.distributed import Crew, share_batch
 from preskip.version import __version__
 
 
@@ -134,11 +134,10 @@ def follow_probe(device: str) -> None:
     """
     crew = Crew(device)
     tasks = crew.tasks()
-    with ending_with_main():
-        for path in tasks:  # the run, once the main process has prepared it
-            manifest = RunDirectory.open(path).manifest
-            config = ProbeConfig.from_json(manifest["config"])
-            follow(prepare(config, Path(manifest.get("directory", ".")), True, crew)[0], tasks)
+    for path in tasks:  # the run, once the main process has prepared it
+        manifest = RunDirectory.open(path).manifest
+        config = ProbeConfig.from_json(manifest["config"])
+        follow(prepare(config, Path(manifest.get("directory", ".")), True, crew)[0], tasks)
 
 
 def _open_cells(run: RunDirectory, config: ProbeConfig) -> list[tuple[Arm, int]]:

@@ -94,10 +94,7 @@ class Crew:
             PreskipError: one of them has ended.
         """
         if self.leads:
-            try:
-                self._exchange([task])
-            except RuntimeError:
-                raise PreskipError("another process of this launch has ended: see what it said above") from None
+            self._exchange([task])
 
     def dismiss(self) -> None:
         """Main process: let the others end. Where it fails instead, the launcher ends them."""
@@ -108,8 +105,7 @@ class Crew:
         """The other processes: what the main one announces, until it dismisses them or is no more."""
         while True:
             box = [None]
-            with ending_with_main():
-                self._exchange(box)
+            self._exchange(box)
             if box[0] is None:
                 self._leave()
                 return
@@ -118,9 +114,10 @@ class Crew:
     def _exchange(self, box: list[Any]) -> None:
         from torch import distributed
 
-        distributed.broadcast_object_list(box, src=0, group=self._group)
-        # The main process may have sent all before the others listen; training has less patience than this.
-        distributed.barrier(group=self._group)
+        with _losses_told():
+            distributed.broadcast_object_list(box, src=0, group=self._group)
+            # The main process may have sent all before the others listen; training has less patience than this.
+            distributed.barrier(group=self._group)
 
     def _leave(self) -> None:
         if self._group is not None:
@@ -131,18 +128,16 @@ class Crew:
 
 
 @contextmanager
-def ending_with_main() -> Iterator[None]:
-    """For what another process than the main one does: where that one has ended, it ends as well, without a word.
-
-    Raises:
-        SystemExit: in place of the error of a training that the main process has left.
-    """
+def _losses_told() -> Iterator[None]:
+    """In place of the error of whatever waits for a process that has ended, the end of this one."""
     try:
         yield
     except RuntimeError as error:
-        if any(words in str(error) for words in LOST):
-            raise SystemExit(1) from None
-        raise
+        if not any(words in str(error) for words in LOST):
+            raise
+        if is_main():
+            raise PreskipError("another process of this launch has ended: see above what it said") from None
+        raise SystemExit(1) from None  # the main process has said why
 
 
 def uses_fsdp() -> bool:
@@ -151,7 +146,7 @@ def uses_fsdp() -> bool:
 
 
 @contextmanager
-def whole_afterwards(model: nn.Module) -> Iterator[nn.Module]:
+def shared_training(model: nn.Module) -> Iterator[nn.Module]:
     """The model to hand to a trainer; after the block every process has the trained weights, whole.
 
     FSDP shards a model in place and for good. It gets a copy, from which the trained weights are taken back, so that
@@ -159,25 +154,33 @@ def whole_afterwards(model: nn.Module) -> Iterator[nn.Module]:
 
     Args:
         model: its parameters that require gradients are trained.
+
+    Raises:
+        PreskipError: another process has ended while this one, the main one, waited for it.
     """
-    if not uses_fsdp():
-        yield model
-        return
+    with _losses_told():
+        if not uses_fsdp():
+            yield model
+            return
+        device = next(model.parameters()).device
+        try:
+            trained = copy.deepcopy(model.cpu())
+            yield trained
+            _take_back(model, trained)
+        finally:
+            model.to(device)
+
+
+def _take_back(model: nn.Module, trained: nn.Module) -> None:
     import torch
     from torch.distributed.tensor import DTensor
 
-    device = next(model.parameters()).device
-    try:
-        trained = copy.deepcopy(model.cpu())
-        yield trained
-        weights = dict(trained.named_parameters())
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    value = weights[name].detach()
-                    parameter.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
-    finally:
-        model.to(device)
+    weights = dict(trained.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                value = weights[name].detach()
+                parameter.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
 def heed_fsdp(trainer: Any) -> None:

@@ -27,7 +27,7 @@ from preskip.train.controls import (
     shuffle_targets,
     train_on_noise,
 )
-from preskip.train.distributed import heed_fsdp, is_main, share_batch, uses_fsdp, whole_afterwards
+from preskip.train.distributed import heed_fsdp, is_main, share_batch, shared_training, uses_fsdp
 
 # The newest checkpoint, and one to fall back on where that is damaged.
 KEPT_CHECKPOINTS = 2
@@ -227,7 +227,7 @@ def train_frozen(
     steps = _StepLog(log, settings.batch_size * blocks.shape[1], arm, advance, equal_step)
     length = settings.steps * settings.batch_size
     dataset = BlockDataset(blocks, length, settings.seed, shuffled=settings.control == "shuffled")
-    with whole_afterwards(model) as trained:
+    with shared_training(model) as trained:
         trainer = ResumableTrainer(
             model=trained, args=arguments, train_dataset=dataset, data_collator=_stack, callbacks=[steps]
         )

@@ -22,7 +22,7 @@ from preskip.errors import DivergedError, PreskipError
 from preskip.progress import Advance, no_progress
 from preskip.rundir import clear_disk_errors, write_jsonl
 from preskip.train.checkpoints import ResumableTrainer
-from preskip.train.distributed import heed_fsdp, is_main, share_batch, whole_afterwards, world_size
+from preskip.train.distributed import heed_fsdp, is_main, share_batch, shared_training, world_size
 from preskip.train.frozen import BlockDataset
 from preskip.train.speed import training_flops_per_token
 
@@ -284,7 +284,7 @@ def train_scratch(
     seq_len = blocks.shape[1]
     tokens = settings.batch_size * seq_len
     steps = _Log(settings, tokens, training_flops_per_token(model, seq_len), arm, advance)
-    with whole_afterwards(model) as trained:
+    with shared_training(model) as trained:
         trainer = ScratchTrainer(
             model=trained,
             args=arguments,
