@@ -394,7 +394,7 @@
     return data;
   };
 
-  (async () => {
+  preskip.ready = (async () => {
     for (const [key, packed] of Object.entries(map.measures)) measures[key] = await unpack(packed);
     recolour();
     listen();

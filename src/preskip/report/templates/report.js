@@ -1,5 +1,5 @@
 // Theme, plots, sorting, saving. Runs once, after the page and the Vega bundle; sends nothing anywhere.
-const preskip = {}; // what other scripts of the page share: save, say, complete
+const preskip = {}; // what the page's scripts share: save, say, csv, complete, ready
 (function () {
   "use strict";
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
@@ -81,7 +81,7 @@ const preskip = {}; // what other scripts of the page share: save, say, complete
     root.dataset.drawn = "true";
   }
 
-  let drawing = Promise.resolve(); // one after the other, so that the last theme chosen wins
+  let drawing = Promise.resolve().then(() => preskip.ready); // then one after the other, so that the last theme chosen wins
   const redraw = () => { drawing = drawing.then(draw).catch(failed); };
   const failed = (error) => { console.error(error); say("A plot could not be drawn; the tables hold its data."); };
 
