@@ -41,10 +41,11 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
     "savefig.dpi": 300,
     "pdf.fonttype": 42,  # text stays text
+    "axes.formatter.limits": (-3, 4),
     "svg.hashsalt": "preskip",  # the same file each time
 }
 SIZES = {
-    "skip_to_attention": ("‖skip output‖ / ‖attention output‖", BLUE),
+    "skip_to_attention": ("‖skip‖ / ‖attention‖", BLUE),
     "enrichment": ("‖x̃ − x̂‖ / ‖x̂‖", ORANGE),
 }
 ABLATIONS = {"skip": ("skip off", BLUE), "enrichment": ("enrichment off", ORANGE), "both": ("both off", GREEN)}
@@ -127,7 +128,7 @@ def depth(explain: Explain) -> Any:
         draw(axes)
         axes.set_title(title)
         axes.set_xlabel("layer")
-        axes.set_ylim(bottom=0)
+        _from_zero(axes)
         _whole_numbers(axes)
     return figure
 
@@ -176,7 +177,8 @@ def classes(explain: Explain) -> Any:
         axes.hlines([p for p, _ in found], [f["low"] for _, f in found], [f["high"] for _, f in found], color=colour)
         axes.plot([f["value"] for _, f in found], [p for p, _ in found], "o", color=colour)
         axes.set_title(title)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.06 * axes.dataLim.x1 or 1)
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
     first = all_axes[0]
@@ -216,7 +218,7 @@ def spectrum(explain: Explain) -> Any:
         ("stable_rank", "stable rank", ORANGE, "s"),
     ):
         right.plot(x, [row[key] for row in layers], marker=mark, color=colour, label=title)
-    right.set_ylim(bottom=0)
+    _from_zero(right)
     right.set_title("Directions that W_skip amounts to")
     right.set_xlabel("layer")
     right.legend()
@@ -249,7 +251,12 @@ def _norm(layers: Layers, axes: Any) -> None:
         axes.fill_between(x, *limits, facecolor="#d1d5db", edgecolor=GREY, lw=0.8, label="noise null, 95 %")
     axes.plot([row["layer"] for row in rows], [row["skip_norm"] for row in rows], marker="o", color=GREEN)
     if bands:
-        axes.legend()
+        axes.legend(loc="lower right")
+
+
+def _from_zero(axes: Any) -> None:
+    """The vertical axis from 0 to a little above everything drawn, so that sizes can be compared."""
+    axes.set_ylim(0, 1.12 * axes.dataLim.y1 or 1)
 
 
 def _whole_numbers(axes: Any) -> None:

@@ -1,0 +1,31 @@
+"""A tiny adapted model, texts and their tokens for the tests of explain."""
+
+from peft import get_peft_model
+
+import zoo
+from preskip import PreskipConfig
+from preskip.analysis.explain import Text
+from tiny_model import tiny_llama
+from tiny_text import PROSE
+
+SENTENCES = PROSE.replace("\n\n", " ").split(". ")
+
+
+def texts(count: int = 4, given: bool = False) -> list[Text]:
+    made = [Text(f"d{i}", f"Record {i}", f"Record {i}. " + ". ".join(SENTENCES[i : i + 4]) + ".") for i in range(count)]
+    return [Text("given-1", "a note", "An old NATO ship, 1945!", "given"), *made] if given else made
+
+
+def adapted_llama(std: float = 0.1, **settings):
+    """`tiny_llama`, every weight moved by noise, with a random adapter."""
+    model = tiny_llama(num_hidden_layers=3)
+    zoo.randomise(model, std=0.1, seed=5)
+    model = get_peft_model(model, PreskipConfig(**settings))
+    zoo.randomise(model, std=std)
+    return model.eval()
+
+
+def adapted(name: str, **settings):
+    model = get_peft_model(zoo.build(name), PreskipConfig(**settings))
+    zoo.randomise(model)
+    return model.eval()
