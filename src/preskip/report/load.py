@@ -29,10 +29,19 @@ def load_json(path: Path) -> dict[str, Any]:
     Raises:
         PreskipError: the file is missing, damaged, not finite somewhere, or of another schema version.
     """
-    remedy = f"finish the run with `preskip probe --resume {shlex.quote(str(path.parent))}`"
+    remedy = f"finish the run with `preskip {_kind(path.parent)} --resume {shlex.quote(str(path.parent))}`"
     if not path.parent.is_dir():
         raise PreskipError(f"{path.parent} is not a directory: give a run directory of `preskip probe`")
     return load_object(path, SCHEMA_VERSION, f"{remedy}, or give another run directory", remedy)
+
+
+def _kind(run: Path) -> str:
+    """The command that made a run, as far as run.json can be read: "probe" or "pretrain"."""
+    try:
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return "probe"
+    return "pretrain" if isinstance(record, dict) and record.get("kind") == "pretrain" else "probe"
 
 
 def load_object(path: Path, version: int, missing: str, damaged: str | None = None) -> dict[str, Any]:
