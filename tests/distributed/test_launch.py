@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from preskip.errors import PreskipError
 from preskip.probe.run import start_probe
-from preskip.train.distributed import share_batch
+from preskip.train.distributed import adapt_trainer, share_batch, shared_training
 from small_probe import stored
 from tiny_model import write_corpus
 from two_processes import ROOT, launch
@@ -87,6 +90,30 @@ def test_shares_of_a_batch(monkeypatch):
         share_batch(6, 6)
     with pytest.raises(PreskipError, match="--micro-batch-size 2 does not divide the 3 sequences"):
         share_batch(12, 2)
+
+
+def test_every_process_draws_its_own_dropout_masks(tmp_path, monkeypatch):
+    draws = []
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        torch.manual_seed(7)
+        arguments = SimpleNamespace(seed=7, process_index=int(rank), output_dir=str(tmp_path))
+        adapt_trainer(SimpleNamespace(args=arguments))
+        draws.append(torch.rand(1).item())
+    assert len(set(draws)) == 3
+    assert draws[0] == torch.rand(1, generator=torch.Generator().manual_seed(7)).item()  # as in a single process
+
+
+def test_a_lost_process_is_one_line_from_the_main_one_and_none_from_the_others(monkeypatch):
+    lost = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5332"
+    with pytest.raises(PreskipError, match="another process of this launch has ended"), shared_training(nn.Module()):
+        raise RuntimeError(lost)
+    with pytest.raises(RuntimeError, match="shapes"), shared_training(nn.Module()):
+        raise RuntimeError("shapes do not match")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop, shared_training(nn.Module()):
+        raise RuntimeError(lost)
+    assert stop.value.code == 1
 
 
 @pytest.mark.parametrize("command", ["probe", "pretrain"])

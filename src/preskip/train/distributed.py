@@ -183,23 +183,29 @@ def _take_back(model: nn.Module, trained: nn.Module) -> None:
                 parameter.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
-def heed_fsdp(trainer: Any) -> None:
-    """Let a `Trainer` on CPUs shard as the launcher asks; call it before training.
+def adapt_trainer(trainer: Any) -> None:
+    """Make a new `Trainer` fit for several processes; alone, it stays as it is.
 
-    Accelerate reads the wish for FSDP on accelerators alone, and trains with DDP on CPUs without a word. All that it
-    does after that works over gloo, too.
+    * Each process draws its own dropout masks; Trainer gives all of them the same.
+    * FSDP on CPUs: Accelerate reads the wish for it on accelerators alone, and trains with DDP on CPUs without a word.
+      All that it does after that works over gloo, too.
 
     Args:
-        trainer: a `transformers.Trainer`.
+        trainer: a `transformers.Trainer`, before training.
 
     Raises:
         PreskipError: FSDP of version 1 is asked for, or an interrupted training is to go on that sharded otherwise.
     """
+    import numpy as np
+    import torch
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
     from accelerate.utils.constants import FSDP_MODEL_NAME
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+    if not is_main():
+        own = np.random.SeedSequence([trainer.args.seed, trainer.args.process_index])
+        torch.manual_seed(int(own.generate_state(1)[0]))
     folder = Path(trainer.args.output_dir)
     sharded = {any(checkpoint.glob(f"{FSDP_MODEL_NAME}*")) for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
     if sharded == {not uses_fsdp()}:

@@ -27,7 +27,7 @@ from preskip.train.controls import (
     shuffle_targets,
     train_on_noise,
 )
-from preskip.train.distributed import heed_fsdp, is_main, share_batch, shared_training, uses_fsdp
+from preskip.train.distributed import adapt_trainer, is_main, share_batch, shared_training, uses_fsdp
 
 # The newest checkpoint, and one to fall back on where that is damaged.
 KEPT_CHECKPOINTS = 2
@@ -232,7 +232,7 @@ def train_frozen(
             model=trained, args=arguments, train_dataset=dataset, data_collator=_stack, callbacks=[steps]
         )
         trainer.remove_callback(PrinterCallback)
-        heed_fsdp(trainer)
+        adapt_trainer(trainer)
         with clear_disk_errors(checkpoints):
             trainer.train(resume_from_checkpoint=True)
     if settings.gradient_checkpointing:

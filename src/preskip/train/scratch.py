@@ -22,7 +22,7 @@ from preskip.errors import DivergedError, PreskipError
 from preskip.progress import Advance, no_progress
 from preskip.rundir import clear_disk_errors, write_jsonl
 from preskip.train.checkpoints import ResumableTrainer
-from preskip.train.distributed import heed_fsdp, is_main, share_batch, shared_training, world_size
+from preskip.train.distributed import adapt_trainer, is_main, share_batch, shared_training, world_size
 from preskip.train.frozen import BlockDataset
 from preskip.train.speed import training_flops_per_token
 
@@ -295,7 +295,7 @@ def train_scratch(
             branch_rate_factor=settings.branch_rate_factor,
         )
         trainer.remove_callback(PrinterCallback)
-        heed_fsdp(trainer)
+        adapt_trainer(trainer)
         with clear_disk_errors(checkpoints):
             trainer.train(resume_from_checkpoint=True)
     if is_main():
