@@ -92,6 +92,7 @@ def explain(
         from preskip import environment
         from preskip.analysis.explain import Extent, explain
         from preskip.analysis.explain.source import find_source, given_texts, heldout_texts
+        from preskip.report.explain_page import build_explain_page
         from preskip.report.static_figures import check_folder, save_figures
         from preskip.rundir import clear_disk_errors, write_json
     found = find_source(source, arm=arm, seed=seed)
@@ -143,6 +144,7 @@ def explain(
             "environment": environment.describe(device),
         }
         write_json(workspace / "explain.json", content)
+        build_explain_page(workspace)
         workspace.chmod(0o755)
         with clear_disk_errors(out):
             workspace.rename(out)
@@ -152,7 +154,10 @@ def explain(
     written = save_figures(content, figures) if figures is not None else []
     if as_json:
         shown = {key: value for key, value in content.items() if key != "documents"}
-        print(json.dumps({"out": str(out), "figures": [str(path) for path in written], **shown}, indent=1))
+        page = str(out / "explain.html")
+        print(
+            json.dumps({"out": str(out), "page": page, "figures": [str(path) for path in written], **shown}, indent=1)
+        )
     else:
         _print(content, out, written)
 
@@ -274,7 +279,7 @@ def _print(content: Mapping[str, Any], out: Path, figures: Sequence[Path]) -> No
         highlight=False,
         soft_wrap=True,
     )
-    for path in (out, *figures):
+    for path in (out / "explain.html", *figures):
         console.print(str(path), highlight=False, soft_wrap=True)
 
 

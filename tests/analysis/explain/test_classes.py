@@ -27,7 +27,7 @@ def of_word(found, word):
 
 
 def test_every_class_where_it_belongs():
-    found, ids = table()
+    found, _ = table()
     assert "".join(found.strings) == TEXT
     expected = {
         "The": ("letters", "capitalised", "function word"),

@@ -233,7 +233,7 @@ def test_a_baked_checkpoint_with_the_skip_behind_a_norm(tokenizer, tmp_path):
 
 
 def test_numbers_are_finite_and_the_model_is_as_it_was(place, tokenizer):
-    model, read, found, rows = place
+    model, read, found, _ = place
     json.dumps(found, allow_nan=False)
     ids = torch.arange(20)[None]
     with torch.no_grad():

@@ -10,6 +10,7 @@ from equations import attention, enriched, heads, linear, norm, rms_norm, rotate
 from preskip.analysis.branches import live_branches
 from preskip.analysis.depth import depth_profile
 from preskip.analysis.explain.forward import MEASURES, Chunk, Recorder, measure
+from preskip.analysis.explain.sums import SIZES
 from preskip.errors import PreskipError
 from tiny_explain import adapted
 
@@ -101,10 +102,7 @@ def test_every_family_as_its_depth_profile(name, position):
     model = adapted(name, skip_position=position)
     values, _, _ = measured(model)
     for row, depth in zip(range(zoo.LAYERS), depth_profile(model.get_base_model(), IDS), strict=True):
-        for size, (above, below) in {
-            "skip_to_attention": ("skip", "attention"),
-            "enrichment": ("change", "input"),
-        }.items():
+        for size, (above, below) in SIZES.items():
             ratio = sum(v[above][row].sum() for v in values) / sum(v[below][row].sum() for v in values)
             assert ratio == pytest.approx(depth[size], rel=1e-4)
     assert all(np.isfinite(value[name]).all() for value in values for name in MEASURES)

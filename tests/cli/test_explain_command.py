@@ -1,0 +1,199 @@
+"""`preskip explain` through the real command: a run, an adapter, a baked checkpoint, figures, and what it refuses."""
+
+import json
+import shutil
+import xml.etree.ElementTree as ElementTree
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from preskip.cli.main import main
+from tiny_model import save_tiny_llama, write_corpus
+from tiny_text import tiny_tokenizer
+
+PROBE = ["--steps", "3", "--batch-size", "2", "--seq-len", "16", "--eval-documents", "4", "--eval-words", "30"]
+PROBE += [
+    "--last-word-items",
+    "0",
+    "--context-length",
+    "32",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--match",
+    "none",
+]
+PROBE += ["--heldout-fraction", "0.4", "--arms", "none,preskip,lora", "--lora-rank", "4", "--seeds", "2,1"]
+PROBE += ["--nulls", "noise", "--match", "none"]
+FEW = ["--words", "40", "--documents", "4", "--ablation-documents", "2", "--ablation-words", "10", "--device", "cpu"]
+FEW += ["--attention-documents", "2", "--context-length", "32"]
+
+
+def preskip(*arguments) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("place")
+    save_tiny_llama(folder / "model")
+    corpus = write_corpus(folder / "corpus.jsonl")
+    assert preskip("probe", folder / "model", *PROBE, "--corpus", corpus, "--out", folder / "run", "--json") == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def explained(place):
+    (place / "note.txt").write_text("NATO met 12 ships in the harbor.", encoding="utf-8")
+    texts = ["--text", place / "note.txt", "--text", "a plain <b>text</b>"]
+    assert preskip("explain", place / "run", *FEW, *texts, "--figures", place / "figures") == 0
+    return json.loads((place / "run" / "explain" / "preskip-seed-2" / "explain.json").read_text())
+
+
+def test_a_run_with_its_reference_arm_and_first_seed(place, explained):
+    folder = place / "run" / "explain" / "preskip-seed-2"
+    assert {path.name for path in folder.iterdir()} == {"explain.json", "tokens.parquet", "explain.html"}
+    page = (folder / "explain.html").read_text(encoding="utf-8")
+    assert "a plain <b>text</b>" not in page
+    assert (explained["schema_version"], explained["kind"]) == (1, "explain")
+    assert explained["source"] == {"kind": "run", "name": "run", "arm": "preskip", "seed": 2}
+    assert explained["model"]["dtype"] == "float32"
+    assert explained["settings"]["expansion"] == 1.25
+    held_out = [text["id"] for text in explained["texts"] if text["set"] == "held-out"]
+    assert [text["title"] for text in explained["texts"][:2]] == ["note.txt", "“a plain <b>text</b>”"]
+    items = (place / "run" / "arms" / "preskip" / "seed-2" / "items.jsonl").read_text().splitlines()
+    assert sorted(held_out) == sorted({json.loads(line)["id"] for line in items})
+    rows = pq.read_table(folder / "tokens.parquet")
+    assert rows.num_rows == sum(text["tokens"] for text in explained["texts"])
+    assert {text["id"] for text in explained["texts"]} == set(rows["document"].to_pylist())
+
+
+def test_norms_are_the_runs_and_the_null_is_its_band(place, explained):
+    results = json.loads((place / "run" / "results.json").read_text())
+    null = [row["skip_norm"] for seed in results["nulls"]["noise"]["preskip"] for row in seed["layers"]]
+    for row, stored in zip(explained["layers"], results["depth"]["preskip"]["2"], strict=True):
+        for norm in ("layer", "up_norm", "down_norm", "skip_norm"):
+            assert row[norm] == pytest.approx(stored[norm], rel=1e-5)
+        band = row["null"]["skip_norm"]
+        assert min(null) <= band["low"] <= band["high"] <= max(null)
+
+
+def test_figures_are_drawn_from_the_json_alone_and_the_same_each_time(place, explained, tmp_path):
+    from preskip.report.static_figures import save_figures
+
+    names = {
+        f"{name}.{kind}" for name in ("depth", "ablation", "classes", "spectrum") for kind in ("svg", "pdf", "png")
+    }
+    assert {path.name for path in (place / "figures").iterdir()} == names
+    for path in save_figures(explained, tmp_path):
+        assert path.read_bytes() == (place / "figures" / path.name).read_bytes(), path.name
+        if path.suffix == ".svg":
+            ElementTree.parse(path)
+    bare = {**explained, "classes": []}
+    bare["layers"] = [
+        {**row, "skip_to_attention": None, "skip_norm": None, "spectrum": None, "ablation": None}
+        for row in explained["layers"]
+    ]
+    assert {path.name for path in save_figures(bare, tmp_path / "bare")} == {"depth.svg", "depth.pdf", "depth.png"}
+
+
+def test_adapter_and_baked_checkpoint_say_what_the_run_says(place, explained, tmp_path, capsys):
+    adapter = place / "run" / "arms" / "preskip" / "seed-2" / "adapter"
+    assert preskip("bake", adapter, tmp_path / "baked", "--json") == 0
+    same = [*FEW, "--corpus", place / "corpus.jsonl", "--json"]
+    capsys.readouterr()
+    assert preskip("explain", adapter, *same, "--out", tmp_path / "a") == 0
+    ours = json.loads(capsys.readouterr().out)
+    for row, expected in zip(ours["layers"], explained["layers"], strict=True):
+        assert {**row, "null": None} == {**expected, "null": None}
+    assert ours["source"] == {"kind": "adapter", "name": "run", "arm": "preskip", "seed": 2}
+    # Elsewhere, a corpus is read as a whole: no one knows what was held out of it.
+    shutil.copytree(adapter, tmp_path / "lone")
+    lone = [*same, "--model", place / "model", "--dtype", "float32", "--out", tmp_path / "l"]
+    assert preskip("explain", tmp_path / "lone", *lone) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert preskip("explain", tmp_path / "baked", *same, "--dtype", "float32", "--out", tmp_path / "b") == 0
+    baked = json.loads(capsys.readouterr().out)
+    assert baked["layers"] == found["layers"]
+    assert baked["source"] == {"kind": "baked", "name": "baked", "arm": None, "seed": None}
+    assert baked["model"]["type"] == "preskip_llama"
+    assert baked["layers"][0]["skip_norm"] == explained["layers"][0]["skip_norm"]
+
+
+def test_stacked_adapters_and_another_seed(place, explained, tmp_path, capsys):
+    chosen = [*FEW, "--out", tmp_path / "one", "--json", "--seed", "1"]
+    assert preskip("explain", place / "run", *chosen) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["source"]["seed"] == 1
+    for number, arm in ((1, "preskip"), (2, "lora")):
+        shutil.copytree(place / "run" / "arms" / arm / "seed-1" / "adapter", tmp_path / "stack" / str(number))
+    more = ["--model", place / "model", "--corpus", place / "corpus.jsonl", "--dtype", "float32", "--json"]
+    assert preskip("explain", tmp_path / "stack", *FEW, *more, "--out", tmp_path / "two") == 0
+    stacked = json.loads(capsys.readouterr().out)
+    assert stacked["layers"][0]["skip_norm"] == alone["layers"][0]["skip_norm"] != explained["layers"][0]["skip_norm"]
+    assert stacked["layers"][1]["skip_to_attention"]["value"] > 0
+
+
+def test_a_run_from_scratch(tmp_path, capsys):
+    """The layout of `preskip pretrain`: a model per cell, held-out documents in the run."""
+    run = tmp_path / "run"
+    corpus = [json.loads(line) for line in write_corpus(tmp_path / "c.jsonl", 4).read_text().splitlines()]
+    config = {"arch": "llama-tiny", "dtype": "float32", "corpus": "c.jsonl", "split_seed": 0}
+    manifest = {"schema_version": 2, "kind": "pretrain", "config": config, "arms": {"base": {}, "preskip": {}}}
+    for arm, kind in (("base", "llama"), ("preskip", "preskip_llama")):
+        cell = run / "arms" / arm / "seed-1"
+        settings = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+        plain = AutoConfig.for_model(kind, **settings, num_attention_heads=4, max_position_embeddings=64)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(plain).save_pretrained(cell / "model")
+        tiny_tokenizer().save_pretrained(cell / "model")
+        (cell / "cell.json").write_text("{}")
+    (run / "data").mkdir()
+    (run / "data" / "heldout.json").write_text(json.dumps([{"name": "c", "documents": corpus}]))
+    (run / "run.json").write_text(json.dumps(manifest))
+    assert preskip("explain", run, *FEW, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["source"] == {"kind": "run", "name": "run", "arm": "preskip", "seed": 1}
+    assert found["model"]["name"] == "llama-tiny"
+    assert {text["id"] for text in found["texts"]} == {entry["id"] for entry in corpus}
+    assert preskip("explain", run, "--arm", "base", *FEW) == 1
+    assert "arm base of" in capsys.readouterr().err
+
+
+CASES = {
+    "nothing": (["{place}/nowhere"], "does not exist or is no folder"),
+    "no source": (["{place}"], "has no run.json, adapter_config.json or config.json"),
+    "plain model": (["{place}/model"], "is a llama model, which has no branch"),
+    "lora": (["{place}/run/arms/lora/seed-1/adapter"], "holds a LORA adapter, which has no branch"),
+    "arm": (["{place}/run", "--arm", "preskipp"], "has no arm 'preskipp': choose one of lora, none"),
+    "arm without": (["{place}/run", "--arm", "lora"], "has no branch, or is not finished: choose one of preskip"),
+    "seed": (["{place}/run", "--seed", "7"], "has no finished seed 7: choose one of 1, 2"),
+    "arm of none": (["{place}/model", "--arm", "lora"], "--arm and --seed are for runs"),
+    "short": (["{place}/run", "--text", "a", "--out", "{out}"], "has 1 token: 2 or more are needed"),
+    "empty": (["{place}/run", "--text", " ", "--out", "{out}"], "is empty: give a text of 2 or more tokens"),
+    "no file": (["{place}/run", "--text", "gone.txt", "--out", "{out}"], "--text gone.txt: no such file"),
+    "binary": (["{place}/run", "--text", "{place}/bytes.txt", "--out", "{out}"], "cannot be read: give a UTF-8 text"),
+    "exists": (["{place}/run", "--out", "{place}/model"], "exists already: choose another --out"),
+    "figures": (["{place}/run", "--figures", "{place}/corpus.jsonl", "--out", "{out}"], "is a file: give a folder"),
+    "dtype": (["{place}/run", "--dtype", "float8"], "--dtype 'float8' is unknown"),
+    "documents": (["{place}/run", "--documents", "1"], "--documents 1 is not possible: it must be at least 2"),
+    "context": (["{place}/run", "--context-length", "9999", "--out", "{out}"], "the model reads at most 256"),
+    "corpus": (["{place}/run", "--corpus", "nowhere", "--out", "{out}"], "unknown corpus 'nowhere'"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_ends_in_one_line(case, place, tmp_path, capsys):
+    (place / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    arguments, words = CASES[case]
+    arguments = [argument.format(place=place, out=tmp_path / "out") for argument in arguments]
+    assert preskip("explain", *arguments) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert words in lines[-1]
+    assert list(tmp_path.iterdir()) == []
