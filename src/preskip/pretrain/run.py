@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from datetime import datetime, timezone
 from multiprocessing import get_context
@@ -143,8 +144,8 @@ def in_this_process(quiet: bool) -> Execute:
 def in_processes(count: int, quiet: bool) -> Execute:
     """Cells side by side in `count` processes of this machine, which share its cores.
 
-    The results are those of one process: on the CPU every cell computes with as many threads as it has cores, whoever
-    runs it, so the number of processes may move the last digits of sums.
+    Each takes an equal part of the threads. Sums over several threads are added in another order, so on a CPU the number
+    of processes may move the last digits of the results; a cell that is done is the same for all.
     """
 
     def execute(path: Path, cells: Sequence[tuple[str, int]]) -> None:
@@ -164,6 +165,10 @@ def in_processes(count: int, quiet: bool) -> Execute:
                         f"{summary['tokens_per_second']:,.0f} tokens/s",
                         quiet=quiet,
                     )
+            except BrokenProcessPool:
+                raise PreskipError(
+                    "a worker ended without a word (out of memory?): resume, with fewer --workers if it happens again"
+                ) from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list((pool._processes or {}).values()):
@@ -178,7 +183,6 @@ def _set_up(threads: int, parent: int) -> None:
     from transformers.utils import logging
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
