@@ -144,8 +144,8 @@ def in_this_process(quiet: bool) -> Execute:
 def in_processes(count: int, quiet: bool) -> Execute:
     """Cells side by side in `count` processes of this machine, which share its cores.
 
-    Each takes an equal part of the threads. Sums over several threads are added in another order, so on a CPU the number
-    of processes may move the last digits of the results; a cell that is done is the same for all.
+    Each takes an equal part of the threads. Several threads add in another order than one, so on a CPU the number of
+    processes may move the last digits of the results.
     """
 
     def execute(path: Path, cells: Sequence[tuple[str, int]]) -> None:
