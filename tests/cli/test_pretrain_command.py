@@ -1,0 +1,266 @@
+"""`preskip pretrain` through the real command: a tiny architecture on a tiny corpus."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from preskip.cli.main import main
+from preskip.pretrain.cells import run_cell
+from preskip.report.claims import assess
+from tiny_model import write_corpus
+
+TINY = ["--layers", "1", "--hidden-size", "32", "--heads", "2", "--kv-heads", "2", "--mlp-width", "64"]
+TINY += ["--vocab-size", "300", "--seq-len", "16", "--batch-size", "4", "--tokens", "768", "--eval-steps", "4"]
+TINY += ["--eval-blocks", "4", "--eval-documents", "5", "--eval-words", "40", "--save-steps", "5", "--device", "cpu"]
+TINY += ["--dtype", "float32", "--report-to", "none", "--peak-flops", "1e9", "--heldout-fraction", "0.3"]
+ARMS = ["base", "base-wide", "base-flops", "preskip"]
+
+
+def call(*arguments):
+    try:
+        main(["pretrain", *map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "records.jsonl", documents=24)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """One finished run of the default arms with two seeds."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert call(*TINY, "--corpus", corpus, "--seeds", "1,2", "--out", run, "--json") == 0
+    return run
+
+
+@pytest.fixture
+def again(finished, tmp_path):
+    """A copy of it to break."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def refused(corpus, tmp_path, capsys):
+    """Call with options that cannot work; returns the line on stderr, after checks that nothing is left behind."""
+
+    def check(*arguments, corpus=corpus):
+        code = call(*TINY, "--corpus", corpus, *arguments, "--out", tmp_path / "no")
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert (code, len(error)) == (1, 1)
+        assert not (tmp_path / "no").exists()
+        return error[0]
+
+    return check
+
+
+def stored(run, name):
+    return json.loads((run / name).read_text())
+
+
+def lines(run, arm, seed, name):
+    return [json.loads(line) for line in (run / "arms" / arm / f"seed-{seed}" / name).open()]
+
+
+def test_the_run_holds_what_was_matched_and_what_came_out(finished):
+    record, results = stored(finished, "run.json"), stored(finished, "results.json")
+    assert (record["status"], record["kind"], results["kind"]) == ("finished", "pretrain", "pretrain")
+    assert list(results["arms"]) == ARMS
+    for arm, summary in results["arms"].items():
+        assert summary["seeds"] == [1, 2]
+        assert summary["parameters"] == record["arms"][arm]["parameters"] == summary["trainable_parameters"]
+        rows = lines(finished, arm, 1, "train.jsonl")
+        assert len(rows) == summary["steps"]
+        assert sum(row["tokens"] for row in rows) == summary["tokens"] == 64 * summary["steps"]
+        assert all(math.isfinite(row["loss"]) for row in rows)
+        assert [point["step"] for point in results["curves"][arm]["2"]] == list(range(4, summary["steps"] + 1, 4))
+    declared = {(entry["arm"], entry["reference"]) for entry in results["family"]["declared"]}
+    assert declared == {("preskip", "base-wide"), ("preskip", "base-flops"), ("preskip", "base")}
+
+
+def test_arms_of_a_seed_read_the_same_text_in_the_same_order(finished):
+    """At the first step nothing is learned yet: base and base-flops, of equal weights, have the same loss."""
+    base, flops = (lines(finished, arm, 1, "train.jsonl") for arm in ("base", "base-flops"))
+    assert base[0]["loss"] == flops[0]["loss"]
+    assert base[0]["loss"] != lines(finished, "base", 2, "train.jsonl")[0]["loss"]
+
+
+def test_stored_scores_are_those_of_the_stored_model(finished):
+    folder = finished / "arms" / "preskip" / "seed-1" / "model"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "PreskipLlamaForCausalLM"
+    document = stored(finished, "data/heldout.json")[0]["documents"][0]
+    row = next(row for row in lines(finished, "preskip", 1, "items.jsonl") if row["id"] == document["id"])
+    ids = [0, *tokenizer(document["text"])["input_ids"]]
+    nats = 0.0
+    for end in range(16, len(ids) + 16, 16):  # windows of 16 scored tokens
+        last = min(end, len(ids) - 1)
+        first = max(0, last - 16)
+        fresh = last - (end - 16)
+        if fresh < 1:
+            break
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids[first:last]])).logits[0]
+        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first + 1 : last + 1]), reduction="none")
+        nats += losses[-fresh:].sum().item()
+    assert row["nll"] == pytest.approx(nats, rel=1e-4)
+    assert row["bytes"] == len(document["text"].encode())
+
+
+def test_bits_per_byte_are_the_ratio_of_sums_over_seeds_and_documents(finished):
+    rows = [row for seed in (1, 2) for row in lines(finished, "base-wide", seed, "items.jsonl")]
+    expected = sum(row["nll"] for row in rows) / sum(row["bytes"] for row in rows) / math.log(2)
+    metrics = stored(finished, "results.json")["arms"]["base-wide"]["metrics"]["records"]
+    assert metrics["bits_per_byte"]["value"] == pytest.approx(expected)
+
+
+def test_no_held_out_document_is_trained_on(finished):
+    tokenizer = AutoTokenizer.from_pretrained(finished / "tokenizer")
+    text = tokenizer.decode(np.fromfile(finished / "data" / "tokens.bin", dtype="<u2"))
+    heldout = stored(finished, "data/heldout.json")[0]["documents"]
+    assert heldout
+    for document in heldout:
+        assert document["text"].split(".")[0] + "." not in text  # "This is record 7."
+
+
+def test_what_is_missing_is_computed_again_with_the_same_result(again, finished, capsys):
+    before = (again / "arms" / "base" / "seed-1" / "cell.json").stat().st_mtime_ns
+    shutil.rmtree(again / "arms" / "preskip" / "seed-2")
+    (again / "results.json").unlink()
+    assert call("--resume", again, "--json") == 0
+    assert (again / "arms" / "base" / "seed-1" / "cell.json").stat().st_mtime_ns == before
+    assert lines(again, "preskip", 2, "items.jsonl") == lines(finished, "preskip", 2, "items.jsonl")
+    one, two = stored(again, "results.json"), stored(finished, "results.json")
+    assert one["comparisons"] == two["comparisons"]
+    assert one["curves"] == two["curves"]
+
+
+def test_a_cell_needs_the_run_directory_alone(again, finished, corpus, tmp_path, monkeypatch):
+    shutil.rmtree(again / "arms" / "base-wide" / "seed-1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PRESKIP_DATA", raising=False)
+    summary = run_cell(again, "base-wide", 1)
+    assert summary["final_eval_loss"] == stored(finished, "arms/base-wide/seed-1/cell.json")["final_eval_loss"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(finished, corpus, tmp_path):
+    run = tmp_path / "run"
+    assert call(*TINY, "--corpus", corpus, "--seeds", "1,2", "--out", run, "--workers", "2", "--json") == 0
+    assert stored(run, "results.json")["comparisons"] == stored(finished, "results.json")["comparisons"]
+
+
+def test_compare_and_report_read_it(finished, capsys):
+    main(["compare", str(finished), "--arms", "preskip,base-wide", "--json"])
+    entry = next(e for e in json.loads(capsys.readouterr().out)["comparisons"] if e["metric"] == "bits_per_byte")
+    assert (entry["arm"], entry["reference"], entry["seeds"], entry["declared"]) == ("preskip", "base-wide", 2, True)
+    page = (finished / "report.html").read_text()
+    for words in ("Size and compute of the arms", "training FLOPs", "Loss on development documents", "--peak-flops"):
+        assert words in page
+    assert "preskip pretrain --resume" in page
+    assert "LoRA at equal budget" not in page
+
+
+def test_the_claims_are_those_of_training_from_scratch(finished):
+    claims = {claim["id"]: claim for claim in assess(stored(finished, "run.json"), stored(finished, "results.json"))}
+    assert claims["scratch-base-flops"]["reference"] == "base-flops"
+    assert claims["scratch-base"]["verdict"] in ("supported", "contradicted", "undecided")
+    assert claims["scratch-parallel"]["verdict"] == "not measured"
+
+
+def test_plans_are_printed_before_training(corpus, tmp_path, capsys):
+    assert call(*TINY, "--corpus", corpus, "--arms", "base,base-deep,skip", "--out", tmp_path / "run") == 0
+    captured = capsys.readouterr()
+    assert "base-deep" in captured.err
+    assert "parameters" in captured.err
+    assert captured.err.index("training PFLOP") < captured.err.index("cell 1 of 3")
+    declared = stored(tmp_path / "run", "results.json")["family"]["declared"]
+    assert [(entry["arm"], entry["reference"]) for entry in declared] == [("base-deep", "base")]
+
+
+def test_a_tokenizer_that_exists_is_taken(finished, corpus, tmp_path):
+    run = tmp_path / "run"
+    options = ["--tokenizer", finished / "tokenizer", "--arms", "base", "--set", "vocab_size=320", "--out", run]
+    assert call(*TINY, "--corpus", corpus, *options, "--json") == 0
+    assert stored(run, "run.json")["model"]["vocab_size"] == 320
+    assert (run / "data" / "tokens.bin").read_bytes() == (finished / "data" / "tokens.bin").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tokens", "1M"], "would be read .* times; give more text or fewer --tokens, or allow it with --repeat"),
+        (["--tokens", "many"], "'many' is not a number of tokens"),
+        (["--tokens", "10"], "less than one step"),
+        (["--arms", "base,lora"], "unknown arm 'lora'"),
+        (["--lr", "skip=1e-3"], "names 'skip', which is not compared"),
+        (["--lr", "fast"], "not a number or arm=number"),
+        (["--micro-batch-size", "3"], "does not divide"),
+        (["--seq-len", "4096", "--tokens", "1M"], "exceed the architecture's context of 2048"),
+        (["--heads", "3"], "cannot be shared by 3 heads"),
+        (["--arch", "llama-2m"], "did you mean llama-"),
+        (["--set", "colour"], "not FIELD=VALUE"),
+        (["--vocab-size", "60000"], "gives only .* tokens"),
+        (["--set", "vocab_size=299"], "too small for the tokenizer, which has 300"),
+        (["--tokenizer", "nowhere/tokenizer"], "nowhere"),
+        (["--report-to", "tensorboard"], "pip install tensorboard"),
+        (["--skip-rank", "64"], "skip_rank=64 exceeds the width 32"),
+        (["--eval-corpora", "pydoc:1x9"], "too small"),
+        (["--workers", "0"], "at least 1"),
+        (["--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(refused, options, message, monkeypatch):
+    monkeypatch.setattr("preskip.train.scratch.find_spec", lambda name: None)
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    import re
+
+    assert re.search(message, refused(*options))
+
+
+def test_text_is_repeated_if_that_is_allowed(corpus, tmp_path):
+    run = tmp_path / "run"
+    assert call(*TINY, "--corpus", corpus, "--arms", "base", "--tokens", "12k", "--repeat", "--out", run, "--json") == 0
+    assert stored(run, "run.json")["corpus"]["training_passes"] > 1
+
+
+def test_a_corrupt_shard_is_refused_by_a_cell_and_mended_by_a_resume(again, finished, capsys):
+    shutil.rmtree(again / "arms" / "base" / "seed-1")
+    content = bytearray((again / "data" / "tokens.bin").read_bytes())
+    content[0] ^= 1
+    (again / "data" / "tokens.bin").write_bytes(content)
+    from preskip.errors import PreskipError
+
+    with pytest.raises(PreskipError, match=r"tokens\.bin is damaged"):
+        run_cell(again, "base", 1)
+    assert call("--resume", again, "--json") == 0
+    assert lines(again, "base", 1, "items.jsonl") == lines(finished, "base", 1, "items.jsonl")
+
+
+def test_other_text_under_the_same_name_is_refused(again, corpus, tmp_path, capsys):
+    record = stored(again, "run.json")
+    other = write_corpus(tmp_path / "records.jsonl", documents=20)
+    record["config"]["corpus"] = str(other)
+    (again / "run.json").write_text(json.dumps(record))
+    assert call("--resume", again) == 1
+    assert "the corpus has changed since this run began" in capsys.readouterr().err
+
+
+def test_a_run_of_the_other_command_is_refused(again, capsys):
+    record = stored(again, "run.json")
+    del record["kind"]
+    (again / "run.json").write_text(json.dumps(record))
+    assert call("--resume", again) == 1
+    assert "resume it with `preskip probe --resume`" in capsys.readouterr().err
+    assert call("--resume", again, "--tokens", "5M") == 1
+    assert "leave out tokens" in capsys.readouterr().err
