@@ -104,6 +104,14 @@ def explain(layers: int, documents: int, tokens: int, skip: bool, enrichment: bo
             for name, size in classes.items()
         ],
         "documents": shown,
+        "method": {
+            "statistics": "held-out",
+            "context_length": 512,
+            "frequency_tokens": 210_000,
+            "attention_documents": 8,
+            "ablation_documents": 24,
+            "ablation_words": 256,
+        },
         "timings": {"read": 48.2, "ablation": 61.0, "total": 112.4},
         "environment": {"device": "cpu", "cores": 2, "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},
     }

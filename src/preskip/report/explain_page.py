@@ -11,7 +11,7 @@ from urllib.parse import quote
 from preskip.errors import PreskipError
 from preskip.report.explain_figures import ABLATIONS, ALIGNMENTS, SIZES, Interval, explain_figures, measured, value_text
 from preskip.report.explain_map import pack_map
-from preskip.report.explain_words import findings, limits
+from preskip.report.explain_words import counted, extent, findings, limits
 from preskip.report.load import load_object, short
 from preskip.report.plots.classes import DIMENSIONS
 from preskip.report.render import render, require_extra, write_page
@@ -141,8 +141,7 @@ def _content(
         "about": _about(explain),
         "contents": [(key, words) for key, words in CONTENTS.items() if key in drawn],
         "findings": findings(explain),
-        "documents": len(explain["texts"]),
-        "tokens": f"{sum(entry['tokens'] for entry in explain['texts']):,}",
+        "extent": extent(counted(explain)),
         "columns": list(columns),
         "rows": [
             {"layer": row["layer"], "cells": list(cells)}
@@ -269,7 +268,8 @@ def _facts(explain: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
         },
         "Branch": explain.get("settings") or {},
         "Texts": {
-            **{name.capitalize(): _extent([e for e in explain["texts"] if e["set"] == name]) for name in sets},
+            **{name.capitalize(): extent([e for e in explain["texts"] if e["set"] == name]) for name in sets},
+            **_method(explain.get("method") or {}),
             "On the map": ", ".join(document["title"] for document in explain["documents"]),
         },
         "Machine": {
@@ -283,8 +283,13 @@ def _facts(explain: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
     ]
 
 
-def _extent(texts: Sequence[Mapping[str, Any]]) -> str:
-    return f"{len(texts):,} document{'s' if len(texts) != 1 else ''}, {sum(e['tokens'] for e in texts):,} tokens"
+def _method(method: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "Context": method.get("context_length"),
+        "Frequencies from": method.get("frequency_tokens") and f"{method['frequency_tokens']:,} tokens",
+        "Ablation over": method.get("ablation_documents") and f"{method['ablation_documents']:,} documents",
+        "Patterns over": method.get("attention_documents") and f"{method['attention_documents']:,} documents",
+    }
 
 
 def _text(value: Any) -> str:

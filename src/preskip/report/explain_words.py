@@ -32,16 +32,22 @@ def findings(explain: Explain) -> list[tuple[str, str]]:
 
 def limits(explain: Explain) -> list[str]:
     """What these measurements cannot show, a sentence or two each."""
-    texts = [entry for entry in explain["texts"] if entry["set"] == "held-out"]
-    tokens = sum(entry["tokens"] for entry in explain["texts"])
+    texts = counted(explain)
     found = [
-        f"Intervals are 95 %, by bootstrap over {len(explain['texts'])} documents ({tokens:,} tokens)"
-        + (": with so few they are known only roughly." if len(explain["texts"]) < FEW_DOCUMENTS else ".")
+        f"Intervals are 95 %, by bootstrap over {extent(texts)}"
+        + (": with so few they are known only roughly." if len(texts) < FEW_DOCUMENTS else ".")
         + " They say how a figure varies with the text, and nothing about another training seed."
     ]
-    given = len(explain["texts"]) - len(texts)
-    if given:
-        found.append(f"{given} of the documents were given by hand: they are not a sample of anything.")
+    method = explain.get("method") or {}
+    fewer = [
+        f"{words} over the first {method[key]}"
+        for key, words in (("ablation_documents", "the ablation"), ("attention_documents", "the attention patterns"))
+        if 0 < (method.get(key) or 0) < len(texts)
+    ]
+    if fewer:
+        found.append(f"To save time, fewer documents carry {' and '.join(fewer)}: their intervals are wider.")
+    if any(entry["set"] != "held-out" for entry in texts):
+        found.append("The texts were given by hand: they are not a sample of anything.")
     found += [
         "A ratio of norms says how large the skip is beside attention, not what it is good for: the ablation does. "
         "Where attention writes next to nothing, the ratio is large without the skip being so.",
@@ -53,6 +59,19 @@ def limits(explain: Explain) -> list[str]:
     if not any(layer.get("null") for layer in explain["layers"]):
         found.append("No null was trained for this branch: whether its norms exceed what noise gives is not known.")
     return found
+
+
+def counted(explain: Explain) -> list[Mapping[str, Any]]:
+    """The texts that the statistics are of: the held-out ones, or the given ones where there are no others."""
+    sets = [entry["set"] for entry in explain["texts"]]
+    chosen = "held-out" if "held-out" in sets else "given"
+    return [entry for entry in explain["texts"] if entry["set"] == chosen]
+
+
+def extent(texts: Sequence[Mapping[str, Any]]) -> str:
+    """Number of texts and tokens in words."""
+    plural = "" if len(texts) == 1 else "s"
+    return f"{len(texts):,} document{plural}, {sum(entry['tokens'] for entry in texts):,} tokens"
 
 
 def layers_text(indices: Sequence[int]) -> str:

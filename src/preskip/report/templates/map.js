@@ -84,10 +84,15 @@
       span.dataset.token = i;
       if (marked.has(i)) span.classList.add("hit");
       if (now && now.text === state.text && i >= now.from && i < now.to) span.classList.add("current");
+      name(span, token);
       spans.push(span);
       made.append(span);
     }
     words.replaceChildren(made);
+  }
+  function name(span, token) { // a blank token has no name of its own
+    if (token.trim()) span.removeAttribute("aria-label");
+    else span.setAttribute("aria-label", spoken(token));
   }
   function paint() {
     const [from] = range();
@@ -148,7 +153,7 @@
     state.token = Math.max(from, Math.min(to - 1, token));
     if (layer !== state.layer) setLayer(layer);
     const old = words.querySelector(".now");
-    if (old) { old.classList.remove("now"); old.removeAttribute("id"); old.removeAttribute("aria-selected"); old.removeAttribute("aria-label"); }
+    if (old) { old.classList.remove("now"); old.removeAttribute("id"); old.removeAttribute("aria-selected"); name(old, old.textContent); }
     const span = spans[state.token - from];
     if (span) {
       span.classList.add("now");
@@ -166,7 +171,7 @@
     if (speak) preskip.say(`${spoken(text().tokens[state.token])}, layer ${map.layers[state.layer]}: ${shown(at(state.measure, state.token, state.layer))}`);
   }
   function inSight(box, element) {
-    const top = element.offsetTop - box.offsetTop, bottom = top + element.offsetHeight;
+    const top = element.offsetTop, bottom = top + element.offsetHeight;
     if (top < box.scrollTop) box.scrollTop = top - 8;
     else if (bottom > box.scrollTop + box.clientHeight) box.scrollTop = bottom - box.clientHeight + 8;
   }
@@ -401,5 +406,6 @@
     setText(0, -1);
     setLayer(state.layer);
     id("map-panel").dataset.ready = "true";
-  })().catch((error) => { console.error(error); preskip.say("The map could not be drawn in this browser."); });
+    performance.mark("map-ready");
+  })().catch((error) => { console.error(error); words.textContent = "The map could not be drawn: it needs a browser of 2023 or later."; });
 })();

@@ -63,7 +63,9 @@ const preskip = {}; // what the page's scripts share: save, say, csv, complete, 
     if (views[key]) views[key].finalize();
     const copy = JSON.parse(JSON.stringify(specs[key]));
     // `ast` interprets expressions instead of compiling them: the page needs no eval.
-    views[key] = await vegaEmbed(document.getElementById(key), copy, { actions: false, ast: true, mode: "vega-lite", renderer: "svg", config: shared });
+    const element = document.getElementById(key);
+    views[key] = await vegaEmbed(element, copy, { actions: false, ast: true, mode: "vega-lite", renderer: "svg", config: shared });
+    element.querySelector("svg").setAttribute("aria-hidden", "true"); // the figure says in words what it shows
   }
 
   // Those in sight first; between any two the page answers the reader.
