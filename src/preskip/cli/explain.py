@@ -103,7 +103,7 @@ def explain(
         check_folder(figures)
     given = given_texts(text or [])
     device = environment.resolve_device(device)
-    wanted = found.config.get("dtype", "auto") if dtype == "auto" else dtype
+    wanted = found.dtype if dtype == "auto" else dtype
     resolved, reason = environment.resolve_dtype(wanted, device)
     with spinner("preparing the texts", quiet=as_json):
         heldout, reference = heldout_texts(found, corpus, documents, words, data_dir=data_dir, quiet=as_json)
@@ -117,7 +117,9 @@ def explain(
         attention_documents=attention_documents,
         shown_tokens=shown_tokens,
     )
-    for line in _announcement(found, resolved, reason if dtype != "auto" or wanted == "auto" else "the run's", device):
+    if dtype == "auto" and wanted != "auto":
+        reason = "as in the run"
+    for line in _announcement(found, resolved, reason, device):
         say(line, quiet=as_json)
     loaded = time.perf_counter() - started
     with clear_disk_errors(out):
@@ -271,9 +273,10 @@ def _print(content: Mapping[str, Any], out: Path, figures: Sequence[Path]) -> No
     console = Console()
     print_wide(console, table)
     tokens = sum(text["tokens"] for text in content["texts"])
+    ablated = content["method"]["ablation_documents"]
+    off = f"off: bits per byte without the part minus with it, on {ablated} documents; " if ablated else ""
     console.print(
-        f"{tokens:,} tokens of {len(content['texts'])} texts; off: bits per byte without the part minus with it, on "
-        f"{content['method']['ablation_documents']} documents; 95 % intervals over documents; "
+        f"{tokens:,} tokens of {len(content['texts'])} texts; {off}95 % intervals over documents; "
         f"{content['timings']['total']:g} s",
         style="dim",
         highlight=False,

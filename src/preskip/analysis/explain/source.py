@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,11 @@ class Source:
     def config(self) -> dict[str, Any]:
         """The options of the run, or {}."""
         return self.manifest.get("config", {})
+
+    @property
+    def dtype(self) -> str:
+        """Of the base's weights: as the run had them (from scratch they are float32 always), else "auto"."""
+        return "float32" if self.run is not None and self.is_checkpoint else self.config.get("dtype", "auto")
 
     @property
     def base(self) -> str | None:
@@ -152,21 +158,20 @@ def _adapter(path: Path) -> Source:
     if PEFT_TYPE not in kinds:
         raise PreskipError(f"{path} holds a {kinds[0]} adapter, which has no branch: give a Preskip adapter")
     place = path.resolve()
-    inside = [*place.parents[:4]]  # RUN/arms/<arm>/seed-<seed>/adapter
-    run = inside[3] if len(inside) == 4 and inside[2].name == "arms" and (inside[3] / "run.json").is_file() else None
-    name = place.name if run is None else run.name
-    if run is None:
-        return Source(kind="adapter", name=name, weights=path, is_checkpoint=False)
-    return Source(
-        kind="adapter",
-        name=name,
-        weights=path,
-        is_checkpoint=False,
-        arm=inside[1].name,
-        seed=int(inside[0].name.removeprefix("seed-")),
-        run=run,
-        manifest=RunDirectory.open(run).manifest,
-    )
+    match place.parts[-4:]:
+        case ("arms", arm, seed, _) if re.fullmatch(r"seed-\d+", seed) and (place.parents[3] / "run.json").is_file():
+            run = place.parents[3]
+            return Source(
+                kind="adapter",
+                name=run.name,
+                weights=path,
+                is_checkpoint=False,
+                arm=arm,
+                seed=int(seed.removeprefix("seed-")),
+                run=run,
+                manifest=RunDirectory.open(run).manifest,
+            )
+    return Source(kind="adapter", name=place.name, weights=path, is_checkpoint=False)
 
 
 def _checkpoint(path: Path) -> Source:
