@@ -58,15 +58,34 @@ def test_a_probe_under_accelerate_with_fsdp2_equals_one_process(local_probe, tmp
         assert_close(sharded[part], whole[part], part)
 
 
+class PoolOfOne:
+    """A Ray cluster's stand-in: every task in this process, the last one first."""
+
+    def __init__(self, address, device):
+        assert (address, device) == (None, "cpu")
+
+    def outcomes(self, function, calls, names):
+        assert len(names) == len(calls)
+        return ((index, function(*calls[index])) for index in reversed(range(len(calls))))
+
+    def close(self):
+        pass
+
+
 @pytest.mark.slow
-def test_pretraining_under_torchrun_equals_one_process(tmp_path):
+def test_pretraining_under_torchrun_and_as_tasks_equals_one_process(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
     from preskip.cli.main import main
+    from preskip.pretrain import executor
 
     corpus = str(write_corpus(tmp_path / "corpus.jsonl", 60))
     options = ["pretrain", *PRETRAIN.split(), "--corpus", corpus, "--json"]
-    with pytest.raises(SystemExit) as stop:
-        main([*options, "--out", str(tmp_path / "one")])
-    assert stop.value.code == 0
+    monkeypatch.setattr(executor, "RayPool", PoolOfOne)
+    for name, more in (("one", []), ("tasks", ["--executor", "ray"])):
+        with pytest.raises(SystemExit) as stop:
+            main([*options, *more, "--out", str(tmp_path / name)])
+        assert stop.value.code == 0
+    assert logged(tmp_path / "tasks") == logged(tmp_path / "one")
     finished = launch("-m", "preskip", *options, "--out", tmp_path / "two")
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert json.loads(finished.stdout)["run"] == str(tmp_path / "two")

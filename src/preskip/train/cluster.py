@@ -67,9 +67,10 @@ class RayPool:
             else:
                 settings = {key: value for key, value in os.environ.items() if key.startswith(ENVIRONMENT)}
                 self.ray.init(address=address, runtime_env={"env_vars": settings}, **QUIET)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise PreskipError(f"no Ray cluster at --ray-address {address}: {reason}") from error
+        except Exception as error:  # Ray raises a bare one where its own processes do not start in time
+            self.close()
+            where = "on this machine" if address is None else f"at --ray-address {address}"
+            raise PreskipError(f"no Ray cluster {where}: {str(error).splitlines()[0]}") from error
         machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         if not any(machine.get("GPU", 0) >= self.gpus for machine in machines):
             self.close()
