@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +51,27 @@ def plain_config(
             f"vocab_size {values['vocab_size']} is too small for the tokenizer, which has {needed} tokens: raise it, "
             "or leave it out"
         )
+    if arch in SHAPES:
+        _check_heads({**SHAPES[arch].settings, **values}.get)
     config = _make(arch, values)
     if own_vocabulary and "vocab_size" not in overrides:
         without = {key: value for key, value in values.items() if key != "vocab_size"}
         own = _make(arch, without)
         config = own if own.vocab_size >= needed else config
-    heads = config.num_attention_heads
-    if getattr(config, "head_dim", None) is None and config.hidden_size % heads:
-        raise PreskipError(f"--hidden-size {config.hidden_size} cannot be shared by {heads} heads: give a multiple")
-    shared = getattr(config, "num_key_value_heads", None) or heads
+    _check_heads(lambda name: getattr(config, name, None))
+    return config
+
+
+def _check_heads(value: Callable[[str], Any]) -> None:
+    """Refuse heads that cannot share the width; transformers says so in several ways, or when it computes."""
+    width, heads = value("hidden_size"), value("num_attention_heads")
+    shared = value("num_key_value_heads") or heads
+    if not all(isinstance(number, int) and number > 0 for number in (width, heads, shared)):
+        return  # the config's own validation names it
+    if value("head_dim") is None and width % heads:
+        raise PreskipError(f"--hidden-size {width} cannot be shared by {heads} heads: give a multiple")
     if heads % shared:
         raise PreskipError(f"{heads} heads cannot share {shared} key-value heads evenly: give a divisor to --kv-heads")
-    return config
 
 
 def _make(arch: str, values: dict[str, Any]) -> PreTrainedConfig:
