@@ -125,18 +125,13 @@ def test_adapter_and_baked_checkpoint_say_what_the_run_says(place, explained, tm
     assert baked["layers"][0]["skip_norm"] == explained["layers"][0]["skip_norm"]
 
 
-def test_stacked_adapters_and_another_seed(place, explained, tmp_path, capsys):
-    chosen = [*FEW, "--out", tmp_path / "one", "--json", "--seed", "1"]
-    assert preskip("explain", place / "run", *chosen) == 0
-    alone = json.loads(capsys.readouterr().out)
-    assert alone["source"]["seed"] == 1
-    for number, arm in ((1, "preskip"), (2, "lora")):
-        shutil.copytree(place / "run" / "arms" / arm / "seed-1" / "adapter", tmp_path / "stack" / str(number))
-    more = ["--model", place / "model", "--corpus", place / "corpus.jsonl", "--dtype", "float32", "--json"]
-    assert preskip("explain", tmp_path / "stack", *FEW, *more, "--out", tmp_path / "two") == 0
-    stacked = json.loads(capsys.readouterr().out)
-    assert stacked["layers"][0]["skip_norm"] == alone["layers"][0]["skip_norm"] != explained["layers"][0]["skip_norm"]
-    assert stacked["layers"][1]["skip_to_attention"]["value"] > 0
+def test_another_seed_and_no_ablation(place, explained, tmp_path, capsys):
+    chosen = ["--arm", "preskip", "--seed", "1", "--out", tmp_path / "one", "--ablation-documents", "0", "--json"]
+    assert preskip("explain", place / "run", *FEW, *chosen) == 0
+    other = json.loads(capsys.readouterr().out)
+    assert other["source"]["seed"] == 1
+    assert other["layers"][0]["ablation"] is None
+    assert other["layers"][0]["skip_norm"] != explained["layers"][0]["skip_norm"]
 
 
 def test_a_run_from_scratch(tmp_path, capsys):
@@ -171,7 +166,10 @@ CASES = {
     "plain model": (["{place}/model"], "is a llama model, which has no branch"),
     "lora": (["{place}/run/arms/lora/seed-1/adapter"], "holds a LORA adapter, which has no branch"),
     "arm": (["{place}/run", "--arm", "preskipp"], "has no arm 'preskipp': choose one of lora, none"),
-    "arm without": (["{place}/run", "--arm", "lora"], "has no branch, or is not finished: choose one of preskip"),
+    "arm without": (
+        ["{place}/run", "--arm", "lora"],
+        "has no branch of its own, stacks adapters, or is not finished: choose one of",
+    ),
     "seed": (["{place}/run", "--seed", "7"], "has no finished seed 7: choose one of 1, 2"),
     "arm of none": (["{place}/model", "--arm", "lora"], "--arm and --seed are for runs"),
     "short": (["{place}/run", "--text", "a", "--out", "{out}"], "has 1 token: 2 or more are needed"),

@@ -176,7 +176,7 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
 
     from preskip.assets import load_model, load_tokenizer
     from preskip.evaluate.adapters import load_adapter
-    from preskip.evaluate.likelihood import check_causal, language_model
+    from preskip.evaluate.likelihood import check_causal
 
     name = source.base if source.is_checkpoint else model or source.base
     if source.is_checkpoint and model is not None:
@@ -184,8 +184,8 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
     if not name:
         raise PreskipError(f"{source.weights} does not say which base it was trained on: give it with --model")
     live = load_model(name, getattr(torch, dtype), device, None, trust)
-    for folder in source.adapters:
-        live = load_adapter(language_model(live), folder)
+    if not source.is_checkpoint:
+        live = load_adapter(live, source.weights)
     check_causal(live)
     return live, load_tokenizer(name, trust)
 

@@ -151,7 +151,7 @@ def ablation(explain: Explain) -> Any:
     axes.set_title("Loss when a part of one layer is switched off")
     axes.set_ylabel("Δ bits per byte (above 0: it helps)")
     axes.set_xlabel("layer")
-    axes.legend(ncols=len(parts), loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    figure.legend(ncols=len(parts), loc="outside lower center")
     _whole_numbers(axes)
     return figure
 
@@ -197,6 +197,7 @@ def classes(explain: Explain) -> Any:
 def spectrum(explain: Explain) -> Any:
     """Singular values of W_skip, a line per layer, and its two ranks by layer."""
     import matplotlib as mpl
+    from matplotlib.ticker import MaxNLocator
 
     layers = [row for row in explain["layers"] if row["spectrum"] and row["effective_rank"] is not None]
     if not layers:
@@ -211,13 +212,14 @@ def spectrum(explain: Explain) -> Any:
     left.set_yscale("log")
     left.set_title("Singular values of W_skip")
     left.set_xlabel("rank")
-    figure.colorbar(mpl.cm.ScalarMappable(scale, shades), ax=left, label="layer", aspect=30, pad=0.02)
+    key = mpl.cm.ScalarMappable(scale, shades)
+    figure.colorbar(key, ax=left, label="layer", aspect=30, pad=0.02, ticks=MaxNLocator(integer=True))
     x = [row["layer"] for row in layers]
-    for key, title, colour, mark in (
+    for rank, title, colour, mark in (
         ("effective_rank", "effective rank", BLUE, "o"),
         ("stable_rank", "stable rank", ORANGE, "s"),
     ):
-        right.plot(x, [row[key] for row in layers], marker=mark, color=colour, label=title)
+        right.plot(x, [row[rank] for row in layers], marker=mark, color=colour, label=title)
     _from_zero(right)
     right.set_title("Directions that W_skip amounts to")
     right.set_xlabel("layer")

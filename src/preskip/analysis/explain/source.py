@@ -30,7 +30,7 @@ class Source:
     Attributes:
         kind: "run", "adapter" or "baked".
         name: of the run or the folder.
-        weights: an adapter folder (or one with a numbered folder per stacked adapter), or a checkpoint folder.
+        weights: an adapter folder or a checkpoint folder.
         is_checkpoint: whether `weights` is a whole model.
         arm: name of the arm, in a run.
         seed: of its training, in a run.
@@ -64,12 +64,7 @@ class Source:
             return str(self.weights)
         if "model" in self.config:
             return _found(self.config["model"], self.manifest)
-        return _peft_configs(self.weights)[0].get("base_model_name_or_path")
-
-    @property
-    def adapters(self) -> list[Path]:
-        """The folders of the adapters, first to last; none of a checkpoint."""
-        return [] if self.is_checkpoint else _adapter_folders(self.weights)
+        return read_json(self.weights / "adapter_config.json").get("base_model_name_or_path")
 
     @property
     def null(self) -> list[dict[str, Any]]:
@@ -97,7 +92,7 @@ def find_source(path: Path, *, arm: str | None = None, seed: int | None = None) 
         return _in_run(path, arm, seed)
     if arm is not None or seed is not None:
         raise PreskipError(f"--arm and --seed are for runs, and {path} is none: leave them out")
-    if _adapter_folders(path):
+    if (path / "adapter_config.json").is_file():
         return _adapter(path)
     if (path / "config.json").is_file():
         return _checkpoint(path)
@@ -124,7 +119,10 @@ def _in_run(path: Path, arm: str | None, seed: int | None) -> Source:
         declared = [row["arm"] for row in (manifest.get("family") or {}).get("declared") or []]
         arm = next((name for name in [*declared, *manifest.get("arms", {}), *done] if name in done), "")
     if arm not in done:
-        raise PreskipError(f"arm {arm} of {path} has no branch, or is not finished: choose one of {', '.join(done)}")
+        raise PreskipError(
+            f"arm {arm} of {path} has no branch of its own, stacks adapters, or is not finished: choose one of "
+            f"{', '.join(done)}"
+        )
     seeds = done[arm]
     order = [number for number in manifest.get("seeds") or [] if number in seeds] or sorted(seeds)
     if seed is not None and seed not in seeds:
@@ -146,17 +144,17 @@ def _in_run(path: Path, arm: str | None, seed: int | None) -> Source:
 
 def _branch_in(cell: Path) -> Path | None:
     """The weights of a cell that have a branch, or None."""
-    if any(config.get("peft_type") == PEFT_TYPE for config in _peft_configs(cell / "adapter")):
-        return cell / "adapter"
-    config = cell / "model" / "config.json"
-    is_ours = config.is_file() and str(read_json(config).get("model_type", "")).startswith(PREFIX)
-    return config.parent if is_ours else None
+    adapter, model = cell / "adapter" / "adapter_config.json", cell / "model" / "config.json"
+    if adapter.is_file() and read_json(adapter).get("peft_type") == PEFT_TYPE:
+        return adapter.parent
+    is_ours = model.is_file() and str(read_json(model).get("model_type")).startswith(PREFIX)
+    return model.parent if is_ours else None
 
 
 def _adapter(path: Path) -> Source:
-    kinds = [str(config.get("peft_type")) for config in _peft_configs(path)]
-    if PEFT_TYPE not in kinds:
-        raise PreskipError(f"{path} holds a {kinds[0]} adapter, which has no branch: give a Preskip adapter")
+    kind = read_json(path / "adapter_config.json").get("peft_type")
+    if kind != PEFT_TYPE:
+        raise PreskipError(f"{path} holds a {kind} adapter, which has no branch: give a Preskip adapter")
     place = path.resolve()
     match place.parts[-4:]:
         case ("arms", arm, seed, _) if re.fullmatch(r"seed-\d+", seed) and (place.parents[3] / "run.json").is_file():
@@ -179,17 +177,6 @@ def _checkpoint(path: Path) -> Source:
     if not kind.startswith(PREFIX):
         raise PreskipError(f"{path} is a {kind} model, which has no branch: give a baked checkpoint or an adapter")
     return Source(kind="baked", name=path.resolve().name, weights=path, is_checkpoint=True)
-
-
-def _adapter_folders(path: Path) -> list[Path]:
-    if (path / "adapter_config.json").is_file():
-        return [path]
-    stacked = [folder for folder in path.glob("[0-9]*") if (folder / "adapter_config.json").is_file()]
-    return sorted(stacked, key=lambda folder: int(folder.name) if folder.name.isdigit() else 0)
-
-
-def _peft_configs(path: Path) -> list[dict[str, Any]]:
-    return [read_json(folder / "adapter_config.json") for folder in _adapter_folders(path)]
 
 
 def _found(name: str, manifest: dict[str, Any]) -> str:
