@@ -2,7 +2,7 @@
 
 Write them anew, after a change that is meant to move them, with
 
-    PYTHONPATH=tests:tests/data python tests/pretrain/golden_losses.py
+    python tests/golden_losses.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from preskip.architecture import TYPES
 from preskip.train.scratch import ScratchSettings, train_scratch
 
-STORED = Path(__file__).parent / "golden" / "losses.json"
+STORED = Path(__file__).parent / "pretrain" / "golden" / "losses.json"
 STEPS, VOCABULARY = 50, 64
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
