@@ -6,8 +6,8 @@
 import json
 
 import pytest
-from golden_losses import STEPS, STORED, losses
 
+from golden_losses import STEPS, STORED, losses
 from preskip.architecture import TYPES
 
 GOLDEN = json.loads(STORED.read_text(encoding="utf-8"))
