@@ -193,6 +193,8 @@ class _Log(TrainerCallback):
             note += f", MFU {row['mfu']:.0%}"
         self.rows.append(row)
         state.log_history[-1]["row"] = row
+        # For TensorBoard, which is told after us.
+        logs.update({name: row[name] for name in ("tokens_per_second", "mfu") if name in row})
         self.last_step, self.mark = state.global_step, now
         self.show(state.global_step, note)
 
