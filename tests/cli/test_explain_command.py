@@ -168,7 +168,7 @@ CASES = {
     "arm": (["{place}/run", "--arm", "preskipp"], "has no arm 'preskipp': choose one of lora, none"),
     "arm without": (
         ["{place}/run", "--arm", "lora"],
-        "has no branch of its own, stacks adapters, or is not finished: choose one of",
+        "stacks adapters, or is not finished: choose one of preskip",
     ),
     "seed": (["{place}/run", "--seed", "7"], "has no finished seed 7: choose one of 1, 2"),
     "arm of none": (["{place}/model", "--arm", "lora"], "--arm and --seed are for runs"),
