@@ -202,3 +202,20 @@ def test_trackers(monkeypatch):
         trackers(("tensorboard",))
     monkeypatch.setattr("preskip.train.scratch.find_spec", lambda name: object())
     assert trackers(("auto",)) == ("tensorboard",)
+
+
+def test_tensorboard_files_lie_beside_the_log(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    rows = train(model(), tmp_path, report_to=("tensorboard",), peak_flops=1e9)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([row["loss"] for row in rows])
+    assert {"train/tokens_per_second", "train/mfu"} <= set(events.Tags()["scalars"])
+
+
+def test_bf16_computes_near_fp32_and_keeps_the_weights_fp32(tmp_path):
+    exact, rounded = model(), model()
+    one, two = train(exact, tmp_path / "a"), train(rounded, tmp_path / "b", dtype="bfloat16")
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32}
+    differences = [abs(a["loss"] - b["loss"]) for a, b in zip(one, two, strict=True)]
+    assert 0 < max(differences) < 0.05
