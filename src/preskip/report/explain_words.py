@@ -40,12 +40,15 @@ def limits(explain: Explain) -> list[str]:
     ]
     method = explain.get("method") or {}
     fewer = [
-        f"{words} over the first {method[key]}"
-        for key, words in (("ablation_documents", "the ablation"), ("attention_documents", "the attention patterns"))
+        f"{words} the first {method[key]}"
+        for key, words in (
+            ("ablation_documents", "the ablation reads"),
+            ("attention_documents", "the attention patterns read"),
+        )
         if 0 < (method.get(key) or 0) < len(texts)
     ]
     if fewer:
-        found.append(f"To save time, fewer documents carry {' and '.join(fewer)}: their intervals are wider.")
+        found.append(f"To save time, {' and '.join(fewer)} of them: fewer documents, wider intervals.")
     if any(entry["set"] != "held-out" for entry in texts):
         found.append("The texts were given by hand: they are not a sample of anything.")
     found += [
@@ -131,7 +134,7 @@ def _which(classes: Sequence[Mapping[str, Any]]) -> str:
     ]
     if not parts:
         return "No class of tokens stands apart from the others of its kind: all intervals overlap."
-    return "The share that goes round attention differs most by " + "; by ".join(parts) + "."
+    return "The ratio of skip to attention differs most by " + "; by ".join(parts) + "."
 
 
 def _worth(rows: Sequence[tuple[int, Interval]], part: str) -> str:

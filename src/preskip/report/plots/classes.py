@@ -92,7 +92,12 @@ def by_layer(records: Sequence[Record], title: str) -> Spec:
             x=alt.X("layer:O", title="Layer", axis=axis, scale=alt.Scale(paddingInner=0)),
             color=alt.condition(
                 "isValid(datum.value)",
-                alt.Color("value:Q", title=title, scale=alt.Scale(range="heatmap", zero=True), legend=legend),
+                alt.Color(
+                    "value:Q",
+                    title=title,
+                    scale=alt.Scale(range="heatmap", zero=True, interpolate="rgb"),
+                    legend=legend,
+                ),
                 alt.value("transparent"),
             ),
             tooltip=about,

@@ -114,15 +114,8 @@ def spectrum(records: Sequence[Record]) -> Spec:
     import altair as alt
 
     source = alt.Chart(alt.InlineData(values=list(records)))
-    scale = alt.Scale(range="ramp", nice=False)
-    legend = alt.Legend(
-        orient="top",
-        direction="horizontal",
-        gradientLength=150,
-        gradientThickness=10,
-        titleOrient="left",
-        type="gradient",
-    )
+    scale = alt.Scale(range="ramp", nice=False, interpolate="rgb")
+    legend = alt.Legend(titleOrient="left")
     y = alt.Y(
         "value:Q",
         title="Singular value",

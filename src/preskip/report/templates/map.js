@@ -42,18 +42,18 @@
   const visible = (token) => token.replace(/[\n\t\r]/g, (sign) => SIGNS[sign]) || "∅";
   const spoken = (token) => visible(token).replace(/ /g, "␣");
 
-  // ---- shades: from 0 to the value that 98 % of the tokens do not exceed
+  // ---- shades: from 0 to the value that 98 % of a layer's tokens do not exceed, or to the largest of these
   const caps = {};
-  function cap() {
-    const key = state.measure + (state.own ? state.layer : "");
+  function layerCap(layer) {
+    const key = state.measure + layer;
     if (!(key in caps)) {
-      let values = measures[state.measure];
-      if (state.own) values = map.documents.flatMap((entry, i) => values.slice(first[i] + state.layer * entry.tokens.length, first[i] + (state.layer + 1) * entry.tokens.length));
+      const values = map.documents.flatMap((entry, i) => measures[state.measure].slice(first[i] + layer * entry.tokens.length, first[i] + (layer + 1) * entry.tokens.length));
       const sorted = Float64Array.from(values.filter((value) => value !== null)).sort();
-      caps[key] = sorted.length ? sorted[Math.floor(0.98 * (sorted.length - 1))] || sorted[sorted.length - 1] || 1 : 1;
+      caps[key] = sorted.length ? sorted[Math.floor(0.98 * (sorted.length - 1))] || sorted[sorted.length - 1] : 0;
     }
     return caps[key];
   }
+  const cap = (layer = state.layer) => (state.own ? layerCap(layer) : Math.max(...map.layers.map((_, i) => layerCap(i)))) || 1;
   const ramps = {}; // behind words pale enough to read them, in the heat map over the whole range
   function colours(kind) {
     const style = getComputedStyle(document.documentElement);
@@ -108,7 +108,7 @@
   const size = { width: 1, height: 1 };
   function paintHeat() {
     const [from, to] = range();
-    const count = to - from, limit = cap();
+    const count = to - from;
     const room = heat.clientWidth - 44;
     size.width = Math.min(40, Math.max(state.part < 0 ? 2 : 18, room / count));
     size.height = Math.max(6, Math.min(22, Math.round(420 / layers)));
@@ -116,7 +116,7 @@
     canvas.height = layers;
     canvas.style.width = plane.style.width = count * size.width + "px";
     canvas.style.height = layers * size.height + "px";
-    canvas.getContext("2d").putImageData(pixels(from, to, limit), 0, 0);
+    canvas.getContext("2d").putImageData(pixels(from, to), 0, 0);
     const labels = heat.querySelector(".heat-layers");
     const step = Math.ceil(18 / size.height);
     labels.replaceChildren(...map.layers.flatMap((name, i) => {
@@ -134,10 +134,10 @@
       return word;
     })));
   }
-  function pixels(from, to, limit) {
+  function pixels(from, to) {
     const image = new ImageData(to - from, layers);
     for (let layer = 0; layer < layers; layer += 1) {
-      if (state.own) { const kept = state.layer; state.layer = layer; limit = cap(); state.layer = kept; }
+      const limit = cap(layer);
       for (let i = from; i < to; i += 1) {
         const value = at(state.measure, i, layer);
         const place = 4 * ((layers - 1 - layer) * (to - from) + i - from);
@@ -316,7 +316,7 @@
     const image = document.createElement("canvas");
     image.width = count;
     image.height = layers;
-    image.getContext("2d").putImageData(pixels(from, to, cap()), 0, 0);
+    image.getContext("2d").putImageData(pixels(from, to), 0, 0);
     const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink"), ground = style.getPropertyValue("--surface");
     const escape = (words) => words.replace(/[&<>"\u0000-\u001f]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[sign] || "\ufffd");
     const width = left + count * cell + 12, height = top + layers * tall + named;
