@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Test processes side by side: one per core.
+WORKERS ?= auto
 
 .PHONY: help install demo test test-fast lint format oldest clean
 
@@ -25,10 +27,10 @@ demo: $(INSTALLED)
 	$(BIN)/preskip probe
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --cov=preskip --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov=preskip --cov-report=term:skip-covered
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -42,7 +44,7 @@ format: $(INSTALLED)
 oldest:
 	$(MAKE) VENV=.venv-oldest .venv-oldest/.installed
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check peft==0.20.0 transformers==5.17.0
-	.venv-oldest/bin/python -m pytest -m "not slow" tests/test_branch.py tests/test_attach.py tests/adapter tests/train
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" tests/test_branch.py tests/test_attach.py tests/adapter tests/architecture tests/train
 
 clean:
 	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .mypy_cache .coverage
