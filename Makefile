@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Test processes side by side: one per core.
-WORKERS ?= auto
+WORKERS ?= logical
 
 .PHONY: help install demo test test-fast lint format oldest clean
 
