@@ -52,7 +52,7 @@ def explain(
     ablation_documents: Annotated[
         int, _option("--ablation-documents", EXTENT, "Documents on which parts are switched off; 0: none.")
     ] = 8,
-    ablation_words: Annotated[int, _option("--ablation-words", EXTENT, "Words of each.")] = 60,
+    ablation_words: Annotated[int, _option("--ablation-words", EXTENT, "Words of each.")] = 40,
     attention_documents: Annotated[
         int, _option("--attention-documents", EXTENT, "Documents for attention's entropy and sink; 0: none.")
     ] = 8,

@@ -52,7 +52,7 @@ class Extent:
     context_length: int = 512
     batch_tokens: int | None = None
     ablation_documents: int = 8
-    ablation_words: int = 60
+    ablation_words: int = 40
     attention_documents: int = 8
     shown_tokens: int = 5000
 
