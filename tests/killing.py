@@ -31,7 +31,7 @@ from preskip import PreskipConfig
 from preskip.cli.main import main
 from preskip.probe import run as _probe  # noqa: F401  imported by the server, once for all children
 from preskip.train.checkpoints import ResumableTrainer
-from preskip.train.distributed import heed_fsdp
+from preskip.train.distributed import adapt_trainer
 from preskip.train.frozen import TrainingSettings, train_frozen
 from tiny_model import tiny_llama
 
@@ -264,7 +264,7 @@ def scratch(folder: Path) -> None:
         eval_dataset=MappedBlocks(data),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    heed_fsdp(trainer)
+    adapt_trainer(trainer)
     trainer.train(resume_from_checkpoint=True)
 
 

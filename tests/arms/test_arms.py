@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from preskip.arms import (
@@ -151,6 +152,24 @@ def test_every_arm_meets_the_budget_starts_as_the_base_trains_and_leaves_no_trac
     assert all(weight.requires_grad and weight.grad is None for weight in base.parameters())
     with torch.no_grad():
         assert torch.equal(base(input_ids=ids).logits, before)
+
+
+def test_stacked_adapters_are_saved_each_in_its_own_folder_and_load_again(tmp_path):
+    base = tiny_llama(hidden_size=64)
+    ids = torch.arange(12)[None]
+    with insert(ARMS["preproj+lora"], context_for(base), seed=0) as inserted:
+        with torch.no_grad():
+            for weight in inserted.trainable.values():
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+            wanted = inserted.model.eval()(ids).logits
+        inserted.save(tmp_path)
+    keys = [set(load_file(tmp_path / number / "adapter_model.safetensors")) for number in ("1", "2")]
+    assert all(".preskip." in key for key in keys[0])
+    assert all(".lora_" in key for key in keys[1])
+    first = PeftModel.from_pretrained(tiny_llama(hidden_size=64), tmp_path / "1")
+    both = PeftModel.from_pretrained(first.get_base_model(), tmp_path / "2").eval()
+    with torch.no_grad():
+        assert torch.equal(both(ids).logits, wanted)
 
 
 def test_counted_sizes():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,11 +24,13 @@ class Inserted:
     Attributes:
         model: what to train and to score; the base itself for an arm without adapter.
         layers: the PEFT models, one per stacked adapter, first to last.
+        configs: the configuration of each.
         own: the base's parameters that are trained in place, by name.
     """
 
     model: nn.Module
     layers: list[nn.Module] = field(default_factory=list)
+    configs: list[Any] = field(default_factory=list)
     own: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @property
@@ -57,9 +60,19 @@ class Inserted:
         """Write the trained weights: PEFT's own files, one folder per stacked adapter; own weights as safetensors."""
         from safetensors.torch import save_file
 
-        for number, layer in enumerate(self.layers):
+        tuners: list[Any] = [layer.base_model for layer in self.layers]
+        for number, (layer, config) in enumerate(zip(self.layers, self.configs, strict=True)):
             target = folder / f"{number + 1}" if len(self.layers) > 1 else folder
-            layer.save_pretrained(str(target))  # type: ignore[operator]
+            tuner = tuners[number]
+            # PEFT keeps the configs of stacked adapters in one dictionary, where the last one of a name stays, and
+            # takes every tensor of that name for its own.
+            others = [other.prefix for other in tuners if other is not tuner]
+            state = {key: value for key, value in layer.state_dict().items() if not any(o in key for o in others)}
+            shared, tuner.peft_config = tuner.peft_config, {"default": config}
+            try:
+                layer.save_pretrained(str(target), state_dict=state)  # type: ignore[operator]
+            finally:
+                tuner.peft_config = shared
         if self.own:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: weight.detach().contiguous() for name, weight in self.own.items()}
@@ -98,6 +111,7 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
                 warnings.simplefilter("ignore", UserWarning)
                 inserted.model = get_peft_model(base, config)
             inserted.layers.append(inserted.model)
+            inserted.configs.append(config)
             trained += [weight for weight in inserted.model.parameters() if weight.requires_grad]
         for weight in trained:  # a second adapter freezes the first
             weight.requires_grad_(True)

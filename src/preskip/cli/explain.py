@@ -92,6 +92,7 @@ def explain(
         from preskip import environment
         from preskip.analysis.explain import Extent, explain
         from preskip.analysis.explain.source import find_source, given_texts, heldout_texts
+        from preskip.report import build_report
         from preskip.report.explain_page import build_explain_page
         from preskip.report.static_figures import check_folder, save_figures
         from preskip.rundir import clear_disk_errors, write_json
@@ -150,6 +151,8 @@ def explain(
         workspace.chmod(0o755)
         with clear_disk_errors(out):
             workspace.rename(out)
+        if found.run is not None and out.parent == found.run / "explain" and (found.run / "results.json").is_file():
+            build_report(found.run)  # its page holds this one's section
     except BaseException:
         shutil.rmtree(workspace, ignore_errors=True)
         raise

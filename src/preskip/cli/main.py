@@ -19,6 +19,7 @@ from preskip.cli.bake import bake
 from preskip.cli.compare import compare
 from preskip.cli.doctor import doctor
 from preskip.cli.evaluate import evaluate
+from preskip.cli.explain import explain
 from preskip.cli.power import power
 from preskip.cli.pretrain import pretrain
 from preskip.cli.probe import probe
@@ -38,6 +39,7 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command()(power)
 app.command()(audit)
+app.command()(explain)
 app.command()(report)
 app.command()(pretrain)
 app.command()(bake)

@@ -63,6 +63,8 @@ class RayPool:
         self.gpus = int(device == "cuda")
         try:
             if address is None:
+                # Ray's own default is 15: its workers would starve beside anything else on the machine.
+                os.environ.setdefault("RAY_worker_niceness", "0")
                 self.ray.init(num_cpus=environment.usable_cores(), include_dashboard=False, **QUIET)
             else:
                 settings = {key: value for key, value in os.environ.items() if key.startswith(ENVIRONMENT)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ class Shown:
 
     Attributes:
         documents: {"id", "title", "tokens", "bypass", "enrichment"} of each text; sizes by layer and token, rounded to
-            4 significant digits, None where no layer has the part.
+            4 significant digits, None for a layer without the part and in place of all of them where none has it.
     """
 
     def __init__(self, most_tokens: int) -> None:
@@ -46,10 +47,10 @@ class Shown:
             for name, values in (("bypass", bypass), ("enrichment", enrichment)):
                 if document[name] is not None:
                     for row, new in zip(document[name], values[:, :size].tolist(), strict=True):
-                        row += [float(f"{value:.4g}") for value in new]
+                        row += [None if math.isnan(value) else float(f"{value:.4g}") for value in new]
             self.left -= size
         return self._last == reading.index
 
 
-def _start(values: NDArray[np.float32]) -> list[list[float]] | None:
+def _start(values: NDArray[np.float32]) -> list[list[float | None]] | None:
     return None if np.isnan(values).all() else [[] for _ in values]

@@ -1,0 +1,20 @@
+"""Run a notebook from top to bottom."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+
+
+def run_notebook(name: str, place: Path) -> str:
+    """Run every cell, in `place`; what they printed and showed as text."""
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "stored without outputs"
+    place_of = {"metadata": {"path": str(place)}}
+    nbclient.NotebookClient(
+        notebook, timeout=600, startup_timeout=300, kernel_name="python3", resources=place_of
+    ).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
