@@ -170,9 +170,10 @@ def in_processes(count: int, quiet: bool) -> Execute:
                     "a worker ended without a word (out of memory?): resume, with fewer --workers if it happens again"
                 ) from None
             except BaseException:
+                workers = list((pool._processes or {}).values())  # the pool forgets them as it shuts down
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in list((pool._processes or {}).values()):
-                    process.terminate()
+                for worker in workers:
+                    worker.terminate()
                 raise
 
     return execute
