@@ -3,8 +3,12 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -267,3 +271,21 @@ def test_a_run_of_the_other_command_is_refused(again, capsys):
     assert "resume it with `preskip probe --resume`" in capsys.readouterr().err
     assert call("--resume", again, "--tokens", "5M") == 1
     assert "leave out tokens" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_terminated_run_ends_its_workers_and_is_finished_by_a_resume(finished, corpus, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["pretrain", *TINY, "--corpus", str(corpus), "--seeds", "1,2", "--workers", "2", "--out", str(run)]
+    process = subprocess.Popen([sys.executable, "-m", "preskip", *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(run.glob("arms/*/seed-*/checkpoints/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(60) == 143
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    assert stored(run, "run.json")["status"] == "interrupted"
+    assert call("--resume", run, "--json") == 0
+    assert stored(run, "results.json")["comparisons"] == stored(finished, "results.json")["comparisons"]
