@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preskip.cli.main import main
@@ -289,3 +290,15 @@ def test_a_terminated_run_ends_its_workers_and_is_finished_by_a_resume(finished,
     assert stored(run, "run.json")["status"] == "interrupted"
     assert call("--resume", run, "--json") == 0
     assert stored(run, "results.json")["comparisons"] == stored(finished, "results.json")["comparisons"]
+
+
+def test_the_saved_model_generates_with_its_cache(finished):
+    folder = finished / "arms" / "preskip" / "seed-1" / "model"
+    assert json.loads((folder / "config.json").read_text())["use_cache"] is True
+
+
+def test_a_run_in_use_is_refused(again, capsys):
+    with FileLock(again / ".lock"):
+        assert call("--resume", again) == 1
+    assert "another process is working on" in capsys.readouterr().err
+    assert call("--resume", again) == 0

@@ -56,6 +56,7 @@ def run_cell(run_path: Path, arm: str, seed: int, *, quiet: bool = True) -> dict
     with peak_memory(torch.device(config.device)) as peak:
         model, rows = _train(run, shared, arm, seed, label, quiet)
         with clear_disk_errors(cell.folder):
+            model.config.use_cache = True  # type: ignore[union-attr]  # Trainer has turned it off
             model.save_pretrained(cell.folder / "model")  # type: ignore[operator]
             shared.tokenizer.save_pretrained(cell.folder / "model")
         trained = time.perf_counter()

@@ -86,10 +86,18 @@ def run_pretrain(
         The content of results.json.
 
     Raises:
-        PreskipError: anything a user can mend; the run directory then says "failed" and can be resumed.
+        PreskipError: anything a user can mend; the run directory then says "failed" and can be resumed. Or another
+            process is working on the run.
     """
     if run.manifest.get("kind") != "pretrain":
         raise PreskipError(f"{run.path} is no run of `preskip pretrain`: resume it with `preskip probe --resume`")
+    with run.lock():
+        return _run(run, execute, show_plans, quiet)
+
+
+def _run(
+    run: RunDirectory, execute: Execute | None, show_plans: Callable[[dict[str, Plan]], None], quiet: bool
+) -> dict[str, Any]:
     config = PretrainConfig.from_json(run.manifest["config"])
     started = time.perf_counter()
     try:
