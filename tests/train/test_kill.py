@@ -113,7 +113,9 @@ def test_two_processes_that_are_killed_go_on_together(launch, holds, tmp_path):
     assert {"rng_state_0.pth", "rng_state_1.pth", "losses_1.json", *holds} <= expected.keys()
     folder = tmp_path / "killed"
     for moment in (("open checkpoint-N/seal.json.tmp", 2), ("tear by save checkpoint-N/scheduler.pt", 2)):
-        assert killing.crew(killing.scratch, folder, launch, moment=moment) == [-signal.SIGKILL] * 2
+        first, second = killing.crew(killing.scratch, folder, launch, moment=moment)
+        assert first == -signal.SIGKILL
+        assert second in (-signal.SIGKILL, 1)  # killed with it, or ended by itself when its partner was gone
     assert killing.crew(killing.scratch, folder, launch) == [0, 0]
     assert state(folder) == expected
 
