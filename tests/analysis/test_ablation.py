@@ -12,7 +12,8 @@ from torch.nn.functional import gelu, silu
 import zoo
 from equations import attention, enriched, heads, linear, norm, rms_norm, rotate
 from preskip import PreskipConfig
-from preskip.analysis.ablation import ablate, ablation_passes, branch_layers, parts_of, switched_off
+from preskip.analysis.ablation import ablate, ablation_passes, switched_off
+from preskip.analysis.branches import live_branches, parts_of
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import score_sequences
@@ -33,8 +34,8 @@ def adapted(name, **settings):
     return model.eval()
 
 
-def branch_weights(model):
-    return [{part: w.weight.detach() for part, w in layer.linears("default").items()} for _, layer in model]
+def branch_weights(branches):
+    return [{part: w.weight.detach() for part, w in b.module.linears("default").items()} for b in branches]
 
 
 def llama(ids, s, branches, off):
@@ -74,12 +75,12 @@ def gpt_neox(ids, s, branches, off):
 def test_switched_off_is_the_model_written_out_without_it(name, equation, part):
     state, ids = zoo.build(name).state_dict(), zoo.inputs(name)["input_ids"]
     model = adapted(name).get_base_model()
-    layers = branch_layers(model)
+    layers = live_branches(model)
     branches = branch_weights(layers)
     on = zoo.logits(model, name)
     assert zoo.difference(on, equation(ids, state, branches, None)) <= 1e-5
-    for index, (site, layer) in enumerate(layers):
-        with switched_off(model.get_submodule(site.name), layer, part):
+    for index, branch in enumerate(layers):
+        with switched_off(branch, part):
             off = zoo.logits(model, name)
         assert zoo.difference(off, equation(ids, state, branches, (index, part))) <= 1e-5
         assert zoo.difference(off, on) > 1e-2
@@ -93,21 +94,20 @@ def test_every_family_and_position(name, position):
     """Without the skip: as with W_skip = 0. Without the enrichment: as the content variant in that layer."""
     model = adapted(name, skip_position=position).get_base_model()
     on = zoo.logits(model, name)
-    for site, layer in branch_layers(model):
-        attention_module = model.get_submodule(site.name)
-        with switched_off(attention_module, layer, "skip"):
+    for branch in live_branches(model):
+        with switched_off(branch, "skip"):
             off = zoo.logits(model, name)
-        weight = layer.linears("default")["skip"].weight
+        weight = branch.module.linears("default")["skip"].weight
         kept = weight.clone()
         weight.zero_()
         assert zoo.difference(off, zoo.logits(model, name)) <= 1e-6
         weight.copy_(kept)
-        with switched_off(attention_module, layer, "enrichment"):
+        with switched_off(branch, "enrichment"):
             off = zoo.logits(model, name)
-        settings = layer.settings["default"]
-        layer.settings["default"] = replace(settings, enrich_attention=False)
+        settings = branch.module.settings["default"]
+        branch.module.settings["default"] = replace(settings, enrich_attention=False)
         assert zoo.difference(off, zoo.logits(model, name)) <= 1e-6
-        layer.settings["default"] = settings
+        branch.module.settings["default"] = settings
     assert torch.equal(zoo.logits(model, name), on)
 
 
@@ -115,14 +115,13 @@ def test_every_family_and_position(name, position):
 def test_kept_blocks_change_no_bit(name):
     model = adapted(name)
     rows = ablate(model, WINDOWS, OWNERS, SIZES)
-    base = model.get_base_model()
     on = [score.nll for score in score_sequences(model, WINDOWS)]
     expected = []
-    for site, layer in branch_layers(model):
+    for branch in live_branches(model):
         for part in PARTS:
-            with switched_off(base.get_submodule(site.name), layer, part):
+            with switched_off(branch, part):
                 off = [score.nll for score in score_sequences(model, WINDOWS)]
-            expected.append((site.layer, part, (sum(off) - sum(on)) / (math.log(2) * sum(SIZES[:3]))))
+            expected.append((branch.layer, part, (sum(off) - sum(on)) / (math.log(2) * sum(SIZES[:3]))))
     assert [(row["layer"], row["part"]) for row in rows] == [line[:2] for line in expected]
     assert [row["difference"] for row in rows] == pytest.approx([line[2] for line in expected], abs=1e-12)
     assert all(row["difference"] != 0 for row in rows)
@@ -132,8 +131,8 @@ def test_intervals_are_over_documents_and_batches_do_not_matter():
     model = adapted("llama")
     rows = ablate(model, WINDOWS, OWNERS, SIZES)
     on = np.bincount(OWNERS, weights=[score.nll for score in score_sequences(model, WINDOWS)])
-    (site, layer), *_ = branch_layers(model)
-    with switched_off(model.get_base_model().get_submodule(site.name), layer, "skip"):
+    branch, *_ = live_branches(model)
+    with switched_off(branch, "skip"):
         off = np.bincount(OWNERS, weights=[score.nll for score in score_sequences(model, WINDOWS)])
     interval = paired_ratio_difference(off, on, SIZES[:3])
     assert (rows[0]["low"], rows[0]["high"]) == pytest.approx((interval.low, interval.high), abs=1e-9)
@@ -163,12 +162,12 @@ def test_the_model_is_as_it_was():
     def fail(module, args):
         raise ValueError("stopped")
 
-    (site, layer), *_ = branch_layers(model)
-    handle = model.get_base_model().get_submodule(site.name).register_forward_pre_hook(fail)
+    branch, *_ = live_branches(model)
+    handle = branch.attention.register_forward_pre_hook(fail)
     for part in PARTS:
         with (
             pytest.raises(ValueError, match="stopped"),
-            switched_off(model.get_base_model().get_submodule(site.name), layer, part),
+            switched_off(branch, part),
         ):
             zoo.logits(model, "gemma2")
     handle.remove()
@@ -206,9 +205,9 @@ def test_bad_input():
         ablate(model, WINDOWS[:2], [0, 0], SIZES)
     with pytest.raises(PreskipError, match="no layer has an active Preskip branch to switch off"):
         ablate(zoo.build("llama"), WINDOWS, OWNERS, SIZES)
-    (site, layer), *_ = branch_layers(model)
+    branch, *_ = live_branches(model)
     with (
         pytest.raises(PreskipError, match="part 'gate' cannot be switched off: choose skip or enrichment"),
-        switched_off(model.get_base_model().get_submodule(site.name), layer, "gate"),
+        switched_off(branch, "gate"),
     ):
         pass

@@ -20,16 +20,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from preskip.adapter.layer import PreskipLayer
-from preskip.analysis.branches import PARTS, Branch, LiveBranch, live_branches, parts_of
-from preskip.attach import AttentionSite
+from preskip.analysis.branches import PARTS, LiveBranch, live_branches
+from preskip.attach import AttentionSite, language_model
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
-from preskip.evaluate.likelihood import default_batch_tokens, language_model, score_sequences
+from preskip.evaluate.likelihood import default_batch_tokens, score_sequences
 from preskip.evaluate.stats import CONFIDENCE, paired_ratio_difference
 from preskip.progress import Advance, no_progress
 
-__all__ = ["BOTH", "PARTS", "ablate", "ablation_passes", "branch_layers", "parts_of", "switched_off"]
 # The two parts of a layer that has two, off together.
 BOTH = "both"
 
@@ -85,7 +83,7 @@ def ablate(
         for row, (branch, part) in enumerate(switches):
             with kept.replayed_below(branch.site), ExitStack() as stack:
                 for one in PARTS if part == BOTH else (part,):
-                    stack.enter_context(switched_off(branch.attention, branch, one))
+                    stack.enter_context(switched_off(branch, one))
                 off[row, batch] = _nats(model, texts, batch_tokens)
             advance(done := done + 1, f"layer {branch.layer} without {part}")
     place = {owner: index for index, owner in enumerate(chosen)}
@@ -117,11 +115,6 @@ def ablation_passes(
     return (1 + len(_switches(model, parts))) * len(_batches(windows, size))
 
 
-def branch_layers(model: nn.Module) -> list[tuple[AttentionSite, Branch]]:
-    """The attentions of the model that have an active branch, by layer."""
-    return [(branch.site, branch.module) for branch in live_branches(model)]
-
-
 def _switches(model: nn.Module, parts: Sequence[str]) -> list[tuple[LiveBranch, str]]:
     """What is switched off, one at a time; both parts together only in layers that have both."""
     switches = []
@@ -132,20 +125,20 @@ def _switches(model: nn.Module, parts: Sequence[str]) -> list[tuple[LiveBranch, 
 
 
 @contextmanager
-def switched_off(attention: nn.Module, layer: PreskipLayer | LiveBranch, part: str) -> Iterator[None]:
+def switched_off(branch: LiveBranch, part: str) -> Iterator[None]:
     """Switch one part of one layer off while the block runs; weights, hooks and outputs are then as before.
 
     Args:
-        attention: the attention module whose child `layer` is.
-        layer: the branch, for its `tap`.
+        branch: where.
         part: "skip" or "enrichment".
     """
     if part not in PARTS:
         raise PreskipError(f"part {part!r} cannot be switched off: choose {' or '.join(PARTS)}")
+    attention = branch.attention
     with ExitStack() as stack:
         if part == "skip":
             # Around the branch's own hook: what was there before it is put back behind it.
-            target, held = layer.tap or attention, []
+            target, held = branch.tap or attention, []
 
             def keep(module: nn.Module, args: tuple, output: Any) -> None:
                 held.append(output)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from preskip.adapter.layer import PreskipLayer
-from preskip.attach import CHILD, POST_ATTENTION_NORMS, AttentionSite, find_sites, tap_of
+from preskip.attach import CHILD, POST_ATTENTION_NORMS, AttentionSite, find_sites, language_model, tap_of
 from preskip.branch import BranchSettings, PreskipBranch
-from preskip.evaluate.likelihood import language_model
 
 PARTS = ("skip", "enrichment")
 
@@ -63,7 +63,7 @@ def live_branches(model: nn.Module) -> list[LiveBranch]:
     Args:
         model: a PEFT model or its base, or a model of a `preskip_<type>` architecture.
     """
-    base = language_model(model)
+    base: Any = language_model(model)
     found = []
     for site in find_sites(base).attentions:
         attention = base.get_submodule(site.name)
@@ -74,7 +74,7 @@ def live_branches(model: nn.Module) -> list[LiveBranch]:
         if isinstance(module, PreskipLayer):
             tap = module.tap
         else:
-            tap = tap_of(base.get_submodule(path), target, base.config.preskip_skip_position)  # type: ignore
+            tap = tap_of(base.get_submodule(path), target, base.config.preskip_skip_position)
         block = base.get_submodule(f"{site.stack}.{site.layer}")
         found.append(LiveBranch(site=site, attention=attention, block=block, module=module, tap=tap))
     return found

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.architecture.config import branch_settings
+from preskip.architecture.config import branch_settings, with_branch
 from preskip.architecture.models import Architecture, architecture
-from preskip.attach import CHILD, find_sites
+from preskip.attach import CHILD, find_sites, language_model
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 from preskip.rundir import clear_disk_errors
-from preskip.types import PREFIX, TYPES
+from preskip.types import TYPES
 from preskip.version import __version__
 
 STUB = "modeling_preskip.py"
@@ -109,7 +109,7 @@ def _find(model: nn.Module, adapter: str | None) -> tuple[Any, _Adapter]:
 
     from preskip.adapter import PreskipLayer
 
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = language_model(model)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, PreskipLayer)}
     names = sorted({name for layer in layers.values() for name in layer.settings})
     if not names:
@@ -144,13 +144,10 @@ def _rebuild(base: Any, adapter: _Adapter, family: Architecture) -> Any:
     if strays:
         raise PreskipError(f"the branch at {strays[0]} is not at a self-attention of the decoder: it cannot be baked")
     layers = sorted(sites[name] for name in adapter.modules)
-    values = base.config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
-        values.pop(key, None)
-    build: Any = family.config
-    config = build(
-        **values,
-        **{PREFIX + field.name: getattr(adapter.settings, field.name) for field in fields(BranchSettings)},
+    config: Any = with_branch(
+        family.config,
+        base.config,
+        adapter.settings,
         preskip_skip_position=adapter.skip_position,
         preskip_layers=None if len(layers) == len(sites) else layers,
         attn_implementation=base.config._attn_implementation,

@@ -54,10 +54,9 @@ class BranchConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        settings = branch_settings(self)  # type: ignore[arg-type]
-        settings.shapes(self.hidden_size)  # type: ignore[attr-defined]
-        position, layers = self.preskip_skip_position, self.preskip_layers  # type: ignore[attr-defined]
-        count = self.num_hidden_layers  # type: ignore[attr-defined]
+        config: Any = self
+        branch_settings(config).shapes(config.hidden_size)
+        position, layers, count = config.preskip_skip_position, config.preskip_layers, config.num_hidden_layers
         if position not in SKIP_POSITIONS:
             raise PreskipError(
                 f"preskip_skip_position={position!r} is not possible: choose {' or '.join(SKIP_POSITIONS)}"
@@ -74,6 +73,31 @@ class BranchConfigMixin:
             kept = {key: value for key, value in config_dict.items() if key not in ("model_type", "architectures")}
             config_dict = {"preskip_init_weights": "identity", **kept}
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+
+def with_branch(
+    kind: type[PreTrainedConfig], base: PreTrainedConfig, settings: BranchSettings, **more: Any
+) -> PreTrainedConfig:
+    """The config of a base model with branches.
+
+    Args:
+        kind: the class, of `config_class`.
+        base: the base's config.
+        settings: of the branches.
+        more: further fields, e.g. preskip_layers.
+
+    Raises:
+        PreskipError: settings that do not fit the base.
+    """
+    values = base.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+        values.pop(key, None)
+    return kind(**values, **branch_fields(settings), **more)
+
+
+def branch_fields(settings: BranchSettings) -> dict[str, Any]:
+    """The settings of a branch as fields of a config."""
+    return {PREFIX + field.name: getattr(settings, field.name) for field in fields(BranchSettings)}
 
 
 def config_class(base_type: str) -> type[PreTrainedConfig]:

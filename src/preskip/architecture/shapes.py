@@ -12,10 +12,10 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from preskip.architecture.config import branch_fields
 from preskip.architecture.models import architecture
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
-from preskip.types import PREFIX
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def shape_config(name: str, *, branch: BranchSettings | None, **overrides: Any) 
     model_type = shape.base_type
     if branch is not None:
         model_type = architecture(shape.base_type).config.model_type
-        values = {PREFIX + field.name: getattr(branch, field.name) for field in fields(BranchSettings)} | values
+        values = branch_fields(branch) | values
     known = {field.name for field in fields(AutoConfig.for_model(model_type))}
     unknown = sorted(overrides.keys() - known)
     if unknown:

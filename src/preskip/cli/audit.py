@@ -64,7 +64,7 @@ def audit(
     from preskip.progress import say, spinner
 
     with spinner("loading libraries", quiet=as_json):
-        from preskip.cli.libraries import quiet_libraries
+        from preskip.libraries import quiet_libraries
 
         quiet_libraries()
         from preskip import environment

@@ -68,7 +68,7 @@ def evaluate(
     from preskip.progress import progress_bar, say, spinner
 
     with spinner("loading libraries", quiet=as_json):
-        from preskip.cli.libraries import quiet_libraries
+        from preskip.libraries import quiet_libraries
 
         quiet_libraries()
         from preskip import environment
@@ -184,7 +184,7 @@ def _task_suite(
 
 def _dtypes(model: Any) -> dict[str, Any]:
     """What the weights of the base and of the adapter really are, and how attention is computed."""
-    from preskip.evaluate.likelihood import language_model
+    from preskip.attach import language_model
 
     base: Any = language_model(model)
     adapted = [parameter for name, parameter in model.named_parameters() if _is_adapter(model, name)]

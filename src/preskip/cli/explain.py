@@ -86,7 +86,7 @@ def explain(
 
     started = time.perf_counter()
     with spinner("loading libraries", quiet=as_json):
-        from preskip.cli.libraries import quiet_libraries
+        from preskip.libraries import quiet_libraries
 
         quiet_libraries()
         from preskip import environment
@@ -194,7 +194,7 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
 
 
 def _context_length(model: Any, asked: int | None) -> int:
-    from preskip.evaluate.likelihood import language_model
+    from preskip.attach import language_model
 
     own = getattr(language_model(model).config.get_text_config(), "max_position_embeddings", None)  # type: ignore
     if asked is None:
@@ -227,7 +227,7 @@ def _add_null(layers: Sequence[dict[str, Any]], null: Sequence[Mapping[str, Any]
 
 def _facts(source: Source, live: Any, model: str | None, dtype: str) -> dict[str, Any]:
     from preskip.analysis.branches import live_branches
-    from preskip.evaluate.likelihood import language_model
+    from preskip.attach import language_model
     from preskip.version import __version__
 
     base: Any = language_model(live)

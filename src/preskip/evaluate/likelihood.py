@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from preskip.attach import language_model
 from preskip.data.blocks import Window, heldout_windows, scored_size
 from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem, encode_item
@@ -112,7 +113,7 @@ def score_sequences(
             with _head_only_at(language_model(model), *places):
                 # No mask: what stands behind a token cannot change it, and without one attention has its fast path.
                 logits = model(input_ids=ids.to(device), use_cache=False).logits[0]
-            nll, greedy = _token_scores(logits, torch.tensor(targets, device=device))
+            nll, greedy = token_scores(logits, torch.tensor(targets, device=device))
             if not torch.isfinite(nll).all():
                 raise DivergedError("the model's log-likelihood is NaN or infinite: try --dtype float32")
             sizes = [len(sequences[index].input_ids) - sequences[index].scored_from for index in members]
@@ -126,8 +127,8 @@ def score_sequences(
     return scores  # type: ignore[return-value]
 
 
-def _token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats (float64) and whether it is the most likely one of each target [S], from logits [S, V]; in fp32."""
+def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nats (float64) of each target [S], and whether it is the most likely one, from logits [S, V]; in fp32."""
     nll, greedy = [], []
     for part, wanted in zip(logits.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True):
         part = part.float()  # once for both: on a processor, argmax over bfloat16 is four times as slow
@@ -150,11 +151,6 @@ def check_causal(model: nn.Module) -> None:
             f"{type(model).__name__} sees later tokens, as a masked language model does: a probe needs a causal "
             "language model such as llama or gpt_neox"
         )
-
-
-def language_model(model: nn.Module) -> nn.Module:
-    """The base inside a PEFT model, with its adapters; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _batches(reads: Iterable[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from preskip.architecture import architecture
-from preskip.architecture.config import PREFIX
+from preskip.architecture.config import with_branch
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 from preskip.pretrain.config import PretrainConfig
@@ -115,12 +115,8 @@ def branch_config(plain: PreTrainedConfig, settings: BranchSettings, skip_positi
     Raises:
         PreskipError: the type has no such architecture, or the settings do not fit it.
     """
-    values = plain.to_dict()
-    for key in ("model_type", "architectures", "transformers_version"):
-        values.pop(key, None)
-    branch = {PREFIX + field.name: getattr(settings, field.name) for field in fields(BranchSettings)}
-    branch["preskip_skip_position"] = skip_position
-    return architecture(plain.model_type).config(**values, **branch)
+    kind = architecture(plain.model_type).config
+    return with_branch(kind, plain, settings, preskip_skip_position=skip_position)
 
 
 class _Planner:

@@ -26,7 +26,8 @@ from preskip.evaluate.paper import COLUMNS, LENGTH, PaperItems, encode_paper_ite
 from preskip.evaluate.published import recognise_published
 from preskip.evaluate.stats import ALPHA, DEFAULT_MARGINS
 from preskip.evaluate.texts import TextSet, prepare_texts
-from preskip.probe.config import ProbeConfig, parse_extent
+from preskip.options import parse_extent
+from preskip.probe.config import ProbeConfig
 from preskip.progress import progress_display, spinner
 from preskip.train.distributed import Crew
 

@@ -164,14 +164,19 @@ def _norms(rows: Sequence[Mapping[str, Any]]) -> str:
     return text + (f"; in {inside} it is no larger than noise makes it." if inside else ".")
 
 
+def _signs(found: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[int, int, int, Mapping[str, float]]:
+    """In how many layers the interval lies above 0, in how many below; the layer of the largest value, and that one."""
+    layer, most = max(found, key=lambda row: abs(row[1]["value"]))
+    above = sum(interval["low"] > 0 for _, interval in found)
+    return above, sum(interval["high"] < 0 for _, interval in found), layer, most
+
+
 def _direction(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for key, words in (("attention", "attention's output"), ("mlp", "the MLP's output")):
         found = measured(rows, "alignment", key)
         if found:
-            along = sum(interval["low"] > 0 for _, interval in found)
-            against = sum(interval["high"] < 0 for _, interval in found)
-            layer, most = max(found, key=lambda row: abs(row[1]["value"]))
+            along, against, layer, most = _signs(found)
             parts.append(
                 f"with {words} it points the same way in {_layers(along)} and the opposite way in {against} of "
                 f"{len(found)} (strongest at layer {layer}: cosine {value_text(most, sign=True)})"
@@ -187,9 +192,7 @@ def _attention(rows: Sequence[Mapping[str, Any]]) -> str:
     ):
         found = measured(rows, key)
         if found:
-            more = sum(interval["low"] > 0 for _, interval in found)
-            less = sum(interval["high"] < 0 for _, interval in found)
-            layer, most = max(found, key=lambda row: abs(row[1]["value"]))
+            more, less, layer, most = _signs(found)
             parts.append(
                 f"{up} in {_layers(more)} and {down} in {less} of {len(found)} (strongest at layer {layer}: "
                 f"{value_text(most, sign=True)}{unit})"

@@ -201,8 +201,8 @@ def test_ablation_is_the_ablation_of_the_first_documents(place, tokenizer):
     branch = live_branches(model)[1]
     on = sum(score.nll for score in score_sequences(model, windows))
     with (
-        switched_off(branch.attention, branch.module, "skip"),
-        switched_off(branch.attention, branch.module, "enrichment"),
+        switched_off(branch, "skip"),
+        switched_off(branch, "enrichment"),
     ):
         off = sum(score.nll for score in score_sequences(model, windows))
     assert found["layers"][1]["ablation"]["both"]["value"] == pytest.approx(
@@ -227,7 +227,7 @@ def test_a_baked_checkpoint_with_the_skip_behind_a_norm(tokenizer, tmp_path):
     assert theirs.tap is baked.model.layers[1].post_attention_layernorm
     on = zoo.logits(baked, "gemma2")
     for part in ("skip", "enrichment"):
-        with switched_off(ours.attention, ours, part), switched_off(theirs.attention, theirs, part):
+        with switched_off(ours, part), switched_off(theirs, part):
             assert torch.equal(zoo.logits(model, "gemma2"), zoo.logits(baked, "gemma2"))
             assert zoo.difference(zoo.logits(baked, "gemma2"), on) > 1e-3
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from preskip.analysis.branches import LiveBranch
-from preskip.evaluate.likelihood import language_model
+from preskip.attach import language_model
 from preskip.progress import Advance, no_progress
 
 MEASURES = ("entropy_change", "sink_change")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from preskip.analysis.branches import LiveBranch
 from preskip.errors import DivergedError
+from preskip.evaluate.likelihood import token_scores
 
 # What is measured per layer and token: norms of the skip's output, of what it joins, of x̃ - x̂ and of x̂; cosines of the
 # skip's output with attention's and with the MLP's.
@@ -26,8 +27,6 @@ MEASURES = ("skip", "attention", "change", "input", "attention_cosine", "mlp_cos
 # Children of a block whose output is the MLP's; Bloom's adds the residual itself.
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2")
 INNER_MLPS = {"BloomBlock": "mlp.dense_4h_to_h"}
-# Rows of logits whose loss is computed at once.
-_LOSS_ROWS = 256
 
 Owner = TypeVar("Owner")
 
@@ -205,9 +204,7 @@ def _length(x: torch.Tensor) -> torch.Tensor:
 def _nats(logits: torch.Tensor, targets: Sequence[int]) -> NDArray[np.float64]:
     """Nats of the token behind each position, in fp32."""
     wanted = torch.tensor(targets, dtype=torch.long, device=logits.device)
-    parts = zip(logits[: len(targets)].split(_LOSS_ROWS), wanted.split(_LOSS_ROWS), strict=True)
-    nll = [F.cross_entropy(rows.float(), some, reduction="none").cpu() for rows, some in parts if len(some)]
-    nats = torch.cat(nll).double().numpy() if nll else np.zeros(0)
+    nats = token_scores(logits[: len(targets)], wanted)[0].numpy()
     if not np.isfinite(nats).all():
         raise DivergedError("the model's log-likelihood is NaN or infinite: try --dtype float32")
     return nats

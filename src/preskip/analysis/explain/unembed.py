@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from preskip.analysis.branches import LiveBranch
-from preskip.evaluate.likelihood import language_model
+from preskip.attach import language_model
 
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "final_norm")
 MOST = 10
