@@ -31,8 +31,8 @@ from preskip.branch import BranchSettings
 from preskip.environment import describe, resolve_device
 from preskip.rundir import write_json
 from preskip.train import scratch
-from preskip.train.frozen import BlockDataset
 from preskip.train.speed import forward_flops_per_token, measured_peak
+from preskip.train.steps import BlockDataset
 
 WARM_UP = 2
 

@@ -8,27 +8,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from preskip.cli.main import main
-from tiny_model import save_tiny_llama, write_corpus
-
-FEW = ["--steps", "4", "--batch-size", "2", "--seq-len", "16", "--eval-documents", "4", "--eval-words", "30"]
-FEW += ["--last-word-items", "6", "--context-length", "32", "--save-steps", "1", "--device", "cpu"]
-FEW += ["--dtype", "float32", "--heldout-fraction", "0.4", "--arms", "none,preskip,lora", "--seeds", "1,2"]
-
-
-def preskip(*arguments) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return stop.value.code
+from commands import PROBE, make_run, preskip
+from tiny_model import save_tiny_llama
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    save_tiny_llama(folder / "model")
-    corpus = write_corpus(folder / "corpus.jsonl")
-    assert preskip("probe", folder / "model", *FEW, "--corpus", corpus, "--out", folder / "run", "--json") == 0
-    return folder
+    return make_run(tmp_path_factory.mktemp("place"), "--seeds", "1,2")
 
 
 def adapter(place, arm="preskip"):
@@ -71,7 +57,7 @@ def test_the_baked_model_is_scored_as_the_adapter_was(place, tmp_path, capsys):
 
 def test_a_baked_model_can_be_probed_but_not_with_a_second_branch(place, tmp_path, capsys):
     assert preskip("bake", adapter(place), tmp_path / "out") == 0
-    options = [*FEW[:-4], "--seeds", "1", "--corpus", place / "corpus.jsonl", "--match", "none", "--lora-rank", "4"]
+    options = [*PROBE, "--seeds", "1", "--corpus", place / "corpus.jsonl"]
     assert preskip("probe", tmp_path / "out", *options, "--arms", "none,lora", "--out", tmp_path / "lora") == 0
     capsys.readouterr()
     assert preskip("probe", tmp_path / "out", *options, "--arms", "none,preskip", "--out", tmp_path / "twice") == 1

@@ -9,42 +9,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preskip.cli.main import main
-from tiny_model import save_tiny_llama, write_corpus
+from commands import make_run, preskip
+from tiny_model import write_corpus
 from tiny_text import tiny_tokenizer
 
-PROBE = ["--steps", "3", "--batch-size", "2", "--seq-len", "16", "--eval-documents", "4", "--eval-words", "30"]
-PROBE += [
-    "--last-word-items",
-    "0",
-    "--context-length",
-    "32",
-    "--device",
-    "cpu",
-    "--dtype",
-    "float32",
-    "--match",
-    "none",
-]
-PROBE += ["--heldout-fraction", "0.4", "--arms", "none,preskip,lora", "--lora-rank", "4", "--seeds", "2,1"]
-PROBE += ["--nulls", "noise", "--match", "none"]
 FEW = ["--words", "40", "--documents", "4", "--ablation-documents", "2", "--ablation-words", "10", "--device", "cpu"]
 FEW += ["--attention-documents", "2", "--context-length", "32"]
 
 
-def preskip(*arguments) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return stop.value.code
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("place")
-    save_tiny_llama(folder / "model")
-    corpus = write_corpus(folder / "corpus.jsonl")
-    assert preskip("probe", folder / "model", *PROBE, "--corpus", corpus, "--out", folder / "run", "--json") == 0
-    return folder
+    return make_run(tmp_path_factory.mktemp("place"), "--seeds", "2,1", "--nulls", "noise")
 
 
 @pytest.fixture(scope="module")

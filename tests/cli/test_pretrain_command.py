@@ -261,7 +261,7 @@ def test_other_text_under_the_same_name_is_refused(again, corpus, tmp_path, caps
     record["config"]["corpus"] = str(other)
     (again / "run.json").write_text(json.dumps(record))
     assert call("--resume", again) == 1
-    assert "the corpus has changed since this run began" in capsys.readouterr().err
+    assert f"corpus {other} has changed since this run began" in capsys.readouterr().err
 
 
 def test_a_run_of_the_other_command_is_refused(again, capsys):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from commands import preskip
 from preskip.architecture.shapes import shape_config
-from preskip.cli.main import main
 from tiny_model import write_corpus
 
 DATA = (
@@ -22,12 +22,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DATA.is_file(), reason=f"no GPT-NeoX tokenizer at {DATA}"),
 ]
-
-
-def preskip(*arguments) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    return stop.value.code
 
 
 def test_probe_bake_and_generate(tmp_path, capsys):

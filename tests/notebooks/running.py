@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parents[2] / "notebooks"
 
 
-def run_notebook(name: str, place: Path) -> str:
-    """Run every cell, in `place`; what they printed and showed as text."""
-    import nbclient
-    import nbformat
+def run_notebook(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run every cell with 2 training steps, in `place`; what they printed and showed as text."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("PRESKIP_NOTEBOOK_STEPS", "2")
+    monkeypatch.setenv("TMPDIR", str(place))  # what a notebook writes
 
     notebook = nbformat.read(FOLDER / name, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "stored without outputs"

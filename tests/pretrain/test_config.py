@@ -2,7 +2,8 @@ import pytest
 
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
-from preskip.pretrain.config import PretrainConfig, parse_extent, parse_overrides, parse_rates, parse_tokens
+from preskip.options import parse_extent
+from preskip.pretrain.config import PretrainConfig, parse_overrides, parse_rates, parse_tokens
 
 
 def test_tokens_with_and_without_units():

@@ -6,7 +6,8 @@ import pytest
 
 from preskip.arms import ARMS
 from preskip.cli.probe import probe
-from preskip.probe.config import parse_extent, parse_lora_ranks
+from preskip.options import parse_extent
+from preskip.probe.config import parse_lora_ranks
 from preskip.probe.presets import PRESETS
 
 

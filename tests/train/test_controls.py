@@ -11,7 +11,8 @@ from torch import nn
 from preskip import PreskipConfig
 from preskip.errors import PreskipError
 from preskip.train.controls import EqualStep, noise_seed, shuffle_targets, train_on_noise
-from preskip.train.frozen import BlockDataset, TrainingSettings, train_frozen
+from preskip.train.frozen import TrainingSettings, train_frozen
+from preskip.train.steps import BlockDataset
 from tiny_model import tiny_llama
 
 BLOCKS = np.random.default_rng(0).integers(2, 400, (8, 16)).astype(np.int32)

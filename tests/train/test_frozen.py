@@ -6,8 +6,9 @@ from peft import get_peft_model
 from preskip import PreskipConfig
 from preskip.errors import PreskipError
 from preskip.rundir import read_jsonl
-from preskip.train.frozen import BlockDataset, TrainingSettings, train_frozen
+from preskip.train.frozen import TrainingSettings, train_frozen
 from preskip.train.memory import peak_memory
+from preskip.train.steps import BlockDataset
 from tiny_model import tiny_llama
 
 BLOCKS = np.random.default_rng(0).integers(2, 400, (8, 16)).astype(np.int32)

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import preskip.architecture  # noqa: F401
 from preskip.errors import DivergedError, PreskipError
-from preskip.train.frozen import BlockDataset
 from preskip.train.scratch import ScratchSettings, parameter_groups, trackers, train_scratch
 from preskip.train.speed import embedding_parameters, forward_flops_per_token, measured_peak
+from preskip.train.steps import BlockDataset
 
 BLOCKS = np.random.default_rng(0).integers(2, 96, (24, 16)).astype(np.uint16)
 SIZES = {

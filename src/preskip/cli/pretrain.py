@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from preskip.cli.runs import default_out, follow, kept_for_resuming, refuse_other_options, write_report
 from preskip.errors import PreskipError
+from preskip.options import parse_names, parse_seeds
 
 if TYPE_CHECKING:
     from preskip.pretrain.arms import Plan
@@ -168,10 +168,15 @@ def pretrain(
     from preskip.train.distributed import is_main, share_batch, world_size
 
     if not is_main():
-        _follow(device, resume)
+        from preskip.libraries import quiet_libraries
+
+        quiet_libraries()
+        from preskip.pretrain.executor import follow_pretrain
+
+        follow(follow_pretrain, device, resume)
         return
     if resume is not None:
-        _refuse_other_options(context)
+        refuse_other_options(context, FREE)
     check_executor(executor, ray_address)
     if workers < 1:
         raise PreskipError(f"--workers {workers} is not possible: it must be at least 1")
@@ -183,7 +188,7 @@ def pretrain(
     from preskip.progress import spinner
 
     with spinner("loading libraries", quiet=as_json):
-        from preskip.cli.libraries import quiet_libraries
+        from preskip.libraries import quiet_libraries
 
         quiet_libraries()
         from preskip.pretrain.executor import all_together, on_ray
@@ -191,7 +196,9 @@ def pretrain(
         from preskip.rundir import RunDirectory
 
     if config is not None:
-        run = start_pretrain(config, out or _default_out(config), ["preskip", *sys.argv[1:]])
+        run = start_pretrain(
+            config, out or default_out(Path(config.arch).stem, config.corpus), ["preskip", *sys.argv[1:]]
+        )
     else:
         assert resume is not None
         run = RunDirectory.open(resume)
@@ -202,50 +209,20 @@ def pretrain(
         execute = on_ray(ray_address, as_json)
     elif world_size() > 1:
         execute = all_together(as_json)
-    try:
+    with kept_for_resuming(run, "pretrain", is_new=resume is None):
         results = run_pretrain(
             run,
             execute=execute,
             show_plans=(lambda plans: None) if as_json else print_plans,
             quiet=as_json,
         )
-    except (KeyboardInterrupt, SystemExit):
-        _hint(run)
-        raise
-    except PreskipError as error:
-        if any(run.path.glob("arms/*/*/*")):
-            _hint(run)
-            raise
-        # Nothing was trained, so nothing is lost: leave no half-made run behind.
-        if resume is None:
-            import shutil
-
-            shutil.rmtree(run.path)
-        raise error from None
-    page = _report(run, as_json)
+    page = write_report(run, as_json)
     if as_json:
         print(json.dumps({"run": str(run.path), "report": page and str(page), **results}, indent=1))
     else:
         from preskip.cli.tables import print_results
 
         print_results(results, run.path, page)
-
-
-def _follow(device: str, resume: Path | None) -> None:
-    """Another process than the main one of a launch: only takes part in the trainings."""
-    import signal
-
-    from preskip.cli.libraries import quiet_libraries
-
-    quiet_libraries()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has nothing to tidy, and waits where Python sees no signals
-    from preskip.environment import resolve_device
-    from preskip.pretrain.executor import follow_pretrain
-    from preskip.rundir import RunDirectory
-
-    follow_pretrain(
-        resolve_device(device) if resume is None else RunDirectory.open(resume).manifest["config"]["device"]
-    )
 
 
 def print_plans(plans: Mapping[str, Plan]) -> None:
@@ -293,7 +270,7 @@ def _config(options: dict[str, Any]) -> PretrainConfig:
     if everyone is not None:
         options["learning_rate"] = everyone
     settings = {field.name: options.pop(field.name) for field in fields(BranchSettings)}
-    options |= {name: _names(options[name]) for name in ("arms", "eval_corpora", "report_to")}
+    options |= {name: parse_names(options[name]) for name in ("arms", "eval_corpora", "report_to")}
     return PretrainConfig(
         settings=BranchSettings(**settings),
         overrides=overrides,
@@ -301,39 +278,9 @@ def _config(options: dict[str, Any]) -> PretrainConfig:
         branch_rate_factor=options.pop("branch_lr_factor"),
         compile=options.pop("compile_model"),
         tokens=parse_tokens(options.pop("tokens")),
-        seeds=tuple(_integer(text) for text in _names(options.pop("seeds"))),
+        seeds=parse_seeds(options.pop("seeds")),
         **options,
     )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise PreskipError(f"--seeds: {text!r} is not a whole number") from None
-
-
-def _refuse_other_options(context: typer.Context) -> None:
-    """`--resume` takes everything from the run: another option beside it would be silently ignored."""
-    given = [
-        name
-        for name in context.params
-        if name not in FREE and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if given:
-        raise PreskipError(f"--resume takes every option from the run: leave out {', '.join(sorted(given))}")
-
-
-def _default_out(config: PretrainConfig) -> Path:
-    def slug(name: str) -> str:
-        return "".join(c if c.isalnum() or c in "-._" else "-" for c in Path(name).stem)[:40].strip("-.") or "run"
-
-    time = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{time}-{slug(config.arch)}-{slug(config.corpus)}"
 
 
 def _announce(run: Any) -> None:
@@ -343,26 +290,3 @@ def _announce(run: Any) -> None:
     say(f"architecture {config['arch']}, corpus {config['corpus']}, {config['device']}")
     say(f"weights float32, computed in {config['dtype']}")
     say(f"run {run.path}")
-
-
-def _hint(run: Any) -> None:
-    from rich.console import Console
-
-    text = f"what is done is kept; finish with: preskip pretrain --resume {shlex.quote(str(run.path))}"
-    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False, style="yellow")
-
-
-def _report(run: Any, quiet: bool) -> Path | None:
-    """The page, or None and a hint where its extra is not installed: the results are kept either way."""
-    from rich.console import Console
-
-    from preskip.progress import spinner
-    from preskip.report import build_report
-
-    try:
-        with spinner("writing report.html", quiet=quiet):
-            return build_report(run.path)
-    except PreskipError as error:
-        if not quiet:
-            Console(stderr=True, soft_wrap=True).print(f"no report.html: {error}", style="yellow", markup=False)
-        return None

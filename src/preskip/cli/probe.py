@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from preskip.cli.runs import default_out, follow, kept_for_resuming, refuse_other_options, write_report
 from preskip.errors import PreskipError
+from preskip.options import parse_names, parse_seeds
 
 if TYPE_CHECKING:
     from preskip.probe.config import ProbeConfig
@@ -158,32 +158,37 @@ def probe(
     from preskip.train.distributed import is_main
 
     if not is_main():
-        _follow(device, resume)
+        from preskip.libraries import quiet_libraries
+
+        quiet_libraries()
+        from preskip.probe.run import follow_probe
+
+        follow(follow_probe, device, resume)
         return
     if resume is not None:
-        _refuse_other_options(context)
+        refuse_other_options(context, FREE)
     from preskip.probe.config import ProbeConfig, parse_layers, parse_learning_rates, parse_lora_ranks
 
     config = None
     if resume is None:
         options = _with_preset(context, options)
-        names = _names(options["arms"])
+        names = parse_names(options["arms"])
         rates = [text for text in options["lr"] or [] if text != "tune"]
         lr_mode = "tune" if "tune" in (options.pop("lr") or []) else "fixed" if rates else "default"
         options |= {
             "arms": names if "none" in names or not names else ("none", *names),
-            "seeds": tuple(_integer(text, "--seeds") for text in _names(options["seeds"])),
+            "seeds": parse_seeds(options["seeds"]),
             "layers": parse_layers(layers),
             "learning_rates": parse_learning_rates(rates, names),
             "lora_ranks": parse_lora_ranks(options.pop("lora_rank") or []),
             "lr_mode": lr_mode,
-            **{name: _names(options[name]) for name in ("tasks", "eval_corpora", "nulls")},
+            **{name: parse_names(options[name]) for name in ("tasks", "eval_corpora", "nulls")},
         }
         config = _config(ProbeConfig, options)
     from preskip.progress import spinner
 
     with spinner("loading libraries", quiet=as_json):
-        from preskip.cli.libraries import quiet_libraries
+        from preskip.libraries import quiet_libraries
 
         quiet_libraries()
         from preskip.probe.run import run_probe, start_probe
@@ -192,28 +197,15 @@ def probe(
 
     check_executor(executor, ray_address)
     if config is not None:
-        run = start_probe(config, out or _default_out(config), ["preskip", *sys.argv[1:]])
+        run = start_probe(config, out or default_out(config.model, config.corpus), ["preskip", *sys.argv[1:]])
     else:
         assert resume is not None
         run = RunDirectory.open(resume)
     if not as_json:
         _announce(run, asked=None if config is None else config.dtype)
-    try:
+    with kept_for_resuming(run, "probe", is_new=resume is None):
         results = run_probe(run, quiet=as_json, executor=executor, ray_address=ray_address)
-    except (KeyboardInterrupt, SystemExit):
-        _hint(run)
-        raise
-    except PreskipError as error:
-        if any(run.path.glob("arms/*/*/*")):
-            _hint(run)
-            raise
-        # Nothing was computed, so nothing is lost: leave no half-made run behind.
-        if resume is None:
-            import shutil
-
-            shutil.rmtree(run.path)
-        raise error from None
-    page = _report(run, as_json)
+    page = write_report(run, as_json)
     if as_json:
         print(json.dumps({"run": str(run.path), "report": page and str(page), **results}, indent=1))
     else:
@@ -226,21 +218,6 @@ def probe(
             from preskip.cli.audit import print_audit
 
             print_audit(results["dtype_audit"])
-
-
-def _follow(device: str, resume: Path | None) -> None:
-    """Another process than the main one of a launch: only takes part in the trainings."""
-    import signal
-
-    from preskip.cli.libraries import quiet_libraries
-
-    quiet_libraries()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has nothing to tidy, and waits where Python sees no signals
-    from preskip.environment import resolve_device
-    from preskip.probe.run import follow_probe
-    from preskip.rundir import RunDirectory
-
-    follow_probe(resolve_device(device) if resume is None else RunDirectory.open(resume).manifest["config"]["device"])
 
 
 def _config(kind: type[ProbeConfig], options: dict[str, Any]) -> ProbeConfig:
@@ -268,37 +245,6 @@ def _with_preset(context: typer.Context, options: dict[str, Any]) -> dict[str, A
     return options | left_open
 
 
-def _names(text: str | tuple[Any, ...]) -> tuple[str, ...]:
-    parts = text.split(",") if isinstance(text, str) else map(str, text)
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def _integer(text: str, flag: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise PreskipError(f"{flag}: {text!r} is not a whole number") from None
-
-
-def _refuse_other_options(context: typer.Context) -> None:
-    """`--resume` takes everything from the run: another option beside it would be silently ignored."""
-    given = [
-        name
-        for name in context.params
-        if name not in FREE and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if given:
-        raise PreskipError(f"--resume takes every option from the run: leave out {', '.join(sorted(given))}")
-
-
-def _default_out(config: ProbeConfig) -> Path:
-    def slug(name: str) -> str:
-        return "".join(c if c.isalnum() or c in "-._" else "-" for c in Path(name).name)[:40].strip("-.") or "run"
-
-    time = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{time}-{slug(config.model)}-{slug(config.corpus)}"
-
-
 def _announce(run: Any, asked: str | None) -> None:
     """Say what runs on what; `asked` is the --dtype of a new run."""
     from preskip.environment import resolve_dtype
@@ -309,26 +255,3 @@ def _announce(run: Any, asked: str | None) -> None:
     say(f"model {config['model']}, corpus {config['corpus']}, {config['device']}")
     say(f"base weights {config['dtype']} ({reason}), inserted weights float32")
     say(f"run {run.path}")
-
-
-def _hint(run: Any) -> None:
-    from rich.console import Console
-
-    text = f"what is done is kept; finish with: preskip probe --resume {shlex.quote(str(run.path))}"
-    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False, style="yellow")
-
-
-def _report(run: Any, quiet: bool) -> Path | None:
-    """The page, or None and a hint where its extra is not installed: the results are kept either way."""
-    from rich.console import Console
-
-    from preskip.progress import spinner
-    from preskip.report import build_report
-
-    try:
-        with spinner("writing report.html", quiet=quiet):
-            return build_report(run.path)
-    except PreskipError as error:
-        if not quiet:
-            Console(stderr=True, soft_wrap=True).print(f"no report.html: {error}", style="yellow", markup=False)
-        return None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
+from preskip.options import parse_by_arm, parse_extent
 
 DTYPES = ("auto", "float32", "bfloat16")
 ARM_NAMES = ("base", "base-wide", "base-deep", "base-flops", "skip", "preproj", "preskip", "parallel")
@@ -266,39 +266,13 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def parse_extent(text: str, documents: int, words: int) -> tuple[str, int, int]:
-    """Read one of `--eval-corpora`: `sotu` or `sotu:40x400` gives name, documents, and words of each.
-
-    Raises:
-        PreskipError: fewer than 2 documents, or none of their words.
-    """
-    found = re.fullmatch(r"(.+):(\d+)x(\d+)", text)
-    name, count, length = (found[1], int(found[2]), int(found[3])) if found else (text, documents, words)
-    if count < 2 or length < 1:
-        raise PreskipError(f"--eval-corpora {text!r} is too small: give 2 documents or more, of 1 word or more")
-    return name, count, length
-
-
 def parse_rates(texts: Sequence[str]) -> tuple[float | None, dict[str, float]]:
     """Read `--lr` options: `3e-3` for every arm, `preskip=2e-3` for one.
 
     Raises:
         PreskipError: not a number.
     """
-    everyone, by_arm = None, {}
-    for text in texts:
-        arm, _, number = text.rpartition("=")
-        try:
-            rate = float(number)
-        except ValueError:
-            raise PreskipError(
-                f"--lr {text!r} is not a number or arm=number, e.g. --lr 3e-3 or --lr skip=1e-3"
-            ) from None
-        if arm:
-            by_arm[arm] = rate
-        else:
-            everyone = rate
-    return everyone, by_arm
+    return parse_by_arm(texts, float, "--lr", "3e-3 or --lr skip=1e-3")
 
 
 def _flag(name: str) -> str:

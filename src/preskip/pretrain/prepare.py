@@ -33,8 +33,9 @@ from preskip.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from preskip.errors import PreskipError
 from preskip.evaluate.stats import ALPHA, DEFAULT_MARGINS
 from preskip.evaluate.texts import TextSet, prepare_texts
+from preskip.options import parse_extent
 from preskip.pretrain.arms import Plan, plan_arms
-from preskip.pretrain.config import PretrainConfig, parse_extent
+from preskip.pretrain.config import PretrainConfig
 from preskip.progress import progress_bar, spinner
 from preskip.rundir import RunDirectory, clear_disk_errors, read_json, write_json
 

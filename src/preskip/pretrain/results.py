@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from preskip.evaluate.stats import compare_arms, measured_power, summarise
+from preskip.evaluate.arm_results import arm_results, finished_cells
+from preskip.evaluate.stats import compare_arms, measured_power
 from preskip.pretrain.config import PretrainConfig
 from preskip.rundir import SCHEMA_VERSION, RunDirectory, read_jsonl
 
@@ -42,11 +43,7 @@ def summarise_run(run: RunDirectory, config: PretrainConfig, manifest: Mapping[s
         The evaluation sets, metrics by arm and set, paired comparisons of all arms with verdicts, what they could
         resolve, and the loss on development documents while training, by arm and seed.
     """
-    cells = {arm: {seed: run.cell(arm, seed) for seed in config.seeds} for arm in config.arms}
-    done = {arm: {seed: cell for seed, cell in by_seed.items() if cell.is_done} for arm, by_seed in cells.items()}
-    done = {arm: by_seed for arm, by_seed in done.items() if by_seed}
-    loaded = {arm: {seed: cell.load() for seed, cell in by_seed.items()} for arm, by_seed in done.items()}
-    items = {arm: {seed: rows for seed, (_, rows) in by_seed.items()} for arm, by_seed in loaded.items()}
+    summaries, items = finished_cells(run, config.arms, config.seeds)
     family = manifest["family"]
     comparisons = compare_arms(items, family) if len(items) > 1 else []
     return {
@@ -54,16 +51,16 @@ def summarise_run(run: RunDirectory, config: PretrainConfig, manifest: Mapping[s
         "kind": "pretrain",
         "sets": manifest["sets"],
         "arms": {
-            arm: _arm_results([summary for summary, _ in by_seed.values()], items[arm], manifest["arms"][arm])
-            for arm, by_seed in loaded.items()
+            arm: arm_results(found, items[arm], manifest["arms"][arm], facts_kept=ARM_FACTS, means=MEANS)
+            for arm, found in summaries.items()
         },
         "family": family,
         "comparisons": comparisons,
         "power": measured_power(comparisons, family),
         "depth": {},
         "curves": {
-            arm: {str(seed): _curve(read_jsonl(cell.train_log)) for seed, cell in by_seed.items()}
-            for arm, by_seed in done.items()
+            arm: {str(seed): _curve(read_jsonl(run.cell(arm, seed).train_log)) for seed in by_seed}
+            for arm, by_seed in items.items()
         },
     }
 
@@ -76,21 +73,3 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for row, tokens in zip(rows, read, strict=True)
         if "eval_loss" in row
     ]
-
-
-def _arm_results(
-    summaries: Sequence[Mapping[str, Any]], items: dict[int, list[dict[str, Any]]], facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    def mean(key: str) -> float | None:
-        values = [summary[key] for summary in summaries if summary[key] is not None]
-        return float(np.mean(values)) if values else None
-
-    return {
-        "trainable_parameters": summaries[0]["trainable_parameters"],
-        **{key: facts[key] for key in ARM_FACTS},
-        "learning_rate": summaries[0]["learning_rate"],
-        "seeds": [summary["seed"] for summary in summaries],
-        "metrics": summarise(items),
-        **{key: mean(key) for key in MEANS},
-        "peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in summaries),
-    }

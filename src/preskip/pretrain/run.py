@@ -9,12 +9,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
-from datetime import datetime, timezone
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,9 @@ from typing import Any
 import torch
 
 from preskip import environment
+from preskip.attempt import attempt, check_same_inputs, new_run, say_other_environment
 from preskip.errors import PreskipError
+from preskip.libraries import quiet_libraries
 from preskip.pretrain.arms import Plan
 from preskip.pretrain.cells import run_cell
 from preskip.pretrain.config import PretrainConfig
@@ -32,7 +31,6 @@ from preskip.progress import say, spinner
 from preskip.rundir import RunDirectory, write_json
 from preskip.train.scratch import trackers
 from preskip.train.speed import measured_peak
-from preskip.version import __version__
 
 # Computes the (arm, seed) cells of the run at a path.
 Execute = Callable[[Path, Sequence[tuple[str, int]]], None]
@@ -49,22 +47,8 @@ def start_pretrain(config: PretrainConfig, out: Path, command: Sequence[str]) ->
     Raises:
         PreskipError: the path exists, or the device or a tracker is not there; nothing has been written then.
     """
-    if out.exists():
-        raise PreskipError(f"{out} exists already: choose another --out, or finish it with --resume {out}")
-    device = environment.resolve_device(config.device)
-    dtype, _ = environment.resolve_dtype(config.dtype, device)
-    resolved = {"dtype": dtype, "device": device, "report_to": list(trackers(config.report_to)) or ["none"]}
-    manifest = {
-        "preskip_version": __version__,
-        "kind": "pretrain",
-        "status": "running",
-        "created": _now(),
-        "finished": None,
-        "command": list(command),
-        "directory": str(Path.cwd()),
-        "config": config.to_json() | resolved,
-    }
-    return RunDirectory.create(out, manifest)
+    stored = config.to_json() | {"report_to": list(trackers(config.report_to)) or ["none"]}
+    return new_run(out, stored, command, kind="pretrain")
 
 
 def run_pretrain(
@@ -91,50 +75,30 @@ def run_pretrain(
     """
     if run.manifest.get("kind") != "pretrain":
         raise PreskipError(f"{run.path} is no run of `preskip pretrain`: resume it with `preskip probe --resume`")
-    with run.lock():
-        return _run(run, execute, show_plans, quiet)
-
-
-def _run(
-    run: RunDirectory, execute: Execute | None, show_plans: Callable[[dict[str, Plan]], None], quiet: bool
-) -> dict[str, Any]:
     config = PretrainConfig.from_json(run.manifest["config"])
-    started = time.perf_counter()
-    try:
+    with attempt(run) as now:
         plans, facts = prepare(run, config, quiet)
-        _check_same_inputs(run, facts)
+        check_same_inputs(run, facts, ("model", "corpus", "tokenizer"))
+        say_other_environment(run, facts["environment"], quiet)
         show_plans(plans)
         if run.manifest.get("peak_flops") is None:
             peak = config.peak_flops or measured_peak(config.device, getattr(torch, config.dtype))
             facts |= {"peak_flops": peak, "peak_flops_source": "as given" if config.peak_flops else "measured matmul"}
-        earlier = run.manifest.get("timings", {})
         run.update_manifest(status="running", **facts)
-        seconds = {"load": time.perf_counter() - started}
+        now.seconds["load"] = now.elapsed()
         # Seeds outermost: what is done early can be compared over all arms.
         every = [(arm, seed) for seed in config.seeds for arm in config.arms]
         missing = [(arm, seed) for arm, seed in every if not run.cell(arm, seed).is_done]
         for arm, seed in set(every) - set(missing):
             run.cell(arm, seed).load()  # damaged files are found now, not after hours of training
         (execute or in_this_process(quiet))(run.path, missing)
-        summaries = {cell: run.cell(*cell).load()[0] for cell in every}
-        seconds["train"] = sum(summaries[cell]["train_seconds"] for cell in missing)
-        seconds["evaluate"] = sum(summaries[cell]["evaluate_seconds"] for cell in missing)
+        summaries = [run.cell(*cell).load()[0] for cell in missing]
+        now.seconds["train"] = sum(summary["train_seconds"] for summary in summaries)
+        now.seconds["evaluate"] = sum(summary["evaluate_seconds"] for summary in summaries)
         with spinner("comparing the arms", quiet=quiet):
             results = summarise_run(run, config, run.manifest)
         write_json(run.path / "results.json", results)
-        seconds["total"] = time.perf_counter() - started
-        timings = {name: round(earlier.get(name, 0.0) + value, 2) for name, value in seconds.items()}
-        peak_bytes = max(arm["peak_memory_bytes"] for arm in results["arms"].values())
-        run.update_manifest(status="finished", finished=_now(), timings=timings, peak_memory_bytes=peak_bytes)
-    except torch.OutOfMemoryError as error:
-        _mark(run, "failed")
-        raise PreskipError(
-            f"out of memory ({str(error).splitlines()[0]}): lower --micro-batch-size or --eval-batch-tokens, or give "
-            "--gradient-checkpointing"
-        ) from error
-    except BaseException as error:
-        _mark(run, "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
-        raise
+        now.finish(results)
     return results
 
 
@@ -189,11 +153,7 @@ def in_processes(count: int, quiet: bool) -> Execute:
 
 def _set_up(threads: int, parent: int) -> None:
     """A worker's share of the cores; the libraries' notices off the terminal; its end where the run's process dies."""
-    from transformers.utils import logging
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_libraries()
     torch.set_num_threads(threads)
 
     def watch() -> None:
@@ -203,24 +163,3 @@ def _set_up(threads: int, parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _mark(run: RunDirectory, status: str) -> None:
-    """Record how a run ended; where even that cannot be written, the error that ended it matters more."""
-    with suppress(PreskipError):
-        run.update_manifest(status=status)
-
-
-def _check_same_inputs(run: RunDirectory, facts: dict[str, Any]) -> None:
-    """Cells of other texts or another architecture must not be compared with those still to come."""
-    for part in ("model", "corpus", "tokenizer"):
-        before = run.manifest.get(part, {}).get("sha256")
-        if before is not None and before != facts[part]["sha256"]:
-            raise PreskipError(
-                f"the {part} has changed since this run began (its SHA-256 was {before[:12]}...): put the old one "
-                "back, or start a new run"
-            )
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from preskip.arms.catalogue import ARMS, LORA_ARMS, resolve_arms
 from preskip.attach import SKIP_POSITIONS
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
+from preskip.options import parse_by_arm, parse_extent
 
 T = TypeVar("T")
 PACKINGS = ("packed", "paragraphs")
@@ -232,22 +233,6 @@ class ProbeConfig:
             raise PreskipError(f"run.json holds a configuration of another version: {error}") from None
 
 
-def parse_extent(text: str, documents: int, words: int) -> tuple[str, int, int]:
-    """Read one `--eval-corpus`: `books` or `books:40x400` gives name, documents, and words of each.
-
-    Raises:
-        PreskipError: not of this form, or fewer than 2 documents.
-    """
-    found = re.fullmatch(r"(.+?)(?::(\d+)x(\d+))?", text)
-    if found is None:
-        raise PreskipError(f"--eval-corpus {text!r}: give NAME or NAME:DOCUMENTSxWORDS, e.g. books:40x400")
-    name, given, length = found.groups()
-    extent = (int(given), int(length)) if given else (documents, words)
-    if extent[0] < 2 or extent[1] < 1:
-        raise PreskipError(f"--eval-corpus {text!r} is too small: give 2 documents or more, of 1 word or more")
-    return name, *extent
-
-
 def parse_learning_rates(texts: Sequence[str], arms: Sequence[str]) -> dict[str, float]:
     """Read `--lr` options: `1e-3` for every trained arm, or `arm=1e-3` for one.
 
@@ -255,7 +240,8 @@ def parse_learning_rates(texts: Sequence[str], arms: Sequence[str]) -> dict[str,
         PreskipError: not a number.
     """
     trained = [name for name in arms if name in ARMS and ARMS[name].trains]
-    return _by_arm(texts, trained, float, "--lr", "3e-4 or --lr lora=1e-3")
+    everyone, by_arm = parse_by_arm(texts, float, "--lr", "3e-4 or --lr lora=1e-3")
+    return by_arm if everyone is None else dict.fromkeys(trained, everyone) | by_arm
 
 
 def parse_lora_ranks(texts: Sequence[str]) -> dict[str, int]:
@@ -264,21 +250,8 @@ def parse_lora_ranks(texts: Sequence[str]) -> dict[str, int]:
     Raises:
         PreskipError: not a whole number.
     """
-    return _by_arm(texts, LORA_ARMS, int, "--lora-rank", "64 or --lora-rank preproj+lora=64")
-
-
-def _by_arm(
-    texts: Sequence[str], every: Sequence[str], read: Callable[[str], T], flag: str, example: str
-) -> dict[str, T]:
-    values: dict[str, T] = {}
-    for text in texts:
-        arm, _, number = text.rpartition("=")
-        try:
-            value = read(number)
-        except ValueError:
-            raise PreskipError(f"{flag} {text!r} is not a number or arm=number, e.g. {flag} {example}") from None
-        values.update(dict.fromkeys([arm] if arm else every, value))
-    return values
+    everyone, by_arm = parse_by_arm(texts, int, "--lora-rank", "64 or --lora-rank preproj+lora=64")
+    return by_arm if everyone is None else dict.fromkeys(LORA_ARMS, everyone) | by_arm
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

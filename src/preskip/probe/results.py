@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from preskip.arms import resolve_arms
+from preskip.evaluate.arm_results import arm_results, finished_cells
 from preskip.evaluate.paper import COLUMNS, paper_columns
 from preskip.evaluate.published import paper_table
-from preskip.evaluate.stats import compare_arms, measured_power, summarise
+from preskip.evaluate.stats import compare_arms, measured_power
 from preskip.probe.config import ProbeConfig
 from preskip.rundir import SCHEMA_VERSION, RunDirectory, read_json
 
@@ -22,6 +21,7 @@ ARM_FACTS = (
     "compute_dtype",
     "attn_implementation",
 )
+MEANS = ("final_training_loss", "seconds_per_step")
 
 
 def summarise_run(run: RunDirectory, config: ProbeConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,18 +37,17 @@ def summarise_run(run: RunDirectory, config: ProbeConfig, manifest: Mapping[str,
         resolve, the search for learning rates, and the depth profiles by arm and seed.
     """
     arms = [arm.name for arm in resolve_arms(config.arms)]
-    cells = {arm: {seed: run.cell(arm, seed) for seed in config.seeds} for arm in arms}
-    loaded = {arm: {seed: cell.load() for seed, cell in cells[arm].items() if cell.is_done} for arm in arms}
-    loaded = {arm: found for arm, found in loaded.items() if found}
-    arms = list(loaded)
-    summaries = {arm: [summary for summary, _ in loaded[arm].values()] for arm in arms}
-    items = {arm: {seed: rows for seed, (_, rows) in loaded[arm].items()} for arm in arms}
+    summaries, items = finished_cells(run, arms, config.seeds)
+    arms = list(summaries)
     family = manifest["family"]
     comparisons = compare_arms(items, family)
     results = {
         "schema_version": SCHEMA_VERSION,
         "sets": manifest["sets"],
-        "arms": {arm: _arm_results(summaries[arm], items[arm], manifest["arms"][arm]) for arm in arms},
+        "arms": {
+            arm: arm_results(summaries[arm], items[arm], manifest["arms"][arm], facts_kept=ARM_FACTS, means=MEANS)
+            for arm in arms
+        },
         "family": family,
         "comparisons": comparisons,
         "power": measured_power(comparisons, family),
@@ -76,22 +75,3 @@ def summarise_run(run: RunDirectory, config: ProbeConfig, manifest: Mapping[str,
     searches = {arm: run.search / arm / "search.json" for arm in arms}
     found = {arm: read_json(path) for arm, path in searches.items() if path.is_file()}
     return results | ({"search": found} if found else {})
-
-
-def _arm_results(
-    summaries: list[dict[str, Any]], items: dict[int, list[dict[str, Any]]], facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    def mean(key: str) -> float | None:
-        values = [summary[key] for summary in summaries if summary[key] is not None]
-        return float(np.mean(values)) if values else None
-
-    return {
-        "trainable_parameters": summaries[0]["trainable_parameters"],
-        **{key: facts[key] for key in ARM_FACTS},
-        "learning_rate": summaries[0]["learning_rate"],
-        "seeds": [summary["seed"] for summary in summaries],
-        "metrics": summarise(items),
-        "final_training_loss": mean("final_training_loss"),
-        "seconds_per_step": mean("seconds_per_step"),
-        "peak_memory_bytes": max(summary["peak_memory_bytes"] for summary in summaries),
-    }

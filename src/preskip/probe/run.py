@@ -7,19 +7,14 @@ the result of an uninterrupted one.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from contextlib import closing, suppress
-from datetime import datetime, timezone
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from preskip import environment
 from preskip.analysis.trend import arm_trends
 from preskip.arms import Arm, resolve_arms
-from preskip.errors import PreskipError
+from preskip.attempt import Attempt, attempt, check_same_inputs, new_run, say_other_environment
 from preskip.evaluate.stats import planned_power
 from preskip.probe.bench import Bench, prepare
 from preskip.probe.cells import follow
@@ -31,7 +26,6 @@ from preskip.probe.search import base_records
 from preskip.progress import say, spinner
 from preskip.rundir import RunDirectory, write_json
 from preskip.train.distributed import Crew, share_batch
-from preskip.version import __version__
 
 
 def start_probe(config: ProbeConfig, out: Path, command: Sequence[str]) -> RunDirectory:
@@ -45,20 +39,7 @@ def start_probe(config: ProbeConfig, out: Path, command: Sequence[str]) -> RunDi
     Raises:
         PreskipError: the path exists, or the device is not there; nothing has been written then.
     """
-    if out.exists():
-        raise PreskipError(f"{out} exists already: choose another --out, or finish it with --resume {out}")
-    device = environment.resolve_device(config.device)
-    dtype, _ = environment.resolve_dtype(config.dtype, device)
-    manifest = {
-        "preskip_version": __version__,
-        "status": "running",
-        "created": _now(),
-        "finished": None,
-        "command": list(command),
-        "directory": str(Path.cwd()),
-        "config": config.to_json() | {"dtype": dtype, "device": device},
-    }
-    return RunDirectory.create(out, manifest)
+    return new_run(out, config.to_json(), command)
 
 
 def run_probe(
@@ -79,30 +60,23 @@ def run_probe(
         PreskipError: anything a user can mend; the run directory then says "failed" and can be resumed. Or another
             process is working on the run.
     """
-    with run.lock():
-        return _run(run, quiet, executor, ray_address)
-
-
-def _run(run: RunDirectory, quiet: bool, executor: str, ray_address: str | None) -> dict[str, Any]:
     config = ProbeConfig.from_json(run.manifest["config"])
-    started = time.perf_counter()
-    try:
+    with attempt(run) as now:
         share_batch(config.batch_size, config.micro_batch)
         crew = Crew(config.device)
         bench, facts = prepare(config, Path(run.manifest.get("directory", ".")), quiet, crew)
-        _check_same_inputs(run, facts)
-        _say_other_environment(run.manifest, facts["environment"], quiet)
+        check_same_inputs(run, facts, ("model", "corpus"))
+        say_other_environment(run, facts["environment"], quiet)
         say(_extent(facts), quiet=quiet)
         _say_power(facts, config, quiet)
-        earlier = run.manifest.get("timings", {})
         run.update_manifest(status="running", **facts)
         crew.announce(run.path.resolve())
-        seconds = {"load": time.perf_counter() - started, "tune": 0.0, "train": 0.0, "evaluate": 0.0}
+        now.seconds = {"load": now.elapsed(), "tune": 0.0, "train": 0.0, "evaluate": 0.0}
         with closing(open_executor(executor, ray_address, config.device)) as where:
-            _tune(run, bench, facts, seconds, where)
+            _tune(run, bench, facts, now, where)
             for summary in where.cells(run, bench, _open_cells(run, config)):
-                seconds["train"] += summary["train_seconds"]
-                seconds["evaluate"] += summary["evaluate_seconds"]
+                now.seconds["train"] += summary["train_seconds"]
+                now.seconds["evaluate"] += summary["evaluate_seconds"]
         extra = run_controls(run, bench)
         crew.dismiss()
         with spinner("comparing the arms", quiet=quiet):
@@ -110,19 +84,7 @@ def _run(run: RunDirectory, quiet: bool, executor: str, ray_address: str | None)
             results |= _trends(results)
             _drop_documents(results)
         write_json(run.path / "results.json", results)
-        seconds["total"] = time.perf_counter() - started
-        timings = {name: round(earlier.get(name, 0.0) + value, 2) for name, value in seconds.items()}
-        peak = max(arm["peak_memory_bytes"] for arm in results["arms"].values())
-        run.update_manifest(status="finished", finished=_now(), timings=timings, peak_memory_bytes=peak)
-    except torch.OutOfMemoryError as error:
-        _mark(run, "failed")
-        raise PreskipError(
-            f"out of memory ({str(error).splitlines()[0]}): lower --micro-batch-size or --eval-batch-tokens, or give "
-            "--gradient-checkpointing"
-        ) from error
-    except BaseException as error:
-        _mark(run, "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
-        raise
+        now.finish(results)
     return results
 
 
@@ -156,11 +118,9 @@ def _open_cells(run: RunDirectory, config: ProbeConfig) -> list[tuple[Arm, int]]
     return cells
 
 
-def _tune(
-    run: RunDirectory, bench: Bench, facts: dict[str, Any], seconds: dict[str, float], where: LocalExecutor
-) -> None:
+def _tune(run: RunDirectory, bench: Bench, facts: dict[str, Any], now: Attempt, where: LocalExecutor) -> None:
     """Find the learning rates that are to be tuned, and record them."""
-    started = time.perf_counter()
+    started = now.elapsed()
     tuned = [arm for arm in resolve_arms(bench.config.arms) if bench.config.is_tuned(arm.name)]
     if not tuned:
         return
@@ -169,7 +129,7 @@ def _tune(
     for arm, found in zip(tuned, where.search(run, bench, tuned, base), strict=True):
         bench.rates[arm.name] = facts["arms"][arm.name]["learning_rate"] = found["chosen"]
         run.update_manifest(arms=facts["arms"])
-    seconds["tune"] = time.perf_counter() - started
+    now.seconds["tune"] = now.elapsed() - started
 
 
 def _trends(results: dict[str, Any]) -> dict[str, Any]:
@@ -221,44 +181,3 @@ def _say_power(facts: dict[str, Any], config: ProbeConfig, quiet: bool) -> None:
             + ", ".join(said.values()),
             quiet=quiet,
         )
-
-
-def _mark(run: RunDirectory, status: str) -> None:
-    """Record how a run ended; where even that cannot be written, the error that ended it matters more."""
-    with suppress(PreskipError):
-        run.update_manifest(status=status)
-
-
-def _check_same_inputs(run: RunDirectory, facts: dict[str, Any]) -> None:
-    """Cells of another model or other texts must not be compared with those still to come."""
-    manifest = run.manifest
-    for part in ("model", "corpus"):
-        before = manifest.get(part, {}).get("sha256")
-        if before is not None and before != facts[part]["sha256"]:
-            raise PreskipError(
-                f"{part} {facts[part]['name']} has changed since this run began (its SHA-256 was {before[:12]}...): "
-                "put the old one back, or start a new run"
-            )
-    for name, described in manifest.get("sets", {}).items():
-        now = facts["sets"].get(name, {}).get("sha256")
-        if described["sha256"] != now:
-            raise PreskipError(
-                f"the texts of the evaluation set {name} have changed since this run began: put the old ones back, or "
-                "start a new run"
-            )
-
-
-def _say_other_environment(manifest: dict[str, Any], now: dict[str, Any], quiet: bool) -> None:
-    """What is still to be computed equals an uninterrupted run to the bit only where it is computed alike."""
-    before = manifest.get("environment", {})
-    changed = [
-        f"{name} {before[name]}, now {now.get(name)}"
-        for name in before
-        if name != "memory_bytes" and before[name] != now.get(name)
-    ]
-    if changed:
-        say(f"this run began with {'; '.join(changed)}: last digits may differ from an uninterrupted run", quiet=quiet)
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

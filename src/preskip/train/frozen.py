@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from preskip.errors import DivergedError, PreskipError
+from preskip.errors import PreskipError
 from preskip.progress import Advance, no_progress
 from preskip.rundir import clear_disk_errors, write_jsonl
 from preskip.train.checkpoints import ResumableTrainer
@@ -24,10 +22,10 @@ from preskip.train.controls import (
     SCHEDULE,
     WEIGHT_DECAY,
     EqualStep,
-    shuffle_targets,
     train_on_noise,
 )
 from preskip.train.distributed import adapt_trainer, is_main, share_batch, shared_training, uses_fsdp
+from preskip.train.steps import BlockDataset, finite_step, stack_rows
 
 # The newest checkpoint, and one to fall back on where that is damaged.
 KEPT_CHECKPOINTS = 2
@@ -73,32 +71,6 @@ class TrainingSettings:
         return max(1, self.steps // 10)
 
 
-class BlockDataset(Dataset):
-    """Packed blocks [N, seq_len] in training order: item i is what the i-th sequence of training sees.
-
-    Args:
-        blocks: int array [N, seq_len]; -100 marks padding at a block's end.
-        length: number of sequences of the whole training; each pass over the blocks has its own permutation.
-        seed: of the permutations.
-        shuffled: give the targets in random order (`preskip.train.controls.shuffle_targets`).
-    """
-
-    def __init__(self, blocks: np.ndarray, length: int, seed: int, *, shuffled: bool = False) -> None:
-        generator = np.random.default_rng(seed)
-        passes = -(-length // len(blocks))
-        self.order = np.concatenate([generator.permutation(len(blocks)) for _ in range(passes)])[:length]
-        self.blocks, self.seed, self.shuffled = blocks, seed, shuffled
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.blocks[self.order[index]].astype(np.int64))
-        labels = shuffle_targets(ids, self.seed, index) if self.shuffled else ids
-        # Padding of the paper's paragraphs is marked by -100: not trained on; behind all text, so never attended to.
-        return {"input_ids": ids.clamp(min=0), "labels": labels}
-
-
 class _StepLog(TrainerCallback):
     """Writes train.jsonl, stops at the first loss or gradient that is not finite, and keeps the steps equal."""
 
@@ -127,12 +99,7 @@ class _StepLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or state.global_step == 0:
             return
-        loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
-        if not np.isfinite(loss) or not np.isfinite(norm):
-            raise DivergedError(
-                f"arm {self.arm}: the loss is {loss} and the gradient norm {norm} at step {state.global_step}: lower "
-                "--lr or use --dtype float32; the last good checkpoint is kept"
-            )
+        loss, norm = finite_step(logs, state.global_step, self.arm, "lower --lr or use --dtype float32")
         row = {
             "step": state.global_step,
             "loss": loss,
@@ -229,7 +196,7 @@ def train_frozen(
     dataset = BlockDataset(blocks, length, settings.seed, shuffled=settings.control == "shuffled")
     with shared_training(model) as trained:
         trainer = ResumableTrainer(
-            model=trained, args=arguments, train_dataset=dataset, data_collator=_stack, callbacks=[steps]
+            model=trained, args=arguments, train_dataset=dataset, data_collator=stack_rows, callbacks=[steps]
         )
         trainer.remove_callback(PrinterCallback)
         adapt_trainer(trainer)
@@ -240,7 +207,3 @@ def train_frozen(
     if is_main():
         write_jsonl(log, steps.rows)
     return steps.rows
-
-
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

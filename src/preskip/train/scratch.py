@@ -23,8 +23,8 @@ from preskip.progress import Advance, no_progress
 from preskip.rundir import clear_disk_errors, write_jsonl
 from preskip.train.checkpoints import ResumableTrainer
 from preskip.train.distributed import adapt_trainer, is_main, share_batch, shared_training, world_size
-from preskip.train.frozen import BlockDataset
 from preskip.train.speed import training_flops_per_token
+from preskip.train.steps import BlockDataset, finite_step, stack_rows
 
 SCHEDULE = "cosine_with_min_lr"
 
@@ -169,12 +169,8 @@ class _Log(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs or state.global_step == self.last_step or self.mark is None:
             return
-        loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
-        if not np.isfinite(loss) or not np.isfinite(norm):
-            raise DivergedError(
-                f"arm {self.arm}: the loss is {loss} and the gradient norm {norm} at step {state.global_step}: lower "
-                "--lr, raise --warmup-steps or use --dtype float32; the last good checkpoint is kept"
-            )
+        advice = "lower --lr, raise --warmup-steps or use --dtype float32"
+        loss, norm = finite_step(logs, state.global_step, self.arm, advice)
         now = time.perf_counter()
         tokens = (state.global_step - self.last_step) * self.tokens_per_step
         speed = tokens / (now - self.mark)
@@ -292,7 +288,7 @@ def train_scratch(
             args=arguments,
             train_dataset=BlockDataset(blocks, settings.steps * settings.batch_size, settings.seed),
             eval_dataset=WholeBlocks(evaluation) if evaluation is not None and evaluates else None,
-            data_collator=_stack,
+            data_collator=stack_rows,
             callbacks=[steps, *(_tensorboard(settings.report_to, log.parent) if is_main() else [])],
             branch_rate_factor=settings.branch_rate_factor,
         )
@@ -327,7 +323,3 @@ def _tensorboard(report_to: Sequence[str], folder: Path) -> list[TrainerCallback
     from transformers.integrations import TensorBoardCallback
 
     return [TensorBoardCallback(SummaryWriter(log_dir=str(folder / "tensorboard")))]
-
-
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}

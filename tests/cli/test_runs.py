@@ -1,0 +1,51 @@
+"""What the commands that make a run share: early ends, and the default folder."""
+
+import re
+
+import pytest
+
+from preskip.attempt import new_run
+from preskip.cli.runs import default_out, kept_for_resuming
+from preskip.errors import PreskipError
+
+
+@pytest.fixture
+def run(tmp_path):
+    return new_run(tmp_path / "run", {"device": "cpu", "dtype": "float32"}, [])
+
+
+@pytest.mark.parametrize(
+    "computed", ["arms/preskip/seed-1/train.jsonl", "search/lora/rung-0/0.001/trial.json", "controls/dtype-audit.json"]
+)
+def test_what_was_computed_is_kept_and_the_way_to_finish_it_said(run, computed, capsys):
+    (run.path / computed).parent.mkdir(parents=True)
+    (run.path / computed).write_text("{}")
+    with pytest.raises(PreskipError, match="disk"), kept_for_resuming(run, "probe", is_new=True):
+        raise PreskipError("disk full")
+    assert (run.path / computed).is_file()
+    assert f"preskip probe --resume {run.path}" in capsys.readouterr().err
+
+
+def test_a_new_run_in_which_nothing_was_computed_is_removed(run, capsys):
+    with pytest.raises(PreskipError), kept_for_resuming(run, "probe", is_new=True):
+        raise PreskipError("no such corpus")
+    assert not run.path.exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_old_run_is_never_removed(run):
+    with pytest.raises(PreskipError), kept_for_resuming(run, "probe", is_new=False):
+        raise PreskipError("no such corpus")
+    assert run.path.exists()
+
+
+def test_an_interruption_keeps_the_run(run, capsys):
+    with pytest.raises(KeyboardInterrupt), kept_for_resuming(run, "pretrain", is_new=True):
+        raise KeyboardInterrupt
+    assert run.path.exists()
+    assert "preskip pretrain --resume" in capsys.readouterr().err
+
+
+def test_the_default_folder_names_what_it_is_of():
+    folder = default_out("owner/model 1", "texts/my corpus.jsonl")
+    assert re.fullmatch(r"runs/\d{8}-\d{6}-model-1-my-corpus.jsonl", str(folder))
