@@ -1,9 +1,10 @@
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM
 
 import zoo
-from preskip import PreskipConfig
+from preskip import PreskipConfig, bake
 from preskip.analysis.depth import depth_profile
 from preskip.evaluate.stats import bootstrap_ratio
 from tiny_model import tiny_llama
@@ -131,3 +132,15 @@ def test_attention_that_gives_nothing_does_not_blow_up_the_ratio():
     row = depth_profile(model, [[5, 6], [7, 8]], owners=[0, 1])[0]
     assert (row["skip_to_attention"], row["skip_to_attention_low"]) == (None, None)
     assert "skip_to_attention" not in row["documents"]
+
+
+def test_a_model_with_branches_of_its_own_has_the_profile_of_the_adapter_it_was_baked_from(tmp_path):
+    model = get_peft_model(tiny_llama(), PreskipConfig(init_weights="paper"))
+    zoo.randomise(model)
+    bake(model, tmp_path / "baked")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "baked", dtype=torch.float32)
+    texts = [[5, 6, 7, 8], [9, 10, 11]]
+    rows = depth_profile(baked, texts, owners=[0, 1])
+    assert rows == depth_profile(model.get_base_model(), texts, owners=[0, 1])
+    assert rows[0]["skip_to_attention"] > 0
+    assert depth_profile(tiny_llama(), texts) == []

@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preskip.cli.main import main
@@ -163,6 +164,19 @@ def test_two_processes_give_the_results_of_one(finished, corpus, tmp_path):
     run = tmp_path / "run"
     assert call(*TINY, "--corpus", corpus, "--seeds", "1,2", "--out", run, "--workers", "2", "--json") == 0
     assert stored(run, "results.json")["comparisons"] == stored(finished, "results.json")["comparisons"]
+
+
+def test_the_branch_is_measured_by_layer(finished):
+    folder = finished / "arms" / "preskip" / "seed-2"
+    (row,) = stored(finished, "results.json")["depth"]["preskip"]["2"]
+    assert list(stored(finished, "results.json")["depth"]) == ["preskip"]
+    weights = load_file(folder / "model" / "model.safetensors")
+    expected = weights["model.layers.0.self_attn.preskip.skip.weight"].norm().item()
+    assert row["skip_norm"] == pytest.approx(expected, rel=1e-5)
+    assert row["skip_to_attention_low"] <= row["skip_to_attention"] <= row["skip_to_attention_high"]
+    sums = json.loads((folder / "cell.json").read_text())["depth"][0]["documents"]["enrichment"]
+    assert row["enrichment"] == pytest.approx(sum(sums["above"]) / sum(sums["below"]))
+    assert "The branch by layer" in (finished / "report.html").read_text()
 
 
 def test_compare_and_report_read_it(finished, capsys):

@@ -16,51 +16,53 @@ import numpy as np
 import torch
 from torch import nn
 
-from preskip.adapter.layer import PreskipLayer
-from preskip.attach import CHILD, find_sites
+from preskip.analysis.branches import LiveBranch, live_branches
 from preskip.evaluate.stats import bootstrap_ratio
+from preskip.evaluate.texts import TextSet
 
 SIZES = ("skip_to_attention", "enrichment")
+# A profile of a text reads the first window of so many of its documents.
+DOCUMENTS = 8
+
+
+def text_profile(model: nn.Module, text: TextSet) -> list[dict[str, Any]]:
+    """`depth_profile` on the first window of some of a text's documents, with intervals over these."""
+    firsts = dict(zip(reversed(text.owners), reversed(text.windows), strict=True))
+    owners = sorted(firsts)[:DOCUMENTS]
+    return depth_profile(model, [firsts[owner].input_ids[:-1] for owner in owners], owners=owners)
 
 
 def depth_profile(
-    model: nn.Module,
-    sequences: Sequence[Sequence[int]],
-    adapter_name: str = "default",
-    *,
-    owners: Sequence[int] | None = None,
+    model: nn.Module, sequences: Sequence[Sequence[int]], *, owners: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
-    """One row per layer with a branch.
+    """One row per layer with an active branch, an adapter's or the model's own; none where there is no branch.
 
     Args:
-        model: the base model with a Preskip adapter injected (`peft_model.get_base_model()`).
+        model: a PEFT model or its base, or a model of a `preskip_<type>` architecture.
         sequences: token ids of held-out text, each run on its own; empty leaves the functional sizes None.
-        adapter_name: which adapter.
         owners: for each sequence the document it is cut from; adds intervals over documents.
 
     Returns:
         Rows with layer, up_norm, down_norm, skip_norm (Frobenius norms; 0 for an absent part), skip_to_attention and
         enrichment (ratios of sums over tokens, or None). With `owners` also skip_to_attention_low and _high,
         enrichment_low and _high (95 %, None with fewer than 2 documents), and documents: for each size its numerators
-        ("above") and denominators ("below") per document, for `preskip.analysis.trend`.
+        ("above") and denominators ("below") per document, for `preskip.analysis.trend`. With several active adapters
+        the norms are those of the first, the sizes those of all together.
     """
-    layers = {}
-    for site in find_sites(model).attentions:
-        layer = getattr(model.get_submodule(site.name), CHILD, None)
-        if isinstance(layer, PreskipLayer) and adapter_name in layer.settings:
-            layers[site.name] = (site.layer, layer)
-    sums = _sums(model, {name: layer for name, (_, layer) in layers.items()}, sequences)
+    branches = live_branches(model)
+    if not branches:
+        return []
     rows = []
-    for name, (index, layer) in layers.items():
-        linears = layer.linears(adapter_name)
+    for branch, sums in zip(branches, _sums(model, branches, sequences), strict=True):
+        _, linears = branch.active()[0]
         skip = _product(linears)
         rows.append(
             {
-                "layer": index,
+                "layer": branch.layer,
                 "up_norm": _norm(linears.get("up")),
                 "down_norm": _norm(linears.get("down")),
                 "skip_norm": skip.norm().item() if skip is not None else 0.0,
-                **_sizes(sums[name], owners),
+                **_sizes(sums, owners),
             }
         )
     return rows
@@ -104,11 +106,11 @@ def _sizes(sums: Sums, owners: Sequence[int] | None) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _sums(model: nn.Module, layers: dict[str, PreskipLayer], sequences: Sequence[Sequence[int]]) -> dict[str, Sums]:
-    sums: dict[str, Sums] = {name: {size: [] for size in SIZES} for name in layers}
+def _sums(model: nn.Module, branches: Sequence[LiveBranch], sequences: Sequence[Sequence[int]]) -> list[Sums]:
+    sums: list[Sums] = [{size: [] for size in SIZES} for _ in branches]
     was_training = model.training
     model.eval()
-    with _observers(model, layers, sums):
+    with _observers(branches, sums):
         for ids in sequences:
             model(input_ids=torch.tensor([list(ids)], device=next(model.parameters()).device), use_cache=False)
     model.train(was_training)
@@ -116,28 +118,28 @@ def _sums(model: nn.Module, layers: dict[str, PreskipLayer], sequences: Sequence
 
 
 @contextmanager
-def _observers(model: nn.Module, layers: dict[str, PreskipLayer], sums: dict[str, Sums]) -> Iterator[None]:
+def _observers(branches: Sequence[LiveBranch], sums: Sequence[Sums]) -> Iterator[None]:
     """Hooks that run before the branch's own, so that they see x̂ and what the skip will be added to."""
     with ExitStack() as stack:
-        for name, layer in layers.items():
-            attention = model.get_submodule(name)
+        for branch, own in zip(branches, sums, strict=True):
+            module = branch.module
             skips: list[torch.Tensor | None] = []
 
-            def before(module, args, kwargs, layer=layer, sums=sums[name]):
+            def before(_, args, kwargs, module=module, sums=own):
                 x = (args[0] if args else kwargs["hidden_states"]).float()
-                sums["enrichment"].append((_length(layer.enrich(x) - x), _length(x)))
+                sums["enrichment"].append((_length(module.enrich(x) - x), _length(x)))
 
-            def keep(module, args, kwargs, output, layer=layer, skips=skips):
-                skips.append(layer.content(args[0] if args else kwargs["hidden_states"]))
+            def keep(_, args, kwargs, output, module=module, skips=skips):
+                skips.append(module.content(args[0] if args else kwargs["hidden_states"]))
 
-            def compare(module, args, output, skips=skips, sums=sums[name]):
+            def compare(_, args, output, skips=skips, sums=own):
                 skip = skips.pop()
                 if skip is not None:
                     joined = output[0] if isinstance(output, tuple) else output
                     sums["skip_to_attention"].append((_length(skip), _length(joined)))
 
             # Prepended in reverse: on one module `keep` runs before `compare`.
-            target = layer.tap or attention
+            target, attention = branch.tap or branch.attention, branch.attention
             stack.callback(target.register_forward_hook(compare, prepend=True).remove)
             stack.callback(attention.register_forward_hook(keep, with_kwargs=True, prepend=True).remove)
             stack.callback(attention.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
+from preskip.analysis.depth import text_profile
 from preskip.errors import DivergedError
 from preskip.evaluate.texts import score_texts
 from preskip.pretrain.arms import Plan
@@ -61,6 +62,7 @@ def run_cell(run_path: Path, arm: str, seed: int, *, quiet: bool = True) -> dict
             shared.tokenizer.save_pretrained(cell.folder / "model")
         trained = time.perf_counter()
         items = _score(shared, model, label, quiet)
+        depth = text_profile(model, shared.texts[0])
     seconds = [row["seconds"] / config.log_steps for row in rows]
     evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
     summary: dict[str, Any] = {
@@ -78,7 +80,7 @@ def run_cell(run_path: Path, arm: str, seed: int, *, quiet: bool = True) -> dict
         "peak_memory_bytes": peak.bytes,
         "train_seconds": round(trained - started, 2),
         "evaluate_seconds": round(time.perf_counter() - trained, 2),
-        "depth": [],
+        "depth": depth,
     }
     write_jsonl(cell.items, items)
     write_json(cell.summary, summary)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from preskip.analysis.depth_results import by_seed, drop_documents, trends
 from preskip.evaluate.arm_results import arm_results, finished_cells
 from preskip.evaluate.stats import compare_arms, measured_power
 from preskip.pretrain.config import PretrainConfig
@@ -46,7 +47,7 @@ def summarise_run(run: RunDirectory, config: PretrainConfig, manifest: Mapping[s
     summaries, items = finished_cells(run, config.arms, config.seeds)
     family = manifest["family"]
     comparisons = compare_arms(items, family) if len(items) > 1 else []
-    return {
+    results = {
         "schema_version": SCHEMA_VERSION,
         "kind": "pretrain",
         "sets": manifest["sets"],
@@ -57,12 +58,15 @@ def summarise_run(run: RunDirectory, config: PretrainConfig, manifest: Mapping[s
         "family": family,
         "comparisons": comparisons,
         "power": measured_power(comparisons, family),
-        "depth": {},
+        "depth": by_seed(summaries, "depth"),
         "curves": {
-            arm: {str(seed): _curve(read_jsonl(run.cell(arm, seed).train_log)) for seed in by_seed}
-            for arm, by_seed in items.items()
+            arm: {str(seed): _curve(read_jsonl(run.cell(arm, seed).train_log)) for seed in seeds}
+            for arm, seeds in items.items()
         },
     }
+    results |= trends(results)
+    drop_documents(results)
+    return results
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from preskip.adapter import PreskipConfig
 from preskip.analysis.ablation import ablate, ablation_passes
-from preskip.analysis.depth import depth_profile
+from preskip.analysis.depth import text_profile
 from preskip.arms import ARMS, Arm, ArmContext, Inserted, insert
 from preskip.data.blocks import scored_size
 from preskip.data.splits import choose
@@ -29,7 +29,6 @@ from preskip.train.frozen import TrainingSettings, train_frozen
 from preskip.train.memory import peak_memory
 
 # Held-out documents on whose first window the functional size of the branch is measured.
-DEPTH_DOCUMENTS = 8
 # Words of each document on which layers are switched off: two passes per layer are costly.
 ABLATION_WORDS = 60
 
@@ -64,7 +63,7 @@ def run_cell(bench: Bench, arm: Arm, seed: int, cell: Cell) -> dict[str, Any]:
         trained = time.perf_counter()
         items = evaluate(bench, inserted.model, label)
         if branch:
-            depth = depth_rows(bench)
+            depth = text_profile(bench.base, bench.heldout.texts[0])
             ablation = _ablate(bench, inserted, label) if config.ablation_documents else []
         cache = cache_bytes(inserted.model)
     seconds = [row["seconds"] for row in rows]
@@ -105,14 +104,6 @@ def _ablate(bench: Bench, inserted: Inserted, label: str) -> list[dict[str, Any]
 def has_branch(arm: Arm, context: ArmContext) -> bool:
     """Whether one of the arm's adapters is a Preskip branch; to be asked while the base is untouched."""
     return any(isinstance(config, PreskipConfig) for config in arm.configs(context))
-
-
-def depth_rows(bench: Bench) -> list[dict[str, Any]]:
-    """The branch by layer (`depth_profile`), on the first window of some in-domain documents."""
-    text = bench.heldout.texts[0]
-    firsts = dict(zip(reversed(text.owners), reversed(text.windows), strict=True))
-    owners = sorted(firsts)[:DEPTH_DOCUMENTS]
-    return depth_profile(bench.base, [firsts[owner].input_ids[:-1] for owner in owners], owners=owners)
 
 
 def train(

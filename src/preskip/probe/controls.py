@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from preskip.analysis.depth import depth_profile
+from preskip.analysis.depth import depth_profile, text_profile
 from preskip.analysis.nulls import norms
 from preskip.arms import Arm, insert, resolve_arms
 from preskip.evaluate.dtype_audit import dtype_audit
 from preskip.probe.bench import Bench
-from preskip.probe.cells import depth_rows, has_branch, train
+from preskip.probe.cells import has_branch, train
 from preskip.rundir import Cell, RunDirectory, clear_disk_errors, read_json, write_json
 
 
@@ -75,7 +75,9 @@ def _control(run: RunDirectory, bench: Bench, arm: Arm, seed: int, name: str, **
         cell.folder.mkdir(parents=True, exist_ok=True)
     with insert(arm, bench.context, seed) as inserted:
         train(bench, arm, inserted, seed, folder=cell, label=f"{name} {arm.name}", **control)
-        depth = depth_rows(bench) if name == "equal_step" else depth_profile(bench.base, [])
+        # Of the nulls only the norms say something.
+        equal = name == "equal_step"
+        depth = text_profile(bench.base, bench.heldout.texts[0]) if equal else depth_profile(bench.base, [])
     write_json(cell.summary, {"arm": arm.name, "seed": seed, "control": name, "depth": depth})
     shutil.rmtree(cell.checkpoints, ignore_errors=True)
     return depth

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from preskip.analysis.depth_results import by_seed
 from preskip.arms import resolve_arms
 from preskip.evaluate.arm_results import arm_results, finished_cells
 from preskip.evaluate.paper import COLUMNS, paper_columns
@@ -51,18 +52,10 @@ def summarise_run(run: RunDirectory, config: ProbeConfig, manifest: Mapping[str,
         "family": family,
         "comparisons": comparisons,
         "power": measured_power(comparisons, family),
-        "depth": {
-            arm: {str(summary["seed"]): summary["depth"] for summary in summaries[arm]}
-            for arm in arms
-            if any(summary["depth"] for summary in summaries[arm])
-        },
+        "depth": by_seed(summaries, "depth"),
     }
-    ablation = {
-        arm: {str(summary["seed"]): summary["ablation"] for summary in summaries[arm] if summary.get("ablation")}
-        for arm in arms
-    }
-    if any(ablation.values()):
-        results["ablation"] = {arm: rows for arm, rows in ablation.items() if rows}
+    if ablation := by_seed(summaries, "ablation"):
+        results["ablation"] = ablation
     caches = {arm: summaries[arm][0].get("kv_cache_bytes_per_token") for arm in arms}
     if caches.get("none") is not None and caches.get("preskip") is not None:
         results["kv_cache"] = {"base_bytes": caches["none"], "arm_bytes": caches["preskip"], "per": "token"}

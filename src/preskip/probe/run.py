@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from preskip.analysis.trend import arm_trends
+from preskip.analysis.depth_results import drop_documents, trends
 from preskip.arms import Arm, resolve_arms
 from preskip.attempt import Attempt, attempt, check_same_inputs, new_run, say_other_environment
 from preskip.evaluate.stats import planned_power
@@ -81,8 +81,8 @@ def run_probe(
         crew.dismiss()
         with spinner("comparing the arms", quiet=quiet):
             results = summarise_run(run, config, run.manifest) | extra
-            results |= _trends(results)
-            _drop_documents(results)
+            results |= trends(results)
+            drop_documents(results)
         write_json(run.path / "results.json", results)
         now.finish(results)
     return results
@@ -130,25 +130,6 @@ def _tune(run: RunDirectory, bench: Bench, facts: dict[str, Any], now: Attempt, 
         bench.rates[arm.name] = facts["arms"][arm.name]["learning_rate"] = found["chosen"]
         run.update_manifest(arms=facts["arms"])
     now.seconds["tune"] = now.elapsed() - started
-
-
-def _trends(results: dict[str, Any]) -> dict[str, Any]:
-    """Trends over depth of every arm with a branch, against the noise null where there is one."""
-    ablation, noise = results.get("ablation", {}), results.get("nulls", {}).get("noise", {})
-    trends = {arm: arm_trends(depth, ablation.get(arm), noise.get(arm, ())) for arm, depth in results["depth"].items()}
-    return {"trend": trends} if any(trends.values()) else {}
-
-
-def _drop_documents(results: dict[str, Any]) -> None:
-    """Take the sums per document, which the trends needed, out of the rows by layer; the cells keep them."""
-    for part in {"depth", "equal_step", "ablation"} & results.keys():
-        results[part] = {
-            arm: {
-                seed: [{key: value for key, value in row.items() if key != "documents"} for row in rows]
-                for seed, rows in by_seed.items()
-            }
-            for arm, by_seed in results[part].items()
-        }
 
 
 def _extent(facts: dict[str, Any]) -> str:
