@@ -6,7 +6,7 @@
     RUN/search/<arm>/rung-<r>/<lr>/trial.json   one training of the search for a learning rate
     RUN/search/<arm>/search.json                its outcome; written last
     RUN/controls/<control>/<arm>/seed-<s>/      nulls and controls of the depth picture
-    RUN/arms/<arm>/seed-<seed>/adapter/         the trained adapter (none for arm `none`)
+    RUN/arms/<arm>/seed-<seed>/adapter/         the trained adapter (none for arm `none`), with its card (README.md)
     RUN/arms/<arm>/seed-<seed>/train.jsonl      one line per optimiser step
     RUN/arms/<arm>/seed-<seed>/items.jsonl      one line per evaluated document or last-word item
     RUN/arms/<arm>/seed-<seed>/cell.json        summary of this arm and seed; written last, it marks them as done
@@ -88,14 +88,20 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         PreskipError: the disk is full or the place cannot be written; nothing is left behind.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Replace a file's content in one step, see `write_text`; `mode` is the file's permissions."""
     with clear_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            os.chmod(temporary, mode)
             os.replace(temporary, path)
             _sync_folder(path.parent)
         except BaseException:

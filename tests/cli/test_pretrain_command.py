@@ -12,6 +12,7 @@ import psutil
 import pytest
 import torch
 from filelock import FileLock
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -309,6 +310,20 @@ def test_a_terminated_run_ends_its_workers_and_is_finished_by_a_resume(finished,
 def test_the_saved_model_generates_with_its_cache(finished):
     folder = finished / "arms" / "preskip" / "seed-1" / "model"
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True
+
+
+def test_the_saved_model_has_a_card(finished):
+    folder = finished / "arms" / "preskip" / "seed-2" / "model"
+    card = ModelCard.load(folder / "README.md")
+    metrics = stored(finished, "results.json")["arms"]["preskip"]["metrics"]["records"]
+    assert {entry.metric_type: entry.metric_value for entry in card.data.eval_results} == {
+        metric: value["value"] for metric, value in metrics.items()
+    }
+    assert "trained from scratch" in card.text
+    assert (folder / "depth.png").is_file()
+    base = finished / "arms" / "base" / "seed-2" / "model"
+    assert "import preskip" not in (base / "README.md").read_text()
+    assert not (base / "depth.png").exists()
 
 
 def test_a_run_in_use_is_refused(again, capsys):

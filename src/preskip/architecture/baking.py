@@ -34,7 +34,6 @@ def bake(
     adapter: str | None = None,
     tokenizer: Any = None,
     base_name: str | None = None,
-    card: str | None = None,
 ) -> Path:
     """Save a base model and its Preskip adapter as one checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -46,7 +45,6 @@ def bake(
         adapter: which adapter; None is the active one.
         tokenizer: saved beside the model, if given.
         base_name: what the model card calls the base; None takes the adapter's record.
-        card: text of README.md in place of a short one.
 
     Returns:
         The folder.
@@ -84,7 +82,7 @@ def bake(
             if tokenizer is not None:
                 tokenizer.save_pretrained(workspace)
             (workspace / STUB).write_text(_stub(family), encoding="utf-8")
-            (workspace / "README.md").write_text(card or short_card(baked, source), encoding="utf-8")
+            (workspace / "README.md").write_text(short_card(baked, source), encoding="utf-8")
             workspace.chmod(0o755)
             workspace.rename(out)
         except BaseException:

@@ -6,11 +6,14 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from preskip.errors import PreskipError
+
+if TYPE_CHECKING:
+    from preskip.report.card import Card
 
 
 def bake(
@@ -53,14 +56,15 @@ def bake(
         base = load_model(base_name, dtype=getattr(torch, resolved), trust_remote_code=trust_remote_code)
         live = load_adapter(base, adapter)
         tokenizer = load_tokenizer(base_name, trust_remote_code)
-    card = _card(origin, out.name)
     with spinner(f"writing {out}", quiet=as_json):
-        bake_checkpoint(live, out, tokenizer=tokenizer, base_name=base_name, card=card)
+        bake_checkpoint(live, out, tokenizer=tokenizer, base_name=base_name)
     with spinner("comparing its logits", quiet=as_json):
         difference = _difference(live, out, getattr(torch, resolved))
     if difference != 0.0:
         shutil.rmtree(out)
         raise PreskipError(f"the baked model's logits differ by up to {difference:.3g}: nothing was kept")
+    if origin is not None and (card := _card(origin, out.name)):
+        card.write(out)
     facts: dict[str, Any] = {
         "out": str(out),
         "base": base_name,
@@ -116,13 +120,11 @@ def _recorded_base(adapter: Path) -> str:
     return name
 
 
-def _card(origin: _Origin | None, name: str) -> str | None:
-    """The card of a finished run; an adapter from elsewhere gets a short one."""
-    if origin is None or not (origin.run / "results.json").is_file():
-        return None
-    from preskip.report.card import model_card
+def _card(origin: _Origin, name: str) -> Card | None:
+    """In place of the short card; None where the run has no results yet."""
+    from preskip.report.card import baked_card
 
-    return model_card(origin.run, origin.arm, origin.seed, baked=True, name=name)
+    return baked_card(origin.run, origin.arm, origin.seed, name)
 
 
 def _difference(live: Any, out: Path, dtype: Any) -> float:

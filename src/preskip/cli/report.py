@@ -1,4 +1,4 @@
-"""`preskip report`: make a run's HTML page again from its stored results."""
+"""`preskip report`: make a run's HTML page and model cards again from its stored results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the page's path as JSON.")] = False,
 ) -> None:
-    """Make RUN/report.html again from the stored results."""
-    from preskip.report import build_report
+    """Make RUN/report.html, and the model cards of what was trained, again from the stored results."""
+    from preskip.report import build_report, write_cards
 
     page = build_report(run)
+    write_cards(run)
     print(json.dumps({"report": str(page)}) if as_json else page)

@@ -97,14 +97,15 @@ def follow(take_part: Callable[[str], None], device: str, resume: Path | None) -
 
 
 def write_report(run: RunDirectory, quiet: bool) -> Path | None:
-    """The page, or None and a hint where its extra is not installed: the results are kept either way."""
+    """The page and the model cards; without the page's extra None and a hint: the results are kept either way."""
     from rich.console import Console
 
     from preskip.progress import spinner
-    from preskip.report import build_report
+    from preskip.report import build_report, write_cards
 
     try:
         with spinner("writing report.html", quiet=quiet):
+            write_cards(run.path)
             return build_report(run.path)
     except PreskipError as error:
         if not quiet:

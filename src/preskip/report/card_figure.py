@@ -1,0 +1,121 @@
+"""The depth figure of a model card: the branch of one arm and seed by layer, as a picture and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+from preskip.analysis.trend import null_band
+
+DPI = 200
+SIZES = {
+    "skip_to_attention": "Size of the skip over that of attention",
+    "enrichment": "Size of the enrichment over that of what attention read before",
+}
+NORM = "Norm of the skip's weights"
+TRENDS = {
+    "later more": "it grows with depth",
+    "later less": "it shrinks with depth",
+    "no trend": "it has no trend over depth",
+    "undecided": "a trend over depth is neither shown nor excluded",
+}
+
+Layers = Sequence[Mapping[str, Any]]
+
+
+def depth_layers(results: Mapping[str, Any], arm: str, seed: int) -> list[dict[str, Any]]:
+    """The stored depth profile in the form that `preskip.report.static_figures.depth` draws.
+
+    Args:
+        results: content of results.json.
+        arm: the arm.
+        seed: its training seed.
+
+    Returns:
+        One row per layer with a branch; none where the arm has no branch or nothing of it was measured.
+    """
+    rows = (results.get("depth") or {}).get(arm, {}).get(str(seed)) or []
+    noise = ((results.get("nulls") or {}).get("noise") or {}).get(arm) or ()
+    bands = {row["layer"]: row for row in null_band(noise)}
+    has_skip = any(row["skip_norm"] for row in rows)
+    layers = [
+        {
+            "layer": row["layer"],
+            **{key: _interval(row, key) for key in SIZES},
+            "skip_norm": row["skip_norm"] if has_skip else None,
+            "null": {"skip_norm": bands[row["layer"]]} if row["layer"] in bands else None,
+        }
+        for row in rows
+    ]
+    return layers if has_skip or any(row[key] for row in layers for key in SIZES) else []
+
+
+def _interval(row: Mapping[str, Any], key: str) -> dict[str, float] | None:
+    """A size and its interval; without one, where there were too few documents, the value alone."""
+    value = row.get(key)
+    if value is None:
+        return None
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return {"value": value, "low": value if low is None else low, "high": value if high is None else high}
+
+
+def depth_picture(layers: Layers) -> bytes | None:
+    """The figure as PNG; None without layers, or where matplotlib is not installed."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return None
+    from preskip.report.static_figures import STYLE, depth
+
+    with mpl.rc_context(STYLE):
+        figure = depth({"layers": layers}) if layers else None
+        if figure is None:
+            return None
+        content = BytesIO()
+        figure.savefig(content, format="png", dpi=DPI)
+    return content.getvalue()
+
+
+def depth_words(layers: Layers, trends: Sequence[Mapping[str, Any]]) -> str:
+    """What the figure shows, for those who do not see it.
+
+    Args:
+        layers: as from `depth_layers`.
+        trends: the arm's rows of results.json's `trend`, of all its seeds together.
+    """
+    found = {row["measure"]: row for row in trends}
+    sentences = []
+    for key, what in SIZES.items():
+        points = [(row[key]["value"], row["layer"]) for row in layers if row[key]]
+        if points:
+            sentences.append(_sentence(what, points, found.get(key)))
+    points = [(row["skip_norm"], row["layer"]) for row in layers if row["skip_norm"] is not None]
+    if points:
+        sentences.append(_sentence(NORM, points, found.get("skip_norm"), _beside_noise(layers)))
+    return " ".join(sentences)
+
+
+def _sentence(
+    what: str, points: Sequence[tuple[float, int]], trend: Mapping[str, Any] | None, more: str | None = None
+) -> str:
+    (low, first), (high, last) = min(points), max(points)
+    parts = [f"{what} by layer: from {low:.3g} in layer {first} to {high:.3g} in layer {last}"]
+    if more is not None:
+        parts.append(more)
+    if trend is not None:
+        seeds = f"{trend['seeds']} seed{'s' if trend['seeds'] > 1 else ''}"
+        parts.append(
+            f"{TRENDS[trend['verdict']]} (rank correlation with depth {trend['rho']:+.2f}, 95 % interval "
+            f"{trend['low']:+.2f} to {trend['high']:+.2f}, {seeds})"
+        )
+    return "; ".join(parts) + "."
+
+
+def _beside_noise(layers: Layers) -> str | None:
+    """In how many layers the norm lies above what training on noise gives."""
+    pairs = [(row["skip_norm"], row["null"]["skip_norm"]) for row in layers if row["null"]]
+    if not pairs:
+        return None
+    above = sum(norm > band["high"] for norm, band in pairs)
+    return f"above the 95 % band of the noise null in {above} of {len(pairs)} layers"
