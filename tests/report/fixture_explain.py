@@ -122,6 +122,11 @@ def interval(value: float, half: float) -> dict[str, float]:
     return {"value": float(value), "low": float(value - half), "high": float(value + 1.1 * half)}
 
 
+def wide(value: float, half: float, count: int) -> dict[str, float]:
+    """The same for `count` at once: half as wide again."""
+    return {**interval(value, 1.5 * half), "confidence": 1 - 0.05 / count}
+
+
 def _texts(count: int) -> list[tuple[str, str]]:
     long = [(name, text) for name, text in sorted(topics.topics.items()) if len(text) > 6_000]
     return [(name, re.sub(r"[*`]", "", text)) for name, text in long[:count]]
@@ -170,6 +175,7 @@ def _layer(layer: int, layers: int, skip: bool, enrichment: bool, generator: np.
     a, b, c, d = generator.random(4)
     spectrum = np.sort(np.exp(-np.arange(64) / (6 + 14 * x)) * (0.2 + 0.6 * x) * (1 + 0.1 * generator.random(64)))[::-1]
     share = spectrum / spectrum.sum()
+    size = 0.1 + 0.4 * x**2 + 0.03 * c, 0.012 + 0.02 * x
     words = [" government", " the", "ly", " people", "\n", " Congress", "</b>", " 🦊", " peace", " 1863"]
     return {
         "layer": layer,
@@ -177,7 +183,8 @@ def _layer(layer: int, layers: int, skip: bool, enrichment: bool, generator: np.
         "down_norm": 0.8 + 0.2 * float(a) if enrichment else 0.0,
         "skip_norm": float(0.28 + 0.5 * x**3 + 0.02 * b) if skip else None,
         "null": {"skip_norm": {"low": 0.26, "high": 0.31}, "down_norm": {"low": 0.5, "high": 0.6}} if skip else None,
-        "skip_to_attention": interval(0.1 + 0.4 * x**2 + 0.03 * c, 0.012 + 0.02 * x) if skip else None,
+        "skip_to_attention": interval(*size) if skip else None,
+        "skip_to_attention_wide": wide(*size, layers) if skip else None,
         "enrichment": interval(0.3 * (1 - x) + 0.05, 0.01) if enrichment else None,
         "ablation": {
             "skip": interval(0.009 * x**2 + 0.002 * (a - 0.4), 0.0013) if skip else None,
@@ -211,6 +218,7 @@ def _class(
         "class": name,
         "tokens": int(generator.integers(300, 4_000)),
         "skip_to_attention": interval(size, 0.02) if skip else None,
+        "skip_to_attention_wide": wide(size, 0.02, sum(map(len, CLASSES.values()))) if skip else None,
         "enrichment": interval(0.1 + 0.1 * size, 0.006) if enrichment else None,
         "by_layer": [float(size * (0.4 + 1.2 * (i / layers) ** 2)) for i in range(layers)] if skip else [],
     }

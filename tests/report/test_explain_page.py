@@ -23,7 +23,7 @@ from preskip.report.explain_words import findings, layers_text, limits
 from preskip.report.render import TEMPLATES
 
 sys.path.append(str(Path(__file__).parent))
-from fixture_explain import STRANGE, interval, write_explain
+from fixture_explain import STRANGE, interval, wide, write_explain
 from fixture_run import minimal_run
 from test_page import Page, luminance, read
 
@@ -149,6 +149,7 @@ def test_findings_in_words(usual: tuple[Path, dict[str, Any], Page]) -> None:
         f"at layer {top}: the skip's output is {value_text(sizes[top])} times as large as attention's. "
         f"Least at layer {bottom}: {value_text(sizes[bottom])}.",
         "differs most by kind: digits 0.660 [0.640, 0.682] against space 0.200 [0.180, 0.222]; by frequency: ",
+        "Here intervals of 99.74 %, wide enough for all 19 classes at once, do not touch.",
         f"exceeds what noise gradients give in {sum(layer['skip_norm'] > 0.31 for layer in layers)} of 30 layers",
         f"Its interval lies above 0 in {sum(layer['ablation']['skip']['low'] > 0 for layer in layers)} of 30 layers",
         "Brackets are 95 % intervals over 30 documents, 15,240 tokens.",
@@ -162,16 +163,41 @@ def test_what_overlaps_does_not_stand_apart(small: Path) -> None:
     explain = json.loads(small.read_text())
     for layer in explain["layers"]:
         layer["skip_to_attention"] = interval(0.3 + 0.01 * layer["layer"], 0.1)
+        layer["skip_to_attention_wide"] = wide(0.3 + 0.01 * layer["layer"], 0.1, 4)
         layer["null"] = None
         layer["ablation"]["skip"] = interval(-0.01, 0.001)
     for entry in explain["classes"]:
         entry["skip_to_attention"] = interval(0.4, 0.1)
+        entry["skip_to_attention_wide"] = wide(0.4, 0.1, 19)
     found = dict(findings(explain))
-    assert "No layer stands apart: at layer 0 it is 0.30 [0.20, 0.41], and the intervals overlap." in found["Where"]
-    assert found["For which tokens"].startswith("No class of tokens stands apart")
+    at_once = "intervals of 98.75 %, wide enough for all 4 layers at once, overlap."
+    assert f" Least at layer 0: 0.30 [0.20, 0.41]. The two do not stand apart: {at_once}" in found["Where"]
+    at_once = "intervals of 99.74 %, wide enough for all 19 classes at once, overlap."
+    assert found["For which tokens"] == f"No class of tokens stands apart from the others of its kind: {at_once}"
     assert "above 0 in 0 of 4 layers, below it in 4 (0–3)." in found["Worth of the skip"]
     assert "Learnt or noise" not in found
     assert any("No null was trained" in limit for limit in limits(explain))
+
+
+def test_many_comparisons_take_wider_intervals(small: Path) -> None:
+    """Plain intervals that do not touch are not enough; a class too rare to be compared hides no other difference."""
+    explain = json.loads(small.read_text())
+    for entry in explain["classes"]:
+        entry["skip_to_attention"] = interval(0.4 + 0.1 * (entry["class"] == "digits"), 0.04)
+        entry["skip_to_attention_wide"] = wide(0.4 + 0.1 * (entry["class"] == "digits"), 0.04, 19)
+    assert dict(findings(explain))["For which tokens"].startswith("No class of tokens stands apart")
+    letters, _, marks, _ = (entry for entry in explain["classes"] if entry["dimension"] == "kind")
+    letters |= {"skip_to_attention": interval(0.9, 0.8), "skip_to_attention_wide": None}
+    marks |= {"skip_to_attention": interval(0.3, 0.02), "skip_to_attention_wide": wide(0.3, 0.02, 19)}
+    assert dict(findings(explain))["For which tokens"].startswith(
+        "The ratio of skip to attention differs most by kind: digits 0.500 [0.460, 0.544] against punctuation 0.300 "
+    )
+    for entry in (*explain["classes"], *explain["layers"]):
+        del entry["skip_to_attention_wide"]  # a file of an earlier version
+    found = dict(findings(explain))
+    for heading in ("Where", "For which tokens"):
+        assert found[heading].endswith("no intervals are known that hold for all at once.")
+    assert any("level 1 − 0.05/m" in limit for limit in limits(explain))
 
 
 def test_an_arm_shows_only_the_parts_it_has(tmp_path: Path) -> None:

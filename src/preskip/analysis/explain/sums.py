@@ -10,18 +10,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from preskip.analysis.explain.classes import CLASSES
-from preskip.evaluate.stats import bootstrap_ratio
+from preskip.evaluate.stats import CONFIDENCE, bootstrap_ratio
 
 Array = NDArray[np.float64]
 SIZES = {"skip_to_attention": ("skip", "attention"), "enrichment": ("change", "input")}
 
 
-def interval(above: ArrayLike, below: ArrayLike) -> dict[str, float] | None:
-    """Σ above / Σ below with its 95 % interval over documents.
+def interval(above: ArrayLike, below: ArrayLike, confidence: float = CONFIDENCE) -> dict[str, float] | None:
+    """Σ above / Σ below with its interval over documents.
 
     Args:
         above: numerators, [documents]; NaN where nothing was measured.
         below: denominators, [documents]; a document with 0 is left out.
+        confidence: level of the interval. Default 0.95.
 
     Returns:
         {"value", "low", "high"}, or None with fewer than 2 documents, or so few that a limit is infinite.
@@ -30,9 +31,18 @@ def interval(above: ArrayLike, below: ArrayLike) -> dict[str, float] | None:
     usable = np.isfinite(tops) & np.isfinite(bottoms) & (bottoms > 0)
     if usable.sum() < 2:
         return None
-    found = bootstrap_ratio(tops[usable], bottoms[usable])
+    found = bootstrap_ratio(tops[usable], bottoms[usable], confidence=confidence)
     limits = {"value": float(found.value), "low": float(found.low), "high": float(found.high)}
     return limits if np.isfinite(list(limits.values())).all() else None
+
+
+def widened(above: ArrayLike, below: ArrayLike, count: int) -> dict[str, float] | None:
+    """`interval` at the level 1 - 0.05 / count: `count` of them hold at once with 95 % (Bonferroni), so two that do not
+    touch differ, however they were picked. The level is in "confidence".
+    """
+    confidence = 1 - (1 - CONFIDENCE) / count
+    found = interval(above, below, confidence)
+    return None if found is None else {**found, "confidence": confidence}
 
 
 class Sums:
@@ -82,13 +92,17 @@ class Sums:
 
     def layer(self, index: int) -> dict[str, Any]:
         """Sizes and cosines of one layer with their intervals."""
+        rows = self._documents.values()
+
+        def of(name: str) -> list[float]:
+            return [row[name][index] for row in rows]
 
         def over(above: str, below: str) -> dict[str, float] | None:
-            rows = self._documents.values()
-            return interval([row[above][index] for row in rows], [row[below][index] for row in rows])
+            return interval(of(above), of(below))
 
         return {
             **{name: over(*pair) for name, pair in SIZES.items()},
+            "skip_to_attention_wide": widened(of("skip"), of("attention"), self.layers),
             "alignment": {
                 "attention": over("attention_cosine", "tokens"),
                 "mlp": over("mlp_cosine", "tokens"),
@@ -97,24 +111,23 @@ class Sums:
 
     def classes(self) -> list[dict[str, Any]]:
         """A row per class that occurs, in the order of `CLASSES`; ratios of sums over all layers together."""
+        keys = [(dimension, name) for dimension, names in CLASSES.items() for name in names]
+        keys = [key for key in keys if self._class_tokens[key]]
         rows = []
-        for dimension, names in CLASSES.items():
-            for name in names:
-                key = (dimension, name)
-                if not self._class_tokens[key]:
-                    continue
-                documents = np.stack(list(self._classes[key].values()))  # [documents, 4]
-                by_layer = self._class_layers[key]
-                rows.append(
-                    {
-                        "dimension": dimension,
-                        "class": name,
-                        "tokens": self._class_tokens[key],
-                        "skip_to_attention": interval(documents[:, 0], documents[:, 1]) if self._has(0) else None,
-                        "enrichment": interval(documents[:, 2], documents[:, 3]) if self._has(2) else None,
-                        "by_layer": _ratios(by_layer[0], by_layer[1]) if self._has(0) else [],
-                    }
-                )
+        for key in keys:
+            skip, attention, change, x = np.stack(list(self._classes[key].values())).T  # [documents] each
+            by_layer = self._class_layers[key]
+            rows.append(
+                {
+                    "dimension": key[0],
+                    "class": key[1],
+                    "tokens": self._class_tokens[key],
+                    "skip_to_attention": interval(skip, attention) if self._has(0) else None,
+                    "skip_to_attention_wide": widened(skip, attention, len(keys)) if self._has(0) else None,
+                    "enrichment": interval(change, x) if self._has(2) else None,
+                    "by_layer": _ratios(by_layer[0], by_layer[1]) if self._has(0) else [],
+                }
+            )
         return rows
 
     def _has(self, place: int) -> bool:
