@@ -74,7 +74,7 @@ def test_a_lone_adapter_takes_the_base_it_names(place, tmp_path, capsys):
     assert baked.model.layers[0].self_attn.preskip.up.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("case", ["missing", "lora", "exists", "dtype", "other base", "corrupt"])
+@pytest.mark.parametrize("case", ["missing", "lora", "exists", "dtype", "other base", "corrupt", "results"])
 def test_what_cannot_be_baked_ends_in_one_line(case, place, tmp_path, capsys):
     source, out, more = adapter(place), tmp_path / "out", []
     if case == "missing":
@@ -88,6 +88,10 @@ def test_what_cannot_be_baked_ends_in_one_line(case, place, tmp_path, capsys):
     elif case == "other base":
         save_tiny_llama(tmp_path / "wide", hidden_size=64)
         more, words = ["--model", tmp_path / "wide"], "shape"
+    elif case == "results":
+        shutil.copytree(place / "run", tmp_path / "run")
+        (tmp_path / "run" / "results.json").write_text("{")
+        source, words = tmp_path / "run" / "arms" / "preskip" / "seed-2" / "adapter", "results.json is not valid JSON"
     else:
         shutil.copytree(source, tmp_path / "broken")
         file = tmp_path / "broken" / "adapter_model.safetensors"

@@ -198,8 +198,12 @@ def short_card(baked: Any, source: str | None) -> str:
     """README.md of a checkpoint of which no more is known than what it is made of."""
     from huggingface_hub import ModelCardData
 
-    hub_id = source if source and source.count("/") == 1 and not source.startswith((".", "/")) else None
-    data = ModelCardData(base_model=hub_id, library_name="transformers", tags=["preskip", "text-generation"])
+    from preskip.report.card_text import escape
+
+    is_hub_id = source and source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
+    data = ModelCardData(
+        base_model=source if is_hub_id else None, library_name="transformers", tags=["preskip", "text-generation"]
+    )
     count = sum(p.numel() for name, p in baked.named_parameters() if f".{CHILD}." in name)
     settings = branch_settings(baked.config)
     named = ", ".join(f"{field.name} {getattr(settings, field.name)}" for field in fields(BranchSettings))
@@ -207,9 +211,9 @@ def short_card(baked: Any, source: str | None) -> str:
 {data.to_yaml()}
 ---
 
-# {source or baked.config.model_type} with a pre-projection and a content skip
+# {escape(source or baked.config.model_type)} with a pre-projection and a content skip
 
-`{baked.config.model_type}`: {source or "a base model"} with the branches of a trained Preskip adapter
+`{baked.config.model_type}`: {escape(source or "a base model")} with the branches of a trained Preskip adapter
 (arXiv 2604.10791) built in, {count:,} weights beside the base's. Baked with preskip {__version__}.
 
 * Branch: {named}

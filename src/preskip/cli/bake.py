@@ -13,7 +13,7 @@ import typer
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
-    from preskip.report.card import Card
+    from preskip.report.card_content import Card
 
 
 def bake(
@@ -56,6 +56,7 @@ def bake(
         base = load_model(base_name, dtype=getattr(torch, resolved), trust_remote_code=trust_remote_code)
         live = load_adapter(base, adapter)
         tokenizer = load_tokenizer(base_name, trust_remote_code)
+    card = _card(origin, out.name)
     with spinner(f"writing {out}", quiet=as_json):
         bake_checkpoint(live, out, tokenizer=tokenizer, base_name=base_name)
     with spinner("comparing its logits", quiet=as_json):
@@ -63,7 +64,7 @@ def bake(
     if difference != 0.0:
         shutil.rmtree(out)
         raise PreskipError(f"the baked model's logits differ by up to {difference:.3g}: nothing was kept")
-    if origin is not None and (card := _card(origin, out.name)):
+    if card is not None:
         card.write(out)
     facts: dict[str, Any] = {
         "out": str(out),
@@ -120,8 +121,10 @@ def _recorded_base(adapter: Path) -> str:
     return name
 
 
-def _card(origin: _Origin, name: str) -> Card | None:
-    """In place of the short card; None where the run has no results yet."""
+def _card(origin: _Origin | None, name: str) -> Card | None:
+    """In place of the short card; None for an adapter from elsewhere, and where the run has no results yet."""
+    if origin is None:
+        return None
     from preskip.report.card import baked_card
 
     return baked_card(origin.run, origin.arm, origin.seed, name)

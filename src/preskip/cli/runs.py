@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -17,6 +17,7 @@ from preskip.errors import PreskipError
 if TYPE_CHECKING:
     from preskip.rundir import RunDirectory
 
+Written = TypeVar("Written")
 # What a run computes lies in files this deep in its folders: cells, trials of the search, controls.
 _COMPUTED = ("arms/*/*/*", "search/*/*", "controls/*")
 
@@ -97,17 +98,30 @@ def follow(take_part: Callable[[str], None], device: str, resume: Path | None) -
 
 
 def write_report(run: RunDirectory, quiet: bool) -> Path | None:
-    """The page and the model cards; without the page's extra None and a hint: the results are kept either way."""
+    """Write the page and the model cards of a run; the results are kept where one of them cannot be written.
+
+    Args:
+        run: its directory.
+        quiet: no progress, and no hint at what is missing.
+
+    Returns:
+        The page, or None where its extra is not installed.
+    """
+    from preskip.report import build_report, write_cards
+
+    _write(write_cards, run, "model cards", quiet)
+    return _write(build_report, run, "report.html", quiet)
+
+
+def _write(write: Callable[[Path], Written], run: RunDirectory, what: str, quiet: bool) -> Written | None:
     from rich.console import Console
 
     from preskip.progress import spinner
-    from preskip.report import build_report, write_cards
 
     try:
-        with spinner("writing report.html", quiet=quiet):
-            write_cards(run.path)
-            return build_report(run.path)
+        with spinner(f"writing {what}", quiet=quiet):
+            return write(run.path)
     except PreskipError as error:
         if not quiet:
-            Console(stderr=True, soft_wrap=True).print(f"no report.html: {error}", style="yellow", markup=False)
+            Console(stderr=True, soft_wrap=True).print(f"no {what}: {error}", style="yellow", markup=False)
         return None

@@ -9,11 +9,13 @@ from typing import Any
 
 # An underscore between letters or digits starts no emphasis: `lambada_openai` stays readable.
 _SPECIAL = re.compile(r"[\\`*\[\]<>|&~#$]|(?<![^\W_])_|_(?![^\W_])")
+# What would begin a list, a rule or an underlined heading, where the text begins a line.
+_FIRST = re.compile(r"^(\d*)([-+=.)])(?=[-= ]|$)")
 
 
 def escape(text: str) -> str:
     """Text on one line, shown by Markdown as it is, also inside a table."""
-    return _SPECIAL.sub(r"\\\g<0>", " ".join(text.split()))
+    return _FIRST.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", " ".join(text.split())))
 
 
 def code_block(code: str, language: str) -> str:

@@ -1,0 +1,182 @@
+"""What a model card says: metadata, how to load it, how it was trained, what was measured with intervals, by layer."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from preskip.report.card_figure import depth_layers, depth_picture, depth_words
+from preskip.report.card_text import code_block, escape, hub_id, table
+from preskip.report.facts import family_text, limits
+from preskip.report.lookup import flipped, is_pretraining, trained_arms
+from preskip.report.verdicts import metric_named, set_title
+from preskip.rundir import clear_disk_errors, write_bytes
+
+FIGURE = "depth.png"
+LICENCE = "Licence: the base's licence covers its weights and may bind these; the training adds none of its own."
+Kind = Literal["adapter", "baked", "scratch"]
+Stored = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """README.md, and the PNG that it shows as depth.png, or None."""
+
+    text: str
+    figure: bytes | None = None
+
+    def write(self, folder: Path) -> Path:
+        """Write it into a folder, over an older one, each file in one step; returns README.md's path."""
+        if self.figure is not None:
+            write_bytes(folder / FIGURE, self.figure, mode=0o644)  # a card is there to be passed on
+        write_bytes(folder / "README.md", self.text.encode(), mode=0o644)
+        if self.figure is None:
+            with clear_disk_errors(folder):
+                (folder / FIGURE).unlink(missing_ok=True)
+        return folder / "README.md"
+
+
+def make_card(record: Stored, results: Stored, arm: str, seed: int, *, kind: Kind, name: str, usage: str) -> Card:
+    """The card of one trained arm and seed: how it was trained, what was measured with intervals, what it cannot show.
+
+    Args:
+        record: content of run.json.
+        results: content of results.json.
+        arm: the arm.
+        seed: the training seed whose weights the card goes with, and whose branch the figure shows; the measured values
+            are of all seeds together.
+        kind: an adapter, a baked checkpoint, or a model trained from scratch.
+        name: of the model, for heading and metadata.
+        usage: code that loads it.
+    """
+    found, sets = results["arms"][arm], results["sets"]
+    name = " ".join(name.split())
+    data = ModelCardData(
+        base_model=None if kind == "scratch" else hub_id(record["model"]),
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys(["preskip", *(["adapter"] if kind == "adapter" else []), arm])),
+        model_name=name,
+        eval_results=list(_eval_results(found["metrics"], sets)) or None,
+    )
+    layers = depth_layers(results, arm, seed)
+    figure = depth_picture(layers)
+    seeds = len(found["seeds"])
+    most = max(len(results["arms"][other]["seeds"]) for other in trained_arms(results))
+    comparisons = [
+        row if row["arm"] == arm else flipped(row)
+        for row in results["comparisons"]
+        if arm in (row["arm"], row["reference"])
+    ]
+    sections = [
+        f"# {escape(name)}",
+        _what(record, found, arm, kind, has_branch=bool(layers)),
+        code_block(usage, "python"),
+        "## Training",
+        "\n".join(f"* {line}" for line in _training(record, results, arm, seed)),
+        "Command:",
+        code_block(shlex.join(record["command"]), "console"),
+        "## Measured",
+        f"Over {seeds} training {'seeds' if seeds > 1 else 'seed: intervals cover items only'}; 95 % intervals.",
+        table(("text or task", "measure", "value"), _value_rows(found["metrics"], sets)),
+    ]
+    if comparisons:
+        sections += [
+            f"Paired differences on the same items, this minus the other. {escape(family_text(results))}",
+            table(
+                ("against", "text or task", "measure", "difference", "declared", "verdict"),
+                _difference_rows(comparisons, sets),
+            ),
+        ]
+    if figure is not None:
+        words = escape(depth_words(layers, (results.get("trend") or {}).get(arm) or ()))
+        sections += [
+            "## By layer",
+            f"![{words}]({FIGURE})",
+            f"Seed {seed}; bands are 95 % over documents, a grey one is what training on noise gives.",
+        ]
+    sections += ["## Limits", "\n".join(f"* {escape(line)}" for line in limits(record, results, most))]
+    if kind != "scratch":
+        sections.append(LICENCE)
+    return Card(text=f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n", figure=figure)
+
+
+def _what(record: Stored, found: Stored, arm: str, kind: Kind, *, has_branch: bool) -> str:
+    model, description = record["model"], escape(record["arms"][arm]["description"])
+    paper = "; arXiv 2604.10791" if has_branch else ""
+    weights = f"{found['trainable_parameters']:,} trained weights{paper}"
+    version = escape(str(record["preskip_version"]))
+    if kind == "scratch":
+        return (
+            f"{escape(model['name'])} ({escape(model['type'])}) trained from scratch, arm {escape(arm)}: {description} "
+            f"({weights}), with preskip {version}."
+        )
+    form = "baked into one checkpoint" if kind == "baked" else "as a PEFT adapter"
+    base = f"{escape(model['name'])} ({escape(model['source'])})"
+    return f"{base} with {description} ({weights}), {form} with preskip {version}."
+
+
+def _training(record: Stored, results: Stored, arm: str, seed: int) -> list[str]:
+    found, config, corpus = results["arms"][arm], record["config"], record["corpus"]
+    text = f"Text: {escape(corpus['name'])} ({escape(corpus['source'])}), {corpus['training_tokens']:,} tokens"
+    steps = found["steps"] if "steps" in found else config["steps"]
+    searched = ", found on development documents" if arm in (results.get("search") or {}) else ""
+    lines = [
+        text,
+        f"{steps:,} steps of {config['batch_size']} × {config['seq_len']} tokens, seed {seed}",
+        f"Learning rate {found['learning_rate']:g}{searched}",
+    ]
+    if is_pretraining(results):
+        return [*lines, f"Weights float32, computed in {found['compute_dtype']}"]
+    return [*lines, f"Base weights {found['base_dtype']} and frozen, trained weights {found['adapter_dtype']}"]
+
+
+def _eval_results(metrics: Stored, sets: Stored) -> Iterator[EvalResult]:
+    for name, values in metrics.items():
+        for metric, value in values.items():
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=name,
+                dataset_name=set_title(sets, name),
+                metric_type=metric,
+                metric_name=metric_named(metric).phrase,
+                metric_value=value["value"],
+            )
+
+
+def _value_rows(metrics: Stored, sets: Stored) -> list[tuple[str, ...]]:
+    return [
+        (set_title(sets, name), _measure(metric), _interval(value["value"], value))
+        for name, values in metrics.items()
+        for metric, value in values.items()
+    ]
+
+
+def _difference_rows(comparisons: list[dict[str, Any]], sets: Stored) -> list[tuple[str, ...]]:
+    return [
+        (
+            row["reference"],
+            set_title(sets, row["set"]),
+            _measure(row["metric"]),
+            _interval(row["difference"], row, "+"),
+            "yes" if row.get("declared") else "no",
+            row["verdict"],
+        )
+        for row in comparisons
+    ]
+
+
+def _measure(key: str) -> str:
+    metric = metric_named(key)
+    return f"{metric.phrase} ({'lower' if metric.lower_is_better else 'higher'} is better)"
+
+
+def _interval(value: float, bounds: Stored, sign: str = "") -> str:
+    low, high = bounds.get("low"), bounds.get("high")
+    shown = f"{value:{sign}.4f}"
+    return shown if low is None or high is None else f"{shown} [{low:{sign}.4f}, {high:{sign}.4f}]"
