@@ -228,6 +228,14 @@ def test_without_shown_texts_there_is_no_map(small: Path) -> None:
     assert "explain-classes" in page.ids
 
 
+def test_the_band_is_spoken_of_only_where_there_is_one(small: Path) -> None:
+    assert "leaves the grey band" in build_explain_page(small.parent).read_text()
+    layers = [{**layer, "null": None} for layer in json.loads(small.read_text())["layers"]]
+    page = build_explain_page(change(small, layers=layers)).read_text()
+    assert "no null was trained here" in page
+    assert "leaves the grey band" not in page
+
+
 def test_the_corpus_stays_text(small: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     explain = json.loads(small.read_text())

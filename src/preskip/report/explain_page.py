@@ -142,6 +142,7 @@ def _content(
         "contents": [(key, words) for key, words in CONTENTS.items() if key in drawn],
         "findings": findings(explain),
         "extent": extent(counted(explain)),
+        "has_null": any(row.get("null") for row in rows),
         "columns": list(columns),
         "rows": [
             {"layer": row["layer"], "cells": list(cells)}
