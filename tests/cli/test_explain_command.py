@@ -7,7 +7,9 @@ import xml.etree.ElementTree as ElementTree
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from commands import make_run, preskip
 from tiny_model import write_corpus
@@ -109,6 +111,47 @@ def test_another_seed_and_no_ablation(place, explained, tmp_path, capsys):
     assert other["layers"][0]["skip_norm"] != explained["layers"][0]["skip_norm"]
 
 
+def test_stacked_adapters_of_an_arm(tmp_path, capsys):
+    """The other adapter stays on: sizes against hooks on the stacked model itself, ablation by switching the branch."""
+    place = make_run(tmp_path, "--arms", "none,preproj+lora,lora", "--seeds", "1")
+    run = place / "run"
+    for path in run.glob("arms/*/seed-1/adapter/**/adapter_model.safetensors"):  # three steps leave next to nothing
+        generator = torch.Generator().manual_seed(len(str(path)))
+        tensors = {key: 0.2 * torch.randn(t.shape, generator=generator) for key, t in sorted(load_file(path).items())}
+        save_file(tensors, path)
+    capsys.readouterr()
+    assert preskip("explain", run, "--arm", "preproj+lora", *FEW) == 0
+    assert "LORA stays on beside the branch" in capsys.readouterr().err
+    found = json.loads((run / "explain" / "preproj+lora-seed-1" / "explain.json").read_text())
+    assert found["source"] == {"kind": "run", "name": "run", "arm": "preproj+lora", "seed": 1}
+    adapter = run / "arms" / "preproj+lora" / "seed-1" / "adapter"
+    assert preskip("explain", adapter, *FEW, "--json", "--out", tmp_path / "a") == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == found["layers"]
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    for number in ("1", "2"):
+        stacked = PeftModel.from_pretrained(base, adapter / number).eval()
+    rows = pq.read_table(run / "explain" / "preproj+lora-seed-1" / "tokens.parquet").to_pylist()
+    document = [row for row in rows if row["document"] == rows[0]["document"]][:31]
+    ids = torch.tensor([[0, *(row["token_id"] for row in document)]])
+    assert AutoTokenizer.from_pretrained(place / "model").bos_token_id == 0
+    for index, layer in enumerate(base.model.layers):
+        seen: list[torch.Tensor] = []
+        handle = layer.input_layernorm.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out[0]))
+        with torch.no_grad():
+            logits = stacked(input_ids=ids).logits[0]
+            weights = layer.self_attn.preskip.linears("default")
+            change = weights["down"](torch.nn.functional.silu(weights["up"](seen[0])))
+        handle.remove()
+        ratio = (change.norm(dim=-1) / seen[0].norm(dim=-1))[1:]
+        assert [row["enrichment"][index] for row in document] == pytest.approx(ratio.tolist(), rel=1e-4)
+    nats = -logits[:-1].log_softmax(-1)[range(31), ids[0, 1:]]
+    assert [row["nll"] for row in document] == pytest.approx(nats.tolist(), rel=1e-4)
+    assert all(row["skip_to_attention"] is None and row["skip_norm"] is None for row in found["layers"])
+    assert all(row["ablation"]["enrichment"]["value"] != 0 for row in found["layers"])
+    assert preskip("explain", run, "--arm", "lora", *FEW) == 1
+    assert capsys.readouterr().err.strip().endswith("has no branch: choose one of preproj+lora")
+
+
 def test_a_run_from_scratch(tmp_path, capsys):
     """The layout of `preskip pretrain`: a model per cell, held-out documents in the run."""
     run = tmp_path / "run"
@@ -143,8 +186,9 @@ CASES = {
     "arm": (["{place}/run", "--arm", "preskipp"], "has no arm 'preskipp': choose one of lora, none"),
     "arm without": (
         ["{place}/run", "--arm", "lora"],
-        "stacks adapters, or is not finished: choose one of preskip",
+        "has no branch: choose one of preskip",
     ),
+    "arm of no adapter": (["{place}/run", "--arm", "none"], "arm none of"),
     "seed": (["{place}/run", "--seed", "7"], "has no finished seed 7: choose one of 1, 2"),
     "arm of none": (["{place}/model", "--arm", "lora"], "--arm and --seed are for runs"),
     "short": (["{place}/run", "--text", "a", "--out", "{out}"], "has 1 token: 2 or more are needed"),

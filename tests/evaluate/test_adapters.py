@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import zoo
 from preskip import PreskipConfig
 from preskip.errors import PreskipError
-from preskip.evaluate.adapters import load_adapter
+from preskip.evaluate.adapters import adapter_folders, load_adapter
 from tiny_model import tiny_llama
 
 CONFIGS = {
@@ -63,3 +64,49 @@ def test_what_is_no_adapter_is_refused(tmp_path):
     weights.unlink()
     with pytest.raises(PreskipError, match=r"no adapter_model.safetensors"):
         load_adapter(tiny_llama(), tmp_path)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_stacked_adapters_are_all_on(tmp_path):
+    """Each in a folder of its own; the logits are those of both put on one after the other."""
+    base = tiny_llama()
+    for number, name in enumerate(("preskip", "lora"), 1):
+        single = get_peft_model(tiny_llama(), CONFIGS[name])
+        zoo.randomise(single, seed=number)
+        single.save_pretrained(tmp_path / str(number))
+        alone = load_adapter(tiny_llama(), tmp_path / str(number))
+        with torch.no_grad():
+            assert torch.equal(alone(input_ids=IDS).logits, single.eval()(input_ids=IDS).logits)
+    PeftModel.from_pretrained(base, str(tmp_path / "1"))
+    with pytest.warns(UserWarning, match="Already found"):
+        wanted = PeftModel.from_pretrained(base, str(tmp_path / "2")).eval()
+    model = load_adapter(tiny_llama(), tmp_path)
+    assert not model.training
+    with torch.no_grad():
+        logits = model(input_ids=IDS).logits
+        assert torch.equal(logits, wanted(input_ids=IDS).logits)
+        for part in ("1", "2"):
+            one = load_adapter(tiny_llama(), tmp_path / part)(input_ids=IDS).logits
+            assert zoo.difference(logits, one) > 1e-3
+
+
+def test_stacked_adapters_load_whole_or_not_at_all(tmp_path):
+    for number, name in enumerate(("preskip", "lora"), 1):
+        save(name, tmp_path / str(number))
+    assert adapter_folders(tmp_path) == [tmp_path / "1", tmp_path / "2"]
+    assert adapter_folders(tmp_path / "2") == [tmp_path / "2"]
+    for part in ("1", "2"):
+        weights = tmp_path / part / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        save_file({key: tensor for key, tensor in tensors.items() if key != min(tensors)}, weights)
+        with pytest.raises(PreskipError, match="lacks"):
+            load_adapter(tiny_llama(), tmp_path)
+        save_file(tensors, weights)
+    (tmp_path / "2").rename(tmp_path / "3")
+    with pytest.raises(PreskipError, match="holds stacked adapters, but number 2 is missing"):
+        load_adapter(tiny_llama(), tmp_path)
+    (tmp_path / "3").rename(tmp_path / "other")
+    with pytest.raises(PreskipError, match="number 2 is missing"):
+        adapter_folders(tmp_path)
+    (tmp_path / "1").rename(tmp_path / "more")
+    assert adapter_folders(tmp_path) == []

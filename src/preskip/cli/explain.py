@@ -206,7 +206,8 @@ def _context_length(model: Any, asked: int | None) -> int:
 
 def _announcement(source: Source, dtype: str, reason: str, device: str) -> list[str]:
     what = source.name if source.arm is None else f"{source.name}, arm {source.arm}, seed {source.seed}"
-    return [f"{source.kind} {what}", f"base weights {dtype} ({reason}), {device}"]
+    stays = [f"{', '.join(source.others)} stays on beside the branch"] if source.others else []
+    return [f"{source.kind} {what}", *stays, f"base weights {dtype} ({reason}), {device}"]
 
 
 def _add_null(layers: Sequence[dict[str, Any]], null: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""A trained PEFT adapter of any type on a base model, whole or not at all."""
+"""Trained PEFT adapters of any type on a base model, also stacked ones, whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,31 +11,63 @@ from torch import nn
 import preskip.adapter  # noqa: F401 - registers the PEFT method
 from preskip.errors import PreskipError
 
+_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 
 
+def adapter_folders(folder: Path) -> list[Path]:
+    """The saved adapters of a folder: itself, or those stacked in its sub-folders 1, 2, ..., first to last.
+
+    Args:
+        folder: as saved by PEFT's `save_pretrained`, or by `preskip.arms.insert.Inserted.save`.
+
+    Returns:
+        Folders with an adapter_config.json; none where there is no adapter.
+
+    Raises:
+        PreskipError: one of the stacked adapters is missing.
+    """
+    if (folder / _CONFIG).is_file():
+        return [folder]
+    numbers = {int(path.parent.name) for path in folder.glob(f"*/{_CONFIG}") if path.parent.name.isdecimal()}
+    missing = set(range(1, max(2, *numbers) + 1)) - numbers if numbers else set()
+    if missing:
+        raise PreskipError(f"adapter {folder} holds stacked adapters, but number {min(missing)} is missing")
+    return [folder / str(number) for number in sorted(numbers)]
+
+
 def load_adapter(base: nn.Module, folder: Path) -> Any:
-    """Put a saved adapter on a base model.
+    """Put a saved adapter on a base model, or several that were trained stacked; all of them are active.
 
     PEFT fills tensors that a file lacks with fresh ones and drops those it has no place for, with a warning at most;
     here both are errors, for every adapter type.
 
     Args:
         base: the model that the adapter was trained on; it is changed in place.
-        folder: as saved by `save_pretrained`, with safetensors weights.
+        folder: as `adapter_folders` takes it, with safetensors weights.
 
     Returns:
-        The PEFT model in evaluation mode, on the base's device.
+        The PEFT model in evaluation mode, on the base's device; of stacked adapters the last one's.
 
     Raises:
         PreskipError: no adapter there, an unknown type, or one that does not fit the model in every tensor.
     """
+    parts = adapter_folders(folder)
+    if not parts:
+        raise PreskipError(f"adapter {folder} has no {_CONFIG}: give a folder saved with save_pretrained")
+    model: Any = None
+    own = {id(weight) for weight in base.parameters()}
+    for part in parts:
+        model = _load_one(base, part, {id(weight) for weight in base.parameters()} - own)
+    return model.eval()
+
+
+def _load_one(base: nn.Module, folder: Path, earlier: set[int]) -> Any:
+    """Put one adapter on a base that has the weights of earlier ones, known by their ids."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
     from safetensors import SafetensorError, safe_open
 
-    if not (folder / "adapter_config.json").is_file():
-        raise PreskipError(f"adapter {folder} has no adapter_config.json: give a folder saved with save_pretrained")
     if not (folder / _WEIGHTS).is_file():
         raise PreskipError(f"adapter {folder} has no {_WEIGHTS}: save it again with save_pretrained")
     try:
@@ -43,13 +75,16 @@ def load_adapter(base: nn.Module, folder: Path) -> Any:
             saved = set(file.keys())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # stacked ones are meant
             model = PeftModel.from_pretrained(base, str(folder), torch_device=str(next(base.parameters()).device))
     except PreskipError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PreskipError(f"adapter {folder} does not fit this model ({type(error).__name__}: {reason})") from error
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    # PEFT takes every tensor of a name for that adapter's own, and stacked adapters share theirs.
+    state = {key: weight for key, weight in model.state_dict(keep_vars=True).items() if id(weight) not in earlier}
+    expected = set(get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False))
     extra = {key for key in saved - expected if not any(name in key for name in EMBEDDING_LAYER_NAMES)}
     for odd, what in ((expected - saved, "lacks"), (extra, "holds a tensor without a place in this model:")):
         if odd:
@@ -57,4 +92,4 @@ def load_adapter(base: nn.Module, folder: Path) -> Any:
             raise PreskipError(
                 f"adapter {folder} {what} {min(odd)}{more}: it belongs to another model or is incomplete"
             )
-    return model.eval()
+    return model

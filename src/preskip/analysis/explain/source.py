@@ -16,6 +16,7 @@ from preskip.data.corpus import EMBEDDED_CORPORA, Document, load_corpus
 from preskip.data.local import data_directory
 from preskip.data.splits import PUBLISHED, choose, load_splits
 from preskip.errors import PreskipError
+from preskip.evaluate.adapters import adapter_folders
 from preskip.rundir import RunDirectory, read_json
 from preskip.types import PREFIX
 
@@ -30,7 +31,7 @@ class Source:
     Attributes:
         kind: "run", "adapter" or "baked".
         name: of the run or the folder.
-        weights: an adapter folder or a checkpoint folder.
+        weights: a folder of an adapter, or of several stacked ones, or a checkpoint folder.
         is_checkpoint: whether `weights` is a whole model.
         arm: name of the arm, in a run.
         seed: of its training, in a run.
@@ -64,7 +65,12 @@ class Source:
             return str(self.weights)
         if "model" in self.config:
             return _found(self.config["model"], self.manifest)
-        return read_json(self.weights / "adapter_config.json").get("base_model_name_or_path")
+        return _configs(self.weights)[0].get("base_model_name_or_path")
+
+    @property
+    def others(self) -> list[str]:
+        """PEFT types of the adapters that stay on beside the branch."""
+        return [] if self.is_checkpoint else [kind for kind in _types(self.weights) if kind != PEFT_TYPE]
 
     @property
     def null(self) -> list[dict[str, Any]]:
@@ -92,7 +98,7 @@ def find_source(path: Path, *, arm: str | None = None, seed: int | None = None) 
         return _in_run(path, arm, seed)
     if arm is not None or seed is not None:
         raise PreskipError(f"--arm and --seed are for runs, and {path} is none: leave them out")
-    if (path / "adapter_config.json").is_file():
+    if adapter_folders(path):
         return _adapter(path)
     if (path / "config.json").is_file():
         return _checkpoint(path)
@@ -119,10 +125,8 @@ def _in_run(path: Path, arm: str | None, seed: int | None) -> Source:
         declared = [row["arm"] for row in (manifest.get("family") or {}).get("declared") or []]
         arm = next((name for name in [*declared, *manifest.get("arms", {}), *done] if name in done), "")
     if arm not in done:
-        raise PreskipError(
-            f"arm {arm} of {path} has no branch of its own, stacks adapters, or is not finished: choose one of "
-            f"{', '.join(done)}"
-        )
+        why = "has no branch" if any(path.glob(f"arms/{arm}/seed-*/cell.json")) else "is not finished"
+        raise PreskipError(f"arm {arm} of {path} {why}: choose one of {', '.join(done)}")
     seeds = done[arm]
     order = [number for number in manifest.get("seeds") or [] if number in seeds] or sorted(seeds)
     if seed is not None and seed not in seeds:
@@ -144,17 +148,28 @@ def _in_run(path: Path, arm: str | None, seed: int | None) -> Source:
 
 def _branch_in(cell: Path) -> Path | None:
     """The weights of a cell that have a branch, or None."""
-    adapter, model = cell / "adapter" / "adapter_config.json", cell / "model" / "config.json"
-    if adapter.is_file() and read_json(adapter).get("peft_type") == PEFT_TYPE:
-        return adapter.parent
+    adapter, model = cell / "adapter", cell / "model" / "config.json"
+    if PEFT_TYPE in _types(adapter):
+        return adapter
     is_ours = model.is_file() and str(read_json(model).get("model_type")).startswith(PREFIX)
     return model.parent if is_ours else None
 
 
+def _configs(folder: Path) -> list[dict[str, Any]]:
+    """The configurations of the adapters of a folder, first to last; none where there is no adapter."""
+    return [read_json(part / "adapter_config.json") for part in adapter_folders(folder)]
+
+
+def _types(folder: Path) -> list[str]:
+    return [str(config.get("peft_type")) for config in _configs(folder)]
+
+
 def _adapter(path: Path) -> Source:
-    kind = read_json(path / "adapter_config.json").get("peft_type")
-    if kind != PEFT_TYPE:
-        raise PreskipError(f"{path} holds a {kind} adapter, which has no branch: give a Preskip adapter")
+    kinds = _types(path)
+    if PEFT_TYPE not in kinds:
+        raise PreskipError(
+            f"{path} holds a {' and a '.join(kinds)} adapter, which has no branch: give a Preskip adapter"
+        )
     place = path.resolve()
     match place.parts[-4:]:
         case ("arms", arm, seed, _) if re.fullmatch(r"seed-\d+", seed) and (place.parents[3] / "run.json").is_file():
