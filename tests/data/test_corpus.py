@@ -7,6 +7,7 @@ import pytest
 
 from preskip.data import sotu
 from preskip.data.corpus import Corpus, Document, load_corpus, split_documents, split_text
+from preskip.data.tables import Limit
 from preskip.errors import PreskipError
 
 
@@ -150,7 +151,7 @@ def test_bad_jsonl_line(tmp_path, line, message):
         ("e.jsonl", b"\n\n", "is empty"),
         ("l.txt", "café".encode("latin-1"), r"l\.txt is not UTF-8 \(byte 3\)"),
         ("z.txt", b"PK\x00\x01", "zero bytes"),
-        ("t.csv", b"a,b", r"\.csv files are not read"),
+        ("t.zip", b"a,b", r"\.zip files are not read"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message):
@@ -199,17 +200,17 @@ def test_hub_columns_and_cap(monkeypatch, columns, wanted, expected):
         return iter([columns] * 50)
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    corpus = load_corpus("some/set:part", text_column=wanted, max_documents=3)
+    corpus = load_corpus("some/set:part", text_column=wanted, limit=Limit(reason="three", documents=3))
     assert calls == [("some/set", "part", "train", True)]
     assert [(d.id, d.text) for d in corpus.documents] == [(f"train#{i}", expected) for i in range(3)]
-    assert len(load_corpus("some/set", text_column=wanted, max_bytes=5).documents) == 5
+    assert len(load_corpus("some/set", text_column=wanted, limit=Limit(reason="five", bytes=5)).documents) == 5
 
 
 def test_hub_ambiguous_column(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: iter([{"a": "x", "b": "y"}]))
-    with pytest.raises(PreskipError, match="It has a, b: choose one"):
+    with pytest.raises(PreskipError, match="a, b hold strings: choose one"):
         load_corpus("some/set")
     with pytest.raises(PreskipError, match="no column 'c'"):
         load_corpus("some/set", text_column="c")

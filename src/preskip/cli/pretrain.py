@@ -52,15 +52,21 @@ def pretrain(
         str | None, _option("--attn-implementation", MODEL, "eager, sdpa, ... Default: transformers' own.")
     ] = None,
     corpus: Annotated[
-        str, _option("--corpus", WHAT, "sotu, pydoc, wikitext2 or books (--data-dir), a text file, a folder, a Hub id.")
+        str,
+        _option(
+            "--corpus", WHAT, "sotu, pydoc, wikitext2 or books (--data-dir), a text file, table or folder, a Hub id."
+        ),
     ] = "sotu",
     data_dir: Annotated[
         str | None, _option("--data-dir", WHAT, "Folder of local data. Default: $PRESKIP_DATA, else ../shared/data.")
     ] = None,
     text_column: Annotated[
-        str | None, _option("--text-column", WHAT, "Column of a Hub data set. Default: the one that holds text.")
+        str | None,
+        _option("--text-column", WHAT, "Column of a table or Hub data set. Default: the one that holds text."),
     ] = None,
-    corpus_split: Annotated[str, _option("--corpus-split", WHAT, "Split of a Hub data set.")] = "train",
+    corpus_split: Annotated[
+        str, _option("--corpus-split", WHAT, "Split of a Hub data set or a folder of tables.")
+    ] = "train",
     tokenizer: Annotated[
         str | None,
         _option("--tokenizer", WHAT, "A model's, a folder or a tokenizer.json. Default: one trained on the text."),

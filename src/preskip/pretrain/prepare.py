@@ -23,19 +23,24 @@ import numpy as np
 import torch
 
 from preskip import environment
-from preskip.assets import EMBEDDED_MODELS
 from preskip.data.blocks import pack_blocks
-from preskip.data.corpus import EMBEDDED_CORPORA, Document
-from preskip.data.local import data_directory
+from preskip.data.corpus import Document
 from preskip.data.packed import PackedText, open_blocks, write_packed
-from preskip.data.splits import PUBLISHED, Splits, choose, load_splits, slug
+from preskip.data.splits import Splits, choose, slug
 from preskip.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from preskip.errors import PreskipError
 from preskip.evaluate.stats import ALPHA, DEFAULT_MARGINS
 from preskip.evaluate.texts import TextSet, prepare_texts
-from preskip.options import parse_extent
 from preskip.pretrain.arms import Plan, plan_arms
 from preskip.pretrain.config import PretrainConfig
+from preskip.pretrain.corpora import (
+    CHARACTERS_PER_TOKEN,
+    amount_read,
+    given_tokenizer,
+    load_corpora,
+    most_tokens,
+    reading_limit,
+)
 from preskip.progress import progress_bar, spinner
 from preskip.rundir import RunDirectory, clear_disk_errors, read_json, write_json
 
@@ -80,14 +85,15 @@ def prepare(run: RunDirectory, config: PretrainConfig, quiet: bool) -> tuple[dic
         PreskipError: anything that would fail later: corpora, tokenizer, architecture, too little text.
     """
     directory = Path(run.manifest.get("directory", "."))
-    splits, others = _corpora(config, directory, quiet)
+    limit = reading_limit(config, most_tokens(run, config, directory))
+    splits, others = load_corpora(config, directory, limit, quiet)
     tokenizer = _tokenizer(run, config, splits, directory, quiet)
     plans = plan_arms(config, tokenizer)
-    limit = getattr(plans[config.arms[0]].config, "max_position_embeddings", None)
+    reach = getattr(plans[config.arms[0]].config, "max_position_embeddings", None)
     longest = max(config.seq_len, config.scoring_context)
-    if limit is not None and longest > limit:
+    if reach is not None and longest > reach:
         raise PreskipError(
-            f"{longest} tokens exceed the architecture's context of {limit}: lower --seq-len/--context-length, or "
+            f"{longest} tokens exceed the architecture's context of {reach}: lower --seq-len/--context-length, or "
             f"--set max_position_embeddings={longest}"
         )
     with progress_bar("tokenise training text", len(splits.training), quiet=quiet) as advance:
@@ -98,7 +104,7 @@ def prepare(run: RunDirectory, config: PretrainConfig, quiet: bool) -> tuple[dic
             seed=config.split_seed,
             advance=advance,
         )
-    _check_enough(config, plans, packed)
+    _check_enough(config, plans, packed, splits)
     with spinner("preparing the held-out texts", quiet=quiet):
         _write_development(run, config, splits, tokenizer)
         sets = _write_heldout(run, config, splits, others, tokenizer)
@@ -121,6 +127,7 @@ def prepare(run: RunDirectory, config: PretrainConfig, quiet: bool) -> tuple[dic
         },
         "corpus": {
             "name": config.corpus,
+            **amount_read(splits),
             "training_documents": packed.documents,
             "training_tokens": packed.tokens,
             "training_passes": round(max(plan.tokens for plan in plans.values()) / packed.tokens, 2),
@@ -193,43 +200,11 @@ def declare_family(arms: tuple[str, ...], sets: dict[str, dict[str, Any]]) -> di
     return {"declared": declared, "alpha": ALPHA, "margins": dict(DEFAULT_MARGINS)}
 
 
-def _corpora(config: PretrainConfig, directory: Path, quiet: bool) -> tuple[Splits, list[tuple[Splits, int, int]]]:
-    """The training corpus, and the others with the number of documents and words to score."""
-    data_dir = data_directory(_found(config.data_dir, directory) if config.data_dir else None)
-    options: dict[str, Any] = {
-        "data_dir": data_dir,
-        "heldout_fraction": config.heldout_fraction,
-        "seed": config.split_seed,
-        "progress": not quiet,
-    }
-    home = load_splits(
-        _found(config.corpus, directory), text_column=config.text_column, split=config.corpus_split, **options
-    )
-    for part, count in (("held-out", len(home.heldout)), ("development", len(home.development))):
-        least = 2 if part == "held-out" else 1
-        if count < least:
-            raise PreskipError(
-                f"corpus {config.corpus} has {count} {part} documents, {least} or more are needed: raise "
-                "--heldout-fraction, or give more documents"
-            )
-    others = []
-    for text in config.eval_corpora:
-        name, count, length = parse_extent(text, config.eval_documents, config.eval_words)
-        others.append((load_splits(_found(name, directory), **options), count, length))
-    names = [slug(splits.name) for splits in (home, *(entry[0] for entry in others))]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise PreskipError(f"two evaluation sets are named {twice!r}: rename a file, or leave one out")
-    return home, others
-
-
 def _tokenizer(run: RunDirectory, config: PretrainConfig, splits: Splits, directory: Path, quiet: bool) -> Any:
     folder = run.path / "tokenizer"
     if not folder.is_dir():
         if config.tokenizer is not None:
-            tokenizer: Any = load_tokenizer(
-                _found(config.tokenizer, directory), trust_remote_code=config.trust_remote_code
-            )
+            tokenizer: Any = given_tokenizer(run, config, directory)
         else:
             with spinner(f"training a tokenizer of {config.vocab_size} tokens", quiet=quiet):
                 tokenizer = train_tokenizer(splits.training, config.vocab_size)
@@ -241,9 +216,15 @@ def _tokenizer(run: RunDirectory, config: PretrainConfig, splits: Splits, direct
     return load_tokenizer(str(folder), trust_remote_code=config.trust_remote_code)
 
 
-def _check_enough(config: PretrainConfig, plans: dict[str, Plan], packed: PackedText) -> None:
+def _check_enough(config: PretrainConfig, plans: dict[str, Plan], packed: PackedText, splits: Splits) -> None:
     longest = max(plans.values(), key=lambda plan: plan.tokens)
     usable = packed.tokens // config.seq_len * config.seq_len
+    if longest.tokens > usable and not config.repeat and not splits.whole:
+        raise PreskipError(
+            f"the part of corpus {config.corpus} that was read has {usable:,} training tokens, arm {longest.name} is "
+            f"to read {longest.tokens:,}: {CHARACTERS_PER_TOKEN} characters per token were read; give a tokenizer with "
+            "shorter tokens, or allow text to be read again with --repeat"
+        )
     if longest.tokens > usable and not config.repeat:
         raise PreskipError(
             f"corpus {config.corpus} has {usable:,} training tokens, arm {longest.name} is to read {longest.tokens:,}: "
@@ -305,10 +286,3 @@ def _model_checksum(config: PretrainConfig, vocab_size: int, tokenizer: str) -> 
     """Two runs compare the same thing if architecture and tokenizer are the same."""
     described = {"arch": config.arch, "overrides": config.overrides, "vocab_size": vocab_size, "tokenizer": tokenizer}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def _found(name: str, directory: Path) -> str:
-    """A name; a path that does not exist here is one of the folder the run was started in."""
-    path = directory / name
-    is_named = name in EMBEDDED_MODELS or name in EMBEDDED_CORPORA or name in PUBLISHED
-    return str(path) if path.exists() and not Path(name).exists() and not is_named else name

@@ -46,8 +46,8 @@ class ProbeConfig:
     Args:
         model: embedded name, Hub id, local folder or GGUF file.
         corpus: embedded name, Hub id, text file, folder or JSONL file.
-        text_column: column of a Hub data set; None finds it.
-        corpus_split: split of a Hub data set.
+        text_column: column of a table or Hub data set; None finds it.
+        corpus_split: split of a Hub data set or a folder of tables.
         preset: name of the preset that the options started from, for the record.
         data_dir: folder with local evaluation data (`preskip.data.local`); None for none.
         arms: names of the arms to compare; `none` is always among them.

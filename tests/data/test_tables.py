@@ -1,0 +1,276 @@
+"""Texts that `datasets` reads: every format, every kind of bad input, and limits; held against pandas' own reading."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import datasets
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from preskip.data.corpus import load_corpus
+from preskip.data.splits import load_splits, slug
+from preskip.data.tables import HUB_LIMIT, Limit
+from preskip.errors import PreskipError
+
+# What must come through as it is, what is skipped, and a comma, a quote and a line end for CSV.
+TEXTS = ["Ship one.", None, 'A "quoted", long\nline.', "   ", "NA", "naïve", "Ship one."]
+READ = [(0, "Ship one."), (2, 'A "quoted", long\nline.'), (4, "NA"), (5, "naïve"), (6, "Ship one.")]
+FRAME = pd.DataFrame({"n": range(len(TEXTS)), "text": TEXTS})
+
+
+def write(path, frame=FRAME):
+    """Write a frame with pandas or pyarrow in the format that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        frame.to_parquet(path)
+    elif name.endswith(".arrow"):
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+    elif name.endswith((".csv", ".tsv")):
+        frame.to_csv(path, index=False, sep="\t" if name.endswith(".tsv") else ",")
+    else:
+        frame.to_json(path, orient="records", lines=not name.endswith(".json"))
+    return path
+
+
+def found(path, **options):
+    return [(document.id, document.text) for document in load_corpus(str(path), progress=False, **options).documents]
+
+
+FILES = ["a.parquet", "a.arrow", "a.csv", "a.CSV", "a.tsv", "a.csv.gz", "a.tsv.gz", "a.json", "a.json.gz", "a.jsonl.gz"]
+
+
+@pytest.mark.parametrize("name", [*FILES, "b[1]*.parquet"])
+def test_every_format_gives_the_same_texts(tmp_path, name):
+    path = write(tmp_path / name.lower()).rename(tmp_path / name)
+    corpus = load_corpus(str(path), progress=False)
+    assert [(d.id, d.text) for d in corpus.documents] == [(f"{name}#{row}", text) for row, text in READ]
+    assert corpus.documents[0].group == corpus.documents[-1].group != corpus.documents[1].group
+    assert (corpus.whole, corpus.source) == (True, f"file {path}")
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
+    for shard, texts in (("b", ["three"]), ("a", ["one", "two"]), ("sub/c", ["four"])):
+        write(tmp_path / f"{shard}.jsonl.gz", pd.DataFrame({"text": texts}))
+    blob = (tmp_path / "sub/c.jsonl.gz").rename(tmp_path.parent / f"{tmp_path.name}-blob")
+    (tmp_path / "sub/c.jsonl.gz").symlink_to(blob)  # as in the Hub's cache
+    (tmp_path / "README.md").write_text("About the shards.")
+    (tmp_path / "notes.json").write_text("{}")
+    assert found(tmp_path) == [
+        ("a.jsonl.gz#0", "one"),
+        ("a.jsonl.gz#1", "two"),
+        ("b.jsonl.gz#0", "three"),
+        ("sub/c.jsonl.gz#0", "four"),
+    ]
+    linked = tmp_path.parent / f"{tmp_path.name}-link"
+    linked.symlink_to(tmp_path)
+    assert found(linked) == found(tmp_path)
+
+
+def test_texts_of_a_folder_come_before_its_tables(tmp_path):
+    write(tmp_path / "list.csv")
+    (tmp_path / "a.txt").write_text("A text.")
+    assert found(tmp_path) == [("a.txt", "A text.")]
+
+
+def test_splits_of_a_folder_are_kept_apart(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", pd.DataFrame({"text": [f"of {split}"]}))
+    assert found(tmp_path) == [("data/train-00000-of-00001.parquet#0", "of train")]
+    assert found(tmp_path, split="test") == [("data/test-00000-of-00001.parquet#0", "of test")]
+    with pytest.raises(PreskipError, match="no split 'dev': choose one of train, test"):
+        load_corpus(str(tmp_path), split="dev", progress=False)
+
+
+def test_saved_data_sets(tmp_path):
+    whole = datasets.Dataset.from_pandas(FRAME, preserve_index=False)
+    whole.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": whole, "test": whole.select([5])}).save_to_disk(tmp_path / "two")
+    expected = [(f"train#{row}", text) for row, text in READ]
+    assert found(tmp_path / "one") == found(tmp_path / "two") == expected
+    assert found(tmp_path / "two", split="test") == [("test#0", "naïve")]
+    with pytest.raises(PreskipError, match="no split 'dev': choose one of train, test"):
+        load_corpus(str(tmp_path / "two"), split="dev", progress=False)
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"no arrow")
+    with pytest.raises(PreskipError, match="one cannot be read as saved data set, it may be damaged"):
+        load_corpus(str(tmp_path / "one"), progress=False)
+
+
+def test_json_may_name_groups(tmp_path):
+    rows = [{"text": "one", "group": 7}, {"text": "two", "group": 7}, {"text": "three", "group": None}]
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    groups = [document.group for document in load_corpus(str(path), progress=False).documents]
+    assert groups[:2] == ["7", "7"]
+    assert groups[2].startswith("text-")
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted", "expected"),
+    [
+        ({"title": "x", "content": "t"}, None, "t"),
+        ({"n": 1, "body": "t"}, None, "t"),
+        ({"a": "x", "b": "t"}, "b", "t"),
+        ({"a": "x", "b": "y"}, None, "which column is the text? a, b hold strings: choose one with --text-column"),
+        ({"a": "x", "b": "y"}, "c", "has no column 'c': it has a, b"),
+        ({"a": 1, "b": 2}, None, "has no column of text: it has a, b"),
+        ({"a": 1, "text": "y"}, "a", "column 'a' holds no text"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl.gz"])
+def test_columns(tmp_path, suffix, columns, wanted, expected):
+    path = write(tmp_path / f"a.{suffix}", pd.DataFrame([columns] * 2))
+    if len(expected) == 1:
+        assert [text for _, text in found(path, text_column=wanted)] == [expected] * 2
+        return
+    with pytest.raises(PreskipError) as caught:
+        load_corpus(str(path), text_column=wanted, progress=False)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_column_of_jsonl(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "one", "id": "x"}\n')
+    assert found(path, text_column="body") == [("x", "one")]
+    with pytest.raises(PreskipError, match='line 1: no string "text"'):
+        load_corpus(str(path))
+
+
+def test_the_first_texts_may_be_missing(tmp_path):
+    rows = 50
+    frame = pd.DataFrame({"title": ["t"] * rows, "text": [None] * (rows - 1) + ["late"]})
+    assert found(write(tmp_path / "a.parquet", frame)) == [(f"a.parquet#{rows - 1}", "late")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("e.csv", b"", r"e\.csv is empty"),
+        ("h.csv", b"text\n", r"h\.csv is empty"),
+        ("n.csv", b"n,text\n1,\n2,\n", r"n\.csv is empty"),
+        ("l.csv", "text\ncafé au lait\n".encode("latin-1"), r"l\.csv is not UTF-8"),
+        ("r.csv", b'text\na\nb,"c\n', r"r\.csv cannot be read as csv"),
+        ("x.parquet", b"", r"x\.parquet cannot be read as parquet"),
+        ("x.arrow", b"PK", r"x\.arrow cannot be read as arrow"),
+        ("x.json", b'{"text": ', r"x\.json cannot be read as json"),
+        ("x.jsonl.gz", b"text", r"x\.jsonl\.gz cannot be read as json"),
+        ("x.txt.gz", gzip.compress(b"text"), r"\.gz files are not read"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message, capfd):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PreskipError, match=message) as caught:
+        load_corpus(str(tmp_path / name), progress=False)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.csv.gz"])
+def test_a_file_cut_short_is_named(tmp_path, name, capfd):
+    frame = pd.DataFrame({"text": [f"{n} {hash(str(n))}" for n in range(2000)]})
+    good = write(tmp_path / name, frame)
+    bad = tmp_path / f"b-{name}"
+    bad.write_bytes(good.read_bytes()[: good.stat().st_size * 2 // 3])
+    with pytest.raises(PreskipError, match=f"b-{name} cannot be read as .*, it may be damaged or cut short") as caught:
+        load_corpus(str(tmp_path), progress=False)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_folders_without_tables(tmp_path):
+    with pytest.raises(PreskipError, match=r"no \.txt or \.md files and no tables"):
+        load_corpus(str(tmp_path), progress=False)
+    (tmp_path / "README.md").write_text("A text.")
+    assert found(tmp_path) == [("README.md", "A text.")]
+    write(tmp_path / "a.parquet")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: none.parquet\n---\n")
+    with pytest.raises(PreskipError, match="cannot be read as data set"):
+        load_corpus(str(tmp_path), progress=False)
+
+
+def test_a_table_that_does_not_exist(tmp_path):
+    for name in (tmp_path / "no.parquet", "folder/no.csv.gz"):
+        with pytest.raises(PreskipError, match="does not exist: check the path"):
+            load_corpus(str(name), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("limit", "documents"),
+    [
+        (Limit(reason="r", documents=3), 3),
+        (Limit(reason="r", bytes=21), 3),  # ten bytes each, nine characters
+        (Limit(reason="r", characters=21), 3),
+        (Limit(reason="r", characters=28), 4),
+        (Limit(reason="r", characters=21, least_documents=5), 5),
+        (Limit(reason="r", characters=46, least_documents=2), 6),
+    ],
+)
+def test_limits(tmp_path, limit, documents, capsys):
+    path = write(tmp_path / "a.parquet", pd.DataFrame({"text": [f"naïve {n:03d}"[:9] for n in range(7)]}))
+    corpus = load_corpus(str(path), limit=limit)
+    assert [document.id for document in corpus.documents] == [f"a.parquet#{n}" for n in range(documents)]
+    assert not corpus.whole
+    assert corpus.source.endswith(f", the first {documents} documents")
+    line = f"corpus {path}: read the first {documents} documents (0.0 MB) and left the rest: r\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_limit_that_leaves_nothing_is_not_told(tmp_path, capsys):
+    path = write(tmp_path / "a.parquet")
+    corpus = load_corpus(str(path), limit=Limit(reason="r", documents=5))
+    assert (len(corpus.documents), corpus.whole, capsys.readouterr().err) == (5, True, "")
+    splits = load_splits(str(path), limit=Limit(reason="r", documents=4), progress=False)
+    assert (splits.whole, load_splits(str(path), progress=False).whole) == (False, True)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_limit_of_hub_data_sets_is_told(monkeypatch, capsys):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    read = []
+
+    def rows():
+        for number in range(20_000):
+            read.append(number)
+            yield {"text": f"Text {number}."}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
+    corpus = load_corpus("some/set")
+    assert len(corpus.documents) == HUB_LIMIT.documents == len(read) - 1
+    assert (
+        "some/set: read the first 10,000 documents (0.1 MB) and left the rest: 10,000 docum" in capsys.readouterr().err
+    )
+    assert len(load_corpus("some/set", limit=Limit(reason="r", documents=20_000), progress=False).documents) == 20_000
+
+
+def test_a_broken_stream_is_one_line(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    def rows():
+        yield from [{"text": "one"}] * 30
+        raise ConnectionError("gone\naway")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
+    with pytest.raises(PreskipError, match="the Hub cannot be reached"):
+        load_corpus("some/set", progress=False)
+
+
+def test_a_process_that_stopped_early_ends_cleanly(tmp_path):
+    path = write(tmp_path / "a.parquet", pd.DataFrame({"text": ["word " * 200] * 20_000}))
+    pq.write_table(pq.read_table(path), path, row_group_size=500)
+    code = (
+        "from preskip.data.corpus import load_corpus; from preskip.data.tables import Limit; "
+        f"print(len(load_corpus({str(path)!r}, limit=Limit(reason='', documents=30), progress=False).documents))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "30\n", "")
+
+
+def test_names_of_tables_as_sets():
+    assert [slug(name) for name in ("x/a.parquet", "a.jsonl.gz", "a.csv", "v1.gz")] == ["a", "a", "a", "v1.gz"]

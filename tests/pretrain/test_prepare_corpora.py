@@ -1,0 +1,145 @@
+"""How much of a corpus a pretraining run reads: enough for its tokens, told and stored, the same when it is resumed."""
+
+import itertools
+
+import datasets
+import numpy as np
+import pytest
+
+from preskip.data.tokenizer import load_tokenizer
+from preskip.errors import PreskipError
+from preskip.pretrain.arms import plan_arms
+from preskip.pretrain.config import PretrainConfig
+from preskip.pretrain.corpora import most_tokens, reading_limit
+from preskip.pretrain.prepare import prepare
+from preskip.pretrain.run import start_pretrain
+from tiny_model import save_tiny_llama
+
+SIZES = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+WORDS = np.random.default_rng(0).integers(0, 26, (500, 5))
+WORDS = ["".join(chr(97 + letter) for letter in word) for word in WORDS]
+
+
+def config(**options):
+    return PretrainConfig(
+        **{
+            "overrides": {**SIZES, "intermediate_size": 64},
+            "corpus": "some/set",
+            "vocab_size": 400,
+            "tokens": 20_480,
+            "batch_size": 4,
+            "seq_len": 16,
+            "eval_blocks": 4,
+            "eval_documents": 5,
+            "device": "cpu",
+            "dtype": "float32",
+            "report_to": ("none",),
+            **options,
+        }
+    )
+
+
+def endless():
+    for number in itertools.count():
+        chosen = np.random.default_rng(number).choice(WORDS, 100)
+        yield {"text": " ".join([f"Record {number}:", *chosen])}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Put rows in the place of the Hub; returns how many have been read."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    def put(rows):
+        read = []
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *args, **options: (read.append(None) or row for row in rows())
+        )
+        return read
+
+    return put
+
+
+def prepared(settings, out, quiet=False):
+    run = start_pretrain(settings, out, ["preskip"])
+    return run, *prepare(run, settings, quiet)
+
+
+def test_an_endless_corpus_is_read_as_far_as_needed(hub, tmp_path, capsys):
+    read = hub(endless)
+    settings = config()
+    run, plans, facts = prepared(settings, tmp_path / "run")
+    told = capsys.readouterr().err
+    corpus = facts["corpus"]
+    most = max(plan.tokens for plan in plans.values())
+    assert most == plans["base-flops"].tokens > plans["preskip"].tokens == 20_480
+    assert corpus["training_tokens"] >= most
+    # Nine tenths are to train or develop on, nine tenths of those to train on; the last document goes over the mark.
+    wanted = 6 * most / 0.9 / 0.9
+    lengths = np.cumsum([len(row["text"]) for row in itertools.islice(endless(), len(read))])
+    count = 1 + int(np.argmax(lengths >= wanted))
+    assert (corpus["documents_read"], corpus["characters_read"]) == (count, lengths[count - 1])
+    assert len(read) == count + 1
+    assert corpus["read_whole"] is False
+    assert corpus["source"].endswith(f", the first {count:,} documents")
+    line = (
+        f"corpus some/set: read the first {count:,} documents (0.2 MB) and left the rest: enough for {most:,} training"
+    )
+    assert line in told
+    again = prepare(run, settings, True)[1]["corpus"]
+    assert again == corpus
+    assert capsys.readouterr().err == ""
+
+
+def test_the_parts_to_evaluate_on_are_filled_too(hub, tmp_path):
+    hub(endless)
+    options = {"tokens": 640, "arms": ("base",), "eval_documents": 30, "heldout_fraction": 0.25, "eval_blocks": 100}
+    run, _, facts = prepared(config(**options), tmp_path / "run", quiet=True)
+    assert facts["corpus"]["documents_read"] >= 120
+    assert facts["corpus"]["heldout_documents"] >= 30
+    assert facts["sets"]["set"]["documents"] == 30
+    assert np.load(run.path / "data" / "development.npy").shape == (100, 16)
+
+
+def test_a_corpus_that_ends_before_is_too_small(hub, tmp_path):
+    hub(lambda: itertools.islice(endless(), 60))
+    with pytest.raises(PreskipError, match=r"corpus some/set has .* would be read .* times; give more text or fewer"):
+        prepared(config(), tmp_path / "run", quiet=True)
+    _, _, facts = prepared(config(repeat=True), tmp_path / "other", quiet=True)
+    assert (facts["corpus"]["documents_read"], facts["corpus"]["read_whole"]) == (60, True)
+
+
+def test_tokens_longer_than_expected_are_named(hub, tmp_path):
+    hub(lambda: ({"text": f"{number} " + "abcdefghijklmnopqrstuvwxyz " * 20} for number in itertools.count()))
+    settings = config(tokens=6400, vocab_size=290, arms=("base",))
+    with pytest.raises(PreskipError, match=r"the part of corpus some/set that was read has .* training tokens"):
+        prepared(settings, tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_longest_arm_is_known_before_the_tokenizer(tmp_path, own):
+    model = save_tiny_llama(tmp_path / "model")
+    settings = config(tokenizer=str(model) if own else None, tokens=1_000_000)
+    run = start_pretrain(settings, tmp_path / "run", ["preskip"])
+    tokens = max(plan.tokens for plan in plan_arms(settings, load_tokenizer(str(model))).values())
+    assert most_tokens(run, settings, tmp_path) == tokens > 1_000_000
+    assert most_tokens(run, config(arms=("base", "preskip")), tmp_path) == 20_480
+
+
+def test_arithmetic_of_the_limit():
+    settings = config(heldout_fraction=0.2, eval_documents=7, eval_blocks=1)
+    limit = reading_limit(settings, 72_000)
+    assert (limit.characters, limit.least_documents, limit.bytes, limit.documents) == (600_000, 35, None, None)
+    # 10,000 blocks of 16 are 160,000 tokens, a tenth of eight tenths: two million tokens in all.
+    assert reading_limit(config(heldout_fraction=0.2, eval_blocks=10_000), 72_000).characters == 12_000_000
+
+
+def test_a_local_table_is_read_as_far_as_needed(tmp_path, capsys):
+    rows = datasets.Dataset.from_list(list(itertools.islice(endless(), 1000)))
+    rows.to_parquet(tmp_path / "texts.parquet")
+    capsys.readouterr()
+    settings = config(corpus=str(tmp_path / "texts.parquet"), arms=("base",), tokens=1280)
+    _, _, facts = prepared(settings, tmp_path / "run")
+    assert facts["corpus"]["documents_read"] == 50  # for 5 held-out ones of a tenth
+    assert list(facts["sets"]) == ["texts"]
+    assert "texts.parquet: read the first 50 documents (0.0 MB) and left the rest" in capsys.readouterr().err
