@@ -88,6 +88,41 @@ def test_splits_of_a_folder_are_kept_apart(tmp_path):
         load_corpus(str(tmp_path), split="dev", progress=False)
 
 
+def test_tables_that_are_left_out_are_told(tmp_path, capsys):
+    for name in ("train-1.parquet", "other.parquet", "test-1.parquet", ".hidden/x.parquet"):
+        write(tmp_path / name, pd.DataFrame({"text": [name]}))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    corpus = load_corpus(str(tmp_path))
+    assert [document.text for document in corpus.documents] == ["train-1.parquet"]
+    line = "1 table(s) of no split or of another format are left out, e.g. other.parquet"
+    assert capsys.readouterr().err == f"corpus folder {tmp_path}: {line}\n"
+    (tmp_path / "other.parquet").unlink()
+    load_corpus(str(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_of_two_formats_tells_what_it_leaves(tmp_path, capsys):
+    for name in ("a.csv", "b.csv", "c.parquet"):
+        write(tmp_path / name, pd.DataFrame({"text": [name]}))
+    assert [document.text for document in load_corpus(str(tmp_path)).documents] == ["a.csv", "b.csv"]
+    assert "1 table(s) of no split or of another format are left out, e.g. c.parquet" in capsys.readouterr().err
+
+
+def test_a_folder_that_would_be_a_pattern(tmp_path):
+    write(tmp_path / "a[1]" / "sub" / "x.parquet")
+    for folder in (tmp_path / "a[1]", tmp_path / "a[1]" / "sub"):
+        with pytest.raises(PreskipError, match="in its name cannot be found: rename it"):
+            load_corpus(str(folder), progress=False)
+
+
+def test_a_shard_without_rows_is_passed_over(tmp_path):
+    write(tmp_path / "a.parquet", FRAME[:0])
+    with pytest.raises(PreskipError, match=r"a\.parquet is empty: give one with text"):
+        load_corpus(str(tmp_path / "a.parquet"), progress=False)
+    write(tmp_path / "b.parquet", FRAME)
+    assert found(tmp_path) == [(f"b.parquet#{row}", text) for row, text in READ]
+
+
 def test_saved_data_sets(tmp_path):
     whole = datasets.Dataset.from_pandas(FRAME, preserve_index=False)
     whole.save_to_disk(tmp_path / "one")

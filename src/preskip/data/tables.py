@@ -147,6 +147,11 @@ def read_folder(
     source = f"folder {path}, split {split}"
     if is_saved(path):
         return _gather(name, _saved_texts(path, text_column, split), source, limit, quiet)
+    place = str(path.resolve())
+    if glob.escape(place) != place and _tables_in(path):
+        raise PreskipError(
+            f"corpus folder {path}: tables in a folder with *, ? or [ in its name cannot be found: rename it"
+        )
     with _quiet_libraries():
         try:
             found = datasets.load_dataset_builder(str(path)).config.data_files or {}
@@ -158,12 +163,32 @@ def read_folder(
     if not any(files.values()):
         return None
     _check_split(path, split, files)
+    left = _tables_in(path) - {file.resolve() for part in files.values() for file in part}
+    if left:
+        some = min(left).relative_to(path.resolve()).as_posix()
+        say(
+            f"corpus folder {path}: {len(left):,} table(s) of no split or of another format are left out, e.g. {some}",
+            quiet=quiet,
+        )
 
     def texts() -> Generator[Row, None, None]:
         for file in files[split]:
             yield from _file_texts(file, Path(os.path.relpath(file, path.resolve())).as_posix(), text_column)
 
     return _gather(name, texts(), source, limit, quiet)
+
+
+def _tables_in(folder: Path) -> set[Path]:
+    """The table files of a folder but for hidden ones and those that describe a data set."""
+    from datasets.data_files import FILES_TO_IGNORE
+
+    folder = folder.resolve()
+    return {
+        file.resolve()
+        for file in folder.rglob("*")
+        if is_table(file) and file.is_file() and file.name not in FILES_TO_IGNORE
+        if not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+    }
 
 
 def _format(path: Path) -> str | None:
@@ -173,6 +198,7 @@ def _format(path: Path) -> str | None:
 
 def _file_texts(path: Path, prefix: str, text_column: str | None) -> Generator[Row, None, None]:
     import datasets
+    from pyarrow import parquet
 
     kind = _format(path)
     assert kind is not None
@@ -180,6 +206,8 @@ def _file_texts(path: Path, prefix: str, text_column: str | None) -> Generator[R
     if kind == "csv":  # a text "None" or "NA" is a text; only an empty field is missing
         options = {"keep_default_na": False, "na_values": [""], "sep": "\t" if ".tsv" in path.name.lower() else ","}
     try:
+        if kind == "parquet" and parquet.read_metadata(path).num_rows == 0:
+            return  # a shard without rows, which `datasets` takes for damaged
         # Streaming makes no copy in the cache.
         rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
         yield from _texts(f"corpus file {path}", prefix, rows, text_column, has_groups=kind == "json")
