@@ -16,6 +16,7 @@ from preskip.evaluate.likelihood import (
     last_word_records,
     last_word_windows,
     score_sequences,
+    token_scores,
 )
 from tiny_model import tiny_llama
 from tiny_text import PROSE, tiny_tokenizer
@@ -104,6 +105,17 @@ def test_long_batches_are_scored_in_parts():
     (score,) = score_sequences(model, [window])
     assert score.nll == pytest.approx(naive(model, window)[0], rel=1e-5)
     assert score.tokens == 649
+
+
+@pytest.mark.parametrize("vocabulary", [3, 2_000_000])
+def test_rows_are_scored_whatever_their_width(vocabulary):
+    logits = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(0))
+    best = logits.argmax(-1)
+    targets = torch.tensor([best[0], 0, best[2], 1, best[4]])
+    nll, greedy = token_scores(logits, targets)
+    expected = logits.double().logsumexp(-1) - logits.double()[range(5), targets]
+    assert nll.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+    assert greedy.tolist() == (targets == best).tolist()
 
 
 def test_head_hook_is_removed_and_mode_restored():

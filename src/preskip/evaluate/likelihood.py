@@ -21,8 +21,11 @@ from preskip.data.last_word import LastWordItem, encode_item
 from preskip.errors import DivergedError, PreskipError
 from preskip.progress import Advance, no_progress
 
-# Rows of logits whose loss is computed at once: its copies of V numbers each stay small beside the logits.
+# Rows of logits whose loss is computed at once: its copies of V numbers each stay small beside the logits. On a
+# processor also few enough numbers (16 MB): the C library keeps no block of 32 MB or more, and to get fresh pages for one
+# takes as long as the loss itself.
 _LOSS_ROWS = 256
+_LOSS_NUMBERS = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +132,11 @@ def score_sequences(
 
 def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats (float64) of each target [S], and whether it is the most likely one, from logits [S, V]; in fp32."""
+    rows = _LOSS_ROWS
+    if logits.device.type == "cpu":
+        rows = max(1, min(rows, _LOSS_NUMBERS // logits.shape[-1]))
     nll, greedy = [], []
-    for part, wanted in zip(logits.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True):
+    for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
         part = part.float()  # once for both: on a processor, argmax over bfloat16 is four times as slow
         nll.append(torch.nn.functional.cross_entropy(part, wanted, reduction="none"))
         greedy.append(part.argmax(-1) == wanted)
