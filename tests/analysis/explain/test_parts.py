@@ -121,6 +121,19 @@ def test_attention_changes_against_a_softmax_by_hand():
     assert np.abs(sums[..., :2]).min() > 1e-3
 
 
+def test_the_head_reads_one_token_and_is_as_before():
+    model = adapted("llama")
+    head = model.get_base_model().get_output_embeddings()
+    read: list[int] = []
+    handle = head.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    attention_changes(model, live_branches(model), [[9, 10, 11, 12], [9, 10, 11, 12, 13]])
+    assert read == [1, 1]
+    model(input_ids=torch.tensor([[9, 10, 11, 12]]))
+    assert read == [1, 1, 4]
+    handle.remove()
+    assert not head._forward_pre_hooks
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_every_family_tells_its_attention_and_is_left_as_it_was(name):
     model = adapted(name)
