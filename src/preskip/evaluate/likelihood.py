@@ -22,10 +22,10 @@ from preskip.errors import DivergedError, PreskipError
 from preskip.progress import Advance, no_progress
 
 # Rows of logits whose loss is computed at once: its copies of V numbers each stay small beside the logits. On a
-# processor also few enough numbers (16 MB): the C library keeps no block of 32 MB or more, and fresh pages for one take
-# as long as the loss itself.
+# processor also few enough numbers (2 MB) for the C library to keep their memory between parts: it gives larger blocks
+# back, and fresh pages take as long as the loss itself.
 _LOSS_ROWS = 256
-_LOSS_NUMBERS = 2**22
+_LOSS_NUMBERS = 2**19
 
 
 @dataclass(frozen=True, kw_only=True)
