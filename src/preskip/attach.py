@@ -79,11 +79,6 @@ class Sites:
         return sorted({site.layer for site in self.attentions})
 
 
-def language_model(model: nn.Module) -> nn.Module:
-    """The base inside a PEFT model, with its adapters; any other model as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
 def text_decoder(model: nn.Module) -> nn.Module:
     """The submodule whose attentions are adapted by default: the text decoder of a multimodal model, else the model.
 

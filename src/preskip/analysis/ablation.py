@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from preskip.adapter.base import base_model
 from preskip.analysis.branches import PARTS, LiveBranch, live_branches
-from preskip.attach import AttentionSite, language_model
+from preskip.attach import AttentionSite
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import default_batch_tokens, score_sequences
@@ -70,7 +71,7 @@ def ablate(
     switches = _switches(model, parts)
     if not switches:
         raise PreskipError("no layer has an active Preskip branch to switch off: insert one first")
-    base = language_model(model)
+    base = base_model(model)
     on = np.zeros(len(windows))
     off = np.zeros((len(switches), len(windows)))
     done = 0

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from preskip.adapter.base import base_model
 from preskip.adapter.layer import PreskipLayer
-from preskip.attach import CHILD, POST_ATTENTION_NORMS, AttentionSite, find_sites, language_model, tap_of
+from preskip.attach import CHILD, POST_ATTENTION_NORMS, AttentionSite, find_sites, tap_of
 from preskip.branch import BranchSettings, PreskipBranch
 
 PARTS = ("skip", "enrichment")
@@ -63,7 +64,7 @@ def live_branches(model: nn.Module) -> list[LiveBranch]:
     Args:
         model: a PEFT model or its base, or a model of a `preskip_<type>` architecture.
     """
-    base: Any = language_model(model)
+    base: Any = base_model(model)
     found = []
     for site in find_sites(base).attentions:
         attention = base.get_submodule(site.name)

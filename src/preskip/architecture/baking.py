@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from preskip.adapter.base import base_model
 from preskip.architecture.config import branch_settings, with_branch
 from preskip.architecture.models import Architecture, architecture
-from preskip.attach import CHILD, find_sites, language_model
+from preskip.attach import CHILD, find_sites
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 from preskip.rundir import clear_disk_errors
@@ -107,7 +108,7 @@ def _find(model: nn.Module, adapter: str | None) -> tuple[Any, _Adapter]:
 
     from preskip.adapter import PreskipLayer
 
-    base: Any = language_model(model)
+    base: Any = base_model(model)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, PreskipLayer)}
     names = sorted({name for layer in layers.values() for name in layer.settings})
     if not names:

@@ -194,9 +194,9 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
 
 
 def _context_length(model: Any, asked: int | None) -> int:
-    from preskip.attach import language_model
+    from preskip.adapter.base import base_model
 
-    own = getattr(language_model(model).config.get_text_config(), "max_position_embeddings", None)  # type: ignore
+    own = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)  # type: ignore
     if asked is None:
         return min(own or 512, 512)
     if own is not None and asked > own:
@@ -227,11 +227,11 @@ def _add_null(layers: Sequence[dict[str, Any]], null: Sequence[Mapping[str, Any]
 
 
 def _facts(source: Source, live: Any, model: str | None, dtype: str) -> dict[str, Any]:
+    from preskip.adapter.base import base_model
     from preskip.analysis.branches import live_branches
-    from preskip.attach import language_model
     from preskip.version import __version__
 
-    base: Any = language_model(live)
+    base: Any = base_model(live)
     config = base.config.get_text_config()
     name = source.config.get("model") if model is None else model
     return {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.attach import language_model
+from preskip.adapter.base import base_model
 from preskip.data.blocks import Window, heldout_windows, scored_size
 from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem, encode_item
@@ -113,7 +113,7 @@ def score_sequences(
                     columns += range(sequence.scored_from - 1 - length, len(read) - length)
                     targets += sequence.input_ids[sequence.scored_from :]
             places = torch.tensor(rows, device=device), torch.tensor(columns, device=device)  # [S] each
-            with _head_only_at(language_model(model), *places):
+            with _head_only_at(base_model(model), *places):
                 # No mask: what stands behind a token cannot change it, and without one attention has its fast path.
                 logits = model(input_ids=ids.to(device), use_cache=False).logits[0]
             nll, greedy = token_scores(logits, torch.tensor(targets, device=device))

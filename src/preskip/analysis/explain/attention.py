@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from preskip.adapter.base import base_model
 from preskip.analysis.branches import LiveBranch
-from preskip.attach import language_model
 from preskip.progress import Advance, no_progress
 
 MEASURES = ("entropy_change", "sink_change")
@@ -44,7 +44,7 @@ def attention_changes(
         over heads, summed over all tokens but the first; and the number of these. NaN where a layer has no enrichment,
         or its attention does not tell its weights.
     """
-    base: Any = language_model(model)
+    base: Any = base_model(model)
     sums = np.full((len(branches), len(sequences), 3), np.nan)
     with _eager(base) as options, _short_head(base), ExitStack() as stack:
         found: dict[int, NDArray[np.float64]] = {}

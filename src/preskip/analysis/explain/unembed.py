@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from preskip.adapter.base import base_model
 from preskip.analysis.branches import LiveBranch
-from preskip.attach import language_model
 
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "final_norm")
 MOST = 10
@@ -34,7 +34,7 @@ def promoted_tokens(
     Returns:
         {"promoted", "demoted"}: [token text, change of its logit], the strongest first.
     """
-    base: Any = language_model(model)
+    base: Any = base_model(model)
     head = base.get_output_embeddings()
     parent = base.get_submodule(branch.site.stack.rpartition(".")[0])
     norms = [branch.post_norm, final_norm(parent)]

@@ -1,0 +1,11 @@
+"""The model that an adapter sits on."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from torch import nn
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The base inside a PEFT model (`PeftModel.get_base_model`), with its adapters; any other model as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
