@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from preskip.adapter.base import base_model
@@ -93,6 +94,15 @@ def parts_of(module: Branch) -> list[str]:
     if any(settings.preprojection and settings.enrich_attention for settings in active):
         parts.append("enrichment")
     return parts
+
+
+def skip_weight(linears: dict[str, nn.Linear]) -> torch.Tensor | None:
+    """W_skip [d, d] of a branch's matrices, the product of a low-rank one, or None."""
+    if "skip" in linears:
+        return linears["skip"].weight.detach().float()
+    if "skip_up" in linears:
+        return linears["skip_up"].weight.detach().float() @ linears["skip_down"].weight.detach().float()
+    return None
 
 
 def _active(layer: PreskipLayer) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from preskip.analysis.branches import LiveBranch, live_branches
+from preskip.analysis.branches import LiveBranch, live_branches, skip_weight
 from preskip.evaluate.stats import bootstrap_ratio
 from preskip.evaluate.texts import TextSet
 
@@ -55,7 +55,7 @@ def depth_profile(
     rows = []
     for branch, sums in zip(branches, _sums(model, branches, sequences), strict=True):
         _, linears = branch.active()[0]
-        skip = _product(linears)
+        skip = skip_weight(linears)
         rows.append(
             {
                 "layer": branch.layer,
@@ -70,14 +70,6 @@ def depth_profile(
 
 def _norm(linear: nn.Linear | None) -> float:
     return linear.weight.detach().norm().item() if linear is not None else 0.0
-
-
-def _product(linears: dict[str, nn.Linear]) -> torch.Tensor | None:
-    if "skip" in linears:
-        return linears["skip"].weight.detach()
-    if "skip_up" in linears:
-        return linears["skip_up"].weight.detach() @ linears["skip_down"].weight.detach()
-    return None
 
 
 # For each size, a sum of numerators and of denominators per sequence.

@@ -21,6 +21,7 @@ from preskip.architecture.models import Architecture, architecture
 from preskip.attach import CHILD, find_sites
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
+from preskip.markdown import escape
 from preskip.rundir import clear_disk_errors
 from preskip.types import TYPES
 from preskip.version import __version__
@@ -198,8 +199,6 @@ def _stub(family: Architecture) -> str:
 def short_card(baked: Any, source: str | None) -> str:
     """README.md of a checkpoint of which no more is known than what it is made of."""
     from huggingface_hub import ModelCardData
-
-    from preskip.report.card_text import escape
 
     is_hub_id = source and source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
     data = ModelCardData(

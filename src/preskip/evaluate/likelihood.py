@@ -44,7 +44,7 @@ class Score:
 
 
 @contextmanager
-def _head_only_at(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+def head_only_at(model: nn.Module, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
     """Let the output head see only the hidden states at `rows` [S], `columns` [S] (from the end), as one row [1, S, d].
 
     Counted from the end, because prompt tuning puts its virtual tokens before the text.
@@ -113,7 +113,7 @@ def score_sequences(
                     columns += range(sequence.scored_from - 1 - length, len(read) - length)
                     targets += sequence.input_ids[sequence.scored_from :]
             places = torch.tensor(rows, device=device), torch.tensor(columns, device=device)  # [S] each
-            with _head_only_at(base_model(model), *places):
+            with head_only_at(base_model(model), *places):
                 # No mask: what stands behind a token cannot change it, and without one attention has its fast path.
                 logits = model(input_ids=ids.to(device), use_cache=False).logits[0]
             nll, greedy = token_scores(logits, torch.tensor(targets, device=device))

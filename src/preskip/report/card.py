@@ -13,11 +13,14 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from preskip.errors import PreskipError
+from preskip.evaluate.adapters import adapter_folders
+from preskip.markdown import escape
 from preskip.report.card_content import Card, Stored, make_card
-from preskip.report.card_text import adapter_usage, escape, hub_id, model_usage
+from preskip.report.card_usage import adapter_usage, hub_id, model_usage
 from preskip.report.load import load_json, short
 from preskip.report.lookup import is_pretraining
 from preskip.rundir import RunDirectory, read_json
+from preskip.types import PREFIX
 
 
 def write_cards(run: Path) -> list[Path]:
@@ -79,17 +82,16 @@ def _clear_errors(run: Path) -> Iterator[None]:
 def _write_adapter_card(run: Path, record: Stored, results: Stored, arm: str, seed: int) -> Path | None:
     folder = RunDirectory(run).cell(arm, seed).adapter
     name = _name(record, arm, seed)
-    file = "adapter_config.json"
-    parts: dict[str | None, Path] = {path.parent.name: path.parent for path in folder.glob(f"*/{file}")}
-    if (folder / file).is_file():
-        parts = {None: folder}
+    parts = adapter_folders(folder)
     if not parts:
         return None
-    types = {part: read_json(parts[part] / file)["peft_type"] for part in sorted(parts, key=str)}
+    types = {
+        None if part == folder else part.name: read_json(part / "adapter_config.json")["peft_type"] for part in parts
+    }
     trusts = bool(record["config"].get("trust_remote_code"))
     usage = adapter_usage(record["model"], results["arms"][arm]["base_dtype"], types, trusts)
-    for part in types if None not in types else ():
-        Card(text=_part_card(record, name, str(part), len(types))).write(parts[part])
+    for part in parts if parts != [folder] else ():
+        Card(text=_part_card(record, name, part.name, len(parts))).write(part)
     return make_card(record, results, arm, seed, kind="adapter", name=name, usage=usage).write(folder)
 
 
@@ -97,7 +99,7 @@ def _write_scratch_card(run: Path, record: Stored, results: Stored, arm: str, se
     folder = RunDirectory(run).cell(arm, seed).folder / "model"
     if not (folder / "config.json").is_file():
         return None
-    has_branch = read_json(folder / "config.json")["model_type"].startswith("preskip_")
+    has_branch = read_json(folder / "config.json")["model_type"].startswith(PREFIX)
     usage = model_usage("registers the architecture" if has_branch else None)
     name = _name(record, arm, seed)
     return make_card(record, results, arm, seed, kind="scratch", name=name, usage=usage).write(folder)

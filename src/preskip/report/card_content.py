@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from preskip.markdown import code_block, escape, table
 from preskip.report.card_figure import depth_layers, depth_picture, depth_words
-from preskip.report.card_text import code_block, escape, hub_id, table
+from preskip.report.card_usage import hub_id
 from preskip.report.facts import family_text, limits
 from preskip.report.lookup import flipped, is_pretraining, trained_arms
 from preskip.report.verdicts import metric_named, set_title

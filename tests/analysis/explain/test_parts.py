@@ -9,9 +9,9 @@ from torch import nn
 
 import zoo
 from equations import enriched, heads, linear, rms_norm, rotate
-from preskip.analysis.branches import live_branches
+from preskip.analysis.branches import live_branches, skip_weight
 from preskip.analysis.explain.attention import attention_changes, describe
-from preskip.analysis.explain.spectrum import skip_weight, spectrum
+from preskip.analysis.explain.spectrum import spectrum
 from preskip.analysis.explain.unembed import promoted_tokens
 from tiny_explain import adapted, adapted_llama
 from tiny_text import tiny_tokenizer
@@ -125,7 +125,7 @@ def test_the_head_reads_one_token_and_is_as_before():
     model = adapted("llama")
     head = model.get_base_model().get_output_embeddings()
     read: list[int] = []
-    handle = head.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    handle = head.register_forward_hook(lambda module, args, logits: read.append(logits.shape[1]))
     attention_changes(model, live_branches(model), [[9, 10, 11, 12], [9, 10, 11, 12, 13]])
     assert read == [1, 1]
     model(input_ids=torch.tensor([[9, 10, 11, 12]]))

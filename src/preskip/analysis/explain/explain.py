@@ -14,14 +14,14 @@ import numpy as np
 from torch import nn
 
 from preskip.analysis.ablation import BOTH, PARTS, ablate, ablation_passes
-from preskip.analysis.branches import LiveBranch, live_branches
+from preskip.analysis.branches import LiveBranch, live_branches, skip_weight
 from preskip.analysis.explain.attention import MEASURES as ATTENTION_MEASURES
 from preskip.analysis.explain.attention import attention_changes
 from preskip.analysis.explain.classes import Frequencies
 from preskip.analysis.explain.forward import Measured, Recorder, measure
 from preskip.analysis.explain.reading import SETS, Reading, Text, chunks
 from preskip.analysis.explain.shown import Shown
-from preskip.analysis.explain.spectrum import skip_weight, spectrum
+from preskip.analysis.explain.spectrum import spectrum
 from preskip.analysis.explain.sums import Sums, interval
 from preskip.analysis.explain.tokens import TokenWriter
 from preskip.analysis.explain.unembed import promoted_tokens

@@ -5,18 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 SHOWN = 64
-
-
-def skip_weight(linears: dict[str, nn.Linear]) -> torch.Tensor | None:
-    """W_skip [d, d] of a branch's matrices, the product of a low-rank one, or None."""
-    if "skip" in linears:
-        return linears["skip"].weight.detach().float()
-    if "skip_up" in linears:
-        return linears["skip_up"].weight.detach().float() @ linears["skip_down"].weight.detach().float()
-    return None
 
 
 def spectrum(weight: torch.Tensor | None) -> dict[str, Any]:

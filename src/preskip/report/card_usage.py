@@ -1,33 +1,12 @@
-"""Pieces of a model card's Markdown: text that is shown as it is, code, tables, and how to load what the card is of."""
+"""What a model card says of its base and of how to load what it is of."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-# An underscore between letters or digits starts no emphasis: `lambada_openai` stays readable.
-_SPECIAL = re.compile(r"[\\`*\[\]<>|&~#$]|(?<![^\W_])_|_(?![^\W_])")
-# What would begin a list, a rule or an underlined heading, where the text begins a line.
-_FIRST = re.compile(r"^(\d*)([-+=.)])(?=[-= ]|$)")
-
-
-def escape(text: str) -> str:
-    """Text on one line, shown by Markdown as it is, also inside a table."""
-    return _FIRST.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", " ".join(text.split())))
-
-
-def code_block(code: str, language: str) -> str:
-    """A fenced block whose fence is longer than any run of backticks inside."""
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", code))])
-    return f"{fence}{language}\n{code}\n{fence}"
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; cells are escaped."""
-    lines = [headings, ["---"] * len(headings), *([escape(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+from preskip.types import PREFIX
 
 
 def hub_id(model: Mapping[str, Any]) -> str | None:
@@ -57,7 +36,7 @@ def adapter_usage(
         more += f", revision={json.dumps(model['revision'])}"
     loader = "AutoModelForCausalLM.from_pretrained" if identity else "load_model"
     name = json.dumps(model["name"], ensure_ascii=False)
-    own = "adapter" if "PRESKIP" in types.values() else "model" if model["type"].startswith("preskip_") else None
+    own = "adapter" if "PRESKIP" in types.values() else "model" if model["type"].startswith(PREFIX) else None
     lines = [
         *([f"import preskip  # registers the {own} type"] if own else []),
         "import torch",
