@@ -80,7 +80,7 @@ def test_what_cannot_be_baked_ends_in_one_line(case, place, tmp_path, capsys):
     if case == "missing":
         source, words = tmp_path / "nothing", "no adapter_config.json"
     elif case == "lora":
-        source, words = adapter(place, "lora"), "no Preskip adapter"
+        source, words = adapter(place, "lora"), "holds a LORA adapter, which has no branch"
     elif case == "exists":
         out, words = place / "corpus.jsonl", "exists already"
     elif case == "dtype":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,7 @@ from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
     from preskip.report.card_content import Card
+    from preskip.trained import Source
 
 
 def bake(
@@ -38,9 +38,6 @@ def bake(
         raise PreskipError(f"{out} exists already: choose another folder")
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise PreskipError(f"--dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
-    origin = _origin(adapter)
-    base_name = model or (origin.model if origin else None) or _recorded_base(adapter)
-    resolved = dtype if dtype != "auto" else origin.dtype if origin else "float32"
     from preskip.progress import say, spinner
 
     with spinner("loading libraries", quiet=as_json):
@@ -52,11 +49,17 @@ def bake(
         from preskip.architecture import bake as bake_checkpoint
         from preskip.assets import load_model, load_tokenizer
         from preskip.evaluate.adapters import load_adapter
+        from preskip.trained import find_source
+    source = find_source(adapter)
+    base_name = model or source.base
+    if not base_name:
+        raise PreskipError(f"{adapter} does not say which base it was trained on: give it with --model")
+    resolved = dtype if dtype != "auto" else "float32" if source.run is None else source.dtype
     with spinner(f"loading {base_name} ({resolved})", quiet=as_json):
         base = load_model(base_name, dtype=getattr(torch, resolved), trust_remote_code=trust_remote_code)
         live = load_adapter(base, adapter)
         tokenizer = load_tokenizer(base_name, trust_remote_code)
-    card = _card(origin, out.name)
+    card = _card(source, out.name)
     with spinner(f"writing {out}", quiet=as_json):
         bake_checkpoint(live, out, tokenizer=tokenizer, base_name=base_name)
     with spinner("comparing its logits", quiet=as_json):
@@ -81,53 +84,13 @@ def bake(
     print(out)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Origin:
-    """The run that an adapter lies in."""
-
-    run: Path
-    arm: str
-    seed: int
-    model: str
-    dtype: str
-
-
-def _origin(adapter: Path) -> _Origin | None:
-    """The run of RUN/arms/<arm>/seed-<seed>/adapter, or None for an adapter elsewhere."""
-    parts = adapter.resolve().parts[-4:]
-    if len(parts) < 4 or parts[0] != "arms" or not parts[2].startswith("seed-"):
-        return None
-    run = adapter.resolve().parents[3]
-    if not (run / "run.json").is_file():
-        return None
-    from preskip.report.load import load_json
-
-    manifest = load_json(run / "run.json")
-    config = manifest["config"]
-    local = Path(manifest.get("directory", ".")) / config["model"]  # as `preskip probe` finds it on resuming
-    return _Origin(
-        run=run,
-        arm=parts[1],
-        seed=int(parts[2].removeprefix("seed-")),
-        model=str(local) if local.is_dir() else config["model"],
-        dtype=config["dtype"],
-    )
-
-
-def _recorded_base(adapter: Path) -> str:
-    name = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not name:
-        raise PreskipError(f"{adapter} does not say which base it was trained on: give it with --model")
-    return name
-
-
-def _card(origin: _Origin | None, name: str) -> Card | None:
+def _card(source: Source, name: str) -> Card | None:
     """In place of the short card; None for an adapter from elsewhere, and where the run has no results yet."""
-    if origin is None:
+    if source.run is None or source.arm is None or source.seed is None:
         return None
     from preskip.report.card import baked_card
 
-    return baked_card(origin.run, origin.arm, origin.seed, name)
+    return baked_card(source.run, source.arm, source.seed, name)
 
 
 def _difference(live: Any, out: Path, dtype: Any) -> float:

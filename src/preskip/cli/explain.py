@@ -18,7 +18,7 @@ import typer
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
-    from preskip.analysis.explain.source import Source
+    from preskip.trained import Source
 
 WHAT, EXTENT, OUTPUT = "What", "How much", "Output"
 SCHEMA_VERSION = 1
@@ -91,11 +91,12 @@ def explain(
         quiet_libraries()
         from preskip import environment
         from preskip.analysis.explain import Extent, explain
-        from preskip.analysis.explain.source import find_source, given_texts, heldout_texts
+        from preskip.analysis.explain.texts import given_texts, heldout_texts
         from preskip.report import build_report
         from preskip.report.explain_page import build_explain_page
         from preskip.report.static_figures import check_folder, save_figures
         from preskip.rundir import clear_disk_errors, write_json
+        from preskip.trained import find_source
     found = find_source(source, arm=arm, seed=seed)
     out = out or _default_out(found)
     if out.exists():

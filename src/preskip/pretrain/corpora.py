@@ -6,16 +6,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from preskip.assets import EMBEDDED_MODELS
-from preskip.data.corpus import EMBEDDED_CORPORA
 from preskip.data.local import data_directory
-from preskip.data.splits import DEVELOPMENT, PUBLISHED, Splits, load_splits, slug
+from preskip.data.splits import DEVELOPMENT, Splits, load_splits, slug
 from preskip.data.tables import Limit
 from preskip.data.tokenizer import load_tokenizer
 from preskip.errors import PreskipError
 from preskip.options import parse_extent
 from preskip.pretrain.arms import plan_arms
 from preskip.pretrain.config import PretrainConfig
+from preskip.recorded import locate
 from preskip.rundir import RunDirectory
 
 # More than a token of the usual tokenizers has on average, in any script: as much text is read of a corpus without end.
@@ -36,7 +35,7 @@ def load_corpora(
     Raises:
         PreskipError: a corpus that cannot be read or has too few documents, or two of one name.
     """
-    data_dir = data_directory(_found(config.data_dir, directory) if config.data_dir else None)
+    data_dir = data_directory(locate(config.data_dir, directory) if config.data_dir else None)
     options: dict[str, Any] = {
         "data_dir": data_dir,
         "heldout_fraction": config.heldout_fraction,
@@ -44,7 +43,7 @@ def load_corpora(
         "progress": not quiet,
     }
     home = load_splits(
-        _found(config.corpus, directory),
+        locate(config.corpus, directory),
         text_column=config.text_column,
         split=config.corpus_split,
         limit=limit,
@@ -60,7 +59,7 @@ def load_corpora(
     others = []
     for text in config.eval_corpora:
         name, count, length = parse_extent(text, config.eval_documents, config.eval_words)
-        others.append((load_splits(_found(name, directory), **options), count, length))
+        others.append((load_splits(locate(name, directory), **options), count, length))
     names = [slug(splits.name) for splits in (home, *(entry[0] for entry in others))]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -113,7 +112,7 @@ def given_tokenizer(run: RunDirectory, config: PretrainConfig, directory: Path) 
     """The run's copy of the tokenizer that was given, or that one where there is no copy yet."""
     assert config.tokenizer is not None
     copy = run.path / "tokenizer"
-    name = str(copy) if copy.is_dir() else _found(config.tokenizer, directory)
+    name = str(copy) if copy.is_dir() else locate(config.tokenizer, directory)
     return load_tokenizer(name, trust_remote_code=config.trust_remote_code)
 
 
@@ -127,10 +126,3 @@ class _TokenizerToCome:
 
     def __len__(self) -> int:
         return self.size
-
-
-def _found(name: str, directory: Path) -> str:
-    """A name; a path that does not exist here is one of the folder the run was started in."""
-    path = directory / name
-    is_named = name in EMBEDDED_MODELS or name in EMBEDDED_CORPORA or name in PUBLISHED
-    return str(path) if path.exists() and not Path(name).exists() and not is_named else name

@@ -14,12 +14,12 @@ from torch import nn
 
 from preskip import environment
 from preskip.arms import Arm, ArmContext, attention_paths, branch_parameters, insert, resolve_arms
-from preskip.assets import EMBEDDED_MODELS, load_model, load_tokenizer, resolve_model
+from preskip.assets import load_model, load_tokenizer, resolve_model
 from preskip.data.blocks import Window, pack_blocks
-from preskip.data.corpus import EMBEDDED_CORPORA, Document
+from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem, build_items
 from preskip.data.local import LAMBADA_DEVELOPMENT, data_directory, lambada_development
-from preskip.data.splits import PUBLISHED, Splits, choose, load_splits, slug
+from preskip.data.splits import Splits, choose, load_splits, slug
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal, last_word_windows
 from preskip.evaluate.paper import COLUMNS, LENGTH, PaperItems, encode_paper_items, load_paper_data
@@ -29,6 +29,7 @@ from preskip.evaluate.texts import TextSet, prepare_texts
 from preskip.options import parse_extent
 from preskip.probe.config import ProbeConfig
 from preskip.progress import progress_display, spinner
+from preskip.recorded import locate
 from preskip.train.distributed import Crew
 
 if TYPE_CHECKING:
@@ -118,10 +119,10 @@ def prepare(
     Raises:
         PreskipError: anything that would fail later: model, corpora, budgets of all arms, sizes, tasks.
     """
-    data_dir = data_directory(_found(config.data_dir, directory) if config.data_dir else None)
+    data_dir = data_directory(locate(config.data_dir, directory) if config.data_dir else None)
     corpora = _corpora(config, data_dir, directory, quiet)
     splits = corpora[0].splits
-    model_name = _found(config.model, directory)
+    model_name = locate(config.model, directory)
     source = resolve_model(model_name)
     with spinner(f"loading {config.model}", quiet=quiet):
         tokenizer = load_tokenizer(model_name, trust_remote_code=config.trust_remote_code)
@@ -243,7 +244,7 @@ def _corpora(config: ProbeConfig, data_dir: Path | None, directory: Path, quiet:
     for name, (documents, words) in extents.items():
         is_home = name == config.corpus
         own: dict[str, Any] = {"text_column": config.text_column, "split": config.corpus_split} if is_home else {}
-        splits = load_splits(_found(name, directory), **options, **own)
+        splits = load_splits(locate(name, directory), **options, **own)
         scored.append(Scored(splits, documents, words, "in" if is_home else "out"))
     names = [*(slug(text.splits.name) for text in scored), LAST_WORD, *config.tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -275,13 +276,6 @@ def _training_blocks(config: ProbeConfig, splits: Splits, tokenizer: Any, quiet:
             )
 
     return blocks_of
-
-
-def _found(name: str, directory: Path) -> str:
-    """A model's or corpus's name; a path that does not exist here is one of the folder the run was started in."""
-    path = directory / name
-    is_embedded = name in EMBEDDED_MODELS or name in EMBEDDED_CORPORA or name in PUBLISHED
-    return str(path) if path.exists() and not Path(name).exists() and not is_embedded else name
 
 
 def _heldout(

@@ -1,27 +1,19 @@
-"""What is to be explained, and on which texts: a run's arm, an adapter folder, or a baked checkpoint."""
+"""Trained weights with a branch, wherever they lie: a run's arm, an adapter folder, or a baked checkpoint."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from preskip.analysis.explain.reading import Text
-from preskip.assets import EMBEDDED_MODELS
-from preskip.data.corpus import EMBEDDED_CORPORA, Document, load_corpus
-from preskip.data.local import data_directory
-from preskip.data.splits import PUBLISHED, choose, load_splits
 from preskip.errors import PreskipError
 from preskip.evaluate.adapters import adapter_folders
+from preskip.recorded import locate
 from preskip.rundir import RunDirectory, read_json
 from preskip.types import PREFIX
 
 PEFT_TYPE = "PRESKIP"
-DEFAULT_CORPUS = "sotu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +46,11 @@ class Source:
         return self.manifest.get("config", {})
 
     @property
+    def directory(self) -> Path:
+        """Where the run was started."""
+        return Path(self.manifest.get("directory", "."))
+
+    @property
     def dtype(self) -> str:
         """Of the base's weights: as the run had them (from scratch they are float32 always), else "auto"."""
         return "float32" if self.run is not None and self.is_checkpoint else self.config.get("dtype", "auto")
@@ -64,7 +61,7 @@ class Source:
         if self.is_checkpoint:
             return str(self.weights)
         if "model" in self.config:
-            return _found(self.config["model"], self.manifest)
+            return locate(self.config["model"], self.directory)
         return _configs(self.weights)[0].get("base_model_name_or_path")
 
     @property
@@ -192,86 +189,3 @@ def _checkpoint(path: Path) -> Source:
     if not kind.startswith(PREFIX):
         raise PreskipError(f"{path} is a {kind} model, which has no branch: give a baked checkpoint or an adapter")
     return Source(kind="baked", name=path.resolve().name, weights=path, is_checkpoint=True)
-
-
-def _found(name: str, manifest: dict[str, Any]) -> str:
-    """A name of a run's options; a path that does not exist here is one of the folder the run was started in."""
-    path = Path(manifest.get("directory", ".")) / name
-    is_named = name in EMBEDDED_MODELS or name in EMBEDDED_CORPORA or name in PUBLISHED
-    return str(path) if path.exists() and not Path(name).exists() and not is_named else name
-
-
-def heldout_texts(
-    source: Source, corpus: str | None, count: int, words: int, *, data_dir: Path | None, quiet: bool = True
-) -> tuple[list[Text], list[str]]:
-    """The held-out documents to read, and all of them as the reference of how frequent tokens are.
-
-    A run's own held-out documents where there is a run; of another corpus those that a run would hold out where it is
-    embedded or has published parts, else every document.
-
-    Args:
-        source: what is explained.
-        corpus: name as `preskip.data.corpus.load_corpus` takes it; None is the run's, else sotu.
-        count: most documents.
-        words: of each, from its beginning.
-        data_dir: folder of local data; None is the run's, else the default.
-        quiet: no progress.
-
-    Raises:
-        PreskipError: a corpus that cannot be had, or fewer than 2 documents.
-    """
-    documents = _documents(source, corpus, data_dir, quiet)
-    usable = [document for document in documents if len(document.text.split()) > 1]
-    if len(usable) < 2:
-        raise PreskipError(f"{len(usable)} held-out document is too few for an interval: give another --corpus")
-    seed = source.config.get("split_seed", 0)
-    chosen = choose(usable, count, words, seed)
-    # Shuffled: ablation, attention patterns and the map take the first ones, which by id would be the oldest.
-    order = np.random.default_rng(seed).permutation(len(chosen))
-    texts = [Text(chosen[index].id, chosen[index].id, chosen[index].text) for index in order]
-    return texts, [document.text for document in documents]
-
-
-def _documents(source: Source, corpus: str | None, data_dir: Path | None, quiet: bool) -> Sequence[Document]:
-    config = source.config
-    own = config.get("corpus")
-    stored = None if source.run is None else source.run / "data" / "heldout.json"
-    if corpus in (None, own) and stored is not None and stored.is_file():  # a run from scratch
-        return [Document(entry["id"], entry["text"], entry["id"]) for entry in read_json(stored)[0]["documents"]]
-    name = _found(corpus or own or DEFAULT_CORPUS, source.manifest)
-    if name in (own and _found(own, source.manifest), *EMBEDDED_CORPORA, *PUBLISHED):
-        is_own = corpus in (None, own) and own is not None
-        given = data_dir or (_found(config["data_dir"], source.manifest) if config.get("data_dir") else None)
-        options = {"text_column": config.get("text_column"), "split": config["corpus_split"]} if is_own else {}
-        return load_splits(
-            name,
-            data_dir=data_directory(given),
-            heldout_fraction=config.get("heldout_fraction", 0.2),
-            seed=config.get("split_seed", 0),
-            progress=not quiet,
-            **options,
-        ).heldout
-    return load_corpus(name, progress=not quiet).documents
-
-
-def given_texts(given: Sequence[str]) -> list[Text]:
-    """Texts that the user gives: a file is read, anything else is the text itself.
-
-    Raises:
-        PreskipError: a file that is not UTF-8, a path that does not exist, or an empty text.
-    """
-    texts = []
-    for number, value in enumerate(given, 1):
-        path = Path(value)
-        is_file = len(value) < 4096 and "\n" not in value and path.is_file()
-        if not is_file and len(value.split()) == 1 and path.suffix in (".txt", ".md"):
-            raise PreskipError(f"--text {value}: no such file")
-        try:
-            text = path.read_text(encoding="utf-8") if is_file else value
-        except (OSError, UnicodeDecodeError):
-            raise PreskipError(f"--text {value} cannot be read: give a UTF-8 text file") from None
-        if not text.strip():
-            raise PreskipError(f"--text {value!r} is empty: give a text of 2 or more tokens")
-        title = path.name if is_file else f"“{' '.join(text.split())[:40]}”"
-        texts.append(Text(f"given-{number}", title, text, "given"))
-    return texts
