@@ -48,4 +48,4 @@ def test_an_interruption_keeps_the_run(run, capsys):
 
 def test_the_default_folder_names_what_it_is_of():
     folder = default_out("owner/model 1", "texts/my corpus.jsonl")
-    assert re.fullmatch(r"runs/\d{8}-\d{6}-model-1-my-corpus.jsonl", str(folder))
+    assert re.fullmatch(r"runs/\d{8}-\d{6}-model-1-my-corpus", str(folder))

@@ -240,8 +240,7 @@ def test_a_table_that_does_not_exist(tmp_path):
     ("limit", "documents"),
     [
         (Limit(reason="r", documents=3), 3),
-        (Limit(reason="r", bytes=21), 3),  # ten bytes each, nine characters
-        (Limit(reason="r", characters=21), 3),
+        (Limit(reason="r", characters=21), 3),  # nine each
         (Limit(reason="r", characters=28), 4),
         (Limit(reason="r", characters=21, least_documents=5), 5),
         (Limit(reason="r", characters=46, least_documents=2), 6),
@@ -253,7 +252,7 @@ def test_limits(tmp_path, limit, documents, capsys):
     assert [document.id for document in corpus.documents] == [f"a.parquet#{n}" for n in range(documents)]
     assert not corpus.whole
     assert corpus.source.endswith(f", the first {documents} documents")
-    line = f"corpus {path}: read the first {documents} documents (0.0 MB) and left the rest: r\n"
+    line = f"corpus {path}: read the first {documents} documents ({9 * documents} characters) and left the rest: r\n"
     assert capsys.readouterr().err == line
 
 
@@ -278,9 +277,8 @@ def test_the_limit_of_hub_data_sets_is_told(monkeypatch, capsys):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
     corpus = load_corpus("some/set")
     assert len(corpus.documents) == HUB_LIMIT.documents == len(read) - 1
-    assert (
-        "some/set: read the first 10,000 documents (0.1 MB) and left the rest: 10,000 docum" in capsys.readouterr().err
-    )
+    told = "some/set: read the first 10,000 documents (98,890 characters) and left the rest: 10,000 docum"
+    assert told in capsys.readouterr().err
     assert len(load_corpus("some/set", limit=Limit(reason="r", documents=20_000), progress=False).documents) == 20_000
 
 

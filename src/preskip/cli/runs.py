@@ -43,11 +43,10 @@ def refuse_other_options(context: typer.Context, free: Collection[str]) -> None:
 
 def default_out(*names: str) -> Path:
     """`runs/<time>-<name>-<name>`, of names that may be paths or Hub ids."""
+    from preskip.data.splits import slug
 
-    def slug(name: str) -> str:
-        return "".join(c if c.isalnum() or c in "-._" else "-" for c in Path(name).name)[:40].strip("-.") or "run"
-
-    return Path("runs") / "-".join([datetime.now().strftime("%Y%m%d-%H%M%S"), *map(slug, names)])
+    time = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / "-".join([time, *(slug(name)[:40].strip("-.") or "run" for name in names)])
 
 
 @contextmanager

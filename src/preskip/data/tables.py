@@ -31,27 +31,26 @@ class Limit:
     Attributes:
         reason: for the line that tells of it.
         documents: after so many.
-        bytes: after so many of UTF-8.
         characters: after so many, if there are `least_documents` by then.
         least_documents: see `characters`.
     """
 
     reason: str
     documents: int | None = None
-    bytes: int | None = None
     characters: int | None = None
     least_documents: int = 0
 
-    def is_reached(self, documents: int, size: int, characters: int) -> bool:
-        """Whether so many documents, bytes and characters are enough."""
-        return (
-            (self.documents is not None and documents >= self.documents)
-            or (self.bytes is not None and size >= self.bytes)
-            or (self.characters is not None and characters >= self.characters and documents >= self.least_documents)
-        )
+    def is_reached(self, documents: int, characters: int) -> bool:
+        """Whether so many documents and characters are enough."""
+        enough = self.characters is not None and characters >= self.characters and documents >= self.least_documents
+        return enough or (self.documents is not None and documents >= self.documents)
 
 
-HUB_LIMIT = Limit(reason="10,000 documents or 64 MB are read of a Hub data set", documents=10_000, bytes=64_000_000)
+HUB_LIMIT = Limit(
+    reason="10,000 documents or 64 million characters are read of a Hub data set",
+    documents=10_000,
+    characters=64_000_000,
+)
 
 
 class Row(NamedTuple):
@@ -281,15 +280,14 @@ def _text_column(where: str, rows: list[dict[str, Any]], wanted: str | None) -> 
 
 def _gather(name: str, texts: Generator[Row, None, None], source: str, limit: Limit | None, quiet: bool) -> Reading:
     rows: list[Row] = []
-    size = characters = 0
+    characters = 0
     whole = True
     with _quiet_libraries(), spinner(f"reading {name}", quiet=quiet):
         for row in texts:
-            if limit is not None and limit.is_reached(len(rows), size, characters):
+            if limit is not None and limit.is_reached(len(rows), characters):
                 whole = False
                 break
             rows.append(row)
-            size += len(row.text.encode(errors="replace"))
             characters += len(row.text)
     if limit is not None and not whole:
         # What is left of a stream of Parquet may abort the process at its end (apache/arrow#45214).
@@ -297,7 +295,7 @@ def _gather(name: str, texts: Generator[Row, None, None], source: str, limit: Li
         gc.collect()
         first = f"the first {len(rows):,} documents"
         source = f"{source}, {first}"
-        say(f"corpus {name}: read {first} ({size / 1e6:,.1f} MB) and left the rest: {limit.reason}", quiet=quiet)
+        say(f"corpus {name}: read {first} ({characters:,} characters) and left the rest: {limit.reason}", quiet=quiet)
     return Reading(rows=rows, source=source, whole=whole)
 
 
