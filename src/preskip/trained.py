@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from preskip.errors import PreskipError
-from preskip.evaluate.adapters import adapter_folders
 from preskip.recorded import locate
 from preskip.rundir import RunDirectory, read_json
 from preskip.types import PREFIX
 
 PEFT_TYPE = "PRESKIP"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,27 @@ class Source:
         if path is None or self.arm is None or not path.is_file():
             return []
         return ((read_json(path).get("nulls") or {}).get("noise") or {}).get(self.arm) or []
+
+
+def adapter_folders(folder: Path) -> list[Path]:
+    """The saved adapters of a folder: itself, or those stacked in its sub-folders 1, 2, ..., first to last.
+
+    Args:
+        folder: as saved by PEFT's `save_pretrained`, or by `preskip.arms.insert.Inserted.save`.
+
+    Returns:
+        Folders with an adapter_config.json; none where there is no adapter.
+
+    Raises:
+        PreskipError: one of the stacked adapters is missing.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return [folder]
+    numbers = {int(path.parent.name) for path in folder.glob(f"*/{ADAPTER_CONFIG}") if path.parent.name.isdecimal()}
+    missing = set(range(1, max(2, *numbers) + 1)) - numbers if numbers else set()
+    if missing:
+        raise PreskipError(f"adapter {folder} holds stacked adapters, but number {min(missing)} is missing")
+    return [folder / str(number) for number in sorted(numbers)]
 
 
 def find_source(path: Path, *, arm: str | None = None, seed: int | None = None) -> Source:
@@ -154,7 +175,7 @@ def _branch_in(cell: Path) -> Path | None:
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
     """The configurations of the adapters of a folder, first to last; none where there is no adapter."""
-    return [read_json(part / "adapter_config.json") for part in adapter_folders(folder)]
+    return [read_json(part / ADAPTER_CONFIG) for part in adapter_folders(folder)]
 
 
 def _types(folder: Path) -> list[str]:

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 import zoo
 from preskip import PreskipConfig
 from preskip.errors import PreskipError
-from preskip.evaluate.adapters import adapter_folders, load_adapter
+from preskip.evaluate.adapters import load_adapter
+from preskip.trained import adapter_folders
 from tiny_model import tiny_llama
 
 CONFIGS = {

@@ -10,30 +10,9 @@ from torch import nn
 
 import preskip.adapter  # noqa: F401 - registers the PEFT method
 from preskip.errors import PreskipError
+from preskip.trained import ADAPTER_CONFIG, adapter_folders
 
-_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
-
-
-def adapter_folders(folder: Path) -> list[Path]:
-    """The saved adapters of a folder: itself, or those stacked in its sub-folders 1, 2, ..., first to last.
-
-    Args:
-        folder: as saved by PEFT's `save_pretrained`, or by `preskip.arms.insert.Inserted.save`.
-
-    Returns:
-        Folders with an adapter_config.json; none where there is no adapter.
-
-    Raises:
-        PreskipError: one of the stacked adapters is missing.
-    """
-    if (folder / _CONFIG).is_file():
-        return [folder]
-    numbers = {int(path.parent.name) for path in folder.glob(f"*/{_CONFIG}") if path.parent.name.isdecimal()}
-    missing = set(range(1, max(2, *numbers) + 1)) - numbers if numbers else set()
-    if missing:
-        raise PreskipError(f"adapter {folder} holds stacked adapters, but number {min(missing)} is missing")
-    return [folder / str(number) for number in sorted(numbers)]
 
 
 def load_adapter(base: nn.Module, folder: Path) -> Any:
@@ -54,7 +33,7 @@ def load_adapter(base: nn.Module, folder: Path) -> Any:
     """
     parts = adapter_folders(folder)
     if not parts:
-        raise PreskipError(f"adapter {folder} has no {_CONFIG}: give a folder saved with save_pretrained")
+        raise PreskipError(f"adapter {folder} has no {ADAPTER_CONFIG}: give a folder saved with save_pretrained")
     model: Any = None
     own = {id(weight) for weight in base.parameters()}
     for part in parts:

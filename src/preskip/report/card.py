@@ -13,13 +13,13 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from preskip.errors import PreskipError
-from preskip.evaluate.adapters import adapter_folders
 from preskip.markdown import escape
 from preskip.report.card_content import Card, Stored, make_card
 from preskip.report.card_usage import adapter_usage, hub_id, model_usage
 from preskip.report.load import load_json, short
 from preskip.report.lookup import is_pretraining
 from preskip.rundir import RunDirectory, read_json
+from preskip.trained import adapter_folders
 from preskip.types import PREFIX
 
 
