@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from preskip.adapter.norms import float32_norms
 from preskip.arms.arm import Arm, ArmContext
 from preskip.arms.budget import TOLERANCE
 from preskip.errors import PreskipError
@@ -110,6 +111,7 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
                 # PEFT warns of a second adapter in one base, which is meant, and of norms, which it tunes itself.
                 warnings.simplefilter("ignore", UserWarning)
                 inserted.model = get_peft_model(base, config)
+            float32_norms(inserted.model)
             inserted.layers.append(inserted.model)
             inserted.configs.append(config)
             trained += [weight for weight in inserted.model.parameters() if weight.requires_grad]

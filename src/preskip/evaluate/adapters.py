@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 import preskip.adapter  # noqa: F401 - registers the PEFT method
+from preskip.adapter.norms import float32_norms
 from preskip.errors import PreskipError
 from preskip.trained import ADAPTER_CONFIG, adapter_folders
 
@@ -43,9 +44,10 @@ def load_adapter(base: nn.Module, folder: Path) -> Any:
 
 def _load_one(base: nn.Module, folder: Path, earlier: set[int]) -> Any:
     """Put one adapter on a base that has the weights of earlier ones, known by their ids."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils.constants import EMBEDDING_LAYER_NAMES
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
 
     if not (folder / _WEIGHTS).is_file():
         raise PreskipError(f"adapter {folder} has no {_WEIGHTS}: save it again with save_pretrained")
@@ -56,6 +58,8 @@ def _load_one(base: nn.Module, folder: Path, earlier: set[int]) -> Any:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # stacked ones are meant
             model = PeftModel.from_pretrained(base, str(folder), torch_device=str(next(base.parameters()).device))
+        if float32_norms(model):
+            set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
     except PreskipError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
