@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 
 
 def float32_norms(model: nn.Module) -> bool:
-    """Train and run the norms of PEFT's LN tuning in float32, as PEFT itself does with every other kind of adapter.
+    """Train and run the norms of PEFT's LN tuning in float32, as PEFT does with its other adapters' weights.
 
-    PEFT copies the base's norms with their dtype; in bfloat16 a weight near 1 moves by 1/128 or not at all. Each copy
-    is cast, reads its input in float32, and gives its output in the input's dtype, which the next matrix expects.
+    PEFT copies the base's norms and leaves LN tuning out of its cast to float32, because what follows a norm expects
+    the base's dtype. But in bfloat16 a weight near 1 moves by 1/256 at least, or not at all. Here each copy is cast,
+    reads its input in float32, and gives its output in the base's dtype.
 
     Args:
         model: with LN tuning somewhere inside, or without; it is changed in place. Before training, or before weights
@@ -23,25 +25,19 @@ def float32_norms(model: nn.Module) -> bool:
     """
     from peft.tuners.ln_tuning.layer import LNTuningLayer
 
-    was_cast = False
-    for layer in model.modules():
-        if not isinstance(layer, LNTuningLayer):
-            continue
-        for norm in layer.ln_tuning_layers.values():
-            if all(weight.dtype == torch.float32 for weight in norm.parameters()):
-                continue
-            was_cast = True
-            norm.float()
-            norm.register_forward_pre_hook(_in_float32)
-            norm.register_forward_hook(_as_given)
-    return was_cast
+    layers = [module for module in model.modules() if isinstance(module, LNTuningLayer)]
+    norms = [norm for layer in layers for norm in layer.ln_tuning_layers.values()]
+    cast = [norm for norm in norms if next(norm.parameters()).dtype != torch.float32]
+    for norm in cast:
+        norm.register_forward_pre_hook(_in_float32)
+        norm.register_forward_hook(partial(_given_in, next(norm.parameters()).dtype))
+        norm.float()
+    return bool(cast)
 
 
 def _in_float32(norm: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    x, *rest = args
-    norm.given_dtype = x.dtype
-    return (x.float(), *rest)
+    return (args[0].float(), *args[1:])
 
 
-def _as_given(norm: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-    return output.to(norm.given_dtype)  # type: ignore[arg-type]
+def _given_in(dtype: torch.dtype, norm: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.to(dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +64,7 @@ def live_branches(model: nn.Module) -> list[LiveBranch]:
     Args:
         model: a PEFT model or its base, or a model of a `preskip_<type>` architecture.
     """
-    base: Any = base_model(model)
+    base = base_model(model)
     found = []
     for site in find_sites(base).attentions:
         attention = base.get_submodule(site.name)

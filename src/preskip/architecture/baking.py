@@ -109,7 +109,7 @@ def _find(model: nn.Module, adapter: str | None) -> tuple[Any, _Adapter]:
 
     from preskip.adapter import PreskipLayer
 
-    base: Any = base_model(model)
+    base = base_model(model)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, PreskipLayer)}
     names = sorted({name for layer in layers.values() for name in layer.settings})
     if not names:

@@ -186,7 +186,7 @@ def _dtypes(model: Any) -> dict[str, Any]:
     """What the weights of the base and of the adapter really are, and how attention is computed."""
     from preskip.adapter.base import base_model
 
-    base: Any = base_model(model)
+    base = base_model(model)
     adapted = [parameter for name, parameter in model.named_parameters() if _is_adapter(model, name)]
     return {
         "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),

@@ -197,7 +197,7 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
 def _context_length(model: Any, asked: int | None) -> int:
     from preskip.adapter.base import base_model
 
-    own = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)  # type: ignore
+    own = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
     if asked is None:
         return min(own or 512, 512)
     if own is not None and asked > own:
@@ -232,7 +232,7 @@ def _facts(source: Source, live: Any, model: str | None, dtype: str) -> dict[str
     from preskip.analysis.branches import live_branches
     from preskip.version import __version__
 
-    base: Any = base_model(live)
+    base = base_model(live)
     config = base.config.get_text_config()
     name = source.config.get("model") if model is None else model
     return {

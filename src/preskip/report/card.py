@@ -19,7 +19,7 @@ from preskip.report.card_usage import adapter_usage, hub_id, model_usage
 from preskip.report.load import load_json, short
 from preskip.report.lookup import is_pretraining
 from preskip.rundir import RunDirectory, read_json
-from preskip.trained import adapter_folders
+from preskip.trained import ADAPTER_CONFIG, adapter_folders
 from preskip.types import PREFIX
 
 
@@ -85,9 +85,7 @@ def _write_adapter_card(run: Path, record: Stored, results: Stored, arm: str, se
     parts = adapter_folders(folder)
     if not parts:
         return None
-    types = {
-        None if part == folder else part.name: read_json(part / "adapter_config.json")["peft_type"] for part in parts
-    }
+    types = {None if part == folder else part.name: read_json(part / ADAPTER_CONFIG)["peft_type"] for part in parts}
     trusts = bool(record["config"].get("trust_remote_code"))
     usage = adapter_usage(record["model"], results["arms"][arm]["base_dtype"], types, trusts)
     for part in parts if parts != [folder] else ():

@@ -45,7 +45,7 @@ def attention_changes(
         over heads, summed over all tokens but the first; and the number of these. NaN where a layer has no enrichment,
         or its attention does not tell its weights.
     """
-    base: Any = base_model(model)
+    base = base_model(model)
     sums = np.full((len(branches), len(sequences), 3), np.nan)
     last = torch.tensor([0]), torch.tensor([-1])  # logits are not asked for, and cost a sixth of a small model
     with _eager(base) as options, head_only_at(base, *last), ExitStack() as stack:

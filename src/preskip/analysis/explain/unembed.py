@@ -34,7 +34,7 @@ def promoted_tokens(
     Returns:
         {"promoted", "demoted"}: [token text, change of its logit], the strongest first.
     """
-    base: Any = base_model(model)
+    base = base_model(model)
     head = base.get_output_embeddings()
     parent = base.get_submodule(branch.site.stack.rpartition(".")[0])
     norms = [branch.post_norm, final_norm(parent)]
