@@ -57,6 +57,7 @@ def _load_one(base: nn.Module, folder: Path, earlier: set[int]) -> Any:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # stacked ones are meant
+            warnings.filterwarnings("ignore", message="Unsupported layer type")  # every norm, to LN tuning
             model = PeftModel.from_pretrained(base, str(folder), torch_device=str(next(base.parameters()).device))
         if float32_norms(model):
             set_peft_model_state_dict(model, load_file(folder / _WEIGHTS))
