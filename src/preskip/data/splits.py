@@ -67,9 +67,8 @@ def load_splits(
     Raises:
         PreskipError: unknown or empty corpus, or too few documents for three parts.
     """
-    published = PUBLISHED.get(name)
-    if published is not None and not Path(name).exists():
-        return _published(name, published, data_dir, seed)
+    if _is_published(name):
+        return _published(name, data_dir, seed)
     corpus = load_corpus(name, text_column=text_column, split=split, limit=limit, progress=progress)
     first = split_documents(corpus, heldout_fraction, seed)
     training, development = _set_aside(Corpus(name, tuple(first.training), corpus.source), seed)
@@ -82,6 +81,22 @@ def load_splits(
         sha256=corpus.sha256,
         whole=corpus.whole,
     )
+
+
+def load_texts(name: str, *, data_dir: Path | None = None, progress: bool = True) -> Corpus:
+    """Documents to score a given model on: the held-out part of a corpus with published parts, else every document.
+
+    Args:
+        name: as `load_splits` takes it.
+        data_dir: the data directory, or None.
+        progress: show a progress bar while downloading.
+
+    Raises:
+        PreskipError: unknown or empty corpus.
+    """
+    if not _is_published(name):
+        return load_corpus(name, progress=progress)
+    return Corpus(name, tuple(_read_part(name, "heldout", data_dir)), TITLES[name])
 
 
 def slug(name: str) -> str:
@@ -98,19 +113,26 @@ def _set_aside(corpus: Corpus, seed: int) -> tuple[list[Document], list[Document
     return parts.training, parts.heldout
 
 
-def _published(name: str, files: dict[str, str], data_dir: Path | None, seed: int) -> Splits:
+def _is_published(name: str) -> bool:
+    """Whether the name stands for files of the data directory; a file of the user's goes before."""
+    return name in PUBLISHED and not Path(name).exists()
+
+
+def _read_part(name: str, part: str, data_dir: Path | None) -> list[Document]:
     if data_dir is None:
         raise PreskipError(
             f"corpus {name} is read from the data directory: give --data-dir, or set PRESKIP_DATA (docs/evaluation.md)"
         )
-    parts: dict[str, list[Document]] = {}
-    for part, file in files.items():
-        path = data_dir / file
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            raise PreskipError(f"corpus {name}: {path} is missing or not UTF-8: get the file again") from None
-        parts[part] = _pages(text, part) if name == "wikitext2" else _pieces(text, part)
+    path = data_dir / PUBLISHED[name][part]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise PreskipError(f"corpus {name}: {path} is missing or not UTF-8: get the file again") from None
+    return _pages(text, part) if name == "wikitext2" else _pieces(text, part)
+
+
+def _published(name: str, data_dir: Path | None, seed: int) -> Splits:
+    parts = {part: _read_part(name, part, data_dir) for part in PUBLISHED[name]}
     if "development" not in parts:
         parts["training"], parts["development"] = _set_aside(Corpus(name, tuple(parts["training"]), name), seed)
     digest = hashlib.sha256()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from preskip.data.blocks import Window, scored_size
-from preskip.data.corpus import Document, load_corpus
-from preskip.data.splits import slug
+from preskip.data.corpus import Document
+from preskip.data.splits import load_texts, slug
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_records, document_windows, score_sequences
 from preskip.progress import Advance, no_progress
@@ -116,12 +117,14 @@ class TextSuite:
     """Some corpora, tokenised once for any number of models that share a tokenizer.
 
     Args:
-        corpora: names as `preskip.data.corpus.load_corpus` takes them; every document is scored.
+        corpora: names as `preskip.data.splits.load_splits` takes them. Scored is the held-out part of a corpus with
+            published parts (`wikitext2`, `books`), every document of any other.
         tokenizer: a Hugging Face tokenizer.
         context_length: most tokens read at once.
         stride: tokens scored per window behind the first, 1 to `context_length`; None is `context_length`.
         limit: at most so many documents of each corpus, drawn without replacement; None takes all.
         seed: of that draw.
+        data_dir: the data directory, or None.
         progress: show a progress bar while downloading.
 
     Attributes:
@@ -141,13 +144,14 @@ class TextSuite:
         stride: int | None = None,
         limit: int | None = None,
         seed: int = 0,
+        data_dir: Path | None = None,
         progress: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.sets: dict[str, dict[str, Any]] = {}
         self._texts: list[TextSet] = []
         for given in corpora:
-            name, corpus = slug(given), load_corpus(given, progress=progress)
+            name, corpus = slug(given), load_texts(given, data_dir=data_dir, progress=progress)
             if name in self.sets:
                 raise PreskipError(f"two texts are named {name!r}: rename one of the files")
             documents = sorted(corpus.documents, key=lambda document: document.id)
