@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -60,11 +60,32 @@ def clustered_items(seeds: int, clusters: int, seed_deviation: float) -> Make:
     return make
 
 
+def pieces_of_books(seeds: int, pieces: Sequence[int], *, clustered: bool) -> Make:
+    """Pieces of some books, half of whose variance is their book's; counted by book, or wrongly as independent."""
+    books = np.repeat(np.arange(len(pieces)), pieces)
+
+    def make(generator: np.random.Generator) -> tuple[Array, Array]:
+        effect = (
+            0.2 * generator.standard_normal((seeds, 1))
+            + generator.standard_normal(len(pieces))[books]
+            + generator.standard_normal((seeds, len(books)))
+        )
+        size = generator.integers(1000, 1400, len(books)).astype(float)
+        above, below = size * effect, np.broadcast_to(size, effect.shape)
+        return sum_by_cluster(above, below, books) if clustered else (above, below)
+
+    return make
+
+
 def scenarios() -> Iterator[tuple[str, Make, float]]:
     """Each with its name and the truth."""
     for units in (25, 60, 200):
         yield f"1 seed, {units} documents", documents_of(1, units, (0, 1, 0)), 0.0
     yield "1 seed, 200 items in 50 clusters", clustered_items(1, 50, 0.0), 0.05
+    for seeds in (1, 3):
+        for clustered, how in ((True, "clustered"), (False, "as if independent")):
+            make = pieces_of_books(seeds, (5, 13, 5, 17), clustered=clustered)
+            yield f"{seeds} seed(s), 40 pieces of 4 books, {how}", make, 0.0
     ratios = {
         "seeds dominate": (0.9, 0.05, 0.05),
         "documents dominate": (0.05, 0.9, 0.05),

@@ -57,6 +57,12 @@ def test_changed_inputs_are_refused(run):
         check_same_inputs(run, facts | {"model": {"name": "m", "sha256": "c"}}, ["model"])
     with pytest.raises(PreskipError, match="evaluation set books have changed"):
         check_same_inputs(run, facts | {"sets": {}}, ["model"])
+    task = {"sha256": "b", "lm_eval": {"version": 1, "prompt_sha256": "p"}}
+    run.update_manifest(sets={"arc_easy": task})
+    check_same_inputs(run, facts | {"sets": {"arc_easy": task}}, ["model"])
+    other = task | {"lm_eval": {"version": 1, "prompt_sha256": "q"}}
+    with pytest.raises(PreskipError, match="prompts of arc_easy have changed"):
+        check_same_inputs(run, facts | {"sets": {"arc_easy": other}}, ["model"])
 
 
 def test_another_environment_is_told(run, capsys):

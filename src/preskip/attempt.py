@@ -104,7 +104,7 @@ def check_same_inputs(run: RunDirectory, facts: Mapping[str, Any], parts: Sequen
         parts: entries of both that hold a "sha256", e.g. "model"; the evaluation sets are compared anyway.
 
     Raises:
-        PreskipError: a checksum differs.
+        PreskipError: a checksum, or what lm-eval makes of a task, differs.
     """
     for part in parts:
         before, now = run.manifest.get(part, {}).get("sha256"), facts[part]
@@ -115,7 +115,13 @@ def check_same_inputs(run: RunDirectory, facts: Mapping[str, Any], parts: Sequen
                 "back, or start a new run"
             )
     for name, described in run.manifest.get("sets", {}).items():
-        if described["sha256"] != facts["sets"].get(name, {}).get("sha256"):
+        now = facts["sets"].get(name, {})
+        if described.get("lm_eval") != now.get("lm_eval"):
+            raise PreskipError(
+                f"the prompts of {name} have changed since this run began, as another version of lm-eval has others: "
+                "install the old one, or start a new run"
+            )
+        if described["sha256"] != now.get("sha256"):
             raise PreskipError(
                 f"the texts of the evaluation set {name} have changed since this run began: put the old ones back, or "
                 "start a new run"

@@ -414,11 +414,16 @@ def test_a_run_moved_elsewhere_resumes_from_any_folder(inputs, tmp_path, monkeyp
     moved.parent.mkdir()
     out.rename(moved)
     (moved / "arms" / "none" / "seed-42" / "cell.json").unlink()
+    manifest = json.loads((moved / "run.json").read_text())
+    manifest["family"]["margins"]["bits_per_byte"] = 0.123  # as another version declared it
+    (moved / "run.json").write_text(json.dumps(manifest))
     monkeypatch.chdir(moved.parent)
     with pytest.raises(SystemExit) as stop:
         main(["probe", "--resume", "run", "--json"])
     assert stop.value.code == 0
-    assert json.loads((moved / "run.json").read_text())["corpus"]["name"] == corpus.name
+    resumed = json.loads((moved / "run.json").read_text())
+    assert resumed["corpus"]["name"] == corpus.name
+    assert resumed["family"] == manifest["family"] == json.loads((moved / "results.json").read_text())["family"]
 
 
 def test_resume_refuses(probe, tmp_path, finished):

@@ -1,6 +1,7 @@
 """A corpus in three disjoint parts, from published files or by document."""
 
 import json
+import re
 
 import pytest
 
@@ -48,6 +49,27 @@ def test_published_parts_are_taken_as_they_are(tmp_path):
         load_splits("wikitext2", data_dir=tmp_path)
     with pytest.raises(PreskipError, match="give --data-dir"):
         load_splits("books")
+
+
+def test_pieces_of_a_book_stay_together(tmp_path):
+    def books(first, count):
+        return "\n\n\n\n".join(
+            "\n\n".join(f"Paragraph {i} of book {book}. {'Words of it. ' * 300}" for i in range(5))
+            for book in range(first, first + count)
+        )
+
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "books_train.txt").write_text(books(0, 10))
+    (folder / "books_valid.txt").write_text(books(10, 2))
+    splits = load_splits("books", data_dir=tmp_path)
+    assert len({d.group for d in splits.training}) == 9
+    assert {d.group for d in splits.development}.isdisjoint(d.group for d in splits.training)
+    for part, first in ((splits.training, 0), (splits.development, 0), (splits.heldout, 10)):
+        for document in part:
+            book = int(re.match(r"Paragraph \d of book (\d+)", document.text)[1])
+            assert document.group.split("-book-")[1] == str(book - first)
+    assert len(splits.heldout) > len({d.group for d in splits.heldout}) == 2
 
 
 def test_choose_is_fixed_and_keeps_white_space(tmp_path):

@@ -18,6 +18,7 @@ from preskip.evaluate.likelihood import (
     score_sequences,
     token_scores,
 )
+from preskip.evaluate.texts import prepare_texts
 from tiny_model import tiny_llama
 from tiny_text import PROSE, tiny_tokenizer
 
@@ -148,6 +149,18 @@ def test_document_records_score_every_token_once(context_length, stride):
         assert records[1]["nll"] == pytest.approx(naive(model, Window(ids, 1))[0], abs=1e-3)
     # A random model of 400 tokens is near the uniform distribution.
     assert records[0]["nll"] / records[0]["tokens"] == pytest.approx(math.log(400), rel=0.1)
+
+
+def test_documents_of_a_group_are_a_cluster():
+    tokenizer, model = tiny_tokenizer(), tiny_llama()
+    documents = [Document(name, PROSE[:40], group) for name, group in (("a1", "a"), ("b", "b"), ("a2", "a"))]
+    windows, owners = document_windows(documents, tokenizer, context_length=64, stride=64)
+    records = document_records("texts", documents, owners, score_sequences(model, windows), tokenizer)
+    assert [record.get("cluster") for record in records] == ["a", None, "a"]
+    described = prepare_texts("texts", documents, tokenizer, context_length=64).describe(
+        tokenizer, domain="in", title="texts", source="here", sha256=None
+    )
+    assert (described["documents"], described["clusters"]) == (3, 2)
 
 
 def test_last_word_records():

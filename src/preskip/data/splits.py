@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from preskip.errors import PreskipError
 
 # Share of the training documents that are set aside to choose the learning rate on.
 DEVELOPMENT = 0.1
+# Between two books of `books` there are three blank lines, and nowhere else so many.
+_BOOK_BORDER = r"\n{4,}"
 _SUFFIXES = r"\.(txt|md|(jsonl|ndjson|json|csv|tsv)(\.gz)?|parquet|arrow)$"
 
 
@@ -158,8 +161,13 @@ def _pages(text: str, part: str) -> list[Document]:
 
 
 def _pieces(text: str, part: str) -> list[Document]:
-    pieces = split_text(text, DOCUMENT_CHARACTERS)
-    return [Document(f"{part}#{number:05d}", piece, f"{part}-{number}") for number, piece in enumerate(pieces)]
+    """Pieces of books; those of one book, the one that a piece begins in, are a group."""
+    borders = [border.end() for border in re.finditer(_BOOK_BORDER, text)]
+    documents, start = [], 0
+    for number, piece in enumerate(split_text(text, DOCUMENT_CHARACTERS)):
+        start = text.index(piece.split("\n\n")[0], start)
+        documents.append(Document(f"{part}#{number:05d}", piece, f"{part}-book-{bisect_right(borders, start)}"))
+    return documents
 
 
 # Files of the corpora with published parts, in the data directory.

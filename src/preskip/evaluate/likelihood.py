@@ -6,6 +6,7 @@ tokens, d width, V vocabulary, S scored positions.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -191,7 +192,11 @@ def document_windows(
 def document_records(
     name: str, documents: Sequence[Document], owners: Sequence[int], scores: Sequence[Score], tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """One item record per document of the set `name`: summed nats, tokens, UTF-8 bytes and words of the scored text."""
+    """One item record per document of the set `name`: summed nats, tokens, UTF-8 bytes and words of the scored text.
+
+    Documents of a group that has others in the set (pieces of one book, versions of one speech) are a cluster.
+    """
+    members = Counter(document.group for document in documents)
     sizes = [scored_size(document, tokenizer) for document in documents]
     nll, tokens = [0.0] * len(documents), [0] * len(documents)
     for owner, score in zip(owners, scores, strict=True):
@@ -206,6 +211,7 @@ def document_records(
             "tokens": tokens[index],
             "bytes": sizes[index].bytes,
             "words": sizes[index].words,
+            **({"cluster": document.group} if members[document.group] > 1 else {}),
         }
         for index, document in enumerate(documents)
     ]

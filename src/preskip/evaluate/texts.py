@@ -41,6 +41,7 @@ class TextSet:
     def describe(self, tokenizer: Any, *, domain: str, title: str, source: str, sha256: str | None) -> dict[str, Any]:
         """The set as run.json describes it."""
         sizes = [scored_size(document, tokenizer) for document in self.documents]
+        groups = len({document.group for document in self.documents})
         return {
             "kind": "document",
             "domain": domain,
@@ -50,6 +51,7 @@ class TextSet:
             "context_length": self.context_length,
             "stride": self.stride,
             "documents": len(self.documents),
+            **({"clusters": groups} if 1 < groups < len(self.documents) else {}),
             "tokens": sum(len(window.input_ids) - window.scored_from for window in self.windows),
             "bytes": sum(size.bytes for size in sizes),
             "words": sum(size.words for size in sizes),

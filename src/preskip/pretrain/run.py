@@ -79,6 +79,7 @@ def run_pretrain(
     with attempt(run) as now:
         plans, facts = prepare(run, config, quiet)
         check_same_inputs(run, facts, ("model", "corpus", "tokenizer"))
+        facts["family"] = run.manifest.get("family", facts["family"])  # declared once, before any result
         say_other_environment(run, facts["environment"], quiet)
         show_plans(plans)
         if run.manifest.get("peak_flops") is None:

@@ -66,6 +66,7 @@ def run_probe(
         crew = Crew(config.device)
         bench, facts = prepare(config, Path(run.manifest.get("directory", ".")), quiet, crew)
         check_same_inputs(run, facts, ("model", "corpus"))
+        facts["family"] = run.manifest.get("family", facts["family"])  # declared once, before any result
         say_other_environment(run, facts["environment"], quiet)
         say(_extent(facts), quiet=quiet)
         _say_power(facts, config, quiet)

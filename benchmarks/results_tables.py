@@ -1,0 +1,141 @@
+"""A run's stored figures as the Markdown tables of docs/results.md.
+
+    python benchmarks/results_tables.py results/standard-wikitext2
+
+The declared comparisons, each arm against the untouched model and against `preskip`, the rates that were searched, and
+the trends over depth, from results.json alone. tests/report/test_results_page.py holds the page to these tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from preskip.report.claims import MEASURES
+from preskip.report.load import load_json
+from preskip.report.lookup import find, is_declared, plain_arm, primary, trained_arms
+from preskip.report.plots.plane import development
+from preskip.report.verdicts import MINUS, decimals, difference_text, metric_named, number, p_text
+
+ARM = "preskip"
+DOMAINS = {"in": "home", "out": "abroad"}
+Results = Mapping[str, Any]
+
+
+def tables(results: Results) -> Iterator[tuple[str, str]]:
+    """Heading and Markdown of every table that the results have."""
+    yield "Declared", declared(results)
+    for reference in (plain_arm(results), ARM):
+        if reference in results["arms"]:
+            yield f"Against {reference}", against(results, reference)
+    if results.get("search"):
+        yield "Searched rates", searched(results)
+    if results.get("trend"):
+        yield "Trends over depth", depth(results)
+
+
+def declared(results: Results) -> str:
+    """The comparisons declared before training, with the p-value after Holm and the verdict."""
+    rows = [
+        (
+            f"`{entry['arm']}` {MINUS} `{entry['reference']}`",
+            f"{entry['set']}, {metric_named(entry['metric']).phrase}",
+            _difference(entry),
+            p_text(entry["p_holm"]),
+            entry["verdict"],
+        )
+        for entry in results["comparisons"]
+        if is_declared(entry)
+    ]
+    return _markdown(("difference", "on", "[95 %]", "p after Holm", "verdict"), rows)
+
+
+def against(results: Results, reference: str) -> str:
+    """Every trained arm against one on each set's primary metric, with verdicts."""
+    sets = list(results["sets"])
+    headings = [
+        f"{name}, {metric_named(primary(results, name)).phrase} ({DOMAINS[results['sets'][name]['domain']]})"
+        for name in sets
+    ]
+    rows = []
+    for arm in trained_arms(results):
+        found = [find(results, arm, reference, name, primary(results, name)) for name in sets]
+        if arm != reference and any(found):
+            summary = results["arms"][arm]
+            cells = [f"{_difference(entry)} {entry['verdict']}" if entry else "–" for entry in found]
+            rows.append((f"`{arm}`", _weights(summary), f"{summary['learning_rate']:g}", *cells))
+    return _markdown(("arm", "weights", "lr", *headings), rows)
+
+
+def searched(results: Results) -> str:
+    """Every arm's rates of the search's last rung on development documents; the chosen one in bold."""
+    rows = []
+    abroad = [
+        name for name, entry in results["sets"].items() if entry["domain"] == "out" and entry["kind"] == "document"
+    ]
+    for arm, search in results["search"].items():
+        longest = max(point["steps"] for point in search["trace"])
+        for point in search["trace"]:
+            if point["steps"] == longest and not point.get("diverged"):
+                rate = f"{point['learning_rate']:g}"
+                shown = f"**{rate}**" if point["learning_rate"] == search["chosen"] else rate
+                others = [point["dev"]["out"].get(name) for name in abroad]
+                rows.append((f"`{arm}`", shown, *map(_development, (development(point, "in"), *others))))
+    return _markdown(("arm", "lr", "home", *abroad), rows)
+
+
+def depth(results: Results) -> str:
+    """Spearman's correlation of the skip's size with the layer, against the band of chance and of the noise null."""
+    rows = [
+        (
+            f"`{arm}`",
+            MEASURES[entry["measure"]],
+            f"{number(entry['rho'], 2, sign=True)} {_limits(entry['low'], entry['high'], 2)}",
+            "–" if entry["null_low"] is None else _limits(entry["null_low"], entry["null_high"], 2),
+            entry["verdict"],
+        )
+        for arm, entries in results["trend"].items()
+        for entry in entries
+    ]
+    return _markdown(("arm", "measure", "rank correlation [95 %]", "by chance", "verdict"), rows)
+
+
+def _difference(entry: Mapping[str, Any]) -> str:
+    shown = difference_text(entry)
+    return f"{shown['value']} {shown['interval']}"
+
+
+def _development(value: Mapping[str, Any] | None) -> str:
+    if value is None:
+        return "–"
+    places = decimals(value["low"], value["high"], 3)
+    return f"{number(value['value'], places, sign=True)} {_limits(value['low'], value['high'], places)}"
+
+
+def _limits(low: float, high: float, places: int) -> str:
+    return f"[{number(low, places, sign=True)}, {number(high, places, sign=True)}]"
+
+
+def _weights(summary: Mapping[str, Any]) -> str:
+    count = summary["trainable_parameters"]
+    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count / 1e3:.0f}k"
+
+
+def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    options = parser.parse_args()
+    for heading, table in tables(load_json(options.run / "results.json")):
+        print(f"{heading}:\n\n{table}\n")
+
+
+if __name__ == "__main__":
+    main()
