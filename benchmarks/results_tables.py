@@ -93,18 +93,23 @@ def depth(results: Results) -> str:
             f"`{arm}`",
             MEASURES[entry["measure"]],
             f"{number(entry['rho'], 2, sign=True)} {_limits(entry['low'], entry['high'], 2)}",
-            "–" if entry["null_low"] is None else _limits(entry["null_low"], entry["null_high"], 2),
+            "–" if entry["null_low"] is None else _nulls(entry),
             entry["verdict"],
         )
         for arm, entries in results["trend"].items()
         for entry in entries
     ]
-    return _markdown(("arm", "measure", "rank correlation [95 %]", "by chance", "verdict"), rows)
+    return _markdown(("arm", "measure", "rank correlation [95 %]", "chance and nulls", "verdict"), rows)
 
 
 def _difference(entry: Mapping[str, Any]) -> str:
     shown = difference_text(entry)
     return f"{shown['value']} {shown['interval']}"
+
+
+def _nulls(entry: Mapping[str, Any]) -> str:
+    own = (f"{name} {', '.join(number(rho, 2, sign=True) for rho in rhos)}" for name, rhos in entry["nulls"].items())
+    return "; ".join([_limits(entry["null_low"], entry["null_high"], 2), *own])
 
 
 def _development(value: Mapping[str, Any] | None) -> str:

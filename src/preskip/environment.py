@@ -11,7 +11,18 @@ from typing import Any
 
 from preskip.errors import PreskipError
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "lm_eval",
+)
 
 
 def version_of(package: str) -> str | None:

@@ -22,8 +22,12 @@ def rows(values, documents=None, key="skip_norm"):
     return found
 
 
-def nulls(*tables):
+def runs(*tables):
     return [{"seed": seed, "layers": rows(table)} for seed, table in enumerate(tables)]
+
+
+def nulls(*tables, **others):
+    return {"noise": runs(*tables), **{name: runs(table) for name, table in others.items()}}
 
 
 def noise(seed, layers=LAYERS):
@@ -66,7 +70,10 @@ def test_the_null_of_a_norm_is_the_noise_widened_by_chance():
     row = trend("skip_norm", learned, "skip_norm", nulls(noise(0), noise(1)))
     assert (row["null_low"], row["null_high"]) == chance_band(LAYERS)
     assert row["verdict"] == "later more"
-    # Noise that rises as well: the norm shows nothing.
+    assert len(row["nulls"]["noise"]) == 2
+    # Shuffled targets that rise as well, or noise: the norm shows nothing, however steep.
+    row = trend("skip_norm", learned, "skip_norm", nulls(noise(0), shuffled=up))
+    assert (row["nulls"]["shuffled"], row["verdict"]) == ([pytest.approx(1.0)], "undecided")
     row = trend("skip_norm", learned, "skip_norm", nulls(noise(0), up))
     assert row["null_high"] == pytest.approx(1.0)
     assert row["verdict"] != "later more"
@@ -145,6 +152,8 @@ def test_arm_trends_takes_what_an_arm_has():
     assert [row["measure"] for row in found] == ["skip_norm", "skip_to_attention", "ablation_skip"]
     assert [round(row["rho"]) for row in found] == [1, -1, 1]
     assert [row["measure"] for row in arm_trends(depth)] == ["skip_norm", "skip_to_attention"]
+    *_, equal = arm_trends(depth, equal_step={"1": depth["1"]})
+    assert (equal["measure"], round(equal["rho"])) == ("equal_step_skip_to_attention", -1)
     absent = {"1": [{"layer": i, "skip_norm": 0.0, "skip_to_attention": None} for i in range(8)]}
     assert arm_trends(absent) == []
     assert arm_trends({"1": []}) == []
@@ -154,10 +163,10 @@ def test_arm_trends_takes_what_an_arm_has():
 
 def test_null_band():
     tables = [noise(seed) for seed in range(4)]
-    band = null_band(nulls(*tables))
+    band = null_band(runs(*tables))
     low, high = np.quantile(np.concatenate(tables), [0.025, 0.975])
     assert band == [{"layer": layer, "low": pytest.approx(low), "high": pytest.approx(high)} for layer in range(LAYERS)]
-    by_layer = null_band(nulls(*tables), pooled=False)
+    by_layer = null_band(runs(*tables), pooled=False)
     values = np.array(tables)[:, 5]
     margin = stats.t.ppf(0.975, 3) * values.std(ddof=1) * math.sqrt(1.25)
     assert by_layer[5] == {
@@ -165,7 +174,7 @@ def test_null_band():
         "low": pytest.approx(values.mean() - margin),
         "high": pytest.approx(values.mean() + margin),
     }
-    (line, *_) = null_band(nulls(tables[0]), pooled=False)
+    (line, *_) = null_band(runs(tables[0]), pooled=False)
     assert line["low"] == line["high"] == pytest.approx(tables[0][0])
     assert null_band([]) == []
 

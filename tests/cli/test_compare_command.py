@@ -104,6 +104,13 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
     write_json(other_context / "run.json", {**read_json(other_context / "run.json"), "sets": sets})
     third = write_run(tmp_path / "third", arms())
     write_json(third / "run.json", {**read_json(third / "run.json"), "sets": {"heldout": {"context_length": 512}}})
+    tasks = []
+    changed = {"data": {"sha256": "b" * 64}, "prompts": {"lm_eval": {"prompt_sha256": "q" * 64}}, "as": {}}
+    for name, changes in changed.items():
+        tasks.append(write_run(tmp_path / name, arms()))
+        described = {"kind": "item", "sha256": "a" * 64, "lm_eval": {"prompt_sha256": "p" * 64}, **changes}
+        write_json(tasks[-1] / "run.json", {**read_json(tasks[-1] / "run.json"), "sets": {"cloze": described}})
+    other_data, other_prompts, as_first = tasks
     elsewhere = write_run(tmp_path / "elsewhere", arms(seeds=(7, 8)))
     cases = [
         ((first, other_items), r"do not share the items of cloze \(59 and 60, 59 shared; not shared: 'doc-11#4'\)"),
@@ -111,6 +118,8 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
         ((first, other_dtype), "float32 and float32, dtype:none bfloat16 and bfloat16.*--allow-different-dtype"),
         ((first, other_schema), "schema version 1, this preskip reads"),
         ((other_context, third), "heldout was scored with context length 256 in one run and 512"),
+        ((as_first, other_data), "cloze has other data in one run than in another"),
+        ((as_first, other_prompts), r"cloze has another prompt sha256 in one run \(pppppppppppp\)"),
         ((first, elsewhere), r"\(seeds 7, 8\) and first:lora \(seeds 1, 2\) have no seed in common"),
         ((first, "--arms", "lroa"), "unknown arm 'lroa': the finished arms are none, lora, preskip"),
         ((first, other_items, "--reference", "none"), "none is in several runs: choose one of first:none, fewer:none"),
@@ -119,6 +128,8 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
         ((tmp_path / "no",), "is not a run directory"),
         ((first, "--margin", "acc"), "'acc' is not metric=number"),
         ((first, "--margin", "acc=-1"), "margin -1.0 must be positive"),
+        ((first, "--margin", "acc=inf"), "'acc=inf' is not metric=number"),
+        ((first, "--margin", "accuracy=0.5"), "--margin accuracy: nothing of that name .* choose among acc, bits_per"),
         ((first, "--sets", "wiki"), "do not share the set 'wiki'"),
         ((first, "--confidence", "95"), "must lie between 0 and 1"),
     ]

@@ -108,6 +108,8 @@ def test_mistakes_are_one_line_and_write_nothing(call, inputs, tmp_path):
     save_file(weights, broken / "adapter_model.safetensors")
     (tmp_path / "there").mkdir()
     tasks = ["--tasks", "lambada_openai"]
+    short = tmp_path / "short.txt"
+    short.write_text("One document of few words.")
     cases = {
         "nothing to evaluate": [],
         "did you mean": ["--tasks", "lambada_opena"],
@@ -119,6 +121,7 @@ def test_mistakes_are_one_line_and_write_nothing(call, inputs, tmp_path):
         "between 1 and 512": [*tasks, "--context-length", "1000"],
         "stride must lie": ["--corpus", inputs / "texts.jsonl", "--stride", "600"],
         "unknown corpus": ["--corpus", "nothing"],
+        "text short is one document, an interval needs 2": ["--corpus", short],
         "is unknown: choose auto": [*tasks, "--dtype", "int8"],
         "must be at least 1": [*tasks, "--batch-tokens", "0"],
     }

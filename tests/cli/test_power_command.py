@@ -60,7 +60,9 @@ def test_a_run_from_its_measured_spread(tmp_path: Path) -> None:
 
 def test_bad_input_is_refused_with_one_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"none": {1: make_items(9)}, "lora": {1: make_items(1)}})
+    alone = write_run(tmp_path / "alone", {"none": {1: make_items(9)}})
     cases = [
+        ((alone,), "has one finished arm, none, and nothing to compare"),
         ((), "give --items or --documents"),
         (("--items", 5, "--documents", 5), "give --items or --documents"),
         (("--items", 1), "1 units are too few"),

@@ -76,7 +76,7 @@ def test_many_arms_print_the_declared_comparisons_only(monkeypatch, capsys, tmp_
         key=lambda entry: entry["difference"],
     )
     assert first.split()[0] == best["arm"]
-    assert any(line.startswith("On the frontier of WikiText-2 test against books: ") for line in lines)
+    assert any(line.startswith("On the frontier of WikiText-2 test against books (exploratory): ") for line in lines)
 
 
 def test_claims_are_a_line_each(monkeypatch, capsys, rich, minimal):

@@ -231,3 +231,13 @@ def test_a_generative_task(model, monkeypatch):
     key = "exact_match,strict-match"
     assert [record["scores"][key] for record in records] == [1.0, 0.0, *6 * [1.0]]
     assert metrics["gsm8k"][key] == pytest.approx(7 / 8)
+    assert suite.sets["gsm8k"]["primary"] in records[0]["scores"]  # one of its filters': what the family declares
+
+
+def test_a_score_of_which_less_is_better_is_recorded_as_its_negative(data, model, monkeypatch):
+    suite = TaskSuite(["lambada_openai"], tiny_tokenizer(), data_dir=data)
+    task = suite._tasks[0].task
+    monkeypatch.setattr(task, "higher_is_better", lambda: {"acc": True, "bias": False, "perplexity": False})
+    monkeypatch.setattr(task, "process_results", lambda doc, answers: {"acc": 1.0, "bias": 0.25})
+    records = suite.score(model)
+    assert all({"acc": 1.0, "neg_bias": -0.25}.items() <= record["scores"].items() for record in records)

@@ -142,6 +142,24 @@ def test_a_norm_without_a_null_decides_nothing(rich: tuple[dict[str, Any], dict[
     assert "without a null band a norm shows little" in claim["evidence"]
 
 
+def test_depth_is_not_supported_without_the_ablation(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    record, results = copy.deepcopy(rich)
+    results["trend"]["preskip"] = [
+        {**row, "verdict": "later more"} for row in results["trend"]["preskip"] if row["measure"] != "ablation_skip"
+    ]
+    claim = by_id(record, results)["depth"]
+    assert claim["verdict"] == "undecided"
+    assert "needs the loss with one layer's skip off" in claim["evidence"]
+
+
+def test_what_was_not_declared_is_called_exploratory(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    record, results = copy.deepcopy(rich)
+    assert "exploratory" not in by_id(record, results)["skip-adds"]["evidence"]
+    for entry in results["comparisons"]:
+        entry["declared"] = False
+    assert "not declared before training: exploratory" in by_id(record, results)["skip-adds"]["evidence"]
+
+
 @pytest.mark.parametrize(("size", "verdict"), [(4096, "supported"), (5000, "contradicted")])
 def test_the_cache_is_judged_by_its_bytes(rich: tuple[dict[str, Any], dict[str, Any]], size: int, verdict: str) -> None:
     record, results = rich

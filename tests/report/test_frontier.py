@@ -57,7 +57,7 @@ def test_the_reason_names_a_rival_that_is_on_the_frontier() -> None:
     verdicts |= {("c", "b"): ("better", "better")}
     plane = assess_plane(results(verdicts), "home", "far")
     assert plane["sentence"] == (
-        "On the frontier of Home against Far: a. Off it: b (a is better at home and better abroad); "
+        "On the frontier of Home against Far (exploratory): a. Off it: b (a is better at home and better abroad); "
         "c (a is better at home and better abroad)"
     )
 

@@ -101,7 +101,7 @@ def minimal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
 def test_the_page_states_the_results(rich: tuple[Path, Page]) -> None:
     _, page = rich
     for text in (
-        "On the frontier of WikiText-2 test against books: content, parallel.",
+        "On the frontier of WikiText-2 test against books (exploratory): content, parallel.",
         "34,836,480 equal budget",
         "9,953,280 smaller",
         "35,136 floor, unmatched",

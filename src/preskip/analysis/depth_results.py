@@ -28,9 +28,16 @@ def by_seed(summaries: Summaries, part: str) -> dict[str, dict[str, Any]]:
 
 
 def trends(results: Mapping[str, Any]) -> dict[str, Any]:
-    """{"trend": ...} of every arm with a branch, against the noise null where there is one; {} where none has one."""
-    ablation, noise = results.get("ablation", {}), results.get("nulls", {}).get("noise", {})
-    found = {arm: arm_trends(depth, ablation.get(arm), noise.get(arm, ())) for arm, depth in results["depth"].items()}
+    """{"trend": ...} of every arm with a branch, against the nulls where there are any; {} where none has one."""
+    ablation, equal_step = results.get("ablation", {}), results.get("equal_step", {})
+    nulls = {
+        arm: {name: by_arm[arm] for name, by_arm in results.get("nulls", {}).items() if arm in by_arm}
+        for arm in results["depth"]
+    }
+    found = {
+        arm: arm_trends(depth, ablation.get(arm), nulls[arm], equal_step.get(arm))
+        for arm, depth in results["depth"].items()
+    }
     return {"trend": found} if any(found.values()) else {}
 
 

@@ -11,7 +11,8 @@ Fisher's scale, arctanh ρ:
 * one seed and no documents: layers are taken as a sample, with the standard error of Bonett and Wright (2000),
   √((1 + ρ²/2) / (n - 3)).
 
-Chance: the central 95 % of ρ over random orders of the layers, widened to hold the ρ of every noise null.
+Chance: the central 95 % of ρ over random orders of the layers. A norm is held against its nulls as well, the noise and
+the shuffled targets: the band is widened to hold their ρ, and the interval must leave them out.
 """
 
 from __future__ import annotations
@@ -36,33 +37,41 @@ RESAMPLES = 1_999
 
 
 def arm_trends(
-    depth: Mapping[str, Rows], ablation: Mapping[str, Rows] | None = None, noise: Rows = (), *, seed: int = 0
+    depth: Mapping[str, Rows],
+    ablation: Mapping[str, Rows] | None = None,
+    nulls: Mapping[str, Rows] | None = None,
+    equal_step: Mapping[str, Rows] | None = None,
+    *,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """The `trend` of one arm in results.json.
 
     Args:
         depth: depth rows by training seed (`preskip.analysis.depth`); with their "documents" the interval covers them.
         ablation: ablation rows by training seed (`preskip.analysis.ablation`), or None.
-        noise: noise nulls, {"seed", "layers"}; without them no verdict is given on the norm.
+        nulls: {"noise": [{"seed", "layers"}], "shuffled": [...]}; without noise no verdict is given on the norm.
+        equal_step: depth rows of the equal-step control by training seed, or None.
         seed: of the bootstrap.
 
     Returns:
         For each measure that the arm has in all its layers and seeds, {"measure", "rho", "low", "high", "null_low",
-        "null_high", "verdict", "seeds", "layers", "covers"}; "covers" says what the interval is over: "seeds",
-        "documents", "seeds and documents" or "layers". Measures that are the same in all layers are left out.
+        "null_high", "nulls", "verdict", "seeds", "layers", "covers"}. "nulls" holds the ρ of a norm's nulls; "covers"
+        says what the interval is over: "seeds", "documents", "seeds and documents" or "layers". Measures that are the
+        same in all layers are left out.
     """
     skip = {name: [row for row in rows if row["part"] == "skip"] for name, rows in (ablation or {}).items()}
     measured = (
         ("skip_norm", depth, "skip_norm"),
         ("skip_to_attention", depth, "skip_to_attention"),
+        ("equal_step_skip_to_attention", equal_step or {}, "skip_to_attention"),
         ("ablation_skip", skip, "difference"),
     )
-    trends = (trend(measure, rows, key, noise, seed=seed) for measure, rows, key in measured)
+    trends = (trend(measure, rows, key, nulls, seed=seed) for measure, rows, key in measured)
     return [row for row in trends if row is not None]
 
 
 def trend(
-    measure: str, rows: Mapping[str, Rows], key: str, noise: Rows = (), *, seed: int = 0
+    measure: str, rows: Mapping[str, Rows], key: str, nulls: Mapping[str, Rows] | None = None, *, seed: int = 0
 ) -> dict[str, Any] | None:
     """The trend of one measure; see `arm_trends`.
 
@@ -70,7 +79,7 @@ def trend(
         measure: its name.
         rows: rows by training seed.
         key: where a row holds the measure.
-        noise: noise nulls; used for a measure that they hold.
+        nulls: see `arm_trends`; used for a measure that they hold.
         seed: of the bootstrap.
 
     Returns:
@@ -82,21 +91,27 @@ def trend(
         return None
     if any(row.get(key) is None for profile in profiles for row in profile):
         return None
-    above, below = _by_document(profiles, measure, key)  # [seeds, layers, documents]
+    above, below = _by_document(profiles, key)  # [seeds, layers, documents]
     mean = (above.sum(-1) / below.sum(-1)).mean(0)
     if np.ptp(mean) == 0:
         return None
     rho = float(_rho(mean[None])[0])
     low, high, covers = _interval(rho, above, below, seed)
-    null_low, null_high = _null(measure, layers, noise)
+    chance = chance_band(len(layers))
+    of_nulls = _nulls(measure, layers, nulls or {})
+    has_band = measure not in NORM_MEASURES or "noise" in of_nulls
+    is_decided = has_band and len(layers) >= FEWEST_LAYERS
+    others = [value for values in of_nulls.values() for value in values]
+    null_low, null_high = (min(chance[0], *others), max(chance[1], *others)) if others else chance
     return {
         "measure": measure,
         "rho": rho,
         "low": low,
         "high": high,
-        "null_low": null_low,
-        "null_high": null_high,
-        "verdict": _verdict(rho, low, high, null_low, null_high, len(layers)),
+        "null_low": null_low if has_band else None,
+        "null_high": null_high if has_band else None,
+        "nulls": of_nulls,
+        "verdict": _verdict(rho, low, high, chance, others) if is_decided else "undecided",
         "seeds": len(profiles),
         "layers": len(layers),
         "covers": covers,
@@ -133,12 +148,12 @@ def null_band(nulls: Rows, measure: str = "skip_norm", *, pooled: bool = True) -
     return [{"layer": layer, "low": float(a), "high": float(b)} for layer, a, b in zip(layers, low, high, strict=True)]
 
 
-def _by_document(profiles: Sequence[Rows], measure: str, key: str) -> tuple[Array, Array]:
+def _by_document(profiles: Sequence[Rows], key: str) -> tuple[Array, Array]:
     """Numerators and denominators, [seeds, layers, documents]; one document of denominator 1 where none are stored."""
 
     def documents(row: Mapping[str, Any]) -> Mapping[str, Any]:
         stored = row.get("documents") or {}
-        return stored if "above" in stored else stored.get(measure) or {}
+        return stored if "above" in stored else stored.get(key) or {}
 
     cells = [[documents(row) for row in profile] for profile in profiles]
     lengths = {len(cell.get("above", ())) for profile in cells for cell in profile}
@@ -216,23 +231,20 @@ def chance_band(layers: int) -> tuple[float, float]:
     return -high, high
 
 
-def _null(measure: str, layers: Sequence[int], noise: Rows) -> tuple[float | None, float | None]:
-    low, high = chance_band(len(layers))
-    if measure not in NORM_MEASURES:
-        return low, high
-    tables = [{row["layer"]: row[measure] for row in null["layers"]} for null in noise]
-    if not tables or any(layer not in table for table in tables for layer in layers):
-        return None, None
-    rhos = _rho(np.array([[table[layer] for layer in layers] for table in tables]))
-    return float(min(low, rhos.min())), float(max(high, rhos.max()))
+def _nulls(measure: str, layers: Sequence[int], nulls: Mapping[str, Rows]) -> dict[str, list[float]]:
+    """ρ of each run of each null that holds this norm in all the layers."""
+    found = {}
+    for name, runs in nulls.items() if measure in NORM_MEASURES else ():
+        tables = [{row["layer"]: row[measure] for row in run["layers"]} for run in runs]
+        if tables and all(layer in table for table in tables for layer in layers):
+            found[name] = _rho(np.array([[table[layer] for layer in layers] for table in tables])).tolist()
+    return found
 
 
-def _verdict(rho: float, low: float, high: float, null_low: float | None, null_high: float | None, layers: int) -> str:
-    """A trend where the interval leaves 0 out and ρ the band; none where the whole interval lies in the band."""
-    if null_low is None or null_high is None or layers < FEWEST_LAYERS:
-        return "undecided"
-    if low > 0 and rho > null_high:
+def _verdict(rho: float, low: float, high: float, chance: tuple[float, float], nulls: Sequence[float]) -> str:
+    """A trend where the interval leaves out 0 and every null's ρ, and ρ chance; none where it lies in the latter."""
+    if low > max([0.0, *nulls]) and rho > chance[1]:
         return "later more"
-    if high < 0 and rho < null_low:
+    if high < min([0.0, *nulls]) and rho < chance[0]:
         return "later less"
-    return "no trend" if null_low <= low and high <= null_high else "undecided"
+    return "no trend" if chance[0] <= low and high <= chance[1] else "undecided"

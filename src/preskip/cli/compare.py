@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,11 +39,13 @@ def compare(
 
     stored = load_runs(runs, allow_different_dtype=allow_different_dtype)
     pairs = stored.pairs(_listed(arms) if arms else None, reference)
-    margins = {**stored.family.get("margins", DEFAULT_MARGINS), **_margins(margin or [])}
+    own_margins = _margins(margin or [])
+    margins = {**stored.family.get("margins", DEFAULT_MARGINS), **own_margins}
     family = {**stored.family, "margins": margins}
     chosen = _listed(sets) if sets else None
     with progress_bar("comparing", len(pairs), quiet=as_json) as advance:
         entries = compare_arms(stored.items, family, pairs=pairs, sets=chosen, confidence=confidence, advance=advance)
+    _check_margins(own_margins, entries)
     if as_json:
         print(json.dumps({"family": family, "notes": stored.notes, "comparisons": entries}, indent=1, allow_nan=False))
     else:
@@ -58,10 +61,22 @@ def _margins(texts: Sequence[str]) -> dict[str, float]:
     for text in texts:
         name, _, value = text.partition("=")
         try:
-            margins[name.strip()] = float(value)
+            margin = float(value)
         except ValueError:
-            raise PreskipError(f"--margin: {text!r} is not metric=number, such as acc=0.01") from None
+            margin = math.nan
+        if not math.isfinite(margin):
+            raise PreskipError(f"--margin: {text!r} is not metric=number, such as acc=0.01")
+        margins[name.strip()] = margin
     return margins
+
+
+def _check_margins(names: Iterable[str], entries: Sequence[Mapping[str, Any]]) -> None:
+    """A margin that names nothing compared would leave the default one in its place."""
+    known = {entry["metric"] for entry in entries} | {f"{entry['set']}.{entry['metric']}" for entry in entries}
+    if unknown := sorted(set(names) - known):
+        raise PreskipError(
+            f"--margin {unknown[0]}: nothing of that name is compared; choose among {', '.join(sorted(known))}"
+        )
 
 
 def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes: Sequence[str]) -> None:

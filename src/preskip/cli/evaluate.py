@@ -92,6 +92,11 @@ def evaluate(
         data_dir=data_directory(data_dir),
         progress=not as_json,
     )
+    if single := next((name for name, described in text_suite.sets.items() if described["documents"] < 2), None):
+        raise PreskipError(
+            f"text {single} is one document, an interval needs 2 or more: give more text, or a .jsonl file with a text "
+            "in every line"
+        )
     with spinner("preparing the tasks", quiet=as_json):
         task_suite = _task_suite(names, tokenizer, data_dir, limit, sample_seed, length)
     task_sets = task_suite.sets if task_suite else {}

@@ -108,6 +108,8 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
 
     stored = load_runs([run], allow_different_dtype=True)
     entries = compare_arms(stored.items, stored.family)
+    if not entries:
+        raise PreskipError(f"{run} has one finished arm, {next(iter(stored.items))}, and nothing to compare: finish it")
     declared = [entry for entry in entries if entry["declared"]]
     size = max(1, len(stored.family.get("declared", ())))
     return [

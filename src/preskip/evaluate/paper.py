@@ -255,7 +255,7 @@ def _sets(data: PaperData, items: Sequence[_Item], context_length: int) -> dict[
     return {
         name: {
             "kind": "item",
-            "domain": "in" if name == "paper:wikitext" else "out",
+            "domain": "out",
             "title": f"{data.sources[name]['title']}, {title}",
             "source": data.sources[name]["source"],
             "sha256": data.sources[name]["sha256"],

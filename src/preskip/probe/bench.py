@@ -22,7 +22,7 @@ from preskip.data.local import LAMBADA_DEVELOPMENT, data_directory, lambada_deve
 from preskip.data.splits import Splits, choose, load_splits, slug
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal, last_word_windows
-from preskip.evaluate.paper import COLUMNS, LENGTH, PaperItems, encode_paper_items, load_paper_data
+from preskip.evaluate.paper import COLUMNS, LENGTH, SHORTEST_CHARACTERS, PaperItems, encode_paper_items, load_paper_data
 from preskip.evaluate.published import recognise_published
 from preskip.evaluate.stats import ALPHA, DEFAULT_MARGINS
 from preskip.evaluate.texts import TextSet, prepare_texts
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 # Training text is shuffled in pieces of about this many characters, so that a short training sees many documents.
 PIECE_CHARACTERS = 4000
 LAST_WORD = "last_word"
+# Sets of lm-eval and of the paper's protocol that are WikiText, at home where that is trained on.
+WIKITEXT_SETS = {"wikitext", "paper:wikitext"}
 # What the reference arm is declared against.
 DECISIVE = ("none", "lora", "parallel")
 
@@ -301,16 +303,18 @@ def _heldout(
         sets[text.name] = text.describe(
             tokenizer, domain=domain, title=title, source=splits.source, sha256=splits.sha256
         )
+    paper_data = load_paper_data(data_dir) if config.paper_scoring else None
     development = []
     if config.lr_mode == "tune":
         extent = config.development_documents, config.development_words
         for splits, *_ in corpora:
-            if len(splits.development) < 2:
+            unseen = _without(splits.development, paper_data.wikitext if paper_data else ())
+            if len(unseen) < 2:
                 raise PreskipError(
-                    f"corpus {splits.name} has {len(splits.development)} documents to choose a learning rate on, 2 are "
-                    "needed: give more text, or a fixed --lr"
+                    f"corpus {splits.name} has {len(unseen)} documents to choose a learning rate on, 2 are needed: "
+                    "give more text, or a fixed --lr"
                 )
-            development.append(prepared(splits.name, splits.development, *extent))
+            development.append(prepared(splits.name, unseen, *extent))
         if "lambada_openai" in config.tasks and data_dir and (data_dir / LAMBADA_DEVELOPMENT).is_file():
             development.append(prepared("lambada_development", lambada_development(data_dir), *extent))
     items, item_windows = _last_words(config, home.heldout, tokenizer, limit) if config.last_word_items else ([], [])
@@ -341,9 +345,11 @@ def _heldout(
         )
         sets |= suite.sets
     paper = None
-    if config.paper_scoring:
-        paper = encode_paper_items(load_paper_data(data_dir), tokenizer, context_length=min(limit or LENGTH, LENGTH))
+    if paper_data is not None:
+        paper = encode_paper_items(paper_data, tokenizer, context_length=min(limit or LENGTH, LENGTH))
         sets |= paper.sets
+    for name in WIKITEXT_SETS & sets.keys() if "wikitext" in home.name.lower() else ():
+        sets[name] = {**sets[name], "domain": "in"}
     return HeldOut(
         texts=texts,
         items=items,
@@ -353,6 +359,12 @@ def _heldout(
         development=development,
         sets=sets,
     )
+
+
+def _without(documents: Sequence[Document], rows: Sequence[str]) -> list[Document]:
+    """Documents that share no paragraph with some rows: what the paper scores is WikiText's validation text, too."""
+    scored = {row.strip() for row in rows if len(row.strip()) >= SHORTEST_CHARACTERS}
+    return [document for document in documents if scored.isdisjoint(map(str.strip, document.text.split("\n")))]
 
 
 def _last_words(

@@ -18,13 +18,15 @@ def run_controls(run: RunDirectory, bench: Bench) -> dict[str, Any]:
     """Train the nulls and controls that the run asks for; finished ones are not repeated.
 
     `noise` costs seconds and is made for every arm with a branch and every seed; `shuffled` and the equal steps cost a
-    training each and are made for the reference arm and the first seed. All use the arm's own rate, steps and shapes.
+    training each and are made for `preskip` (without it, the first arm with a branch) and the first seed. All use the
+    arm's own rate, steps and shapes.
 
     Returns:
         `nulls`, `equal_step` and `dtype_audit` of results.json, as far as asked for.
     """
     config = bench.config
     arms = [arm for arm in resolve_arms(config.arms) if has_branch(arm, bench.context)]
+    arms.sort(key=lambda arm: arm.name != "preskip")
     parts: dict[str, Any] = {}
     nulls: dict[str, dict[str, Any]] = {}
     for null in config.nulls:

@@ -1,6 +1,6 @@
 """The learning rate of each arm, searched on development documents that no result is reported on.
 
-A log grid of half decades around the arm's default, the same number of rates for every arm. Successive halving: every
+A log grid of half decades around the arm's default, the same first three for every arm. Successive halving: every
 rate trains for a quarter of the steps (the schedule running to its end), the better half for half of them; the best of
 those is taken. Where the best is at the grid's edge, the next rate beyond is tried, too, and the arm is marked as
 extended. The data order is that of `tune_seed`, the same for all arms.
@@ -28,6 +28,8 @@ from preskip.rundir import Cell, read_json, write_json
 # Half decades around the arm's default.
 GRID = (-1, 0, 1)
 RUNGS = (1 / 4, 1 / 2)
+# The first step warms up from a rate of 0: alone it trains nothing.
+FEWEST_STEPS = 2
 # Rates beyond the grid's edge that are tried on either side.
 EXTENSIONS = 3
 
@@ -52,7 +54,7 @@ def search_rate(bench: Bench, arm: Arm, folder: Path, base: list[dict[str, Any]]
         return read_json(done)
     default = arm.learning_rate
     assert default is not None
-    steps = [max(1, round(share * bench.config.steps)) for share in RUNGS]
+    steps = [max(FEWEST_STEPS, round(share * bench.config.steps)) for share in RUNGS]
     trials: dict[tuple[int, int], dict[str, Any]] = {}
 
     def trial(rung: int, power: int) -> float:
@@ -83,10 +85,11 @@ def search_rate(bench: Bench, arm: Arm, folder: Path, base: list[dict[str, Any]]
         trials[0, power]["kept"] = True
         trial(1, power)
     best = min(kept, key=lambda power: trial(1, power))
-    neighbours = [power for power in (best - 1, best + 1) if power not in kept and (0, power) not in trials]
-    for power in neighbours if abs(best) < 1 + EXTENSIONS else []:
-        trial(1, power)
-        best = min((best, power), key=lambda candidate: trial(1, candidate))
+    # More steps may want a rate that the first rung had no reason to try.
+    while beyond := [power for power in (best - 1, best + 1) if not trials.keys() & {(0, power), (1, power)}]:
+        if abs(best) >= 1 + EXTENSIONS:
+            break
+        best = min((best, *beyond), key=lambda candidate: trial(1, candidate))
     if math.isinf(trial(1, best)):
         raise PreskipError(f"arm {arm.name}: training diverged at its best learning rate: give a fixed --lr")
     trials[1, best]["kept"] = True

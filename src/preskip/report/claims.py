@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preskip.report.lookup import PAPER, find, is_pretraining, primary, resolvable, sets_of
+from preskip.report.lookup import PAPER, find, is_declared, is_pretraining, primary, resolvable, sets_of
 from preskip.report.verdicts import MINUS, amount, metric_named, sentence, set_title
 
 ARM = "preskip"
@@ -32,6 +32,7 @@ FROM_SCRATCH = {
 MEASURES = {
     "skip_norm": "Norm of the skip",
     "skip_to_attention": "Functional size ‖skip output‖ / ‖attention output‖",
+    "equal_step_skip_to_attention": "Functional size after equal steps in all layers",
     "ablation_skip": "Loss when one layer's skip is off",
 }
 TREND = {
@@ -137,6 +138,8 @@ class _Bench:
             return _missing(f"this comparison among its pairs ({title})", title=title)
         smallest, basis = resolvable(self.results, entry)
         text = sentence(entry, self.results["sets"])
+        if not is_declared(entry):
+            text += " (not declared before training: exploratory, not corrected)"
         if reference != "none" and not self.same_budget(reference):
             text += f"; {reference} trains {self.weights(reference) / self.weights(ARM):.0%} of {ARM}'s weights"
         return {
@@ -167,7 +170,10 @@ class _Bench:
             return [_missing(f"arm {ARM}")]
         if not rows:
             return [_missing("the trend over depth (its analysis was left out)")]
-        return [_trend_part(row) for row in rows]
+        parts = [_trend_part(row) for row in rows]
+        if not any(row["measure"] == "ablation_skip" for row in rows):
+            parts.append(_missing("the loss with one layer's skip off (--ablation-documents)"))
+        return parts
 
     def cache(self) -> Part:
         """The bytes of the K/V cache with and without the branch."""
@@ -213,6 +219,8 @@ def trend_text(row: Mapping[str, Any]) -> str:
         text += f" [{row['low']:+.2f}, {row['high']:+.2f}]"
     if row.get("null_low") is not None:
         text += f", null band [{row['null_low']:+.2f}, {row['null_high']:+.2f}]"
+    for name, values in (row.get("nulls") or {}).items():
+        text += f", {name} {' and '.join(f'{value:+.2f}' for value in values)}"
     return text.replace("-", MINUS) + f": {row['verdict']}"
 
 

@@ -150,12 +150,11 @@ def limits(record: Mapping[str, Any], results: Mapping[str, Any], seeds: int) ->
         )
     if results.get("dtype_audit"):
         found.append(_dtype_cost(results))
-    for name, entry in results["sets"].items():
+    for name in results["sets"]:
         if name.startswith("last_word"):
             found.append(
                 f"{set_title(results['sets'], name)} is made from this corpus. It is not LAMBADA and compares with no "
-                f"published figure. McNemar's p takes its {entry.get('items', 0):,} items as independent; the interval "
-                "does not."
+                f"published figure. Its items are resampled by document: those of one are not independent."
             )
     declared = bool((results.get("family") or {}).get("declared"))
     found.append(
@@ -192,9 +191,15 @@ def _rate_limit(results: Mapping[str, Any]) -> str:
     arms, searched = trained_arms(results), set(results.get("search") or ())
     fixed = [arm for arm in arms if arm not in searched]
     if not fixed and arms:
+        searches = results["search"]
+        counts = sorted({len(searches[arm]["trace"]) for arm in arms})
+        extended = [arm for arm in arms if searches[arm].get("extended")]
+        runs = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
         return (
-            "Each arm's learning rate was tuned on development documents with the same number of runs per arm. Other "
-            "settings (steps, batch, schedule) are shared, not tuned."
+            f"Each arm's learning rate was tuned on development documents, in {runs} short trainings per arm from the "
+            "same first grid"
+            + (f" (it was extended for {', '.join(extended)}, whose best rate lay at its edge)" if extended else "")
+            + ". Other settings (steps, batch, schedule) are shared, not tuned."
         )
     if searched:
         return f"Learning rates were tuned, but not of {', '.join(fixed)}: these may rank higher at their best rates."

@@ -218,13 +218,22 @@ def trend_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
             "measure": TRENDS.get(row["measure"], row["measure"]),
             "rho": number(row["rho"], 2, sign=True),
             "interval": _range(row.get("low"), row.get("high")),
-            "null": _range(row.get("null_low"), row.get("null_high")),
+            "null": _null_range(row),
             "seeds": str(row.get("seeds") or ""),
             "verdict": row["verdict"],
         }
         for arm, rows in (results.get("trend") or {}).items()
         for row in rows
     ]
+
+
+def _null_range(row: Mapping[str, Any]) -> str:
+    """The band, and what each null itself gives."""
+    own = [
+        f"{name} {', '.join(number(rho, 2, sign=True) for rho in rhos)}"
+        for name, rhos in (row.get("nulls") or {}).items()
+    ]
+    return "; ".join([_range(row.get("null_low"), row.get("null_high")), *own])
 
 
 def _range(low: float | None, high: float | None) -> str:

@@ -77,6 +77,7 @@ def _words(verdict: str) -> str:
 
 def _sentences(results: Mapping[str, Any], plane: Mapping[str, Any]) -> list[str]:
     where = f"{set_title(results['sets'], plane['home'])} against {set_title(results['sets'], plane['abroad'])}"
+    where += " (exploratory)"
     if not plane["dominated"] and not plane["possible"]:
         return [f"On the frontier of {where}: every arm; none is shown to beat another on one axis without loss"]
     return [f"On the frontier of {where}: {', '.join(plane['on']) or 'none for certain'}"] + [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Outcome = Literal["better", "worse", "equivalent", "undecided"]
@@ -51,9 +51,13 @@ METRICS = {
 
 
 def metric_named(key: str) -> Metric:
-    """The metric of that key; an unknown one is shown under its own name and read as "higher is better"."""
+    """The metric of a key, also with a filter; an unknown one keeps its name and is read as "higher is better"."""
+    name, _, filter_name = key.partition(",")
+    known = METRICS.get(name)
+    if known is not None and filter_name:
+        return replace(known, name=f"{known.name} ({filter_name})", phrase=f"{known.phrase} ({filter_name})")
     words = key.replace("_", " ")
-    return METRICS.get(key) or Metric(name=words.capitalize(), phrase=words, lower_is_better=False)
+    return known or Metric(name=words.capitalize(), phrase=words, lower_is_better=False)
 
 
 def set_title(sets: Mapping[str, Mapping[str, Any]], key: str) -> str:

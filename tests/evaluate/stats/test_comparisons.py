@@ -187,6 +187,19 @@ def test_all_pairs_once_as_declared_or_later_minus_earlier() -> None:
     assert entries[2]["p_holm"] == entries[2]["p_value"]
 
 
+def test_an_accuracy_may_be_a_share_of_an_item() -> None:
+    """As in truthfulqa_mc2, whose `acc` is the probability of the true answers."""
+
+    def records(shares):
+        return [{"set": "mc2", "id": str(i), "kind": "item", "scores": {"acc": x}} for i, x in enumerate(shares)]
+
+    shares = np.random.default_rng(0).random(50)
+    (entry,) = compare(records(shares + 0.1), records(shares))
+    assert entry["difference"] == pytest.approx(0.1)
+    assert entry["gained"] is None
+    assert summarise(records(shares))["mc2"]["acc"]["value"] == pytest.approx(shares.mean())
+
+
 def test_what_cannot_be_compared_is_refused_with_one_line() -> None:
     a = make_items(1)
     document, item = a[0], a[1]
@@ -197,7 +210,6 @@ def test_what_cannot_be_compared_is_refused_with_one_line() -> None:
         ([*a, document], a, "'doc-0' of heldout occurs twice"),
         (a, [{k: v for k, v in document.items() if k != "nll"}, *a[1:]], "no usable 'nll'"),
         (a, [document, {**item, "scores": {}}, *a[2:]], "of cloze has no usable 'acc'"),
-        (a, [document, {**item, "scores": {"acc": 0.5, "nll": 1.0}}, *a[2:]], "'acc' holds values other than 0 and 1"),
         (a, [{k: v for k, v in document.items() if k != "set"}, *a[1:]], "lacks set, id or kind"),
         (a, [{**r, "set": "other"} for r in a], "share no evaluation set"),
         (a, [{**document, "kind": "item"}, *a[1:]], "mixes documents and items"),

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from preskip.errors import PreskipError
 from preskip.evaluate.stats.bootstrap import RESAMPLES, Components, RatioDistribution
 from preskip.evaluate.stats.distribution import CONFIDENCE, Distribution, check_confidence
 from preskip.evaluate.stats.exact import mcnemar, rate_bound
@@ -17,7 +16,7 @@ from preskip.evaluate.stats.family import apply_family
 from preskip.evaluate.stats.inputs import Array, sum_by_cluster
 from preskip.evaluate.stats.paired import accuracy_distribution, discordant, exponential
 from preskip.evaluate.stats.records import SeedItems, Table, by_seed, paired_seeds, tables
-from preskip.evaluate.stats.verdict import DEFAULT_MARGINS, is_accuracy, margin_of
+from preskip.evaluate.stats.verdict import DEFAULT_MARGINS, margin_of
 from preskip.progress import Advance, no_progress
 
 
@@ -62,7 +61,7 @@ def summarise(
             }
         else:
             metrics[table.name] = {
-                score: _mean(table.column(score), table, score, confidence, options) for score in table.scores
+                score: _mean(table.column(score), table, confidence, options) for score in table.scores
             }
     return metrics
 
@@ -181,10 +180,10 @@ def compare_arms(
     return apply_family(entries, family)
 
 
-def _mean(values: Array, table: Table, score: str, confidence: float, options: Mapping[str, int]) -> dict[str, float]:
+def _mean(values: Array, table: Table, confidence: float, options: Mapping[str, int]) -> dict[str, float]:
     above, below = sum_by_cluster(values, np.ones_like(values), table.clusters)
     interval = RatioDistribution(above, below, **options).interval(confidence).as_dict()
-    if _is_accuracy(score, values):
+    if _is_right_or_wrong(values):
         rate, units = interval["value"], above.shape[1]
         if rate in (0.0, 1.0):  # no spread to resample: the exact binomial bound
             bound = rate_bound(units, confidence)
@@ -200,7 +199,7 @@ def _difference(
     options = {"resamples": resamples, "seed": seed}
     clusters = table.clusters
     distribution: Distribution
-    if table.kind == "item" and _is_accuracy(metric, column):
+    if table.kind == "item" and _is_right_or_wrong(column):
         distribution = accuracy_distribution(difference, clusters, **options)
         gained, lost = discordant(difference)
         p_value = mcnemar(gained, lost)
@@ -218,8 +217,6 @@ def _difference(
     return {"gained": gained, "lost": lost, "p_value": p_value, "deviations": deviations}, distribution
 
 
-def _is_accuracy(score: str, values: Array) -> bool:
-    binary = bool(np.isin(values, (0.0, 1.0)).all())
-    if is_accuracy(score) and not binary:
-        raise PreskipError(f"score {score!r} holds values other than 0 and 1: it must be right or wrong per item")
-    return binary
+def _is_right_or_wrong(values: Array) -> bool:
+    """Whether every score is 0 or 1, whatever the metric's name: some tasks give a share as an item's accuracy."""
+    return bool(np.isin(values, (0.0, 1.0)).all())

@@ -23,7 +23,7 @@ from scipy import special
 from preskip.errors import PreskipError
 from preskip.evaluate.stats.bootstrap import seeds_and_units_reach
 from preskip.evaluate.stats.inputs import Array
-from preskip.evaluate.stats.verdict import ALPHA, is_accuracy
+from preskip.evaluate.stats.verdict import ALPHA, base_metric, is_accuracy
 
 POWER = 0.8
 MOST_UNITS, MOST_SEEDS = 10_000_000, 1_000
@@ -237,14 +237,14 @@ def planned_power(
             raise PreskipError(f"the family declares a comparison on {name!r}, which the run does not evaluate")
         units = sets[name].get("clusters") or sets[name]["documents" if sets[name]["kind"] == "document" else "items"]
         accuracy = is_accuracy(metric)
-        deviation = discordant_deviation(DISCORDANT) if accuracy else UNIT_DEVIATIONS.get(metric)
+        deviation = discordant_deviation(DISCORDANT) if accuracy else UNIT_DEVIATIONS.get(base_metric(metric))
         if deviation is None:
             continue
         design = Design.assumed(
             units=units,
             deviation=deviation,
             seeds=seeds,
-            seed_deviation=SEED_DEVIATIONS["acc" if accuracy else metric],
+            seed_deviation=SEED_DEVIATIONS["acc" if accuracy else base_metric(metric)],
         )
         entries.append(_entry(entry, design, family, len(declared), power, "assumed"))
     return entries

@@ -14,6 +14,8 @@ from preskip.rundir import RunDirectory
 
 # What must be the same for scores of one set to be comparable.
 _SCORING = ("context_length", "stride")
+# And of lm-eval's task, where it is one.
+_PROMPTS = ("version", "num_fewshot", "prompt_sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,17 @@ def _check_same_scoring(name: str, first: Mapping[str, Any], other: Mapping[str,
             raise PreskipError(
                 f"{name} was scored with {key.replace('_', ' ')} {first.get(key)} in one run and {other.get(key)} in "
                 "another: evaluate both with the same settings"
+            )
+    # Item ids of a task may be mere positions, so other data would pair what does not belong together.
+    data = [described.get("sha256") for described in (first, other)]
+    if first.get("kind") == "item" and all(data) and data[0] != data[1]:
+        raise PreskipError(f"{name} has other data in one run than in another: evaluate both on the same file")
+    for key in _PROMPTS:
+        one, two = ((described.get("lm_eval") or {}).get(key) for described in (first, other))
+        if one != two:
+            raise PreskipError(
+                f"{name} has another {key.replace('_', ' ')} in one run ({str(one)[:12]}) than in another "
+                f"({str(two)[:12]}): evaluate both with one version of lm-eval"
             )
 
 

@@ -15,19 +15,24 @@ _LOWER_IS_BETTER = {"bits_per_byte", "word_perplexity", "byte_perplexity", "perp
 _ACCURACIES = {"acc", "acc_norm", "exact_match"}
 
 
+def base_metric(metric: str) -> str:
+    """The metric without the filter of lm-eval through which it was taken: exact_match of exact_match,strict-match."""
+    return metric.split(",")[0]
+
+
 def lower_is_better(metric: str) -> bool:
     """Whether a smaller value of this metric is the better one; a metric not known is read as "higher is better"."""
-    return metric in _LOWER_IS_BETTER
+    return base_metric(metric) in _LOWER_IS_BETTER
 
 
 def is_accuracy(metric: str) -> bool:
     """Whether the metric is a share of right answers by its name, whatever its values."""
-    return metric in _ACCURACIES
+    return base_metric(metric) in _ACCURACIES
 
 
 def margin_of(margins: Mapping[str, float], set_name: str, metric: str) -> float | None:
     """The equivalence margin of a metric on a set: under "set.metric", else under "metric", else None."""
-    return margins.get(f"{set_name}.{metric}", margins.get(metric))
+    return margins.get(f"{set_name}.{metric}", margins.get(metric, margins.get(base_metric(metric))))
 
 
 def verdict_of(comparison: Mapping[str, Any], alpha: float = ALPHA) -> Verdict:

@@ -14,12 +14,12 @@ from preskip.report.verdicts import Metric, metric_named, set_title
 
 # Opacity of the last rung and of earlier ones: of lines and points, of their intervals.
 STRENGTH = ((0.85, 0.3), (0.5, 0.12))
-# Words in the plane's corners: text, place, and how it is set.
-CORNERS: tuple[tuple[str, Any, Any, Any, int], ...] = (
-    ("better abroad only", 8, 10, "left", 0),
-    ("better in both", "width", 10, "right", -6),
-    ("worse in both", 8, "height", "left", 0),
-    ("better at home only", "width", "height", "right", -6),
+# Words in the plane's corners: text, signs of x and y there, place, and how it is set.
+CORNERS: tuple[tuple[str, int, int, Any, Any, Any, int], ...] = (
+    ("better abroad only", -1, 1, 8, 10, "left", 0),
+    ("better in both", 1, 1, "width", 10, "right", -6),
+    ("worse in both", -1, -1, 8, "height", "left", 0),
+    ("better at home only", 1, -1, "width", "height", "right", -6),
 )
 
 
@@ -102,7 +102,8 @@ def plane(records: Sequence[Record], results: Mapping[str, Any], home: str, abro
             once(source)
             .mark_text(align=align, baseline="top" if top == 10 else "bottom", fontSize=12, dx=shift)
             .encode(x=alt.value(left), y=alt.value(top), text=alt.datum(words))
-            for words, left, top, align, shift in CORNERS
+            for words, x_sign, y_sign, left, top, align, shift in CORNERS
+            if _reaches(records, "x", x_sign) and _reaches(records, "y", y_sign)
         ),
     ]
     if any(record["part"] == "grid" for record in records):
@@ -130,6 +131,11 @@ def plane(records: Sequence[Record], results: Mapping[str, Any], home: str, abro
         test.mark_point(filled=True, size=210, opacity=1).encode(shape=shape, tooltip=about),
     ]
     return specification(alt.layer(*layers), height=440)
+
+
+def _reaches(records: Sequence[Record], axis: str, sign: int) -> bool:
+    """Whether a mark, or its interval, lies on that side of 0, so that the axis is drawn there."""
+    return any(sign * record[f"{axis}_{end}"] > 0 for record in records for end in ("low", "high"))
 
 
 def _benefit(axis: str, entry: Mapping[str, Any], about: Metric) -> Record:
