@@ -594,16 +594,19 @@ def test_a_rate_at_which_training_diverges_is_passed_over(probe, tmp_path, monke
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_the_papers_scoring_is_kept_out_of_the_family(probe, tmp_path):
+@pytest.mark.parametrize(("name", "domain"), [("corpus", "out"), ("my-wikitext", "in")])
+def test_the_papers_scoring_is_kept_out_of_the_family(probe, tmp_path, name, domain):
+    corpus = write_corpus(tmp_path / f"{name}.jsonl", 40)
     data = write_local_data(tmp_path / "data")
     lines = "".join(f" The committee met for the {i}th time and wrote down what it had found . \n" for i in range(6))
     (data / "wikitext2/wiki.valid.tokens").write_text(" \n = A page = \n \n" + lines)
     options = ["--arms", "preskip", "--paper-scoring", "--packing", "paragraphs", "--data-dir", data]
-    code, out, err = probe(*options, "--last-word-items", "0")
+    code, out, err = probe(*options, "--last-word-items", "0", corpus=corpus)
     assert code == 0, err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["sets"]["paper:wikitext"]["domain"] == domain
     assert {"paper:lambada", "paper:hellaswag", "paper:arc_easy", "paper:wikitext"} < set(results["sets"])
-    assert {entry["set"] for entry in results["family"]["declared"]} == {"corpus"}
+    assert {entry["set"] for entry in results["family"]["declared"]} == {name}
     assert set(results["paper"]["columns"]) == {"none", "preskip"}
     assert results["paper"]["published"] is None
     assert "the paper's scoring" in out
