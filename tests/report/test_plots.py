@@ -101,6 +101,35 @@ def test_the_plane_shows_benefits(results: dict[str, Any]) -> None:
     assert {row["part"] for row in plane.plane_records(results, "wikitext2", "lambada_openai")} == {"test"}
 
 
+def test_rates_that_ruin_the_model_do_not_make_the_plane_small(results: dict[str, Any]) -> None:
+    records = plane.plane_records(results, "wikitext2", "books")
+    before, far = plane.outside(records), max(abs(row["x"]) for row in records)
+    grid = next(row for row in records if row["part"] == "grid")
+    ruined = {**grid, "last": False, "x": -10 * far, "y": -10 * far}
+    assert plane.outside([*records, ruined]) == before + 1
+    spec = plane.plane([*records, ruined], results, "wikitext2", "books")
+    domains = [scale["domain"] for scale in found(spec, "scale") if "domain" in scale and scale.get("nice")]
+    assert domains
+    assert all(low > -10 * far for low, _ in domains)
+
+
+def test_corners_that_are_not_drawn_are_not_named(results: dict[str, Any]) -> None:
+    right = [
+        {**row, "x": 1.0, "x_low": 0.9, "x_high": 1.1} for row in plane.plane_records(results, "wikitext2", "books")
+    ]
+    words = json.dumps(plane.plane(right, results, "wikitext2", "books"))
+    assert "better at home only" in words
+    assert "worse in both" not in words
+
+
+def found(spec: Any, key: str) -> list[Any]:
+    """Every value of a key, however deep."""
+    if isinstance(spec, dict):
+        own = [spec[key]] if isinstance(spec.get(key), dict) else []
+        return own + [value for child in spec.values() for value in found(child, key)]
+    return [value for child in spec for value in found(child, key)] if isinstance(spec, list) else []
+
+
 def test_the_search_marks_chosen_and_diverged(results: dict[str, Any]) -> None:
     records = search.search_records(results["search"]["preproj"], "preproj")
     assert len(records) == len(results["search"]["preproj"]["trace"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from preskip.report.lookup import trained_arms
-from preskip.report.verdicts import amount, metric_named, set_title
+from preskip.report.lookup import is_declared, trained_arms
+from preskip.report.verdicts import amount, metric_named, sentence, set_title
 
 FACT_VERSIONS = ("python", "torch", "transformers", "peft")
 
@@ -113,6 +113,20 @@ def family_text(results: Mapping[str, Any]) -> str:
         f"{metric_named(key).phrase} ±{amount(key, value)}" for key, value in (family.get("margins") or {}).items()
     )
     return text + (f" Margins of equivalence: {margins}." if margins else "")
+
+
+def declared_text(results: Mapping[str, Any]) -> str:
+    """What the comparisons declared before training decided, after correction, in sentences; "" where none was."""
+    declared = [entry for entry in results["comparisons"] if is_declared(entry)]
+    if not declared:
+        return ""
+    decided = [sentence(entry, results["sets"]) for entry in declared if entry["verdict"] != "undecided"]
+    undecided = len(declared) - len(decided)
+    counted = (
+        f"Of {len(declared)} comparisons declared before training, corrected for their number, {len(decided)} "
+        f"{'is' if len(decided) == 1 else 'are'} decided" + (f" and {undecided} undecided" if undecided else "")
+    )
+    return ". ".join([counted, *decided]) + "."
 
 
 def limits(record: Mapping[str, Any], results: Mapping[str, Any], seeds: int) -> list[str]:

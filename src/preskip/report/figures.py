@@ -61,6 +61,7 @@ def _planes(results: Mapping[str, Any]) -> Iterator[Figure]:
             f"{set_title(results['sets'], home)} against {set_title(results['sets'], abroad)}",
             plane.plane(records, results, home, abroad),
             f"Benefit against the untouched model: {places}. {assess_plane(results, home, abroad)['sentence']}",
+            note=f"{left_out} points of the search lie outside" if (left_out := plane.outside(records)) else "",
         )
 
 
@@ -218,7 +219,8 @@ def trend_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
             "measure": TRENDS.get(row["measure"], row["measure"]),
             "rho": number(row["rho"], 2, sign=True),
             "interval": _range(row.get("low"), row.get("high")),
-            "null": _null_range(row),
+            "null": _range(row.get("null_low"), row.get("null_high")),
+            "own_nulls": _of_nulls(row),
             "seeds": str(row.get("seeds") or ""),
             "verdict": row["verdict"],
         }
@@ -227,13 +229,12 @@ def trend_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _null_range(row: Mapping[str, Any]) -> str:
-    """The band, and what each null itself gives."""
-    own = [
+def _of_nulls(row: Mapping[str, Any]) -> str:
+    """The ρ of each of a norm's nulls."""
+    return "; ".join(
         f"{name} {', '.join(number(rho, 2, sign=True) for rho in rhos)}"
         for name, rhos in (row.get("nulls") or {}).items()
-    ]
-    return "; ".join([_range(row.get("null_low"), row.get("null_high")), *own])
+    )
 
 
 def _range(low: float | None, high: float | None) -> str:

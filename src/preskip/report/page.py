@@ -77,6 +77,7 @@ def _content(
         "scoreboard": rows.scoreboard(results),
         "scope": verdicts.scope(comparisons, seeds),
         "family": facts.family_text(results),
+        "declared": facts.declared_text(results),
         "several_seeds": seeds > 1,
         "confidence": _confidence(comparisons),
         "groups": groups,

@@ -5,6 +5,7 @@ Both axes point the same way: right is better at home, up is better abroad.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,9 +92,11 @@ def plane(records: Sequence[Record], results: Mapping[str, Any], home: str, abro
     legend = alt.Legend(values=[arm for arm in arms if arm in shown], symbolType="circle", symbolSize=110)
     source = alt.Chart(alt.InlineData(values=list(records)))
     titles = [_title(results, name) for name in (home, abroad)]
-    scale, ticks = alt.Scale(zero=True, nice=True), alt.Axis(tickCount=8)
-    x = alt.X("x:Q", title=[f"At home: {titles[0][0]} → better", titles[0][1]], axis=ticks, scale=scale)
-    y = alt.Y("y:Q", title=[f"Abroad: {titles[1][0]} → better", titles[1][1]], axis=ticks, scale=scale)
+    bounds = _bounds(records)
+    x_scale, y_scale = (alt.Scale(domain=list(bounds[axis]), nice=True) for axis in ("x", "y"))
+    ticks = alt.Axis(tickCount=8)
+    x = alt.X("x:Q", title=[f"At home: {titles[0][0]} → better", titles[0][1]], axis=ticks, scale=x_scale)
+    y = alt.Y("y:Q", title=[f"Abroad: {titles[1][0]} → better", titles[1][1]], axis=ticks, scale=y_scale)
     colour, shape = arm_colour(arms, legend), arm_shape(arms, legend)
     layers: list[Any] = [
         once(source).mark_rule(strokeWidth=1.25, strokeDash=[4, 3]).encode(x=alt.datum(0)),
@@ -103,7 +106,7 @@ def plane(records: Sequence[Record], results: Mapping[str, Any], home: str, abro
             .mark_text(align=align, baseline="top" if top == 10 else "bottom", fontSize=12, dx=shift)
             .encode(x=alt.value(left), y=alt.value(top), text=alt.datum(words))
             for words, x_sign, y_sign, left, top, align, shift in CORNERS
-            if _reaches(records, "x", x_sign) and _reaches(records, "y", y_sign)
+            if bounds["x"][x_sign > 0] != 0 and bounds["y"][y_sign > 0] != 0
         ),
     ]
     if any(record["part"] == "grid" for record in records):
@@ -113,13 +116,15 @@ def plane(records: Sequence[Record], results: Mapping[str, Any], home: str, abro
         # Earlier rungs trained for fewer steps: they stand back.
         strong, faint = (alt.condition("datum.last", alt.value(high), alt.value(low)) for high, low in STRENGTH)
         layers += [
-            grid.mark_rule(strokeWidth=1).encode(x="x_low:Q", x2="x_high:Q", opacity=faint),
-            grid.mark_rule(strokeWidth=1).encode(y="y_low:Q", y2="y_high:Q", opacity=faint),
-            grid.mark_line(strokeWidth=1.25).encode(
+            grid.mark_rule(strokeWidth=1, clip=True).encode(x="x_low:Q", x2="x_high:Q", opacity=faint),
+            grid.mark_rule(strokeWidth=1, clip=True).encode(y="y_low:Q", y2="y_high:Q", opacity=faint),
+            grid.mark_line(strokeWidth=1.25, clip=True).encode(
                 detail=["rung:N", "seed:N", "last:N"], order="learning_rate:Q", opacity=strong
             ),
-            grid.mark_point(filled=True, size=26).encode(shape=shape, tooltip=about, opacity=strong),
-            grid.transform_filter("datum.chosen").mark_point(size=150, strokeWidth=1.5, opacity=0.9, shape="circle"),
+            grid.mark_point(filled=True, size=26, clip=True).encode(shape=shape, tooltip=about, opacity=strong),
+            grid.transform_filter("datum.chosen").mark_point(
+                size=150, strokeWidth=1.5, opacity=0.9, shape="circle", clip=True
+            ),
         ]
     test = source.transform_filter("datum.part === 'test'").encode(color=colour, x=x, y=y)
     about = tooltips({"arm:N": "arm"})
@@ -133,9 +138,31 @@ def plane(records: Sequence[Record], results: Mapping[str, Any], home: str, abro
     return specification(alt.layer(*layers), height=440)
 
 
-def _reaches(records: Sequence[Record], axis: str, sign: int) -> bool:
-    """Whether a mark, or its interval, lies on that side of 0, so that the axis is drawn there."""
-    return any(sign * record[f"{axis}_{end}"] > 0 for record in records for end in ("low", "high"))
+def outside(records: Sequence[Record]) -> int:
+    """How many points of the search the picture leaves out."""
+    bounds = _bounds(records)
+    return sum(
+        any(not low <= record[axis] <= high for axis, (low, high) in bounds.items())
+        for record in records
+        if record["part"] == "grid"
+    )
+
+
+def _bounds(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
+    """Lowest and highest x and y that are drawn: 0, the test scores' intervals and the last rung of the search; of
+    earlier rungs the points that are no farther from 0 than those, since some rates ruin the model.
+    """
+    tested = [record for record in records if record["part"] == "test"]
+    grid = [record for record in records if record["part"] == "grid"]
+    values = {
+        axis: [record[f"{axis}_{end}"] for record in tested for end in ("low", "high")]
+        + [record[axis] for record in grid if record["last"]]
+        for axis in ("x", "y")
+    }
+    reach = {axis: max((abs(value) for value in own), default=math.inf) for axis, own in values.items()}
+    near = [record for record in grid if all(abs(record[axis]) <= reach[axis] for axis in reach)]
+    every = {axis: [0.0, *own, *(record[axis] for record in near)] for axis, own in values.items()}
+    return {axis: (min(own), max(own)) for axis, own in every.items()}
 
 
 def _benefit(axis: str, entry: Mapping[str, Any], about: Metric) -> Record:

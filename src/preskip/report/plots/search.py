@@ -82,8 +82,11 @@ def rung_dashes(count: int) -> list[list[int]]:
 
 
 def shared_bounds(records: Sequence[Record]) -> tuple[float, float]:
-    """Limits of the vertical axis over all arms: what was measured and 0, with a twentieth to spare."""
+    """Limits of the vertical axis over all arms: what was measured and 0, with a twentieth to spare. A rate that ruins
+    the model, that is loses more than the best one gains, stands at the upper edge.
+    """
     values = [record[key] for record in records for key in ("value", "low", "high") if record[key] is not None]
     low, high = min([0.0, *values]), max([0.0, *values])
+    high = min(high, -low) if low < 0 else high
     spare = 0.05 * (high - low) or 0.01
     return low - spare, high + spare
