@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -99,6 +100,19 @@ def test_the_plane_shows_benefits(results: dict[str, Any]) -> None:
     assert [(row["learning_rate"], row["rung"]) for row in chosen] == [(1e-3, 2)]
     # Points of accuracy and the search's bits per byte share no axis.
     assert {row["part"] for row in plane.plane_records(results, "wikitext2", "lambada_openai")} == {"test"}
+
+
+def test_what_the_search_scored_in_place_of_a_task_has_its_own_plane(results: dict[str, Any]) -> None:
+    changed = copy.deepcopy(results)
+    for searched in changed["search"].values():
+        for point in searched["trace"]:
+            if not point["diverged"]:
+                point["dev"]["out"]["lambada_development"] = {"value": -0.03, "low": -0.04, "high": -0.02}
+    keys = [figure["key"] for figure in make_figures(results, [])]
+    [own] = [figure for figure in make_figures(changed, []) if figure["key"] not in keys]
+    assert (own["key"], own["section"]) == ("plane-lambada_development", "plane-lambada_openai")
+    marks = plane.grid_records(changed, "preskip", "lambada_development")
+    assert {row["y"] for row in marks} == {0.03}
 
 
 def test_rates_that_ruin_the_model_do_not_make_the_plane_small(results: dict[str, Any]) -> None:

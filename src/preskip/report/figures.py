@@ -61,8 +61,29 @@ def _planes(results: Mapping[str, Any]) -> Iterator[Figure]:
             f"{set_title(results['sets'], home)} against {set_title(results['sets'], abroad)}",
             plane.plane(records, results, home, abroad),
             f"Benefit against the untouched model: {places}. {assess_plane(results, home, abroad)['sentence']}",
-            note=f"{left_out} points of the search lie outside" if (left_out := plane.outside(records)) else "",
+            note=_left_out(records),
         )
+        text = plane.DEVELOPMENT_TEXT.get(abroad, "")
+        searched = [record for arm in trained_arms(results) for record in plane.grid_records(results, arm, text)]
+        if searched:
+            chosen = "; ".join(
+                f"{r['arm']} at {r['learning_rate']:g}: {r['x']:+.4f} at home, {r['y']:+.4f} abroad"
+                for r in searched
+                if r["chosen"]
+            )
+            yield _figure(
+                f"plane-{text}",
+                f"plane-{abroad}",
+                f"Rates of the search: {set_title(results['sets'], home)} against {text}",
+                plane.plane(searched, results, home, text),
+                f"Bits per byte saved on development text at the chosen rates: {chosen}",
+                note=_left_out(searched),
+            )
+
+
+def _left_out(records: Sequence[dict[str, Any]]) -> str:
+    count = plane.outside(records)
+    return f"{count} points of the search lie outside" if count else ""
 
 
 def _forests(results: Mapping[str, Any]) -> Iterator[Figure]:

@@ -15,6 +15,8 @@ from preskip.report.verdicts import Metric, metric_named, set_title
 
 # Opacity of the last rung and of earlier ones: of lines and points, of their intervals.
 STRENGTH = ((0.85, 0.3), (0.5, 0.12))
+# Text on which the search is scored in place of a task, in bits per byte.
+DEVELOPMENT_TEXT = {"lambada_openai": "lambada_development"}
 # Words in the plane's corners: text, signs of x and y there, place, and how it is set.
 CORNERS: tuple[tuple[str, int, int, Any, Any, Any, int], ...] = (
     ("better abroad only", -1, 1, 8, 10, "left", 0),
@@ -175,6 +177,8 @@ def _benefit(axis: str, entry: Mapping[str, Any], about: Metric) -> Record:
 
 
 def _title(results: Mapping[str, Any], name: str) -> tuple[str, str]:
+    if name not in results["sets"]:
+        return "bits per byte saved", f"{name}, scored by the search only"
     about = metric_named(primary(results, name))
     unit = about.difference_unit.strip()
     words = f"{unit} of {about.phrase}" if unit else about.phrase
