@@ -108,7 +108,10 @@ def _difference(entry: Mapping[str, Any]) -> str:
 
 
 def _nulls(entry: Mapping[str, Any]) -> str:
-    own = (f"{name} {', '.join(number(rho, 2, sign=True) for rho in rhos)}" for name, rhos in (entry.get("nulls") or {}).items())
+    own = (
+        f"{name} {', '.join(number(rho, 2, sign=True) for rho in rhos)}"
+        for name, rhos in (entry.get("nulls") or {}).items()
+    )
     return "; ".join([_limits(entry["null_low"], entry["null_high"], 2), *own])
 
 
