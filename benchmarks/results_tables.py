@@ -17,7 +17,7 @@ from preskip.report.claims import MEASURES
 from preskip.report.load import load_json
 from preskip.report.lookup import find, is_declared, plain_arm, primary, trained_arms
 from preskip.report.plots.plane import development
-from preskip.report.verdicts import MINUS, decimals, difference_text, metric_named, number, p_text
+from preskip.report.verdicts import MINUS, decimals, difference_text, metric_named, nulls_text, number, p_text
 
 ARM = "preskip"
 DOMAINS = {"in": "home", "out": "abroad"}
@@ -87,7 +87,7 @@ def searched(results: Results) -> str:
 
 
 def depth(results: Results) -> str:
-    """Spearman's correlation of the skip's size with the layer, against the band of chance and of the noise null."""
+    """Spearman's correlation of the skip's size with the layer, against what chance and the nulls give."""
     rows = [
         (
             f"`{arm}`",
@@ -108,11 +108,8 @@ def _difference(entry: Mapping[str, Any]) -> str:
 
 
 def _nulls(entry: Mapping[str, Any]) -> str:
-    own = (
-        f"{name} {', '.join(number(rho, 2, sign=True) for rho in rhos)}"
-        for name, rhos in (entry.get("nulls") or {}).items()
-    )
-    return "; ".join([_limits(entry["null_low"], entry["null_high"], 2), *own])
+    own = nulls_text(entry)
+    return _limits(entry["null_low"], entry["null_high"], 2) + (f"; {own}" if own else "")
 
 
 def _development(value: Mapping[str, Any] | None) -> str:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from preskip.data.corpus import Document
 from preskip.data.local import data_directory
 from preskip.errors import PreskipError
 from preskip.evaluate.paper import (
@@ -278,3 +279,14 @@ def test_pythia_path_on_real_text():
     for name in COLUMNS:
         assert scores.columns[name] == pytest.approx(expected[name], rel=1e-4), name
     assert scores.columns["paper:wikitext"] == pytest.approx(50304, rel=0.3)  # a random model knows nothing
+
+
+def test_what_is_scored_is_no_development_text():
+    paragraph = "A paragraph of fifty characters or more, scored by the paper's protocol."
+    heading = " = = History = = "
+    documents = [
+        Document("a", f"{heading}\n {paragraph} \nMore.", "a"),
+        Document("b", f"{heading}\nOther text.", "b"),  # headings are shared by many pages
+    ]
+    data = PaperData(lambada=[], hellaswag=[], arc_easy=[], wikitext=[f" {paragraph} \n", f"{heading}\n"], sources={})
+    assert [document.id for document in data.without_scored(documents)] == ["b"]

@@ -102,14 +102,13 @@ def trend(
     has_band = measure not in NORM_MEASURES or "noise" in of_nulls
     is_decided = has_band and len(layers) >= FEWEST_LAYERS
     others = [value for values in of_nulls.values() for value in values]
-    null_low, null_high = (min(chance[0], *others), max(chance[1], *others)) if others else chance
     return {
         "measure": measure,
         "rho": rho,
         "low": low,
         "high": high,
-        "null_low": null_low if has_band else None,
-        "null_high": null_high if has_band else None,
+        "null_low": min([chance[0], *others]) if has_band else None,
+        "null_high": max([chance[1], *others]) if has_band else None,
         "nulls": of_nulls,
         "verdict": _verdict(rho, low, high, chance, others) if is_decided else "undecided",
         "seeds": len(profiles),

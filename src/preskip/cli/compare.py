@@ -72,7 +72,10 @@ def _margins(texts: Sequence[str]) -> dict[str, float]:
 
 def _check_margins(names: Iterable[str], entries: Sequence[Mapping[str, Any]]) -> None:
     """A margin that names nothing compared would leave the default one in its place."""
-    known = {entry["metric"] for entry in entries} | {f"{entry['set']}.{entry['metric']}" for entry in entries}
+    from preskip.evaluate.stats.verdict import base_metric
+
+    metrics = {entry["metric"] for entry in entries}
+    known = metrics | set(map(base_metric, metrics)) | {f"{entry['set']}.{entry['metric']}" for entry in entries}
     if unknown := sorted(set(names) - known):
         raise PreskipError(
             f"--margin {unknown[0]}: nothing of that name is compared; choose among {', '.join(sorted(known))}"

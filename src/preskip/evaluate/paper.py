@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from preskip.data.blocks import Window
+from preskip.data.corpus import Document
 from preskip.data.local import data_directory, load_local, page_title
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import Score, score_sequences
@@ -78,6 +79,11 @@ class PaperData:
     arc_easy: Sequence[Question]
     wikitext: Sequence[str]
     sources: Mapping[str, Mapping[str, Any]]
+
+    def without_scored(self, documents: Sequence[Document]) -> list[Document]:
+        """Documents that share no scored paragraph: WikiText's validation text is also development text."""
+        scored = {row.strip() for row in self.wikitext if len(row.strip()) >= SHORTEST_CHARACTERS}
+        return [document for document in documents if scored.isdisjoint(map(str.strip, document.text.split("\n")))]
 
 
 class _Item(NamedTuple):

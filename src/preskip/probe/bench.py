@@ -22,7 +22,7 @@ from preskip.data.local import LAMBADA_DEVELOPMENT, data_directory, lambada_deve
 from preskip.data.splits import Splits, choose, load_splits, slug
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal, last_word_windows
-from preskip.evaluate.paper import COLUMNS, LENGTH, SHORTEST_CHARACTERS, PaperItems, encode_paper_items, load_paper_data
+from preskip.evaluate.paper import COLUMNS, LENGTH, PaperItems, encode_paper_items, load_paper_data
 from preskip.evaluate.published import recognise_published
 from preskip.evaluate.stats import ALPHA, DEFAULT_MARGINS
 from preskip.evaluate.texts import TextSet, prepare_texts
@@ -308,7 +308,7 @@ def _heldout(
     if config.lr_mode == "tune":
         extent = config.development_documents, config.development_words
         for splits, *_ in corpora:
-            unseen = _without(splits.development, paper_data.wikitext if paper_data else ())
+            unseen = paper_data.without_scored(splits.development) if paper_data else splits.development
             if len(unseen) < 2:
                 raise PreskipError(
                     f"corpus {splits.name} has {len(unseen)} documents to choose a learning rate on, 2 are needed: "
@@ -359,12 +359,6 @@ def _heldout(
         development=development,
         sets=sets,
     )
-
-
-def _without(documents: Sequence[Document], rows: Sequence[str]) -> list[Document]:
-    """Documents that share no paragraph with some rows: what the paper scores is WikiText's validation text, too."""
-    scored = {row.strip() for row in rows if len(row.strip()) >= SHORTEST_CHARACTERS}
-    return [document for document in documents if scored.isdisjoint(map(str.strip, document.text.split("\n")))]
 
 
 def _last_words(

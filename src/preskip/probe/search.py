@@ -22,14 +22,13 @@ from preskip.evaluate.stats import paired_ratio_difference
 from preskip.evaluate.texts import TextSet, score_texts
 from preskip.probe.bench import Bench
 from preskip.probe.cells import train
+from preskip.probe.config import LEAST
 from preskip.progress import Advance, progress_bar
 from preskip.rundir import Cell, read_json, write_json
 
 # Half decades around the arm's default.
 GRID = (-1, 0, 1)
 RUNGS = (1 / 4, 1 / 2)
-# The first step warms up from a rate of 0: alone it trains nothing.
-FEWEST_STEPS = 2
 # Rates beyond the grid's edge that are tried on either side.
 EXTENSIONS = 3
 
@@ -54,7 +53,7 @@ def search_rate(bench: Bench, arm: Arm, folder: Path, base: list[dict[str, Any]]
         return read_json(done)
     default = arm.learning_rate
     assert default is not None
-    steps = [max(FEWEST_STEPS, round(share * bench.config.steps)) for share in RUNGS]
+    steps = [max(LEAST["steps"], round(share * bench.config.steps)) for share in RUNGS]
     trials: dict[tuple[int, int], dict[str, Any]] = {}
 
     def trial(rung: int, power: int) -> float:

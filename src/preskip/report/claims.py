@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preskip.report.lookup import PAPER, find, is_declared, is_pretraining, primary, resolvable, sets_of
-from preskip.report.verdicts import MINUS, amount, metric_named, sentence, set_title
+from preskip.report.verdicts import MINUS, amount, metric_named, nulls_text, sentence, set_title
 
 ARM = "preskip"
 READING = {"better": "supported", "worse": "contradicted", "equivalent": "contradicted", "undecided": "undecided"}
@@ -219,8 +219,8 @@ def trend_text(row: Mapping[str, Any]) -> str:
         text += f" [{row['low']:+.2f}, {row['high']:+.2f}]"
     if row.get("null_low") is not None:
         text += f", null band [{row['null_low']:+.2f}, {row['null_high']:+.2f}]"
-    for name, values in (row.get("nulls") or {}).items():
-        text += f", {name} {' and '.join(f'{value:+.2f}' for value in values)}"
+    if own := nulls_text(row):
+        text += f" ({own})"
     return text.replace("-", MINUS) + f": {row['verdict']}"
 
 

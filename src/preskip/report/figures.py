@@ -10,7 +10,7 @@ from preskip.report.frontier import assess_plane, planes
 from preskip.report.load import Curve
 from preskip.report.lookup import by_measure, trained_arms
 from preskip.report.plots import depth, forest, plane, search, training
-from preskip.report.verdicts import metric_named, number, set_title
+from preskip.report.verdicts import metric_named, nulls_text, number, set_title
 
 Figure = dict[str, Any]
 DEPTH_TITLES = {
@@ -52,38 +52,37 @@ def _planes(results: Mapping[str, Any]) -> Iterator[Figure]:
         tested = [record for record in records if record["part"] == "test"]
         if not tested:
             continue
-        places = "; ".join(
-            f"{r['arm']} {number(r['x'], 4, sign=True)} at home, {number(r['y'], 4, sign=True)} abroad" for r in tested
-        )
-        yield _figure(
-            f"plane-{abroad}",
-            f"plane-{abroad}",
-            f"{set_title(results['sets'], home)} against {set_title(results['sets'], abroad)}",
-            plane.plane(records, results, home, abroad),
-            f"Benefit against the untouched model: {places}. {assess_plane(results, home, abroad)['sentence']}",
-            note=_left_out(records),
-        )
+        reading = assess_plane(results, home, abroad)["sentence"]
+        words = f"Benefit against the untouched model: {_places(tested)}. {reading}"
+        yield _plane(results, records, home, abroad, abroad, words)
         text = plane.DEVELOPMENT_TEXT.get(abroad, "")
         searched = [record for arm in trained_arms(results) for record in plane.grid_records(results, arm, text)]
         if searched:
-            chosen = "; ".join(
-                f"{r['arm']} at {r['learning_rate']:g}: {r['x']:+.4f} at home, {r['y']:+.4f} abroad"
-                for r in searched
-                if r["chosen"]
-            )
-            yield _figure(
-                f"plane-{text}",
-                f"plane-{abroad}",
-                f"Rates of the search: {set_title(results['sets'], home)} against {text}",
-                plane.plane(searched, results, home, text),
-                f"Bits per byte saved on development text at the chosen rates: {chosen}",
-                note=_left_out(searched),
-            )
+            chosen = _places([record for record in searched if record["chosen"]])
+            words = f"Bits per byte saved on development text at the chosen rates: {chosen}"
+            yield _plane(results, searched, home, text, abroad, words)
 
 
-def _left_out(records: Sequence[dict[str, Any]]) -> str:
-    count = plane.outside(records)
-    return f"{count} points of the search lie outside" if count else ""
+def _plane(
+    results: Mapping[str, Any], records: Sequence[dict[str, Any]], home: str, abroad: str, section: str, words: str
+) -> Figure:
+    """A plane in the section of one set abroad."""
+    left_out = plane.outside(records)
+    title = f"{set_title(results['sets'], home)} against {set_title(results['sets'], abroad)}"
+    return _figure(
+        f"plane-{abroad}",
+        f"plane-{section}",
+        title if abroad in results["sets"] else f"Rates of the search: {title}",
+        plane.plane(records, results, home, abroad),
+        words,
+        note=f"{left_out} points of the search lie outside" if left_out else "",
+    )
+
+
+def _places(records: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(
+        f"{r['arm']} {number(r['x'], 4, sign=True)} at home, {number(r['y'], 4, sign=True)} abroad" for r in records
+    )
 
 
 def _forests(results: Mapping[str, Any]) -> Iterator[Figure]:
@@ -241,21 +240,13 @@ def trend_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
             "rho": number(row["rho"], 2, sign=True),
             "interval": _range(row.get("low"), row.get("high")),
             "null": _range(row.get("null_low"), row.get("null_high")),
-            "own_nulls": _of_nulls(row),
+            "own_nulls": nulls_text(row),
             "seeds": str(row.get("seeds") or ""),
             "verdict": row["verdict"],
         }
         for arm, rows in (results.get("trend") or {}).items()
         for row in rows
     ]
-
-
-def _of_nulls(row: Mapping[str, Any]) -> str:
-    """The ρ of each of a norm's nulls."""
-    return "; ".join(
-        f"{name} {', '.join(number(rho, 2, sign=True) for rho in rhos)}"
-        for name, rhos in (row.get("nulls") or {}).items()
-    )
 
 
 def _range(low: float | None, high: float | None) -> str:

@@ -89,6 +89,14 @@ def p_text(p: float | None) -> str:
     return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
 
 
+def nulls_text(trend: Mapping[str, Any]) -> str:
+    """The ρ of each of a norm's nulls, such as "noise +0.21, −0.16; shuffled +0.87"; "" where it has none."""
+    return "; ".join(
+        f"{name} {', '.join(number(rho, 2, sign=True) for rho in rhos)}"
+        for name, rhos in (trend.get("nulls") or {}).items()
+    )
+
+
 def difference_text(comparison: Mapping[str, Any]) -> dict[str, str]:
     """Signed difference and limits as shown in the tables: keys value, interval, unit."""
     metric = metric_named(comparison["metric"])

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from preskip.analysis.explain.reading import Text
-from preskip.data.corpus import EMBEDDED_CORPORA, Document, load_corpus
+from preskip.data.corpus import EMBEDDED_CORPORA, Document
 from preskip.data.local import data_directory
-from preskip.data.splits import PUBLISHED, choose, load_splits
+from preskip.data.splits import choose, load_splits, load_texts
 from preskip.errors import PreskipError
 from preskip.recorded import locate
 from preskip.rundir import read_json
@@ -57,9 +57,9 @@ def _documents(source: Source, corpus: str | None, data_dir: Path | None, quiet:
     if corpus in (None, own) and stored is not None and stored.is_file():  # a run from scratch
         return [Document(entry["id"], entry["text"], entry["id"]) for entry in read_json(stored)[0]["documents"]]
     name = locate(corpus or own or DEFAULT_CORPUS, source.directory)
-    if name in (own and locate(own, source.directory), *EMBEDDED_CORPORA, *PUBLISHED):
+    given = data_dir or (locate(config["data_dir"], source.directory) if config.get("data_dir") else None)
+    if name in (own and locate(own, source.directory), *EMBEDDED_CORPORA):
         is_own = corpus in (None, own) and own is not None
-        given = data_dir or (locate(config["data_dir"], source.directory) if config.get("data_dir") else None)
         options = {"text_column": config.get("text_column"), "split": config["corpus_split"]} if is_own else {}
         return load_splits(
             name,
@@ -69,7 +69,7 @@ def _documents(source: Source, corpus: str | None, data_dir: Path | None, quiet:
             progress=not quiet,
             **options,
         ).heldout
-    return load_corpus(name, progress=not quiet).documents
+    return load_texts(name, data_dir=data_directory(given), progress=not quiet).documents
 
 
 def given_texts(given: Sequence[str]) -> list[Text]:
