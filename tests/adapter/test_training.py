@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
-import sys
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+import ddp_loop
 import zoo
+from ddp_loop import adapted, branch_weights, train_steps
 from preskip import PreskipConfig
 from preskip.adapter import PreskipLayer
+from two_processes import launch
 
 SOME = ["llama", "gpt_neox", "gpt2", "bert", "gemma2"]
-
-
-def adapted(name: str = "llama", **settings):
-    model = get_peft_model(zoo.build(name), PreskipConfig(**settings))
-    zoo.randomise(model)
-    return model
 
 
 def loss_of(model, name: str, **kwargs) -> torch.Tensor:
     batch = zoo.inputs(name, **kwargs)
     return model(**batch, labels=batch["input_ids"]).loss
-
-
-def branch_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: p for key, p in model.named_parameters() if ".preskip." in key}
 
 
 def gradients(model, name: str) -> dict[str, torch.Tensor]:
@@ -131,45 +122,12 @@ def test_compiles_with_inductor() -> None:
     assert zoo.difference(zoo.logits(compiled, "llama"), expected) <= 1e-5
 
 
-STEPS = 4
-
-
-def train_steps(model: nn.Module, rows: slice) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for step in range(STEPS):
-        torch.manual_seed(step)
-        ids = torch.randint(8, zoo.VOCABULARY, (4, 12))[rows]
-        optimizer.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def ddp_worker(rank: int, address: str, results: str) -> None:
-    import torch.distributed as distributed
-
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(adapted())
-    losses = torch.tensor(train_steps(model, slice(2 * rank, 2 * rank + 2)))
-    distributed.all_reduce(losses)
-    if rank == 0:
-        torch.save({"losses": losses / 2, "weights": branch_weights(model.module)}, results)
-    distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo with a file store needs a POSIX system")
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path) -> None:
     model = adapted()
     alone = torch.tensor(train_steps(model, slice(0, 4)))
-    results = str(tmp_path / "results.pt")
-    environment = dict(os.environ)
-    torch.multiprocessing.spawn(ddp_worker, (f"file://{tmp_path}/store", results), nprocs=2)
-    assert dict(os.environ) == environment
-    two = torch.load(results)
+    finished = launch(ddp_loop.__file__, tmp_path / "results.pt")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    two = torch.load(tmp_path / "results.pt")
     assert (two["losses"] - alone).abs().max() < 1e-5
     for key, weight in branch_weights(model).items():
         torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=1e-4, msg=key)
