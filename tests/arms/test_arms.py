@@ -207,6 +207,8 @@ def test_unmatched_arms_keep_their_own_size():
         assert inserted.parameters == 2 * int(2.5 * 64**2)
     with insert(ARMS["lora"], context, seed=0) as inserted:
         assert inserted.parameters == 2 * 5 * (128 + 96 + 96 + 128)
+    (lora,) = ARMS["lora"].configs(replace(context, lora_ranks={"lora": 0.625}, lora_scale=2.0))
+    assert (lora.r, lora.lora_alpha) == (40, 80)
     with pytest.raises(PreskipError, match="arm lora: --match none leaves its rank open: give --lora-rank"):
         ARMS["lora"].configs(replace(context, lora_ranks={}))
 

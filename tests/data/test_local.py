@@ -7,15 +7,14 @@ import re
 
 import pytest
 
-from local_data import SENTENCES, WIKI, write_lines, write_local_data
+from local_data import SENTENCES, write_lines, write_local_data
 from preskip.data.local import (
     data_directory,
     detokenise_lambada,
     lambada_development,
     load_local,
-    page_title,
-    wikitext_pages,
 )
+from preskip.data.wikitext import page_title
 from preskip.errors import PreskipError
 
 REAL = data_directory()
@@ -78,18 +77,6 @@ def test_hellaswag_rows_come_out_of_lm_evals_own_processing_as_published(folder)
                 original["gold"],
             )
             assert row["label"] == str(original["gold"])
-
-
-def test_pages_are_cut_at_titles_and_nothing_is_lost():
-    pages = wikitext_pages(WIKI)
-    assert len(pages) == 2
-    assert "A section" in pages[0]
-    assert "".join("\n".join(pages).split()) == "".join(WIKI.split())
-    assert page_title(" = Robert Boulter = ") == "Robert Boulter"
-    assert page_title(" = = Career = = ") is None
-    assert page_title(" = = = 2000 – 2005 = = = ") is None
-    assert page_title("a = b") is None
-    assert page_title("") is None
 
 
 def test_absent_data_are_none_and_damaged_data_are_named(folder, tmp_path):

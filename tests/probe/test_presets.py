@@ -21,9 +21,13 @@ def test_every_key_is_an_option(name):
 
 
 def test_the_papers_protocol():
-    """PAPER: lr 1e-5, 500 steps of 16 x 512 tokens, LoRA of rank 480, seed 42."""
+    """PAPER: lr 1e-5, 500 steps of 16 x 512 tokens, LoRA of rank 480 (d 768) or 640 (d 1024), seed 42."""
     paper = PRESETS["paper"].options
     assert (paper["steps"], paper["batch_size"], paper["seq_len"]) == (500, 16, 512)
     assert paper["lr"] == ["1e-5"]
-    assert parse_lora_ranks(paper["lora_rank"]) == {"lora": 480, "dora": 480, "rslora": 480, "preproj+lora": 64}
+    assert parse_lora_ranks(paper["lora_rank"]) == {
+        "lora": 0.625, "dora": 0.625, "rslora": 0.625, "preproj+lora": 64,
+    }  # fmt: skip
+    assert (0.625 * 768, 0.625 * 1024) == (480, 640)
+    assert paper["lora_scale"] == 2
     assert paper["seeds"] == "42"

@@ -36,7 +36,8 @@ class ArmContext:
         by_name: whether the user chose the targets by an expression, not by layers.
         match: what is held equal: "params" (trained weights), "flops" (forward FLOPs per token that the arm adds), or
             "none" (every arm keeps its own size).
-        lora_ranks: rank of each LoRA arm by name for `match="none"`.
+        lora_ranks: rank of each LoRA arm by name for `match="none"`; a number below 1 is a share of the width.
+        lora_scale: factor on LoRA's update, alpha over rank; not of rsLoRA, which has its own.
     """
 
     base: nn.Module
@@ -47,7 +48,8 @@ class ArmContext:
     budget: int
     by_name: bool = False
     match: str = "params"
-    lora_ranks: Mapping[str, int] = field(default_factory=dict)
+    lora_ranks: Mapping[str, float] = field(default_factory=dict)
+    lora_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,9 +63,7 @@ def _lora(context: ArmContext, arm: str, *, budget: int | None = None, **options
 
     pattern: dict[str, int] = {}
     if context.match == "none":
-        if arm not in context.lora_ranks:
-            raise PreskipError(f"--match none leaves its rank open: give --lora-rank, or --lora-rank {arm}=NUMBER")
-        rank, targets = context.lora_ranks[arm], list(linear_shapes(context.base, context.targets))
+        rank, targets = _own_rank(context, arm), list(linear_shapes(context.base, context.targets))
     else:
         magnitudes = {"params": 1.0, "flops": 0.5}[context.match] if options.get("use_dora") else 0.0
         ranks = lora_ranks(
@@ -73,13 +71,30 @@ def _lora(context: ArmContext, arm: str, *, budget: int | None = None, **options
         )
         pattern = {re.escape(name): rank for name, rank in ranks.rank_pattern.items()}
         rank, targets = ranks.rank, list(ranks.targets)
-    # alpha = rank keeps the update's scale at 1 whatever rank the budget gives.
-    alpha: dict[str, Any] = {"lora_alpha": rank, "alpha_pattern": dict(pattern)}
+    # In proportion to the rank, so that the update's scale is the same whatever rank the budget gives.
+    alpha: dict[str, Any] = {
+        "lora_alpha": _scaled(rank, context.lora_scale),
+        "alpha_pattern": {name: _scaled(own, context.lora_scale) for name, own in pattern.items()},
+    }
     if options.get("use_rslora"):
         alpha = {"lora_alpha": RSLORA_ALPHA}
     return LoraConfig(
         r=rank, rank_pattern=pattern, target_modules=targets, lora_dropout=0.0, bias="none", **alpha, **options
     )
+
+
+def _own_rank(context: ArmContext, arm: str) -> int:
+    """The rank that the user gave to an arm, as a number or as a share of the width."""
+    given = context.lora_ranks.get(arm)
+    if given is None:
+        raise PreskipError(f"--match none leaves its rank open: give --lora-rank, or --lora-rank {arm}=NUMBER")
+    return int(given) if given >= 1 else max(1, round(given * target_width(context.base, context.targets[0])))
+
+
+def _scaled(rank: int, scale: float) -> int | float:
+    """LoRA's alpha; whole where it can be, as other libraries expect it."""
+    alpha = scale * rank
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _preproj_lora(context: ArmContext) -> list[PeftConfig]:

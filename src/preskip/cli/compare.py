@@ -88,7 +88,7 @@ def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes:
     from rich.table import Table
 
     from preskip.cli.wide import print_wide
-    from preskip.report.verdicts import MINUS, amount, difference_text, metric_named, p_text, set_title
+    from preskip.report.verdicts import MINUS, amount, difference_text, metric_named, p_text, set_label
 
     console = Console()
     groups = dict.fromkeys((entry["set"], entry["metric"]) for entry in entries)
@@ -102,7 +102,7 @@ def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes:
             header_style="bold",
             box=SIMPLE_HEAD,
             pad_edge=False,
-            title=f"{set_title(sets, name)}: {metric_named(metric).name}{f' ({unit.strip()})' if unit else ''}{stated}",
+            title=f"{set_label(sets, name)}: {metric_named(metric).name}{f' ({unit.strip()})' if unit else ''}{stated}",
             title_justify="left",
         )
         table.add_column("paired", no_wrap=True)

@@ -55,8 +55,9 @@ def probe(
     ] = "params",
     lora_rank: Annotated[
         list[str] | None,
-        _option("--lora-rank", WHAT, "For --match none: 480, or preproj+lora=64; repeatable."),
+        _option("--lora-rank", WHAT, "For --match none: 480, 0.625 of the width, preproj+lora=64; repeatable."),
     ] = None,
+    lora_scale: Annotated[float, _option("--lora-scale", WHAT, "LoRA's alpha over its rank; not of rslora.")] = 1.0,
     layers: Annotated[str | None, _option("--layers", WHAT, "Layers to adapt, e.g. 0-5,10. Default: all.")] = None,
     target_modules: Annotated[
         str | None, _option("--target-modules", WHAT, "Regular expression of the attentions to adapt.")

@@ -22,6 +22,7 @@ from preskip.report.verdicts import (
     metric_named,
     number,
     p_text,
+    set_label,
     set_title,
 )
 
@@ -132,8 +133,8 @@ def _differences(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]
     for heading in ("difference [interval]", "p (Holm)" if corrected else "p"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("reading", no_wrap=True)
-    for set_name, metric, group in by_measure(entries):
-        table.add_row(f"[bold]{set_title(results['sets'], set_name)}[/], {_unit(metric)}")
+    for name, metric, group in by_measure(entries):
+        table.add_row(f"[bold]{set_label(results['sets'], name)}[/], {_unit(metric)}")
         for entry in ordered(group, metric_named(metric).lower_is_better):
             text = difference_text(entry)
             table.add_row(
@@ -161,8 +162,8 @@ def _scope(results: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> li
 
 
 def _short(results: Mapping[str, Any], name: str) -> str:
-    """A set's title where it fits a column, else its key."""
-    title = set_title(results["sets"], name)
+    """A set's name where it fits a column, else its key."""
+    title = set_label(results["sets"], name)
     return title if len(title) <= 18 else name
 
 

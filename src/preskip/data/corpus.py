@@ -11,11 +11,14 @@ from typing import NamedTuple
 
 from preskip.data import sotu, tables
 from preskip.data.tables import Limit
+from preskip.data.wikitext import is_wikitext, wikitext_pages
 from preskip.errors import PreskipError
 
 EMBEDDED_CORPORA = ("pydoc", "sotu")
 # A plain text file has no document borders of its own; this many characters keep a context of several paragraphs.
 DOCUMENT_CHARACTERS = 10_000
+# Lines that tell whether a text file is WikiText.
+_FIRST_LINES = 20
 _REFUSED_SUFFIXES = {".gz", ".zip", ".bz2", ".xz", ".zst", ".pdf", ".docx", ".xlsx"}
 
 
@@ -240,7 +243,10 @@ def _read_text(path: Path) -> str:
 
 def _load_text_file(name: str, path: Path) -> Corpus:
     text = _read_text(path)
-    pieces = text.split("\f") if "\f" in text else split_text(text, DOCUMENT_CHARACTERS)
+    if is_wikitext(text.split("\n", _FIRST_LINES)[:_FIRST_LINES]):
+        pieces = wikitext_pages(text)
+    else:
+        pieces = text.split("\f") if "\f" in text else split_text(text, DOCUMENT_CHARACTERS)
     pieces = [piece.strip("\n") for piece in pieces if piece.strip()]
     width = len(str(max(0, len(pieces) - 1)))
     return _corpus(name, [(f"{path.stem}#{i:0{width}d}", piece) for i, piece in enumerate(pieces)], f"text file {path}")

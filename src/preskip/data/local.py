@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.data.corpus import Document
+from preskip.data.wikitext import wikitext_pages
 from preskip.errors import PreskipError
 
 DATA_VARIABLE = "PRESKIP_DATA"
@@ -127,25 +128,6 @@ def detokenise_lambada(text: str) -> str:
     text = re.sub(r" ([.,;:!?%)\]}])", r"\1", text)
     text = re.sub(r"([(\[{$#]) ", r"\1", text)
     return text.translate(str.maketrans("“”‘’", "\"\"''"))
-
-
-def wikitext_pages(text: str) -> list[str]:
-    """Cut raw WikiText into pages as EleutherAI/wikitext_document_level does: a line ` = Title = ` begins one."""
-    pages: list[str] = []
-    lines: list[str] = []
-    for line in text.split("\n"):
-        if page_title(line) is not None:
-            if "".join(lines).strip():
-                pages.append("\n".join(lines))
-            lines = []
-        lines.append(line)
-    return [*pages, "\n".join(lines)]
-
-
-def page_title(line: str) -> str | None:
-    """The title in a line that begins a page, None for any other line (also for headings of sections)."""
-    joined = line.replace("= = =", "===").replace("= =", "==").strip()
-    return joined[2:-2].strip() if joined.startswith("= ") and joined.endswith(" =") else None
 
 
 def _jsonl(path: Path) -> Rows:

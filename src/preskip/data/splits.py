@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preskip.data.corpus import DOCUMENT_CHARACTERS, Corpus, Document, load_corpus, split_documents, split_text
-from preskip.data.local import page_title, wikitext_pages
 from preskip.data.tables import Limit
+from preskip.data.wikitext import page_title, wikitext_pages
 from preskip.errors import PreskipError
 
 # Share of the training documents that are set aside to choose the learning rate on.

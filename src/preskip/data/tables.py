@@ -13,6 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from preskip.data.wikitext import is_wikitext, join_pages
 from preskip.errors import PreskipError
 from preskip.progress import say, spinner
 
@@ -241,12 +242,17 @@ def _check_split(path: Path, split: str, parts: Mapping[str, Any]) -> None:
 def _texts(
     where: str, prefix: str, rows: Iterable[dict[str, Any]], text_column: str | None, *, has_groups: bool = False
 ) -> Iterator[Row]:
-    """The rows that have text; the others keep their numbers."""
+    """The rows that have text; the others keep their numbers. Rows that are lines of WikiText become its pages."""
     rows = iter(rows)
     first = list(islice(rows, _FIRST_ROWS))
     if not first:
         return
     column = _text_column(where, first, text_column)
+    if is_wikitext(row.get(column) for row in first):
+        lines = ((number, row.get(column)) for number, row in enumerate(chain(first, rows)))
+        for number, title, page in join_pages(lines):
+            yield Row(f"{prefix}#{number:08d} {title}", page, None)  # in the order of ids they are in that of the rows
+        return
     for number, row in enumerate(chain(first, rows)):
         text = row.get(column)
         if isinstance(text, str) and text.strip():

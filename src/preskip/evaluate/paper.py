@@ -34,7 +34,8 @@ from torch import nn
 
 from preskip.data.blocks import Window
 from preskip.data.corpus import Document
-from preskip.data.local import data_directory, load_local, page_title
+from preskip.data.local import data_directory, load_local
+from preskip.data.wikitext import page_title
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import Score, score_sequences
 from preskip.progress import Advance, no_progress

@@ -21,7 +21,8 @@ import numpy as np
 from torch import nn
 
 from preskip.data.blocks import Window
-from preskip.data.local import LocalData, data_directory, page_title
+from preskip.data.local import LocalData, data_directory
+from preskip.data.wikitext import page_title
 from preskip.errors import PreskipError
 from preskip.evaluate.harness import LiveModel, RequestEncoder, model_context_length
 from preskip.evaluate.likelihood import Score, score_sequences

@@ -227,6 +227,7 @@ def _context(config: ProbeConfig, base: nn.Module) -> ArmContext:
         budget=branch_parameters(base, config.settings, targets),
         match=config.match,
         lora_ranks=config.lora_ranks,
+        lora_scale=config.lora_scale,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -52,7 +53,8 @@ class ProbeConfig:
         data_dir: folder with local evaluation data (`preskip.data.local`); None for none.
         arms: names of the arms to compare; `none` is always among them.
         match: what the arms have in common with the reference: "params", "flops" or "none" (`ArmContext`).
-        lora_ranks: rank of each LoRA arm by name for `match="none"`.
+        lora_ranks: rank of each LoRA arm by name for `match="none"`; a number below 1 is a share of the width.
+        lora_scale: factor on LoRA's update, alpha over rank, of every LoRA arm but `rslora`.
         seeds: one training per arm and seed; a seed sets initialisation, data order and dropout.
         steps: optimiser steps.
         batch_size: sequences per optimiser step.
@@ -105,7 +107,8 @@ class ProbeConfig:
     text_column: str | None = None
     corpus_split: str = "train"
     match: str = "params"
-    lora_ranks: dict[str, int] = field(default_factory=dict)
+    lora_ranks: dict[str, float] = field(default_factory=dict)
+    lora_scale: float = 1.0
     arms: tuple[str, ...] = ("none", "preskip", "lora")
     seeds: tuple[int, ...] = (42,)
     steps: int = 16
@@ -173,8 +176,13 @@ class ProbeConfig:
         if self.packing not in PACKINGS:
             raise PreskipError(f"--packing {self.packing!r} is unknown: choose one of {', '.join(PACKINGS)}")
         for arm, rank in self.lora_ranks.items():
-            if arm not in LORA_ARMS or rank < 1:
-                raise PreskipError(f"--lora-rank {arm}={rank}: give a rank of at least 1 to {', '.join(LORA_ARMS)}")
+            if arm not in LORA_ARMS or not (0 < rank < 1 or (1 <= rank < math.inf and rank % 1 == 0)):
+                raise PreskipError(
+                    f"--lora-rank {arm}={rank:g}: give a whole rank, or a share of the width below 1, to "
+                    f"{', '.join(LORA_ARMS)}"
+                )
+        if not 0 < self.lora_scale < math.inf:
+            raise PreskipError(f"--lora-scale {self.lora_scale} is not possible: it must be a number above 0")
         for null in self.nulls:
             if null not in NULLS:
                 raise PreskipError(f"--nulls {null!r} is unknown: choose among {', '.join(NULLS)}")
@@ -244,13 +252,13 @@ def parse_learning_rates(texts: Sequence[str], arms: Sequence[str]) -> dict[str,
     return by_arm if everyone is None else dict.fromkeys(trained, everyone) | by_arm
 
 
-def parse_lora_ranks(texts: Sequence[str]) -> dict[str, int]:
-    """Read `--lora-rank` options: `480` for every LoRA arm, or `preproj+lora=64` for one.
+def parse_lora_ranks(texts: Sequence[str]) -> dict[str, float]:
+    """Read `--lora-rank` options: `480` or `0.625` (of the width) for every LoRA arm, or `preproj+lora=64` for one.
 
     Raises:
-        PreskipError: not a whole number.
+        PreskipError: not a number.
     """
-    everyone, by_arm = parse_by_arm(texts, int, "--lora-rank", "64 or --lora-rank preproj+lora=64")
+    everyone, by_arm = parse_by_arm(texts, float, "--lora-rank", "64, 0.625 (of the width) or preproj+lora=64")
     return by_arm if everyone is None else dict.fromkeys(LORA_ARMS, everyone) | by_arm
 
 

@@ -48,7 +48,8 @@ PRESETS = {
             "arms": "none,preproj,lora,preproj+lora,preskip",
             "seeds": "42",
             "match": "none",
-            "lora_rank": ["480", "preproj+lora=64"],
+            "lora_rank": ["0.625", "preproj+lora=64"],  # 480 at 160M, 640 at 410M
+            "lora_scale": 2.0,
             "lr": ["1e-5"],
             "steps": 500,
             "batch_size": 16,

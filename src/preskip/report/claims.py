@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preskip.report.lookup import PAPER, find, is_declared, is_pretraining, primary, resolvable, sets_of
-from preskip.report.verdicts import MINUS, amount, metric_named, nulls_text, sentence, set_title
+from preskip.report.verdicts import MINUS, amount, metric_named, nulls_text, sentence, set_label
 
 ARM = "preskip"
 READING = {"better": "supported", "worse": "contradicted", "equivalent": "contradicted", "undecided": "undecided"}
@@ -207,9 +207,9 @@ class _Bench:
         return int(self.results["arms"][arm]["trainable_parameters"])
 
     def title(self, set_name: str) -> str:
-        """A set's title and whether it is at home or abroad."""
+        """A set's name and whether it is at home or abroad."""
         domain = {"in": "in-domain", "out": "out-of-domain"}[self.results["sets"][set_name]["domain"]]
-        return f"{set_title(self.results['sets'], set_name)} ({domain})"
+        return f"{set_label(self.results['sets'], set_name)} ({domain})"
 
 
 def trend_text(row: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from preskip.report.lookup import is_declared, trained_arms
-from preskip.report.verdicts import amount, metric_named, sentence, set_title
+from preskip.report.verdicts import amount, metric_named, sentence, set_label, set_title
 
 FACT_VERSIONS = ("python", "torch", "transformers", "peft")
 
@@ -185,7 +185,7 @@ def _dtype_cost(results: Mapping[str, Any]) -> str:
     names = {"bfloat16": "bf16 weights", "autocast": "bf16 autocast"}
     costs = [
         f"{names[entry['arm']]} {entry['difference']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}] "
-        f"{metric_named(entry['metric']).phrase} on {set_title(results['sets'], entry['set'])} ({entry['verdict']})"
+        f"{metric_named(entry['metric']).phrase} on {set_label(results['sets'], entry['set'])} ({entry['verdict']})"
         for entry in results["dtype_audit"]["comparisons"]
         if entry["metric"] == results["sets"].get(entry["set"], {}).get("primary", entry["metric"])
     ]
@@ -194,7 +194,7 @@ def _dtype_cost(results: Mapping[str, Any]) -> str:
 
 def _domain_limit(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     model, corpus = record["model"]["name"], record["corpus"]["name"]
-    abroad = [set_title(results["sets"], name) for name, e in results["sets"].items() if e["domain"] == "out"]
+    abroad = [set_label(results["sets"], name) for name, e in results["sets"].items() if e["domain"] == "out"]
     text = f"One model ({model}) trained on one corpus ({corpus}). "
     if abroad:
         return text + f"What it does abroad is measured on {', '.join(abroad)} and may differ on other text."

@@ -10,7 +10,7 @@ from preskip.report.frontier import assess_plane, planes
 from preskip.report.load import Curve
 from preskip.report.lookup import by_measure, trained_arms
 from preskip.report.plots import depth, forest, plane, search, training
-from preskip.report.verdicts import metric_named, nulls_text, number, set_title
+from preskip.report.verdicts import metric_named, nulls_text, number, set_label
 
 Figure = dict[str, Any]
 DEPTH_TITLES = {
@@ -68,7 +68,7 @@ def _plane(
 ) -> Figure:
     """A plane in the section of one set abroad."""
     left_out = plane.outside(records)
-    title = f"{set_title(results['sets'], home)} against {set_title(results['sets'], abroad)}"
+    title = f"{set_label(results['sets'], home)} against {set_label(results['sets'], abroad)}"
     return _figure(
         f"plane-{abroad}",
         f"plane-{section}",

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preskip.report.lookup import PAPER, find, primary, sets_of
-from preskip.report.verdicts import set_title
+from preskip.report.verdicts import set_label
 
 
 def planes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -76,7 +76,7 @@ def _words(verdict: str) -> str:
 
 
 def _sentences(results: Mapping[str, Any], plane: Mapping[str, Any]) -> list[str]:
-    where = f"{set_title(results['sets'], plane['home'])} against {set_title(results['sets'], plane['abroad'])}"
+    where = f"{set_label(results['sets'], plane['home'])} against {set_label(results['sets'], plane['abroad'])}"
     where += " (exploratory)"
     if not plane["dominated"] and not plane["possible"]:
         return [f"On the frontier of {where}: every arm; none is shown to beat another on one axis without loss"]

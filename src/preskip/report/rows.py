@@ -25,7 +25,7 @@ from preskip.report.verdicts import (
     metric_named,
     number,
     p_text,
-    set_title,
+    set_label,
 )
 
 DOMAINS = {"in": "in-domain", "out": "out-of-domain"}
@@ -51,7 +51,7 @@ def arm_columns(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             groups.append(
                 {
                     "key": name,
-                    "title": set_title(results["sets"], name),
+                    "title": set_label(results["sets"], name),
                     "domain": DOMAINS[results["sets"][name]["domain"]],
                     "metrics": [
                         {
@@ -162,7 +162,7 @@ def comparison_groups(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         groups.append(
             {
                 "key": f"{set_name}-{metric}",
-                "title": f"{about.name}, {set_title(results['sets'], set_name)}",
+                "title": f"{about.name}, {set_label(results['sets'], set_name)}",
                 "domain": DOMAINS[results["sets"][set_name]["domain"]],
                 "note": "lower is better" if about.lower_is_better else "higher is better",
                 "declared": [_comparison(entry) for entry in rows if is_declared(entry)],
@@ -200,7 +200,7 @@ def scoreboard(results: Mapping[str, Any]) -> dict[str, Any]:
     sets = list(results["sets"])
     columns = [
         {
-            "title": set_title(results["sets"], name),
+            "title": set_label(results["sets"], name),
             "name": metric_named(primary(results, name)).phrase,
             "domain": DOMAINS[results["sets"][name]["domain"]],
         }
@@ -293,7 +293,7 @@ def power_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "pair": f"{entry['arm']} {MINUS} {entry['reference']}",
-                "where": f"{metric_named(entry['metric']).name}, {set_title(results['sets'], entry['set'])}",
+                "where": f"{metric_named(entry['metric']).name}, {set_label(results['sets'], entry['set'])}",
                 "units": f"{entry['units']:,} {entry['unit']}s",
                 "seeds": entry["seeds"],
                 "resolvable": amount(entry["metric"], smallest),

@@ -65,6 +65,16 @@ def set_title(sets: Mapping[str, Mapping[str, Any]], key: str) -> str:
     return str(sets.get(key, {}).get("title") or key)
 
 
+def set_label(sets: Mapping[str, Mapping[str, Any]], key: str) -> str:
+    """What a set is called in sentences and figures: a task of lm-eval by its name, a corpus without what part it is.
+
+    The set's full title stands where the sets are listed.
+    """
+    if sets.get(key, {}).get("lm_eval"):
+        return key
+    return set_title(sets, key).removesuffix(", held-out documents")
+
+
 def decimals(low: float, high: float, minimum: int) -> int:
     """Decimals that leave two figures of the interval's half width, between `minimum` and 6."""
     half = abs(high - low) / 2
@@ -144,7 +154,7 @@ def sentence(comparison: Mapping[str, Any], sets: Mapping[str, Mapping[str, Any]
     """
     metric = metric_named(comparison["metric"])
     arm, reference, verdict = comparison["arm"], comparison["reference"], comparison["verdict"]
-    where = f"{metric.phrase} on {set_title(sets, comparison['set'])}"
+    where = f"{metric.phrase} on {set_label(sets, comparison['set'])}"
     shown = difference_text(comparison)
     signed = f"the difference is {shown['value']} {shown['interval']}{shown['unit']}"
     if verdict == "equivalent":

@@ -11,7 +11,7 @@ from typing import Any
 
 from preskip.report.lookup import find, primary, trained_arms
 from preskip.report.plots.base import Record, Spec, arm_colour, arm_shape, once, specification, tooltips
-from preskip.report.verdicts import Metric, metric_named, set_title
+from preskip.report.verdicts import Metric, metric_named, set_label
 
 # Opacity of the last rung and of earlier ones: of lines and points, of their intervals.
 STRENGTH = ((0.85, 0.3), (0.5, 0.12))
@@ -182,4 +182,4 @@ def _title(results: Mapping[str, Any], name: str) -> tuple[str, str]:
     about = metric_named(primary(results, name))
     unit = about.difference_unit.strip()
     words = f"{unit} of {about.phrase}" if unit else about.phrase
-    return f"{words} {'saved' if about.lower_is_better else 'gained'}", set_title(results["sets"], name)
+    return f"{words} {'saved' if about.lower_is_better else 'gained'}", set_label(results["sets"], name)

@@ -1,0 +1,58 @@
+"""WikiText as pages: its files are lines, and so are its rows on the Hub; a line ` = Title = ` begins a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+
+def page_title(line: str) -> str | None:
+    """The title in a line that begins a page, None for any other line (also for headings of sections)."""
+    joined = line.replace("= = =", "===").replace("= =", "==").strip()
+    return joined[2:-2].strip() if joined.startswith("= ") and joined.endswith(" =") else None
+
+
+def wikitext_pages(text: str) -> list[str]:
+    """Cut raw WikiText into pages as EleutherAI/wikitext_document_level does; what precedes the first title is one."""
+    pages: list[str] = []
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if page_title(line) is not None:
+            if "".join(lines).strip():
+                pages.append("\n".join(lines))
+            lines = []
+        lines.append(line)
+    return [*pages, "\n".join(lines)]
+
+
+def is_wikitext(lines: Iterable[object]) -> bool:
+    """Whether texts, such as the first rows of a table, are lines of WikiText: all single, the first not blank a title.
+
+    Args:
+        lines: with or without their line ends; what is no string counts as blank.
+    """
+    filled = [line.strip() for line in lines if isinstance(line, str) and line.strip()]
+    return bool(filled) and page_title(filled[0]) is not None and not any("\n" in line for line in filled)
+
+
+def join_pages(rows: Iterable[tuple[int, object]]) -> Iterator[tuple[int, str, str]]:
+    """Put rows that are lines of WikiText together to pages.
+
+    Args:
+        rows: number and line of each row; on the Hub a line keeps its end, and a blank one is empty.
+
+    Yields:
+        Number of the page's first row, its title ("" for what precedes the first title), and its text.
+    """
+    start, title, lines = 0, "", list[str]()
+    for number, row in rows:
+        line = row if isinstance(row, str) else ""
+        found = page_title(line)
+        if found is not None:
+            if "".join(lines).strip():
+                yield start, title, "".join(lines)
+            title, lines = found, []
+        if not lines:
+            start = number
+        lines.append(line if line.endswith("\n") else line + "\n")
+    if "".join(lines).strip():
+        yield start, title, "".join(lines)
