@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from preskip.attempt import attempt, check_same_inputs, new_run, say_other_environment
+from preskip.attempt import attempt, check_same_inputs, new_run, note_other_environments
 from preskip.errors import PreskipError
 
 
@@ -65,14 +65,21 @@ def test_changed_inputs_are_refused(run):
         check_same_inputs(run, facts | {"sets": {"arc_easy": other}}, ["model"])
 
 
-def test_another_environment_is_told(run, capsys):
-    before = {"torch": "2.12.0", "threads": 1, "processor": "x"}
-    say_other_environment(run, before, quiet=False)
+def test_another_environment_is_told_and_kept(run, capsys):
+    before = {"torch": "2.12.0", "threads": 1, "processor": "x", "memory_bytes": 3}
+    assert note_other_environments(run, before, quiet=False) == {"earlier_environments": []}
     run.update_manifest(environment=before)
-    say_other_environment(run, dict(before), quiet=False)
-    assert capsys.readouterr().err == ""
-    say_other_environment(run, {**before, "torch": "2.13.0", "threads": 2}, quiet=False)
+    same = note_other_environments(run, {**before, "memory_bytes": 4}, quiet=False)
+    assert (same, capsys.readouterr().err) == ({"earlier_environments": []}, "")
+    now = {**before, "torch": "2.13.0", "threads": 2}
+    noted = note_other_environments(run, now, quiet=False)
     assert capsys.readouterr().err == (
         "this run began with torch 2.12.0, now 2.13.0; threads 1, now 2: last digits may differ from an uninterrupted "
         "run\n"
     )
+    assert noted == {"earlier_environments": [before]}
+    run.update_manifest(environment=now, **noted)
+    assert note_other_environments(run, now, quiet=True) == noted
+    assert note_other_environments(run, before, quiet=True) == {"earlier_environments": [now]}
+    third = {**now, "processor": "y"}
+    assert note_other_environments(run, third, quiet=True) == {"earlier_environments": [before, now]}

@@ -128,22 +128,32 @@ def check_same_inputs(run: RunDirectory, facts: Mapping[str, Any], parts: Sequen
             )
 
 
-def say_other_environment(run: RunDirectory, now: Mapping[str, Any], quiet: bool) -> None:
-    """What is still to be computed equals an uninterrupted run to the bit only where it is computed alike.
+def note_other_environments(run: RunDirectory, now: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
+    """What is still to be computed equals an uninterrupted run to the bit only where it is computed alike: say so.
 
     Args:
-        run: with the environment of its first attempt.
+        run: with the environment of its last attempt, and with those of the attempts before it.
         now: that of this one (`preskip.environment.describe`).
         quiet: say nothing.
+
+    Returns:
+        {"earlier_environments": the others in which parts of this run may have been computed} for run.json.
     """
     before = run.manifest.get("environment", {})
-    changed = [
-        f"{name} {before[name]}, now {now.get(name)}"
-        for name in before
-        if name != "memory_bytes" and before[name] != now.get(name)
-    ]
+    changed = _changes(before, now)
     if changed:
-        say(f"this run began with {'; '.join(changed)}: last digits may differ from an uninterrupted run", quiet=quiet)
+        words = "; ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
+        say(f"this run began with {words}: last digits may differ from an uninterrupted run", quiet=quiet)
+    others: list[dict[str, Any]] = []
+    for known in (*run.manifest.get("earlier_environments", ()), before):
+        if all(_changes(known, other) for other in (now, *others)):
+            others.append(known)
+    return {"earlier_environments": others}
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs of two environments; the same machine may have a little more or less memory each time."""
+    return [name for name in before if name != "memory_bytes" and before[name] != now.get(name)]
 
 
 def _mark(run: RunDirectory, status: str) -> None:

@@ -43,6 +43,13 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def hardware_name(device: str) -> str:
+    """Name of what computes: the accelerator, or the processor."""
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else processor_name()
+
+
 def usable_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

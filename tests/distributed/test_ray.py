@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from preskip.environment import processor_name
 from preskip.errors import PreskipError
 from preskip.probe import executor
 from preskip.probe.run import run_probe, start_probe
@@ -39,6 +40,7 @@ def test_ray_gives_the_local_results_although_a_worker_is_killed(local_probe, tm
     local, ray = stored(local_run), stored(tmp_path / "ray")
     assert {"results.json", "arms/preskip/seed-2/items.jsonl", "search/preskip/search.json"} <= local.keys()
     assert ray == local
+    assert ray["arms/preskip/seed-2/cell.json"]["hardware"] == processor_name()
     weights = "arms/preskip/seed-2/adapter/adapter_model.safetensors"
     assert (tmp_path / "ray" / weights).read_bytes() == (local_run / weights).read_bytes()
 

@@ -197,6 +197,18 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "This run is interrupted, not finished." in read(build_report(run)).visible
 
 
+def test_a_run_of_several_machines_names_them(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path / "run")
+    assert "Parts computed on" not in read(build_report(run)).visible
+
+    def moved(record: dict[str, Any]) -> None:
+        other = {**record["environment"], "processor": "Other CPU", "torch": "2.12.1"}
+        record["earlier_environments"] = [other, {**other, "memory_bytes": 1}, record["environment"]]
+
+    change(run / "run.json", moved)
+    assert read(build_report(run)).visible.count("Other CPU, 2.12.1") == 1
+
+
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     run = minimal_run(tmp_path / "run")
 

@@ -58,6 +58,19 @@ def test_sentences(entry: dict[str, Any], text: str) -> None:
     assert verdicts.sentence(entry, SETS) == text
 
 
+def test_sets_have_a_short_name_in_sentences() -> None:
+    """A task is called as lm-eval calls it, a corpus without the part that is scored; anything else by its title."""
+    sets = {
+        "lambada_openai": {"title": "LAMBADA, test (lm-eval lambada_openai, version 1.0)", "lm_eval": {"version": 1.0}},
+        "sotu": {"title": "sotu, held-out documents"},
+        "last_word": {"title": "last word (SOTU)"},
+    }
+    names = [verdicts.set_label(sets, key) for key in (*sets, "other")]
+    assert names == ["lambada_openai", "sotu", "last word (SOTU)", "other"]
+    entry = comparison("acc", "better", 0.05, 0.01, 0.09) | {"set": "lambada_openai"}
+    assert "raises accuracy on lambada_openai by 5.0" in verdicts.sentence(entry, sets)
+
+
 def test_numbers() -> None:
     assert verdicts.number(-0.00001, 3) == "0.000"
     assert verdicts.number(-1234.5, 1, sign=True) == "−1,234.5"

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from preskip.analysis.depth import text_profile
+from preskip.environment import hardware_name
 from preskip.errors import DivergedError
 from preskip.evaluate.texts import score_texts
 from preskip.pretrain.arms import Plan
@@ -78,6 +79,7 @@ def run_cell(run_path: Path, arm: str, seed: int, *, quiet: bool = True) -> dict
         "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
         "mfu": float(np.median([row["mfu"] for row in rows])) if "mfu" in rows[-1] else None,
         "peak_memory_bytes": peak.bytes,
+        "hardware": hardware_name(config.device),
         "train_seconds": round(trained - started, 2),
         "evaluate_seconds": round(time.perf_counter() - trained, 2),
         "depth": depth,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from preskip import environment
-from preskip.attempt import attempt, check_same_inputs, new_run, say_other_environment
+from preskip.attempt import attempt, check_same_inputs, new_run, note_other_environments
 from preskip.errors import PreskipError
 from preskip.libraries import quiet_libraries
 from preskip.pretrain.arms import Plan
@@ -80,7 +80,7 @@ def run_pretrain(
         plans, facts = prepare(run, config, quiet)
         check_same_inputs(run, facts, ("model", "corpus", "tokenizer"))
         facts["family"] = run.manifest.get("family", facts["family"])  # declared once, before any result
-        say_other_environment(run, facts["environment"], quiet)
+        facts |= note_other_environments(run, facts["environment"], quiet)
         show_plans(plans)
         if run.manifest.get("peak_flops") is None:
             peak = config.peak_flops or measured_peak(config.device, getattr(torch, config.dtype))

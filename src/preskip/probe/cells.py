@@ -18,6 +18,7 @@ from preskip.analysis.depth import text_profile
 from preskip.arms import ARMS, Arm, ArmContext, Inserted, insert
 from preskip.data.blocks import scored_size
 from preskip.data.splits import choose
+from preskip.environment import hardware_name
 from preskip.errors import DivergedError
 from preskip.evaluate.likelihood import last_word_records, score_sequences
 from preskip.evaluate.paper import paper_scores
@@ -76,6 +77,7 @@ def run_cell(bench: Bench, arm: Arm, seed: int, cell: Cell) -> dict[str, Any]:
         "final_training_loss": rows[-1]["loss"] if rows else None,
         "seconds_per_step": float(np.median(seconds)) if seconds else None,
         "peak_memory_bytes": peak.bytes,
+        "hardware": hardware_name(config.device),
         "train_seconds": round(trained - started, 2),
         "evaluate_seconds": round(time.perf_counter() - trained, 2),
         "kv_cache_bytes_per_token": cache,

@@ -14,7 +14,7 @@ from typing import Any
 
 from preskip.analysis.depth_results import drop_documents, trends
 from preskip.arms import Arm, resolve_arms
-from preskip.attempt import Attempt, attempt, check_same_inputs, new_run, say_other_environment
+from preskip.attempt import Attempt, attempt, check_same_inputs, new_run, note_other_environments
 from preskip.evaluate.stats import planned_power
 from preskip.probe.bench import Bench, prepare
 from preskip.probe.cells import follow
@@ -67,7 +67,7 @@ def run_probe(
         bench, facts = prepare(config, Path(run.manifest.get("directory", ".")), quiet, crew)
         check_same_inputs(run, facts, ("model", "corpus"))
         facts["family"] = run.manifest.get("family", facts["family"])  # declared once, before any result
-        say_other_environment(run, facts["environment"], quiet)
+        facts |= note_other_environments(run, facts["environment"], quiet)
         say(_extent(facts), quiet=quiet)
         _say_power(facts, config, quiet)
         run.update_manifest(status="running", **facts)

@@ -48,6 +48,7 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("Memory", bytes_text(environment.get("memory_bytes"))),
                 ("Platform", environment.get("platform")),
                 ("Versions", ", ".join(f"{key} {environment[key]}" for key in FACT_VERSIONS if environment.get(key))),
+                ("Parts computed on", _earlier(record)),
                 ("Peak memory", bytes_text(record.get("peak_memory_bytes"))),
             ],
         ),
@@ -64,6 +65,17 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     return [
         (name, [(label, str(value)) for label, value in rows if value not in (None, "", "–")]) for name, rows in groups
     ]
+
+
+def _earlier(record: Mapping[str, Any]) -> str:
+    """The other machines, or versions, of the attempts before the last; empty where there were none."""
+    last = record["environment"]
+    keys = ("device", "processor", "platform", *FACT_VERSIONS)
+    told = [
+        ", ".join(str(other[key]) for key in keys if other.get(key) not in (None, last.get(key)))
+        for other in record.get("earlier_environments") or ()
+    ]
+    return "; ".join(dict.fromkeys(text for text in told if text))
 
 
 def set_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
