@@ -152,6 +152,23 @@ def test_depth_is_not_supported_without_the_ablation(rich: tuple[dict[str, Any],
     assert "needs the loss with one layer's skip off" in claim["evidence"]
 
 
+@pytest.mark.parametrize(("cost", "verdict"), [(0.002, "supported"), (-0.002, "undecided")])
+def test_a_skip_that_hurts_less_and_less_is_no_use_of_it(
+    rich: tuple[dict[str, Any], dict[str, Any]], cost: float, verdict: str
+) -> None:
+    record, results = copy.deepcopy(rich)
+    [row] = [row for row in results["trend"]["preskip"] if row["measure"] == "ablation_skip"]
+    row["verdict"] = "later more"
+    # Rises with depth in both: to a cost, or from a larger gain without it to a smaller one.
+    results["ablation"]["preskip"] = {
+        "1": [{"layer": layer, "part": "skip", "difference": cost + 2e-4 * layer} for layer in range(8)]
+        + [{"layer": 7, "part": "enrichment", "difference": -9.0}]
+    }
+    [part] = [part for part in by_id(record, results)["depth"]["parts"] if part["title"].startswith("Loss when one")]
+    assert part["verdict"] == verdict
+    assert ("(mean −0.0009 bits per byte)" in part["evidence"]) == (cost < 0)  # -0.002 + 5.5 · 2e-4
+
+
 def test_what_was_not_declared_is_called_exploratory(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:
     record, results = copy.deepcopy(rich)
     assert "exploratory" not in by_id(record, results)["skip-adds"]["evidence"]

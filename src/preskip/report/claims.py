@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preskip.report.lookup import PAPER, find, is_declared, is_pretraining, primary, resolvable, sets_of
-from preskip.report.verdicts import MINUS, amount, metric_named, nulls_text, sentence, set_label
+from preskip.report.verdicts import MINUS, amount, metric_named, nulls_text, number, sentence, set_label
 
 ARM = "preskip"
 READING = {"better": "supported", "worse": "contradicted", "equivalent": "contradicted", "undecided": "undecided"}
@@ -170,10 +170,18 @@ class _Bench:
             return [_missing(f"arm {ARM}")]
         if not rows:
             return [_missing("the trend over depth (its analysis was left out)")]
-        parts = [_trend_part(row) for row in rows]
+        parts = [_trend_part(row, self.later_worth()) for row in rows]
         if not any(row["measure"] == "ablation_skip" for row in rows):
             parts.append(_missing("the loss with one layer's skip off (--ablation-documents)"))
         return parts
+
+    def later_worth(self) -> float | None:
+        """Bits per byte that switching off one layer's skip costs, mean over the later half of the layers and seeds."""
+        seeds = (self.results.get("ablation") or {}).get(ARM) or {}
+        costs = {(seed, row["layer"]): row for seed, rows in seeds.items() for row in rows if row["part"] == "skip"}
+        layers = sorted({layer for _, layer in costs})
+        later = [row["difference"] for (_, layer), row in costs.items() if layer in layers[len(layers) // 2 :]]
+        return sum(later) / len(later) if later else None
 
     def cache(self) -> Part:
         """The bytes of the K/V cache with and without the branch."""
@@ -224,8 +232,13 @@ def trend_text(row: Mapping[str, Any]) -> str:
     return text.replace("-", MINUS) + f": {row['verdict']}"
 
 
-def _trend_part(row: Mapping[str, Any]) -> Part:
+def _trend_part(row: Mapping[str, Any], later_worth: float | None) -> Part:
     verdict, text = TREND[row["verdict"]], trend_text(row)
+    if row["measure"] == "ablation_skip" and verdict == "supported" and later_worth is not None and later_worth <= 0:
+        # From harmful to harmless is a rise, too, but no use of the skip.
+        verdict = "undecided"
+        cost = number(later_worth, 4, sign=True)
+        text += f", but in the later half of the layers the loss does not rise without it (mean {cost} bits per byte)"
     if row["measure"] == "skip_norm" and row.get("null_low") is None:
         verdict, text = "undecided", text + ", but without a null band a norm shows little"
     return {
