@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,42 @@ ROOT = Path(__file__).parents[2]
 RUNS = sorted(ROOT.glob("results/standard-*/results.json"))
 
 
-def tables(results):
-    spec = importlib.util.spec_from_file_location("results_tables", ROOT / "benchmarks" / "results_tables.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return list(module.tables(results))
+    return module
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
 def test_tables_are_those_of_the_stored_results(path):
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    found = tables(json.loads(path.read_text()))
+    found = list(script("results_tables").tables(json.loads(path.read_text())))
     assert len(found) == 5
     for heading, table in found:
         assert len(table.splitlines()) > 2
         assert table in page, f"{heading} of {path.parent.name}: run benchmarks/results_tables.py again"
+
+
+def test_the_picture_is_that_of_the_stored_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [json.loads((ROOT / f"results/standard-{name}/results.json").read_text()) for name in ("wikitext2", "books")]
+    figure = script("results_figure")
+    figure.draw(runs, tmp_path / "results.svg")
+    marks, words = drawn(tmp_path / "results.svg")
+    stored_marks, stored_words = drawn(ROOT / "docs" / "results.svg")
+    assert words == stored_words
+    assert {"preskip", "lora", "trained on books", "lambada_openai: points gained →"} <= set(words)
+    assert marks == pytest.approx(stored_marks, abs=0.5)
+    # Seven arms in four panels, and in the legend; better is up and right.
+    assert len(marks) == 2 * (4 * 7 + 7)
+    books = runs[1]
+    assert figure.differences(books, "preskip", "books") == pytest.approx((0.0489, 0.0148, 0.0628), abs=1e-4)
+    assert figure.differences(books, "preskip", "lambada_openai") == pytest.approx((-0.96, -6.8, 4.9), abs=0.1)
+
+
+def drawn(path):
+    """Places of all marks, x and y in turn, and all words of a picture."""
+    text = path.read_text(encoding="utf-8")
+    places = re.findall(r'<use xlink:href="#m[0-9a-f]+" x="([0-9.]+)" y="([0-9.]+)" style="fill', text)
+    return [float(value) for place in places for value in place], re.findall(r"<text[^>]*>([^<]+)</text>", text)
