@@ -1,4 +1,4 @@
-"""The notebook bring_your_own_model on a model in a folder, with few steps; the other notebook runs the embedded one."""
+"""The notebook bring_your_own_model on a model in a folder, with few steps; the other runs the embedded model."""
 
 import pytest
 
