@@ -74,8 +74,8 @@ def test_another_environment_is_told_and_kept(run, capsys):
     now = {**before, "torch": "2.13.0", "threads": 2}
     noted = note_other_environments(run, now, quiet=False)
     assert capsys.readouterr().err == (
-        "this run began with torch 2.12.0, now 2.13.0; threads 1, now 2: last digits may differ from an uninterrupted "
-        "run\n"
+        "parts of this run were computed with torch 2.12.0, now 2.13.0; threads 1, now 2: last digits may differ from "
+        "an uninterrupted run\n"
     )
     assert noted == {"earlier_environments": [before]}
     run.update_manifest(environment=now, **noted)

@@ -143,7 +143,8 @@ def note_other_environments(run: RunDirectory, now: Mapping[str, Any], quiet: bo
     changed = _changes(before, now)
     if changed:
         words = "; ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
-        say(f"this run began with {words}: last digits may differ from an uninterrupted run", quiet=quiet)
+        text = f"parts of this run were computed with {words}: last digits may differ from an uninterrupted run"
+        say(text, quiet=quiet)
     others: list[dict[str, Any]] = []
     for known in (*run.manifest.get("earlier_environments", ()), before):
         if all(_changes(known, other) for other in (now, *others)):

@@ -13,15 +13,7 @@ def page_title(line: str) -> str | None:
 
 def wikitext_pages(text: str) -> list[str]:
     """Cut raw WikiText into pages as EleutherAI/wikitext_document_level does; what precedes the first title is one."""
-    pages: list[str] = []
-    lines: list[str] = []
-    for line in text.split("\n"):
-        if page_title(line) is not None:
-            if "".join(lines).strip():
-                pages.append("\n".join(lines))
-            lines = []
-        lines.append(line)
-    return [*pages, "\n".join(lines)]
+    return [page.removesuffix("\n") for *_, page in join_pages(enumerate(text.split("\n")))]
 
 
 def is_wikitext(lines: Iterable[object]) -> bool:
