@@ -178,9 +178,9 @@ class _Bench:
     def later_worth(self) -> float | None:
         """Bits per byte that switching off one layer's skip costs, mean over the later half of the layers and seeds."""
         seeds = (self.results.get("ablation") or {}).get(ARM) or {}
-        costs = {(seed, row["layer"]): row for seed, rows in seeds.items() for row in rows if row["part"] == "skip"}
-        layers = sorted({layer for _, layer in costs})
-        later = [row["difference"] for (_, layer), row in costs.items() if layer in layers[len(layers) // 2 :]]
+        costs = [row for rows in seeds.values() for row in rows if row["part"] == "skip"]
+        layers = sorted({row["layer"] for row in costs})
+        later = [row["difference"] for row in costs if row["layer"] in layers[len(layers) // 2 :]]
         return sum(later) / len(later) if later else None
 
     def cache(self) -> Part:
