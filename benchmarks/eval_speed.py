@@ -44,9 +44,9 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
     from preskip.assets import load_model, load_tokenizer
-    from preskip.environment import processor_name
     from preskip.evaluate.harness import LiveModel
     from preskip.evaluate.tasks import TaskSuite
+    from preskip.runs.environment import processor_name
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model, tokenizer = load_model(options.model, getattr(torch, options.dtype)), load_tokenizer(options.model)

@@ -19,12 +19,13 @@ from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from preskip.environment import describe, usable_cores
+from preskip.experiment.pretrain_options import PretrainConfig, parse_tokens
 from preskip.pretrain.cells import run_cell
-from preskip.pretrain.config import PretrainConfig, parse_tokens
 from preskip.pretrain.prepare import prepare
 from preskip.pretrain.run import _set_up, start_pretrain
-from preskip.rundir import RunDirectory, write_json
+from preskip.runs.directory import RunDirectory
+from preskip.runs.environment import describe, usable_cores
+from preskip.runs.files import write_json
 
 HEAD = 32
 

@@ -28,8 +28,8 @@ from transformers.utils import logging
 
 from preskip.architecture.shapes import shape_config
 from preskip.branch import BranchSettings
-from preskip.environment import describe, resolve_device
-from preskip.rundir import write_json
+from preskip.runs.environment import describe, resolve_device
+from preskip.runs.files import write_json
 from preskip.train import scratch
 from preskip.train.speed import forward_flops_per_token, measured_peak
 from preskip.train.steps import BlockDataset

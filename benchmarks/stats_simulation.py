@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from preskip.evaluate.stats import RatioDistribution, mcnemar
-from preskip.evaluate.stats.inputs import Array, sum_by_cluster
-from preskip.evaluate.stats.paired import discordant
+from preskip.stats import RatioDistribution, mcnemar
+from preskip.stats.inputs import Array, sum_by_cluster
+from preskip.stats.paired import discordant
 
 RESAMPLES = 999
 Make = Callable[[np.random.Generator], tuple[Array, Array]]

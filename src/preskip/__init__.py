@@ -9,14 +9,13 @@ the result; `PreskipBranch` is the building block (arXiv 2604.10791).
 import importlib
 from typing import TYPE_CHECKING
 
-import wrapt
-
+from preskip import registration
 from preskip.errors import PreskipError
 from preskip.version import __version__
 
 if TYPE_CHECKING:
     from preskip.adapter import PreskipConfig
-    from preskip.architecture import bake
+    from preskip.baking import bake
     from preskip.branch import BranchSettings, PreskipBranch
 
 __all__ = ["BranchSettings", "PreskipBranch", "PreskipConfig", "PreskipError", "__version__", "bake"]
@@ -25,7 +24,7 @@ _HOMES = {
     "BranchSettings": "preskip.branch",
     "PreskipBranch": "preskip.branch",
     "PreskipConfig": "preskip.adapter",
-    "bake": "preskip.architecture",
+    "bake": "preskip.baking",
 }
 
 
@@ -35,8 +34,4 @@ def __getattr__(name: str) -> object:
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 
-wrapt.register_post_import_hook(lambda module: importlib.import_module("preskip.adapter"), "peft")
-wrapt.register_post_import_hook(
-    lambda module: importlib.import_module("preskip.types").install(module.CONFIG_MAPPING),
-    "transformers.models.auto.configuration_auto",
-)
+registration.install()

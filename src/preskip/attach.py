@@ -260,7 +260,12 @@ def _some(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+def hidden_states_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The `hidden_states` [B, T, d] of a call of an attention module: its first argument, or the keyword of that name.
+
+    Raises:
+        PreskipError: the call has neither.
+    """
     if not args and "hidden_states" not in kwargs:
         raise PreskipError(
             f"the attention was called with {', '.join(kwargs) or 'nothing'} instead of hidden_states: a branch cannot "
@@ -269,19 +274,26 @@ def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
+def with_hidden_states(
+    args: tuple, kwargs: dict[str, Any], hidden_states: torch.Tensor
+) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of the same call with other `hidden_states`, in the place where that call has them."""
+    if args:
+        return (hidden_states, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden_states}
+
+
 def _replace_input(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     if kwargs.get("key_value_states") is not None or kwargs.get("encoder_hidden_states") is not None:
         raise PreskipError(
             f"{type(attention).__name__} runs as cross-attention: a branch can only enrich self-attention"
         )
-    enriched = getattr(attention, CHILD).enrich(_hidden_states(args, kwargs))
-    if args:
-        return (enriched, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": enriched}
+    enriched = getattr(attention, CHILD).enrich(hidden_states_of(args, kwargs))
+    return with_hidden_states(args, kwargs, enriched)
 
 
 def _add_skip(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    skip = getattr(attention, CHILD).content(_hidden_states(args, kwargs))
+    skip = getattr(attention, CHILD).content(hidden_states_of(args, kwargs))
     if skip is None:
         return output
     return (output[0] + skip, *output[1:]) if isinstance(output, tuple) else output + skip
@@ -295,7 +307,7 @@ class _Tap:
         self.pending: torch.Tensor | None = None
 
     def keep(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        self.pending = self.content(_hidden_states(args, kwargs))
+        self.pending = self.content(hidden_states_of(args, kwargs))
 
     def add(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         skip, self.pending = self.pending, None

@@ -17,7 +17,7 @@ from preskip.analysis.branches import live_branches, parts_of
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import score_sequences
-from preskip.evaluate.stats import paired_ratio_difference
+from preskip.stats import paired_ratio_difference
 
 WINDOWS = [
     Window(np.random.default_rng(i).integers(8, zoo.VOCABULARY, size).tolist(), 1 + i % 3)

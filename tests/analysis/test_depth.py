@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 import zoo
 from preskip import PreskipConfig, bake
 from preskip.analysis.depth import depth_profile
-from preskip.evaluate.stats import bootstrap_ratio
+from preskip.stats import bootstrap_ratio
 from tiny_model import tiny_llama
 
 

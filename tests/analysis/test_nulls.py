@@ -9,7 +9,7 @@ from preskip import PreskipConfig
 from preskip.analysis.depth import depth_profile
 from preskip.analysis.nulls import norms
 from preskip.train.controls import train_on_noise
-from preskip.train.frozen import TrainingSettings
+from preskip.train.settings import TrainingSettings
 from tiny_model import tiny_llama
 
 SETTINGS = TrainingSettings(steps=40, batch_size=4, micro_batch_size=4, learning_rate=1e-3, seed=3)

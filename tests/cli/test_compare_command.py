@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from preskip.errors import PreskipError
-from preskip.evaluate.stats import compare as paired
-from preskip.rundir import read_json, write_json
+from preskip.runs.files import read_json, write_json
+from preskip.stats import compare as paired
 from stored_runs import invoke_app, make_items, write_run
 
 DECLARED = [

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from preskip.errors import PreskipError
-from preskip.evaluate.stats import apply_family, measured_power
-from preskip.evaluate.stats import compare as paired
+from preskip.stats import apply_family, measured_power
+from preskip.stats import compare as paired
 from stored_runs import invoke_app, make_items, write_run
 
 

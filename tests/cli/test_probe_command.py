@@ -509,7 +509,7 @@ def test_tuned_rates_abroad_texts_and_arms_without_adapter(probe, inputs, tmp_pa
 
 
 def test_presets_are_what_options_override(probe, monkeypatch, tmp_path):
-    from preskip.probe.presets import PRESETS, Preset
+    from preskip.experiment.presets import PRESETS, Preset
 
     monkeypatch.setitem(PRESETS, "quick", Preset(description="", options={"arms": "preproj", "steps": 2, "seeds": "7"}))
     code, _, err = probe()

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from preskip.attempt import new_run
 from preskip.cli.runs import default_out, kept_for_resuming
 from preskip.errors import PreskipError
+from preskip.runs.attempt import new_run
 
 
 @pytest.fixture

@@ -1,13 +1,9 @@
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-from preskip.cli.tables import print_claims, print_results
-
-sys.path.append(str(Path(__file__).parents[1] / "report"))
 from fixture_run import minimal_run, rich_run
+from preskip.cli.tables import print_claims, print_results
 
 
 def load(run):

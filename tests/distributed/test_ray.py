@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from preskip.environment import processor_name
 from preskip.errors import PreskipError
 from preskip.probe import executor
 from preskip.probe.run import run_probe, start_probe
+from preskip.runs.environment import processor_name
 from preskip.train.cluster import RayPool, check_executor
 from small_probe import stored
 

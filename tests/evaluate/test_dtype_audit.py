@@ -159,7 +159,7 @@ def test_command_prints_json_or_a_table(call, inputs):
 
 
 def test_a_device_without_bf16_is_warned_of(call, inputs, monkeypatch):
-    monkeypatch.setattr("preskip.environment.computes_in_bfloat16", lambda device: False)
+    monkeypatch.setattr("preskip.runs.environment.computes_in_bfloat16", lambda device: False)
     result = call("--lambada", 0, "--documents", 2, "--words", 10, "--corpus", inputs / "texts.jsonl")
     assert "no bfloat16 instructions" in result.stderr
 

@@ -21,7 +21,7 @@ from preskip.evaluate.paper import (
     paper_columns,
     paper_scores,
 )
-from preskip.evaluate.stats import compare
+from preskip.stats import compare
 from tiny_model import tiny_llama
 from tiny_text import PROSE, tiny_tokenizer
 

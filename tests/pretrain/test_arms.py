@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
+from preskip.experiment.pretrain_options import ARM_NAMES, PretrainConfig
 from preskip.pretrain.arms import ARMS, plan_arms
-from preskip.pretrain.config import ARM_NAMES, PretrainConfig
 from tiny_text import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

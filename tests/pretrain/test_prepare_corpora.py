@@ -8,8 +8,8 @@ import pytest
 
 from preskip.data.tokenizer import load_tokenizer
 from preskip.errors import PreskipError
+from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.pretrain.arms import plan_arms
-from preskip.pretrain.config import PretrainConfig
 from preskip.pretrain.corpora import most_tokens, reading_limit
 from preskip.pretrain.prepare import prepare
 from preskip.pretrain.run import start_pretrain

@@ -14,14 +14,14 @@ from markdown_it import MarkdownIt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import make_run, preskip
+from fixture_run import rich_run
 from preskip.cli.runs import write_report
 from preskip.data.corpus import Document, load_corpus
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_windows, score_sequences
 from preskip.report import write_cards
 from preskip.report.card import baked_card
-from preskip.rundir import RunDirectory
-from report.fixture_run import rich_run
+from preskip.runs.directory import RunDirectory
 
 ARMS = ["preskip", "lora", "preproj+lora", "layernorm"]
 

@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 
-from preskip.report.claims import assess, combine
-
-sys.path.append(str(Path(__file__).parent))
 from fixture_run import minimal_run, rich_run
+from preskip.report.claims import assess, combine
 
 
 def load(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -6,7 +6,6 @@ import base64
 import json
 import re
 import struct
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fixture_explain import STRANGE, interval, wide, write_explain
+from fixture_run import minimal_run
+from page_reader import Page, luminance, read
 from preskip.errors import PreskipError
 from preskip.report import build_report
 from preskip.report.explain_figures import explain_figures, value_text
@@ -21,11 +23,6 @@ from preskip.report.explain_map import decimal, pack, sentence_starts
 from preskip.report.explain_page import build_explain_page, visible
 from preskip.report.explain_words import findings, layers_text, limits
 from preskip.report.render import TEMPLATES
-
-sys.path.append(str(Path(__file__).parent))
-from fixture_explain import STRANGE, interval, wide, write_explain
-from fixture_run import minimal_run
-from test_page import Page, luminance, read
 
 
 @pytest.fixture(scope="module")

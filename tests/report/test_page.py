@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fixture_run import minimal_run, rich_run
+from page_reader import Page, luminance, read
 from preskip.errors import PreskipError
 from preskip.report import build_report
 from preskip.report.render import TEMPLATES, _vega_bundle
-
-sys.path.append(str(Path(__file__).parent))
-from fixture_run import minimal_run, rich_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -32,56 +29,6 @@ def change(path: Path, edit: Any) -> None:
     content = json.loads(path.read_text())
     edit(content)
     path.write_text(json.dumps(content))
-
-
-class Page(HTMLParser):
-    """Visible text, scripts by id, ids, links, and every attribute that could load something."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text: list[str] = []
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.loads: list[tuple[str, str]] = []
-        self.unlabelled: list[str] = []
-        self.scripts: dict[str, str] = {}
-        self._inside: str | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.tags.append(tag)
-        if given.get("id"):
-            self.ids.append(str(given["id"]))
-        if tag == "a":
-            self.links.append(given.get("href") or "")
-        if given.get("role") == "img" and not given.get("aria-label"):
-            self.unlabelled.append(str(given.get("id")))
-        self._inside = (given.get("id") or f"script-{len(self.scripts)}") if tag == "script" else None
-        if tag == "style":
-            self._inside = "style"
-        for name, value in given.items():
-            if name in ("src", "srcset", "data", "action", "poster") or (name == "href" and tag != "a"):
-                self.loads.append((tag, value or ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("script", "style"):
-            self._inside = None
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.scripts[self._inside] = self.scripts.get(self._inside, "") + data
-        else:
-            self.text.append(data)
-
-    @property
-    def visible(self) -> str:
-        return " ".join(" ".join(self.text).split())
-
-
-def read(page: Path) -> Page:
-    return Page(page.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -286,12 +233,6 @@ def test_a_missing_extra_is_named(package: str, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(PreskipError, match=rf"needs {package}, .*pip install 'preskip\[report\]'"):
         build_report(run)
     assert not (run / "report.html").exists()
-
-
-def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_contrast_is_wcag_aa_in_both_themes() -> None:

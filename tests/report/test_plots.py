@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fixture_run import minimal_run, rich_run
 from preskip.report.figures import make_figures
 from preskip.report.load import load_curves
 from preskip.report.plots import base, depth, forest, plane, search, training
-
-sys.path.append(str(Path(__file__).parent))
-from fixture_run import minimal_run, rich_run
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from preskip import PreskipConfig
 from preskip.errors import PreskipError
 from preskip.train import checkpoints
 from preskip.train.checkpoints import SEAL, ResumableTrainer, find_fault, last_good_checkpoint, seal
-from preskip.train.frozen import TrainingSettings, train_frozen
+from preskip.train.frozen import train_frozen
+from preskip.train.settings import TrainingSettings
 from tiny_model import tiny_llama
 
 BLOCKS = np.random.default_rng(0).integers(2, 400, (8, 16)).astype(np.int32)

@@ -11,7 +11,8 @@ from torch import nn
 from preskip import PreskipConfig
 from preskip.errors import PreskipError
 from preskip.train.controls import EqualStep, noise_seed, shuffle_targets, train_on_noise
-from preskip.train.frozen import TrainingSettings, train_frozen
+from preskip.train.frozen import train_frozen
+from preskip.train.settings import TrainingSettings
 from preskip.train.steps import BlockDataset
 from tiny_model import tiny_llama
 

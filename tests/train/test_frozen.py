@@ -5,9 +5,10 @@ from peft import get_peft_model
 
 from preskip import PreskipConfig
 from preskip.errors import PreskipError
-from preskip.rundir import read_jsonl
-from preskip.train.frozen import TrainingSettings, train_frozen
+from preskip.runs.files import read_jsonl
+from preskip.train.frozen import train_frozen
 from preskip.train.memory import peak_memory
+from preskip.train.settings import TrainingSettings
 from preskip.train.steps import BlockDataset
 from tiny_model import tiny_llama
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 import killing
-from preskip.rundir import RunDirectory, read_jsonl
+from preskip.runs.directory import RunDirectory
+from preskip.runs.files import read_jsonl
 from preskip.train.checkpoints import find_fault
 from tiny_model import save_tiny_llama, write_corpus
 

@@ -22,12 +22,12 @@ from torch import nn
 
 from preskip.adapter.base import base_model
 from preskip.analysis.branches import PARTS, LiveBranch, live_branches
-from preskip.attach import AttentionSite
+from preskip.attach import AttentionSite, hidden_states_of, with_hidden_states
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import default_batch_tokens, score_sequences
-from preskip.evaluate.stats import CONFIDENCE, paired_ratio_difference
 from preskip.progress import Advance, no_progress
+from preskip.stats import CONFIDENCE, paired_ratio_difference
 
 # The two parts of a layer that has two, off together.
 BOTH = "both"
@@ -154,13 +154,13 @@ def switched_off(branch: LiveBranch, part: str) -> Iterator[None]:
             plain: list[Any] = []
 
             def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                plain.append(args[0] if args else kwargs["hidden_states"])
+                plain.append(hidden_states_of(args, kwargs))
 
             forward = attention.forward
 
             def on_plain(*args: Any, **kwargs: Any) -> Any:
-                x = plain.pop()
-                return forward(x, *args[1:], **kwargs) if args else forward(**{**kwargs, "hidden_states": x})
+                args, kwargs = with_hidden_states(args, kwargs, plain.pop())
+                return forward(*args, **kwargs)
 
             handle = attention.register_forward_pre_hook(remember, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)

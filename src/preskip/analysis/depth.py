@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from preskip.analysis.branches import LiveBranch, live_branches, skip_weight
-from preskip.evaluate.stats import bootstrap_ratio
+from preskip.attach import hidden_states_of
 from preskip.evaluate.texts import TextSet
+from preskip.stats import bootstrap_ratio
 
 SIZES = ("skip_to_attention", "enrichment")
 # A profile of a text reads the first window of so many of its documents.
@@ -118,11 +119,11 @@ def _observers(branches: Sequence[LiveBranch], sums: Sequence[Sums]) -> Iterator
             skips: list[torch.Tensor | None] = []
 
             def before(_, args, kwargs, module=module, sums=own):
-                x = (args[0] if args else kwargs["hidden_states"]).float()
+                x = hidden_states_of(args, kwargs).float()
                 sums["enrichment"].append((_length(module.enrich(x) - x), _length(x)))
 
             def keep(_, args, kwargs, output, module=module, skips=skips):
-                skips.append(module.content(args[0] if args else kwargs["hidden_states"]))
+                skips.append(module.content(hidden_states_of(args, kwargs)))
 
             def compare(_, args, output, skips=skips, sums=own):
                 skip = skips.pop()

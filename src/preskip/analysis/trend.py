@@ -7,7 +7,7 @@ Fisher's scale, arctanh ρ:
 
 * seeds or documents: both are drawn anew, as far as there are several, n - 1 of n; value ± t · (standard deviation
   of the replicates), the degrees of freedom after Satterthwaite from the two variance components, as in
-  `preskip.evaluate.stats`.
+  `preskip.stats`.
 * one seed and no documents: layers are taken as a sample, with the standard error of Bonett and Wright (2000),
   √((1 + ρ²/2) / (n - 3)).
 

@@ -1,16 +1,15 @@
-"""`preskip_<type>`: transformers' own architectures with the branch built in, and the way from an adapter to one.
+"""`preskip_<type>`: transformers' own architectures with the branch built in.
 
 Importing this registers every type with AutoConfig, AutoModel and AutoModelForCausalLM; importing `preskip` sees to
 that as soon as transformers' Auto classes are loaded.
 """
 
 from preskip.architecture import models
-from preskip.architecture.baking import bake
 from preskip.architecture.config import branch_settings, config_class
 from preskip.architecture.models import architecture, register
-from preskip.types import TYPES
+from preskip.model_types import TYPES
 
-__all__ = ["TYPES", "architecture", "bake", "branch_settings", "config_class"]
+__all__ = ["TYPES", "architecture", "branch_settings", "config_class"]
 
 register()
 

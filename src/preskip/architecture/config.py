@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from preskip.attach import SKIP_POSITIONS
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
-from preskip.types import PREFIX
+from preskip.model_types import PREFIX
 
 # From scratch, nothing is there that an identity would have to keep: the paper's initialisation is the default.
 DEFAULTS: dict[str, Any] = {

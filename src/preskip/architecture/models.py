@@ -21,7 +21,7 @@ from preskip.architecture.config import branch_settings, config_class
 from preskip.attach import CHILD, attach, find_sites, input_width, tap_of
 from preskip.branch import BranchSettings, PreskipBranch, initialise
 from preskip.errors import PreskipError
-from preskip.types import PREFIX, TYPES
+from preskip.model_types import PREFIX, TYPES
 
 # The class with branches of each base class: the inner model of a ForCausalLM is made as the base's.
 _WITH_BRANCH: dict[type, type] = {}

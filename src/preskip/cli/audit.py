@@ -64,15 +64,15 @@ def audit(
     from preskip.progress import say, spinner
 
     with spinner("loading libraries", quiet=as_json):
-        from preskip.libraries import quiet_libraries
+        from preskip.progress import quiet_libraries
 
         quiet_libraries()
-        from preskip import environment
         from preskip.assets import load_tokenizer
         from preskip.data.local import data_directory
         from preskip.data.splits import PUBLISHED, choose, load_splits, slug
         from preskip.evaluate.dtype_audit import dtype_audit
         from preskip.evaluate.texts import prepare_texts
+        from preskip.runs import environment
     device = environment.resolve_device(device)
     directory = data_directory(data_dir)
     name = corpus or "sotu"

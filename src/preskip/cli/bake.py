@@ -12,8 +12,8 @@ import typer
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
+    from preskip.evaluate.trained import Source
     from preskip.report.card_content import Card
-    from preskip.trained import Source
 
 
 def bake(
@@ -41,15 +41,15 @@ def bake(
     from preskip.progress import say, spinner
 
     with spinner("loading libraries", quiet=as_json):
-        from preskip.libraries import quiet_libraries
+        from preskip.progress import quiet_libraries
 
         quiet_libraries()
         import torch
 
-        from preskip.architecture import bake as bake_checkpoint
         from preskip.assets import load_model, load_tokenizer
+        from preskip.baking import bake as bake_checkpoint
         from preskip.evaluate.adapters import load_adapter
-        from preskip.trained import find_source
+        from preskip.evaluate.trained import find_source
     source = find_source(adapter)
     base_name = model or source.base
     if not base_name:

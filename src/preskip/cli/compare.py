@@ -33,9 +33,9 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparisons as JSON.")] = False,
 ) -> None:
     """Compare arms on shared items, from what runs have stored: interval, p, equivalence and verdict of each pair."""
-    from preskip.evaluate.stats import DEFAULT_MARGINS, compare_arms
-    from preskip.evaluate.stats.runs import load_runs
     from preskip.progress import progress_bar
+    from preskip.stats import DEFAULT_MARGINS, compare_arms
+    from preskip.stats.runs import load_runs
 
     stored = load_runs(runs, allow_different_dtype=allow_different_dtype)
     pairs = stored.pairs(_listed(arms) if arms else None, reference)
@@ -72,7 +72,7 @@ def _margins(texts: Sequence[str]) -> dict[str, float]:
 
 def _check_margins(names: Iterable[str], entries: Sequence[Mapping[str, Any]]) -> None:
     """A margin that names nothing compared would leave the default one in its place."""
-    from preskip.evaluate.stats.verdict import base_metric
+    from preskip.stats.verdict import base_metric
 
     metrics = {entry["metric"] for entry in entries}
     known = metrics | set(map(base_metric, metrics)) | {f"{entry['set']}.{entry['metric']}" for entry in entries}

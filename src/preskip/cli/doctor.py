@@ -35,7 +35,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print everythin
 
 def examine() -> dict[str, Any]:
     """Everything that `preskip doctor` shows, as one JSON value."""
-    from preskip.environment import PACKAGES, computes_in_bfloat16, describe, version_of
+    from preskip.runs.environment import PACKAGES, computes_in_bfloat16, describe, version_of
 
     problems = [f"{name} is not installed" for name in PACKAGES if version_of(name) is None]
     for name, oldest in OLDEST.items():

@@ -68,14 +68,14 @@ def evaluate(
     from preskip.progress import progress_bar, say, spinner
 
     with spinner("loading libraries", quiet=as_json):
-        from preskip.libraries import quiet_libraries
+        from preskip.progress import quiet_libraries
 
         quiet_libraries()
-        from preskip import environment
         from preskip.data.local import data_directory
         from preskip.evaluate.likelihood import check_causal
-        from preskip.evaluate.stats import summarise
         from preskip.evaluate.texts import TextSuite
+        from preskip.runs import environment
+        from preskip.stats import summarise
     device = environment.resolve_device(device)
     dtype, reason = environment.resolve_dtype(dtype, device)
     with spinner(f"loading {model}", quiet=as_json):
@@ -229,7 +229,7 @@ def _announcement(facts: Mapping[str, Any], reason: str) -> list[str]:
 
 
 def _write(out: Path, records: Sequence[dict[str, Any]], results: Mapping[str, Any]) -> None:
-    from preskip.rundir import write_json, write_jsonl
+    from preskip.runs.files import write_json, write_jsonl
 
     if out.suffix == ".jsonl":
         write_jsonl(out, records)

@@ -18,7 +18,7 @@ import typer
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
-    from preskip.trained import Source
+    from preskip.evaluate.trained import Source
 
 WHAT, EXTENT, OUTPUT = "What", "How much", "Output"
 SCHEMA_VERSION = 1
@@ -86,17 +86,17 @@ def explain(
 
     started = time.perf_counter()
     with spinner("loading libraries", quiet=as_json):
-        from preskip.libraries import quiet_libraries
+        from preskip.progress import quiet_libraries
 
         quiet_libraries()
-        from preskip import environment
         from preskip.analysis.explain import Extent, explain
         from preskip.analysis.explain.texts import given_texts, heldout_texts
+        from preskip.evaluate.trained import find_source
         from preskip.report import build_report
         from preskip.report.explain_page import build_explain_page
         from preskip.report.static_figures import check_folder, save_figures
-        from preskip.rundir import clear_disk_errors, write_json
-        from preskip.trained import find_source
+        from preskip.runs import environment
+        from preskip.runs.files import clear_disk_errors, write_json
     found = find_source(source, arm=arm, seed=seed)
     out = out or _default_out(found)
     if out.exists():

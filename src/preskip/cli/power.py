@@ -12,7 +12,7 @@ import typer
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
-    from preskip.evaluate.stats import Design
+    from preskip.stats import Design
 
 DESIGN = "A planned design"
 
@@ -80,8 +80,8 @@ def _planned(
     seed_sd: float | None,
     shared: float,
 ) -> tuple[Design, str]:
-    from preskip.evaluate.stats import Design
-    from preskip.evaluate.stats.power import SEED_DEVIATIONS, UNIT_DEVIATIONS, discordant_deviation
+    from preskip.stats import Design
+    from preskip.stats.power import SEED_DEVIATIONS, UNIT_DEVIATIONS, discordant_deviation
 
     if (items is None) == (documents is None):
         raise PreskipError("give --items or --documents for a planned design, or a run directory")
@@ -102,9 +102,9 @@ def _planned(
 
 def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) -> list[dict[str, Any]]:
     """The declared comparisons of a run, or all where none was declared."""
-    from preskip.evaluate.stats import compare_arms
-    from preskip.evaluate.stats.power import measured_design
-    from preskip.evaluate.stats.runs import load_runs
+    from preskip.stats import compare_arms
+    from preskip.stats.power import measured_design
+    from preskip.stats.runs import load_runs
 
     stored = load_runs([run], allow_different_dtype=True)
     entries = compare_arms(stored.items, stored.family)
@@ -134,7 +134,7 @@ def _row(
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from preskip.evaluate.stats import needed, resolvable
+    from preskip.stats import needed, resolvable
 
     options: dict[str, Any] = {"power": wanted, "alpha": alpha, "family": facts["family"]}
     smallest = resolvable(design, **options)

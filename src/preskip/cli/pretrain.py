@@ -12,11 +12,11 @@ import typer
 
 from preskip.cli.runs import default_out, follow, kept_for_resuming, refuse_other_options, write_report
 from preskip.errors import PreskipError
-from preskip.options import parse_names, parse_seeds
+from preskip.experiment.parse import parse_names, parse_seeds
 
 if TYPE_CHECKING:
+    from preskip.experiment.pretrain_options import PretrainConfig
     from preskip.pretrain.arms import Plan
-    from preskip.pretrain.config import PretrainConfig
 
 WHAT, MODEL, TRAINING, BRANCH, EVALUATION, OUTPUT = "What", "Model", "Training", "Branch", "Evaluation", "Output"
 # Options that become fields of the architecture's config.
@@ -174,7 +174,7 @@ def pretrain(
     from preskip.train.distributed import is_main, share_batch, world_size
 
     if not is_main():
-        from preskip.libraries import quiet_libraries
+        from preskip.progress import quiet_libraries
 
         quiet_libraries()
         from preskip.pretrain.executor import follow_pretrain
@@ -194,12 +194,12 @@ def pretrain(
     from preskip.progress import spinner
 
     with spinner("loading libraries", quiet=as_json):
-        from preskip.libraries import quiet_libraries
+        from preskip.progress import quiet_libraries
 
         quiet_libraries()
         from preskip.pretrain.executor import all_together, on_ray
         from preskip.pretrain.run import in_processes, run_pretrain, start_pretrain
-        from preskip.rundir import RunDirectory
+        from preskip.runs.directory import RunDirectory
 
     if config is not None:
         run = start_pretrain(
@@ -266,7 +266,7 @@ def _config(options: dict[str, Any]) -> PretrainConfig:
     from dataclasses import fields
 
     from preskip.branch import BranchSettings
-    from preskip.pretrain.config import PretrainConfig, parse_overrides, parse_rates, parse_tokens
+    from preskip.experiment.pretrain_options import PretrainConfig, parse_overrides, parse_rates, parse_tokens
 
     options = dict(options)
     overrides = parse_overrides(options.pop("fields") or [])

@@ -11,10 +11,10 @@ import typer
 
 from preskip.cli.runs import default_out, follow, kept_for_resuming, refuse_other_options, write_report
 from preskip.errors import PreskipError
-from preskip.options import parse_names, parse_seeds
+from preskip.experiment.parse import parse_names, parse_seeds
 
 if TYPE_CHECKING:
-    from preskip.probe.config import ProbeConfig
+    from preskip.experiment.probe_options import ProbeConfig
 
 WHAT, TRAINING, BRANCH, EVALUATION, OUTPUT = "What", "Training", "Branch", "Evaluation", "Output"
 # Options that say how and where, not what: they may stand beside --resume.
@@ -165,7 +165,7 @@ def probe(
     from preskip.train.distributed import is_main
 
     if not is_main():
-        from preskip.libraries import quiet_libraries
+        from preskip.progress import quiet_libraries
 
         quiet_libraries()
         from preskip.probe.run import follow_probe
@@ -174,7 +174,7 @@ def probe(
         return
     if resume is not None:
         refuse_other_options(context, FREE)
-    from preskip.probe.config import ProbeConfig, parse_layers, parse_learning_rates, parse_lora_ranks
+    from preskip.experiment.probe_options import ProbeConfig, parse_layers, parse_learning_rates, parse_lora_ranks
 
     config = None
     if resume is None:
@@ -195,11 +195,11 @@ def probe(
     from preskip.progress import spinner
 
     with spinner("loading libraries", quiet=as_json):
-        from preskip.libraries import quiet_libraries
+        from preskip.progress import quiet_libraries
 
         quiet_libraries()
         from preskip.probe.run import run_probe, start_probe
-        from preskip.rundir import RunDirectory
+        from preskip.runs.directory import RunDirectory
         from preskip.train.cluster import check_executor
 
     check_executor(executor, ray_address)
@@ -238,7 +238,7 @@ def _config(kind: type[ProbeConfig], options: dict[str, Any]) -> ProbeConfig:
 
 def _with_preset(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
     """The options with the preset's values in place of those that the user did not give."""
-    from preskip.probe.presets import PRESETS
+    from preskip.experiment.presets import PRESETS
 
     name = options["preset"]
     if name not in PRESETS:
@@ -254,8 +254,8 @@ def _with_preset(context: typer.Context, options: dict[str, Any]) -> dict[str, A
 
 def _announce(run: Any, asked: str | None) -> None:
     """Say what runs on what; `asked` is the --dtype of a new run."""
-    from preskip.environment import resolve_dtype
     from preskip.progress import say
+    from preskip.runs.environment import resolve_dtype
 
     config = run.manifest["config"]
     reason = "as before" if asked is None else resolve_dtype(asked, config["device"])[1]

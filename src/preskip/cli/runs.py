@@ -15,7 +15,7 @@ import typer
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
-    from preskip.rundir import RunDirectory
+    from preskip.runs.directory import RunDirectory
 
 Written = TypeVar("Written")
 # What a run computes lies in files this deep in its folders: cells, trials of the search, controls.
@@ -89,8 +89,8 @@ def follow(take_part: Callable[[str], None], device: str, resume: Path | None) -
     """
     import signal
 
-    from preskip.environment import resolve_device
-    from preskip.rundir import RunDirectory
+    from preskip.runs.directory import RunDirectory
+    from preskip.runs.environment import resolve_device
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has nothing to tidy, and waits where Python sees no signals
     take_part(resolve_device(device) if resume is None else RunDirectory.open(resume).manifest["config"]["device"])

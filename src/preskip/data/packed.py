@@ -23,7 +23,7 @@ from preskip.data.corpus import Document
 from preskip.data.tokenizer import fingerprint
 from preskip.errors import PreskipError
 from preskip.progress import Advance, no_progress
-from preskip.rundir import clear_disk_errors, read_json, write_json
+from preskip.runs.files import clear_disk_errors, read_json, write_json
 
 TOKENS, RECORD = "tokens.bin", "tokens.json"
 # Documents per call of the tokenizer, which spreads them over its threads.

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from preskip.evaluate.stats import summarise
-from preskip.rundir import RunDirectory
+from preskip.runs.directory import RunDirectory
+from preskip.stats import summarise
 
 Summary = dict[str, Any]
 Items = list[dict[str, Any]]

@@ -26,9 +26,9 @@ from preskip.evaluate.published import (
     published_figures,
     recognise_published,
 )
-from preskip.evaluate.stats import ALPHA, apply_family, compare, summarise
 from preskip.evaluate.texts import TextSet, score_texts
 from preskip.progress import progress_bar, spinner
+from preskip.stats import ALPHA, apply_family, compare, summarise
 
 if TYPE_CHECKING:
     from preskip.evaluate.tasks import TaskSuite

@@ -26,9 +26,9 @@ from preskip.data.wikitext import page_title
 from preskip.errors import PreskipError
 from preskip.evaluate.harness import LiveModel, RequestEncoder, model_context_length
 from preskip.evaluate.likelihood import Score, score_sequences
-from preskip.evaluate.stats.verdict import base_metric, lower_is_better
 from preskip.evaluate.task_loading import load_tasks, quiet_lm_eval
 from preskip.progress import Advance, no_progress
+from preskip.stats.verdict import base_metric, lower_is_better
 
 # What makes a task's prompts and metrics; the data have their own checksum.
 _PROMPT_FIELDS = (

@@ -14,7 +14,7 @@ from preskip.architecture import architecture
 from preskip.architecture.config import with_branch
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
-from preskip.pretrain.config import PretrainConfig
+from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.pretrain.shape import plain_config, tokenizer_fields
 from preskip.train.speed import TRAINING_FACTOR, embedding_parameters, forward_flops_per_token
 

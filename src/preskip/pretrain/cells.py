@@ -15,14 +15,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from preskip.analysis.depth import text_profile
-from preskip.environment import hardware_name
 from preskip.errors import DivergedError
 from preskip.evaluate.texts import score_texts
+from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.pretrain.arms import Plan
-from preskip.pretrain.config import PretrainConfig
 from preskip.pretrain.prepare import Shared, open_shared
 from preskip.progress import progress_bar
-from preskip.rundir import RunDirectory, clear_disk_errors, write_json, write_jsonl
+from preskip.runs.directory import RunDirectory
+from preskip.runs.environment import hardware_name
+from preskip.runs.files import clear_disk_errors, write_json, write_jsonl
 from preskip.train.memory import peak_memory
 from preskip.train.scratch import ScratchSettings, train_scratch
 

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from preskip.data.local import data_directory
+from preskip.data.recorded import locate
 from preskip.data.splits import DEVELOPMENT, Splits, load_splits, slug
 from preskip.data.tables import Limit
 from preskip.data.tokenizer import load_tokenizer
 from preskip.errors import PreskipError
-from preskip.options import parse_extent
+from preskip.experiment.parse import parse_extent
+from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.pretrain.arms import plan_arms
-from preskip.pretrain.config import PretrainConfig
-from preskip.recorded import locate
-from preskip.rundir import RunDirectory
+from preskip.runs.directory import RunDirectory
 
 # More than a token of the usual tokenizers has on average, in any script: as much text is read of a corpus without end.
 CHARACTERS_PER_TOKEN = 6

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.pretrain.cells import follow_cell, run_cell
-from preskip.pretrain.config import PretrainConfig
 from preskip.progress import say
-from preskip.rundir import RunDirectory
+from preskip.runs.directory import RunDirectory
 from preskip.train.cluster import RayPool
 from preskip.train.distributed import Crew, share_batch
 

@@ -22,17 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from preskip import environment
 from preskip.data.blocks import pack_blocks
 from preskip.data.corpus import Document
 from preskip.data.packed import PackedText, open_blocks, write_packed
 from preskip.data.splits import Splits, choose, slug
 from preskip.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from preskip.errors import PreskipError
-from preskip.evaluate.stats import ALPHA, DEFAULT_MARGINS
 from preskip.evaluate.texts import TextSet, prepare_texts
+from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.pretrain.arms import Plan, plan_arms
-from preskip.pretrain.config import PretrainConfig
 from preskip.pretrain.corpora import (
     CHARACTERS_PER_TOKEN,
     amount_read,
@@ -42,7 +40,10 @@ from preskip.pretrain.corpora import (
     reading_limit,
 )
 from preskip.progress import progress_bar, spinner
-from preskip.rundir import RunDirectory, clear_disk_errors, read_json, write_json
+from preskip.runs import environment
+from preskip.runs.directory import RunDirectory
+from preskip.runs.files import clear_disk_errors, read_json, write_json
+from preskip.stats import ALPHA, DEFAULT_MARGINS
 
 PIECE_CHARACTERS = 4000
 # What preskip is declared against: the controls that tell what parameters and compute alone buy, and the plain model.

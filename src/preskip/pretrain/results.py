@@ -9,9 +9,10 @@ import numpy as np
 
 from preskip.analysis.depth_results import by_seed, drop_documents, trends
 from preskip.evaluate.arm_results import arm_results, finished_cells
-from preskip.evaluate.stats import compare_arms, measured_power
-from preskip.pretrain.config import PretrainConfig
-from preskip.rundir import SCHEMA_VERSION, RunDirectory, read_jsonl
+from preskip.experiment.pretrain_options import PretrainConfig
+from preskip.runs.directory import SCHEMA_VERSION, RunDirectory
+from preskip.runs.files import read_jsonl
+from preskip.stats import compare_arms, measured_power
 
 # What an arm's results repeat from run.json.
 ARM_FACTS = (

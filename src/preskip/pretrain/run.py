@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 
-from preskip import environment
-from preskip.attempt import attempt, check_same_inputs, new_run, note_other_environments
 from preskip.errors import PreskipError
-from preskip.libraries import quiet_libraries
+from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.pretrain.arms import Plan
 from preskip.pretrain.cells import run_cell
-from preskip.pretrain.config import PretrainConfig
 from preskip.pretrain.prepare import prepare
 from preskip.pretrain.results import summarise_run
-from preskip.progress import say, spinner
-from preskip.rundir import RunDirectory, write_json
+from preskip.progress import quiet_libraries, say, spinner
+from preskip.runs import environment
+from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
+from preskip.runs.directory import RunDirectory
+from preskip.runs.files import write_json
 from preskip.train.scratch import trackers
 from preskip.train.speed import measured_peak
 

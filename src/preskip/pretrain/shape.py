@@ -12,7 +12,7 @@ from preskip.architecture import TYPES
 from preskip.architecture.config import PREFIX
 from preskip.architecture.shapes import SHAPES, shape_config
 from preskip.errors import PreskipError
-from preskip.rundir import read_json
+from preskip.runs.files import read_json
 
 
 def tokenizer_fields(tokenizer: Any) -> dict[str, Any]:

@@ -12,24 +12,24 @@ import numpy as np
 import torch
 from torch import nn
 
-from preskip import environment
 from preskip.arms import Arm, ArmContext, attention_paths, branch_parameters, insert, resolve_arms
 from preskip.assets import load_model, load_tokenizer, resolve_model
 from preskip.data.blocks import Window, pack_blocks
 from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem, build_items
 from preskip.data.local import LAMBADA_DEVELOPMENT, data_directory, lambada_development
+from preskip.data.recorded import locate
 from preskip.data.splits import Splits, choose, load_splits, slug
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal, last_word_windows
 from preskip.evaluate.paper import COLUMNS, LENGTH, PaperItems, encode_paper_items, load_paper_data
 from preskip.evaluate.published import recognise_published
-from preskip.evaluate.stats import ALPHA, DEFAULT_MARGINS
 from preskip.evaluate.texts import TextSet, prepare_texts
-from preskip.options import parse_extent
-from preskip.probe.config import ProbeConfig
+from preskip.experiment.parse import parse_extent
+from preskip.experiment.probe_options import ProbeConfig
 from preskip.progress import progress_display, spinner
-from preskip.recorded import locate
+from preskip.runs import environment
+from preskip.stats import ALPHA, DEFAULT_MARGINS
 from preskip.train.distributed import Crew
 
 if TYPE_CHECKING:

@@ -18,14 +18,15 @@ from preskip.analysis.depth import text_profile
 from preskip.arms import ARMS, Arm, ArmContext, Inserted, insert
 from preskip.data.blocks import scored_size
 from preskip.data.splits import choose
-from preskip.environment import hardware_name
 from preskip.errors import DivergedError
 from preskip.evaluate.likelihood import last_word_records, score_sequences
 from preskip.evaluate.paper import paper_scores
 from preskip.evaluate.texts import prepare_texts, score_texts
 from preskip.probe.bench import LAST_WORD, Bench
 from preskip.progress import progress_bar
-from preskip.rundir import Cell, clear_disk_errors, sync_tree, write_json, write_jsonl
+from preskip.runs.directory import Cell
+from preskip.runs.environment import hardware_name
+from preskip.runs.files import clear_disk_errors, sync_tree, write_json, write_jsonl
 from preskip.train.frozen import TrainingSettings, train_frozen
 from preskip.train.memory import peak_memory
 

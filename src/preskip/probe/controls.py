@@ -11,7 +11,8 @@ from preskip.arms import Arm, insert, resolve_arms
 from preskip.evaluate.dtype_audit import dtype_audit
 from preskip.probe.bench import Bench
 from preskip.probe.cells import has_branch, train
-from preskip.rundir import Cell, RunDirectory, clear_disk_errors, read_json, write_json
+from preskip.runs.directory import Cell, RunDirectory
+from preskip.runs.files import clear_disk_errors, read_json, write_json
 
 
 def run_controls(run: RunDirectory, bench: Bench) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from preskip.arms import ARMS, Arm
+from preskip.experiment.probe_options import ProbeConfig
 from preskip.probe.bench import Bench, prepare
 from preskip.probe.cells import run_cell
-from preskip.probe.config import ProbeConfig
 from preskip.probe.search import search_rate
 from preskip.progress import progress_bar
-from preskip.rundir import RunDirectory
+from preskip.runs.directory import RunDirectory
 from preskip.train.cluster import RayPool
 
 

@@ -10,9 +10,10 @@ from preskip.arms import resolve_arms
 from preskip.evaluate.arm_results import arm_results, finished_cells
 from preskip.evaluate.paper import COLUMNS, paper_columns
 from preskip.evaluate.published import paper_table
-from preskip.evaluate.stats import compare_arms, measured_power
-from preskip.probe.config import ProbeConfig
-from preskip.rundir import SCHEMA_VERSION, RunDirectory, read_json
+from preskip.experiment.probe_options import ProbeConfig
+from preskip.runs.directory import SCHEMA_VERSION, RunDirectory
+from preskip.runs.files import read_json
+from preskip.stats import compare_arms, measured_power
 
 ARM_FACTS = (
     "budget",

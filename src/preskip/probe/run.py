@@ -14,17 +14,18 @@ from typing import Any
 
 from preskip.analysis.depth_results import drop_documents, trends
 from preskip.arms import Arm, resolve_arms
-from preskip.attempt import Attempt, attempt, check_same_inputs, new_run, note_other_environments
-from preskip.evaluate.stats import planned_power
+from preskip.experiment.probe_options import ProbeConfig
 from preskip.probe.bench import Bench, prepare
 from preskip.probe.cells import follow
-from preskip.probe.config import ProbeConfig
 from preskip.probe.controls import run_controls
 from preskip.probe.executor import LocalExecutor, open_executor
 from preskip.probe.results import summarise_run
 from preskip.probe.search import base_records
 from preskip.progress import say, spinner
-from preskip.rundir import RunDirectory, write_json
+from preskip.runs.attempt import Attempt, attempt, check_same_inputs, new_run, note_other_environments
+from preskip.runs.directory import RunDirectory
+from preskip.runs.files import write_json
+from preskip.stats import planned_power
 from preskip.train.distributed import Crew, share_batch
 
 

@@ -18,13 +18,14 @@ from torch import nn
 
 from preskip.arms import Arm, insert
 from preskip.errors import DivergedError, PreskipError
-from preskip.evaluate.stats import paired_ratio_difference
 from preskip.evaluate.texts import TextSet, score_texts
+from preskip.experiment.probe_options import LEAST
 from preskip.probe.bench import Bench
 from preskip.probe.cells import train
-from preskip.probe.config import LEAST
 from preskip.progress import Advance, progress_bar
-from preskip.rundir import Cell, read_json, write_json
+from preskip.runs.directory import Cell
+from preskip.runs.files import read_json, write_json
+from preskip.stats import paired_ratio_difference
 
 # Half decades around the arm's default.
 GRID = (-1, 0, 1)

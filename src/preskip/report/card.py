@@ -14,13 +14,14 @@ from huggingface_hub import ModelCardData
 
 from preskip.errors import PreskipError
 from preskip.markdown import escape
+from preskip.model_types import PREFIX
 from preskip.report.card_content import Card, Stored, make_card
 from preskip.report.card_usage import adapter_usage, hub_id, model_usage
 from preskip.report.load import load_json, short
 from preskip.report.lookup import is_pretraining
-from preskip.rundir import RunDirectory, read_json
-from preskip.trained import ADAPTER_CONFIG, adapter_folders
-from preskip.types import PREFIX
+from preskip.runs.adapters import ADAPTER_CONFIG, adapter_folders
+from preskip.runs.directory import RunDirectory
+from preskip.runs.files import read_json
 
 
 def write_cards(run: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from preskip.report.card_usage import hub_id
 from preskip.report.facts import family_text, limits
 from preskip.report.lookup import flipped, is_pretraining, trained_arms
 from preskip.report.verdicts import metric_named, set_title
-from preskip.rundir import clear_disk_errors, write_bytes
+from preskip.runs.files import clear_disk_errors, write_bytes
 
 FIGURE = "depth.png"
 LICENCE = "Licence: the base's licence covers its weights and may bind these; the training adds none of its own."

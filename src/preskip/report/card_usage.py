@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from preskip.types import PREFIX
+from preskip.model_types import PREFIX
 
 
 def hub_id(model: Mapping[str, Any]) -> str | None:

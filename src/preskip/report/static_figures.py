@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.errors import PreskipError
-from preskip.rundir import clear_disk_errors
+from preskip.runs.files import clear_disk_errors
 
 FORMATS = ("svg", "pdf", "png")
 WIDTH = 6.75  # inches

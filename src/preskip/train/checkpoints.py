@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotat
 
 from preskip.errors import PreskipError
 from preskip.progress import say
-from preskip.rundir import clear_disk_errors, read_json, sync_tree, write_json
+from preskip.runs.files import clear_disk_errors, read_json, sync_tree, write_json
 
 SEAL = "seal.json"
 DAMAGED = "damaged-"

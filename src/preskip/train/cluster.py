@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from preskip import environment
 from preskip.errors import PreskipError
+from preskip.runs import environment
 from preskip.train.distributed import world_size
 
 EXECUTORS = ("local", "ray")

@@ -14,21 +14,14 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from preskip.progress import Advance, no_progress
-
-if TYPE_CHECKING:
-    from preskip.train.frozen import TrainingSettings
-
-CONTROLS = ("none", "noise", "shuffled")
-MAX_GRAD_NORM = 1.0
-WEIGHT_DECAY = 0.0
-SCHEDULE = "cosine"
+from preskip.train.settings import CONTROLS, MAX_GRAD_NORM, SCHEDULE, WEIGHT_DECAY, TrainingSettings
 
 
 def shuffle_targets(ids: torch.Tensor, seed: int, index: int) -> torch.Tensor:

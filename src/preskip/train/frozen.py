@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,61 +13,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from preskip.errors import PreskipError
 from preskip.progress import Advance, no_progress
-from preskip.rundir import clear_disk_errors, write_jsonl
+from preskip.runs.files import clear_disk_errors, write_jsonl
 from preskip.train.checkpoints import ResumableTrainer
-from preskip.train.controls import (
-    CONTROLS,
-    MAX_GRAD_NORM,
-    SCHEDULE,
-    WEIGHT_DECAY,
-    EqualStep,
-    train_on_noise,
-)
+from preskip.train.controls import EqualStep, train_on_noise
 from preskip.train.distributed import adapt_trainer, is_main, share_batch, shared_training, uses_fsdp
+from preskip.train.settings import MAX_GRAD_NORM, SCHEDULE, WEIGHT_DECAY, TrainingSettings
 from preskip.train.steps import BlockDataset, finite_step, stack_rows
 
 # The newest checkpoint, and one to fall back on where that is damaged.
 KEPT_CHECKPOINTS = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """How an arm is trained.
-
-    Args:
-        steps: optimiser steps.
-        batch_size: sequences per optimiser step, over all processes.
-        micro_batch_size: sequences per forward pass of a process, at most; must divide its share of the batch.
-        learning_rate: peak; linear warm-up over a tenth of the steps, then cosine to 0 (as the paper).
-        seed: of the data order, dropout and initialisation.
-        gradient_checkpointing: recompute activations in the backward pass.
-        save_steps: optimiser steps between two checkpoints.
-        control: "none", or a null of the depth picture: "noise" (gradients of noise, no text) or "shuffled" (targets in
-            random order within each sequence); see `preskip.train.controls`.
-        equal_step: rescale each layer's update to the same ‖ΔW‖ / ‖W‖; see `preskip.train.controls.EqualStep`.
-
-    Raises:
-        PreskipError: an unknown control.
-    """
-
-    steps: int
-    batch_size: int
-    micro_batch_size: int
-    learning_rate: float
-    seed: int
-    gradient_checkpointing: bool = False
-    save_steps: int = 50
-    control: str = "none"
-    equal_step: bool = False
-
-    def __post_init__(self) -> None:
-        if self.control not in CONTROLS:
-            raise PreskipError(f"control={self.control!r} is not possible: choose {', '.join(CONTROLS)}")
-
-    @property
-    def warmup_steps(self) -> int:
-        """A tenth of the steps, at least one (paper: 50 of 500)."""
-        return max(1, self.steps // 10)
 
 
 class _StepLog(TrainerCallback):

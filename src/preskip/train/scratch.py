@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from preskip.attach import CHILD
 from preskip.errors import DivergedError, PreskipError
 from preskip.progress import Advance, no_progress
-from preskip.rundir import clear_disk_errors, write_jsonl
+from preskip.runs.files import clear_disk_errors, write_jsonl
 from preskip.train.checkpoints import ResumableTrainer
 from preskip.train.distributed import adapt_trainer, is_main, share_batch, shared_training, world_size
 from preskip.train.speed import training_flops_per_token

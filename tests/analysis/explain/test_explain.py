@@ -20,7 +20,7 @@ from preskip.analysis.explain.sums import interval, widened
 from preskip.data.corpus import Document
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_windows, score_sequences
-from preskip.evaluate.stats import bootstrap_ratio
+from preskip.stats import bootstrap_ratio
 from tiny_explain import adapted, adapted_llama, texts
 from tiny_model import tiny_llama
 from tiny_text import tiny_tokenizer

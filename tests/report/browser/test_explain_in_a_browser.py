@@ -6,17 +6,14 @@ import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from preskip.report.explain_page import build_explain_page
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from fixture_explain import STRANGE, write_explain
+from preskip.report.explain_page import build_explain_page
 from watched import Watched
 
 pytestmark = pytest.mark.slow

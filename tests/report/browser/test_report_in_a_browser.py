@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from preskip.report import build_report
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from fixture_explain import write_explain
 from fixture_run import rich_run
+from preskip.report import build_report
 from watched import Watched
 
 pytestmark = pytest.mark.slow

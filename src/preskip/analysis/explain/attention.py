@@ -17,6 +17,7 @@ from torch import nn
 
 from preskip.adapter.base import base_model
 from preskip.analysis.branches import LiveBranch
+from preskip.attach import hidden_states_of, with_hidden_states
 from preskip.evaluate.likelihood import head_only_at
 from preskip.progress import Advance, no_progress
 
@@ -67,14 +68,15 @@ def _compared(branch: LiveBranch, index: int, found: dict[int, NDArray[np.float6
     plain: list[torch.Tensor] = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        plain.append(args[0] if args else kwargs["hidden_states"])
+        plain.append(hidden_states_of(args, kwargs))
 
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         x = plain.pop()
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if not isinstance(weights, torch.Tensor) or weights.dim() != 4:
             return
-        off = module.forward(x, *args[1:], **kwargs) if args else module.forward(**{**kwargs, "hidden_states": x})
+        args, kwargs = with_hidden_states(args, kwargs, x)
+        off = module.forward(*args, **kwargs)
         (entropy_on, sink_on), (entropy_off, sink_off) = describe(weights), describe(off[1])
         found[index] = np.array([entropy_on - entropy_off, sink_on - sink_off, weights.shape[2] - 1])
 

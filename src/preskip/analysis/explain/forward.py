@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from preskip.analysis.branches import LiveBranch
+from preskip.attach import hidden_states_of
 from preskip.errors import DivergedError
 from preskip.evaluate.likelihood import token_scores
 
@@ -189,7 +190,7 @@ def mlp_of(block: nn.Module) -> nn.Module | None:
 
 
 def _keep_input(held: dict[str, torch.Tensor], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    held["input"] = args[0] if args else kwargs["hidden_states"]
+    held["input"] = hidden_states_of(args, kwargs)
 
 
 def _keep_output(held: dict[str, torch.Tensor], name: str, module: nn.Module, args: tuple, output: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from preskip.analysis.explain.classes import CLASSES
-from preskip.evaluate.stats import CONFIDENCE, bootstrap_ratio
+from preskip.stats import CONFIDENCE, bootstrap_ratio
 
 Array = NDArray[np.float64]
 SIZES = {"skip_to_attention": ("skip", "attention"), "enrichment": ("change", "input")}

@@ -10,11 +10,11 @@ import numpy as np
 from preskip.analysis.explain.reading import Text
 from preskip.data.corpus import EMBEDDED_CORPORA, Document
 from preskip.data.local import data_directory
+from preskip.data.recorded import locate
 from preskip.data.splits import choose, load_splits, load_texts
 from preskip.errors import PreskipError
-from preskip.recorded import locate
-from preskip.rundir import read_json
-from preskip.trained import Source
+from preskip.evaluate.trained import Source
+from preskip.runs.files import read_json
 
 DEFAULT_CORPUS = "sotu"
 

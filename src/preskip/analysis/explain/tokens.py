@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preskip.analysis.explain.classes import TokenTable
-from preskip.rundir import clear_disk_errors
+from preskip.runs.files import clear_disk_errors
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -1,0 +1,230 @@
+"""Base + trained adapter → one self-contained checkpoint of type `preskip_<type>`.
+
+A branch depends non-linearly on its input and cannot be merged into the base's weights, so the checkpoint keeps it as
+it is: the same tensors under the same names, without the adapter's. Logits do not change by a bit.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from preskip.adapter.base import base_model
+from preskip.architecture.config import branch_settings, with_branch
+from preskip.architecture.models import Architecture, architecture
+from preskip.attach import CHILD, find_sites
+from preskip.branch import BranchSettings
+from preskip.errors import PreskipError
+from preskip.markdown import escape
+from preskip.model_types import TYPES
+from preskip.runs.files import clear_disk_errors
+from preskip.version import __version__
+
+STUB = "modeling_preskip.py"
+
+
+def bake(
+    model: nn.Module,
+    out: Path | str,
+    *,
+    adapter: str | None = None,
+    tokenizer: Any = None,
+    base_name: str | None = None,
+) -> Path:
+    """Save a base model and its Preskip adapter as one checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Where `preskip` is not imported, the checkpoint's own stub imports it (`trust_remote_code=True`).
+
+    Args:
+        model: a PEFT model with a Preskip adapter, or a model with one injected. It is not changed.
+        out: the folder to make; must not exist.
+        adapter: which adapter; None is the active one.
+        tokenizer: saved beside the model, if given.
+        base_name: what the model card calls the base; None takes the adapter's record.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PreskipError: `out` exists, the model has no such adapter, its type has no architecture, it is quantised, its
+            branches do not sit at the decoder's self-attentions, or another adapter is still on it. Nothing is left
+            at `out`.
+    """
+    out = Path(out)
+    if out.exists():
+        raise PreskipError(f"{out} exists already: choose another folder")
+    base, found = _find(model, adapter)
+    family = architecture(base.config.model_type) if base.config.model_type in TYPES else None
+    if family is None:
+        raise PreskipError(
+            f"a {base.config.model_type} model cannot be baked: there is an architecture for {', '.join(TYPES)}"
+        )
+    if type(base).__name__ != family.causal_lm.__bases__[-1].__name__:
+        raise PreskipError(f"{type(base).__name__} cannot be baked: only its causal language model can")
+    baked = _rebuild(base, found, family)
+    recorded = getattr(model, "peft_config", {}).get(found.name)
+    source = base_name or getattr(recorded, "base_model_name_or_path", None) or base.config.name_or_path
+    baked.config.auto_map = {
+        "AutoConfig": f"{Path(STUB).stem}.{family.config.__name__}",
+        "AutoModel": f"{Path(STUB).stem}.{family.model.__name__}",
+        "AutoModelForCausalLM": f"{Path(STUB).stem}.{family.causal_lm.__name__}",
+    }
+    with clear_disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside its place and renamed: what is at `out` is whole.
+        workspace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            baked.save_pretrained(workspace)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(workspace)
+            (workspace / STUB).write_text(_stub(family), encoding="utf-8")
+            (workspace / "README.md").write_text(short_card(baked, source), encoding="utf-8")
+            workspace.chmod(0o755)
+            workspace.rename(out)
+        except BaseException:
+            shutil.rmtree(workspace, ignore_errors=True)
+            raise
+    return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adapter:
+    """One adapter as its layers tell it: PEFT forgets configs when adapters are stacked."""
+
+    name: str
+    settings: BranchSettings
+    skip_position: str
+    modules: frozenset[str]
+
+
+def _find(model: nn.Module, adapter: str | None) -> tuple[Any, _Adapter]:
+    """The base model and the adapter on it, after what can be known before building anything."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from preskip.adapter import PreskipLayer
+
+    base = base_model(model)
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, PreskipLayer)}
+    names = sorted({name for layer in layers.values() for name in layer.settings})
+    if not names:
+        raise PreskipError(f"{type(model).__name__} has no Preskip adapter to bake")
+    active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in layer.settings})
+    if adapter is None and len(active) != 1:
+        raise PreskipError(f"{len(active)} adapters are active ({', '.join(active) or 'none'}): name one of {names}")
+    name = active[0] if adapter is None else adapter
+    if name not in names:
+        raise PreskipError(f"there is no Preskip adapter {name!r} on this model: choose one of {names}")
+    others = [m for m in base.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, PreskipLayer)]
+    if others:
+        raise PreskipError(
+            f"{len(others)} layers carry another adapter ({type(others[0]).__name__}): merge or unload it first"
+        )
+    if getattr(base, "is_quantized", False) or getattr(base, "quantization_method", None) is not None:
+        raise PreskipError("a quantised base cannot be baked: load it in full precision and put the adapter on that")
+    own = {path: layer for path, layer in layers.items() if name in layer.settings}
+    first = next(iter(own.values()))
+    return base, _Adapter(
+        name=name,
+        settings=first.settings[name],
+        skip_position="attention" if first.tap is None else "residual",
+        modules=frozenset(path.removesuffix(f".{CHILD}") for path in own),
+    )
+
+
+def _rebuild(base: Any, adapter: _Adapter, family: Architecture) -> Any:
+    """The model with branches, on the base's own tensors."""
+    sites = {site.name: site.layer for site in find_sites(base).attentions}
+    strays = sorted(adapter.modules - sites.keys())
+    if strays:
+        raise PreskipError(f"the branch at {strays[0]} is not at a self-attention of the decoder: it cannot be baked")
+    layers = sorted(sites[name] for name in adapter.modules)
+    config: Any = with_branch(
+        family.config,
+        base.config,
+        adapter.settings,
+        preskip_skip_position=adapter.skip_position,
+        preskip_layers=None if len(layers) == len(sites) else layers,
+        attn_implementation=base.config._attn_implementation,
+    )
+    config.dtype = base.dtype
+    with torch.device("meta"):
+        baked: Any = family.causal_lm(config)
+    tensors = _plain_keys(base.state_dict(), adapter.name)
+    baked.load_state_dict(tensors, strict=True, assign=True)
+    # Buffers that no state dict holds (rotary frequencies) are the base's, too.
+    buffers = dict(base.named_buffers())
+    for name, buffer in list(baked.named_buffers()):
+        if buffer.is_meta:
+            path, _, leaf = name.rpartition(".")
+            setattr(baked.get_submodule(path), leaf, buffers[name])
+    baked.tie_weights()
+    for name, tensor in baked.state_dict().items():
+        if tensor.data_ptr() != tensors[name].data_ptr():
+            raise PreskipError(f"{name} was trained apart from the tensor it is tied to: baked, it could not be kept")
+    if base.can_generate():
+        baked.generation_config = base.generation_config
+    return baked.eval()
+
+
+def _plain_keys(state: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
+    """A PEFT model's tensors under plain names: this adapter's branches and trained copies, no other adapter's."""
+    plain: dict[str, torch.Tensor] = {}
+    copies = f".modules_to_save.{adapter}."
+    for key, tensor in state.items():
+        if f".{CHILD}." in key:
+            path, part, owner, leaf = key.rsplit(".", 3)
+            if owner == adapter:
+                plain[f"{path}.{part}.{leaf}"] = tensor
+        elif copies in key:
+            plain[key.replace(copies, ".")] = tensor
+        elif ".modules_to_save." not in key:
+            plain.setdefault(key.replace(".original_module.", "."), tensor)
+    return plain
+
+
+def _stub(family: Architecture) -> str:
+    names = ", ".join((family.causal_lm.__name__, family.config.__name__, family.model.__name__))
+    return (
+        '"""This checkpoint\'s classes live in the package preskip (`pip install preskip`)."""\n\n'
+        f"from preskip.architecture import {names}  # noqa: F401\n"
+    )
+
+
+def short_card(baked: Any, source: str | None) -> str:
+    """README.md of a checkpoint of which no more is known than what it is made of."""
+    from huggingface_hub import ModelCardData
+
+    is_hub_id = source and source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
+    data = ModelCardData(
+        base_model=source if is_hub_id else None, library_name="transformers", tags=["preskip", "text-generation"]
+    )
+    count = sum(p.numel() for name, p in baked.named_parameters() if f".{CHILD}." in name)
+    settings = branch_settings(baked.config)
+    named = ", ".join(f"{field.name} {getattr(settings, field.name)}" for field in fields(BranchSettings))
+    return f"""---
+{data.to_yaml()}
+---
+
+# {escape(source or baked.config.model_type)} with a pre-projection and a content skip
+
+`{baked.config.model_type}`: {escape(source or "a base model")} with the branches of a trained Preskip adapter
+(arXiv 2604.10791) built in, {count:,} weights beside the base's. Baked with preskip {__version__}.
+
+* Branch: {named}
+* Layers: {"all" if baked.config.preskip_layers is None else baked.config.preskip_layers}
+
+```python
+import preskip  # registers the architecture; or pass trust_remote_code=True
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID")
+```
+
+Licence: the base's licence covers its weights and may bind these; the branch adds none of its own.
+"""

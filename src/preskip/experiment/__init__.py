@@ -1,0 +1,1 @@
+"""One experiment: what is asked for, prepared, trained, scored and compared."""

@@ -1,0 +1,199 @@
+"""The run directory: what is in it, atomic writes, the schema version, and finding out what is done.
+
+::
+
+    RUN/run.json                                what was asked for and what it ran on
+    RUN/search/<arm>/rung-<r>/<lr>/trial.json   one training of the search for a learning rate
+    RUN/search/<arm>/search.json                its outcome; written last
+    RUN/controls/<control>/<arm>/seed-<s>/      nulls and controls of the depth picture
+    RUN/arms/<arm>/seed-<seed>/adapter/         the trained adapter (none for arm `none`), with its card (README.md)
+    RUN/arms/<arm>/seed-<seed>/train.jsonl      one line per optimiser step
+    RUN/arms/<arm>/seed-<seed>/items.jsonl      one line per evaluated document or last-word item
+    RUN/arms/<arm>/seed-<seed>/cell.json        summary of this arm and seed; written last, it marks them as done
+    RUN/results.json, RUN/report.html
+
+Every file is written beside its place and then renamed, so that a reader sees the old file or the new one, never half.
+One process at a time works on a run (`RunDirectory.lock`); what a killed one left half-written is removed by the next.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preskip.errors import PreskipError
+from preskip.runs.files import TEMPORARY, clear_disk_errors, read_json, read_jsonl, write_json
+
+SCHEMA_VERSION = 2
+# What marks a folder of a run as done, its checkpoints as no longer needed.
+DONE = ("cell.json", "trial.json")
+# What the results need of every cell.json.
+SUMMARY_FIELDS = {
+    "seed",
+    "trainable_parameters",
+    "learning_rate",
+    "final_training_loss",
+    "seconds_per_step",
+    "peak_memory_bytes",
+    "depth",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The folder of one arm and seed in a run."""
+
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the trained adapter."""
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the trainer's checkpoints; removed once the cell is done."""
+        return self.folder / "checkpoints"
+
+    @property
+    def train_log(self) -> Path:
+        """One line per optimiser step."""
+        return self.folder / "train.jsonl"
+
+    @property
+    def items(self) -> Path:
+        """One line per evaluated item."""
+        return self.folder / "items.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The cell's summary, written last."""
+        return self.folder / "cell.json"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the cell's training and evaluation are complete."""
+        return self.summary.is_file()
+
+    def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return the summary and the items of a cell that is done.
+
+        Raises:
+            PreskipError: a file is missing or damaged.
+        """
+        try:
+            summary, items = read_json(self.summary), read_jsonl(self.items)
+            missing = SUMMARY_FIELDS - set(summary if isinstance(summary, dict) else ())
+            if missing:
+                raise PreskipError(f"{self.summary} lacks {', '.join(sorted(missing))}")
+        except PreskipError as error:
+            raise PreskipError(f"{error}; delete {self.folder} and resume to compute it again") from None
+        return summary, items
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One run's folder."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, manifest: dict[str, Any]) -> RunDirectory:
+        """Make a new run directory with its run.json, complete from the first moment.
+
+        Raises:
+            PreskipError: the path exists, or cannot be written.
+        """
+        if path.exists():
+            raise PreskipError(f"{path} exists already: choose another --out, or finish it with --resume {path}")
+        with clear_disk_errors(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+            except (FileExistsError, NotADirectoryError, FileNotFoundError):
+                raise PreskipError(f"no folder can be made in {path.parent}: choose another --out") from None
+            try:
+                write_json(temporary / "run.json", {"schema_version": SCHEMA_VERSION, **manifest})
+                temporary.chmod(0o755)
+                temporary.rename(path)
+            except BaseException as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise PreskipError(f"{path} has just been made by another process: choose another --out") from None
+                raise
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Open an existing run.
+
+        Raises:
+            PreskipError: there is no run.json, or it has another schema version.
+        """
+        if not path.is_dir():
+            raise PreskipError(f"{path} is not a run directory: it does not exist or is not a folder")
+        manifest = read_json(path / "run.json")
+        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        if version != SCHEMA_VERSION:
+            raise PreskipError(f"{path} has schema version {version}, this preskip reads {SCHEMA_VERSION}")
+        return cls(path)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Work on the run alone, beginning with the removal of what a killed process left behind.
+
+        The lock ends with the process, however it ends.
+
+        Raises:
+            PreskipError: another process works on the run.
+        """
+        from filelock import FileLock, Timeout
+
+        with clear_disk_errors(self.path):
+            lock = FileLock(self.path / ".lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise PreskipError(
+                    f"another process is working on {self.path}: wait until it has finished, or stop it"
+                ) from None
+        try:
+            self._tidy()
+            yield
+        finally:
+            lock.release()
+
+    def _tidy(self) -> None:
+        for path in self.path.rglob(f".*{TEMPORARY}"):
+            path.unlink()
+        for checkpoints in self.path.rglob("checkpoints"):
+            if any((checkpoints.parent / name).is_file() for name in DONE):
+                shutil.rmtree(checkpoints, ignore_errors=True)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return read_json(self.path / "run.json")
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Change fields of run.json atomically."""
+        write_json(self.path / "run.json", {**self.manifest, **changes})
+
+    @property
+    def search(self) -> Path:
+        """The folder of the search for learning rates."""
+        return self.path / "search"
+
+    def control(self, name: str, arm: str, seed: int) -> Cell:
+        """The folder of one null or control of the depth picture."""
+        return Cell(self.path / "controls" / name / arm / f"seed-{seed}")
+
+    def cell(self, arm: str, seed: int) -> Cell:
+        """The folder of one arm and seed."""
+        return Cell(self.path / "arms" / arm / f"seed-{seed}")

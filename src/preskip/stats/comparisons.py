@@ -1,0 +1,222 @@
+"""The figures of an arm, and the paired differences between arms, from their item records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from preskip.progress import Advance, no_progress
+from preskip.stats.bootstrap import RESAMPLES, Components, RatioDistribution
+from preskip.stats.distribution import CONFIDENCE, Distribution, check_confidence
+from preskip.stats.exact import mcnemar, rate_bound
+from preskip.stats.family import apply_family
+from preskip.stats.inputs import Array, sum_by_cluster
+from preskip.stats.paired import accuracy_distribution, discordant, exponential
+from preskip.stats.records import SeedItems, Table, by_seed, paired_seeds, tables
+from preskip.stats.verdict import DEFAULT_MARGINS, margin_of
+
+
+def summarise(
+    items: SeedItems, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, dict[str, dict[str, float]]]:
+    """The `metrics` of one arm in results.json, from its item records.
+
+    Args:
+        items: records (items.jsonl) by seed id, one list per seed, or one list for a single seed.
+        confidence: level, default 0.95.
+        resamples: bootstrap replicates, default 9,999.
+        seed: of the bootstrap, default 0.
+
+    Returns:
+        {set: {metric: {"value", "low", "high", "confidence"}}}; documents give bits_per_byte and word_perplexity,
+        items one metric per score. Clusters are resampled whole.
+
+    Raises:
+        PreskipError: no items, damaged records, or seeds that hold different items.
+    """
+    check_confidence(confidence)
+    rows = list(by_seed(items, "the arm").values())
+    options = {"resamples": resamples, "seed": seed}
+    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    for table in tables(rows, "the seeds of one arm"):
+        if table.kind == "document":
+            nll = table.column("nll")
+
+            def ratio(key: str, scale: float, table: Table = table, nll: Array = nll) -> dict[str, float]:
+                sizes = np.broadcast_to(table.shared_column(key), nll.shape)
+                above, below = sum_by_cluster(nll, sizes, table.clusters)
+                return RatioDistribution(above, below, scale=scale, **options).interval(confidence).as_dict()
+
+            log = ratio("words", 1.0)
+            metrics[table.name] = {
+                "bits_per_byte": ratio("bytes", 1 / math.log(2)),
+                "word_perplexity": {
+                    **{key: exponential(log[key]) for key in ("value", "low", "high")},
+                    "confidence": confidence,
+                },
+            }
+        else:
+            metrics[table.name] = {
+                score: _mean(table.column(score), table, confidence, options) for score in table.scores
+            }
+    return metrics
+
+
+def compare(
+    items_a: SeedItems,
+    items_b: SeedItems,
+    *,
+    arm: str = "a",
+    reference: str = "b",
+    sets: Sequence[str] | None = None,
+    margins: Mapping[str, float] = DEFAULT_MARGINS,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """The `comparisons` entries (arm - reference) of results.json, paired on seeds and item ids.
+
+    Mappings {seed: items} pair on the seeds that both have; an untrained reference `none` with a single cell is paired
+    with every seed. Lists pair in the order given. The order of items does not matter.
+
+    `p_value` is never None. For bits per byte and other means it is the interval's own, so it is below 0.05 exactly
+    when the 95 % interval excludes 0. For accuracies with one seed and independent items it is the exact McNemar p;
+    with several seeds, or clusters, which McNemar's test cannot know, the larger of that (the sign test over items) and
+    the interval's. `p_equivalence` and `margin` are None where no margin is stated for the metric. `deviations` holds
+    the variance components (see `Components`), from which `measured_power` computes. `apply_family` adds the rest.
+
+    Args:
+        items_a: records (items.jsonl) of the arm, by seed id, one list per seed, or one list for a single seed.
+        items_b: the same for the reference.
+        arm: name of the arm in the entries.
+        reference: name of the reference in the entries.
+        sets: evaluation sets to compare. Default: all that both hold.
+        margins: equivalence margins by "metric" or "set.metric", in the metric's unit.
+        confidence: level, default 0.95.
+        resamples: bootstrap replicates, default 9,999.
+        seed: of the bootstrap, default 0.
+
+    Raises:
+        PreskipError: no common seed or set, different items in a set, or different bytes for the same document.
+    """
+    check_confidence(confidence)
+    rows_a, rows_b = paired_seeds(items_a, items_b, arm, reference)
+    entries: list[dict[str, Any]] = []
+    for table in tables([*rows_a, *rows_b], f"{arm} and {reference}", sets):
+        for metric in ["bits_per_byte"] if table.kind == "document" else table.scores:
+            column = table.column("nll" if table.kind == "document" else metric)
+            difference = column[: len(rows_a)] - column[len(rows_a) :]
+            entry, distribution = _difference(table, metric, column, difference, resamples, seed)
+            interval = distribution.interval(confidence)
+            margin = margin_of(margins, table.name, metric)
+            entries.append(
+                {
+                    "set": table.name,
+                    "metric": metric,
+                    "arm": arm,
+                    "reference": reference,
+                    "difference": interval.value,
+                    "low": interval.low,
+                    "high": interval.high,
+                    "confidence": confidence,
+                    "seeds": interval.seeds,
+                    "units": len(table.ids),
+                    "unit": table.kind,
+                    "clusters": None if table.clusters is None else interval.units,
+                    "covers": f"seeds and {table.kind}s" if interval.seeds > 1 else f"{table.kind}s only",
+                    **entry,
+                    "margin": margin,
+                    "p_equivalence": None if margin is None else distribution.p_equivalence(margin),
+                }
+            )
+    return entries
+
+
+def compare_arms(
+    items: Mapping[str, SeedItems],
+    family: Mapping[str, Any],
+    *,
+    pairs: Sequence[tuple[str, str]] | None = None,
+    sets: Sequence[str] | None = None,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    advance: Advance = no_progress,
+) -> list[dict[str, Any]]:
+    """Pairs of arms compared, with the family's correction and verdicts: `comparisons` of results.json.
+
+    Args:
+        items: records by arm and seed id, arms in the order in which they are shown, the reference first.
+        family: {"declared": [{"arm", "reference", "set", "metric"}], "alpha", "margins"}, as in run.json.
+        pairs: (arm, reference) of each comparison. Default: each pair once, the arm that comes later minus the earlier
+            one, or as the family declares it.
+        sets: evaluation sets to compare. Default: all that a pair shares.
+        confidence: level, default 0.95.
+        resamples: bootstrap replicates, default 9,999.
+        seed: of the bootstrap, default 0.
+        advance: told how many pairs are done, and which was the last.
+    """
+    if pairs is None:
+        declared = {(entry["arm"], entry["reference"]) for entry in family.get("declared", ())}
+        pairs = [pair if pair in declared else pair[::-1] for pair in combinations(items, 2)]
+    entries: list[dict[str, Any]] = []
+    for number, (arm, reference) in enumerate(pairs, 1):
+        entries += compare(
+            items[arm],
+            items[reference],
+            arm=arm,
+            reference=reference,
+            sets=sets,
+            margins=family.get("margins", DEFAULT_MARGINS),
+            confidence=confidence,
+            resamples=resamples,
+            seed=seed,
+        )
+        advance(number, f"{arm} - {reference}")
+    return apply_family(entries, family)
+
+
+def _mean(values: Array, table: Table, confidence: float, options: Mapping[str, int]) -> dict[str, float]:
+    above, below = sum_by_cluster(values, np.ones_like(values), table.clusters)
+    interval = RatioDistribution(above, below, **options).interval(confidence).as_dict()
+    if _is_right_or_wrong(values):
+        rate, units = interval["value"], above.shape[1]
+        if rate in (0.0, 1.0):  # no spread to resample: the exact binomial bound
+            bound = rate_bound(units, confidence)
+            interval |= {"low": 0.0, "high": bound} if rate == 0.0 else {"low": 1 - bound, "high": 1.0}
+        interval["low"], interval["high"] = max(interval["low"], 0.0), min(interval["high"], 1.0)
+    return interval
+
+
+def _difference(
+    table: Table, metric: str, column: Array, difference: Array, resamples: int, seed: int
+) -> tuple[dict[str, Any], Distribution]:
+    """What differs by kind of metric: counts and p, and the distribution."""
+    options = {"resamples": resamples, "seed": seed}
+    clusters = table.clusters
+    distribution: Distribution
+    if table.kind == "item" and _is_right_or_wrong(column):
+        distribution = accuracy_distribution(difference, clusters, **options)
+        gained, lost = discordant(difference)
+        p_value = mcnemar(gained, lost)
+        if len(difference) > 1 or clusters is not None:
+            p_value = max(p_value, distribution.p_value())
+    else:
+        sizes = table.shared_column("bytes") if table.kind == "document" else np.ones(len(table.ids))
+        above, below = sum_by_cluster(difference, np.broadcast_to(sizes, difference.shape), clusters)
+        scale = 1 / math.log(2) if table.kind == "document" else 1.0
+        distribution = RatioDistribution(above, below, scale=scale, **options)
+        gained, lost, p_value = None, None, distribution.p_value()
+    parts = distribution.components if isinstance(distribution, RatioDistribution) else None
+    parts = parts or Components(seed=None if len(difference) == 1 else 0.0, unit=0.0, residual=None)
+    deviations = {"seed": parts.seed, "unit": parts.unit, "residual": parts.residual}
+    return {"gained": gained, "lost": lost, "p_value": p_value, "deviations": deviations}, distribution
+
+
+def _is_right_or_wrong(values: Array) -> bool:
+    """Whether every score is 0 or 1, whatever the metric's name: some tasks give a share as an item's accuracy."""
+    return bool(np.isin(values, (0.0, 1.0)).all())

@@ -1,0 +1,52 @@
+"""The family of comparisons that a run declares before training: Holm's correction over it, and every verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from preskip.errors import PreskipError
+from preskip.stats.exact import holm
+from preskip.stats.verdict import ALPHA, DEFAULT_MARGINS, margin_of, verdict_of
+
+Key = tuple[str, str, frozenset[str]]
+
+
+def apply_family(entries: Sequence[Mapping[str, Any]], family: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of `compare` with `declared`, `p_holm` and `verdict`; see `verdict_of` for the rule.
+
+    Holm's correction counts every declared comparison. One that was not measured counts as p = 1, so that the family
+    does not shrink after the fact. A declared pair may stand in either direction.
+
+    Args:
+        entries: from `compare`, whose `margins` must be the family's.
+        family: {"declared": [{"arm", "reference", "set", "metric"}], "alpha": 0.05, "margins": {metric: margin}}; the
+            last two may be left out.
+
+    Raises:
+        PreskipError: an entry was compared with another margin than the family states, or a comparison is declared or
+            given twice.
+    """
+    alpha, margins = family.get("alpha", ALPHA), family.get("margins", DEFAULT_MARGINS)
+    declared = [_key(entry) for entry in family.get("declared", ())]
+    given = {_key(entry): entry for entry in entries}
+    if len(set(declared)) < len(declared) or len(given) < len(entries):
+        raise PreskipError("a comparison occurs twice: declare and give each arm, reference, set and metric once")
+    p_values = [given[key]["p_value"] if key in given else 1.0 for key in declared]
+    adjusted = dict(zip(declared, holm(p_values), strict=True))
+    result = []
+    for entry in entries:
+        margin = margin_of(margins, entry["set"], entry["metric"])
+        if margin != entry["margin"]:
+            raise PreskipError(
+                f"{entry['metric']} on {entry['set']} was compared with margin {entry['margin']}, the family states "
+                f"{margin}: give `compare` the family's margins"
+            )
+        key = _key(entry)
+        full = {**entry, "declared": key in adjusted, "p_holm": adjusted.get(key)}
+        result.append(full | {"verdict": verdict_of(full, alpha)})
+    return result
+
+
+def _key(entry: Mapping[str, Any]) -> Key:
+    return entry["set"], entry["metric"], frozenset((entry["arm"], entry["reference"]))

@@ -1,0 +1,150 @@
+"""Ratios and paired differences from plain tables of numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from preskip.errors import PreskipError
+from preskip.stats.bootstrap import RESAMPLES, RatioDistribution, bootstrap_ratio
+from preskip.stats.distribution import CONFIDENCE, Distribution, Interval, NothingDiffers, check_confidence
+from preskip.stats.exact import mcnemar
+from preskip.stats.inputs import Array, Labels, paired, ratio_inputs, sum_by_cluster
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyDifference:
+    """Accuracy of a minus accuracy of b on shared items.
+
+    `gained` and `lost` count the items on which a is right more often than b over the seeds, or less often; each item
+    counts once, so `p_value` (exact, two-sided) is McNemar's with one seed and the sign test over items with several.
+    It takes items as independent and says nothing about training randomness; the interval is the one that knows
+    clusters and seeds.
+    """
+
+    difference: Interval
+    gained: int
+    lost: int
+    p_value: float
+    items: int
+
+
+def bits_per_byte(nll: ArrayLike, bytes: ArrayLike) -> float:
+    """Bits per byte as a ratio of sums: Σ nll / (ln 2 · Σ bytes).
+
+    Args:
+        nll: summed negative log-likelihood per document in nats, [documents] or [seeds, documents].
+        bytes: UTF-8 bytes of the scored text per document, [documents].
+    """
+    numerator, denominator = ratio_inputs(nll, bytes, "nll", "bytes", minimum=1)
+    return float(numerator.sum() / (math.log(2) * denominator.sum()))
+
+
+def word_perplexity(nll: ArrayLike, words: ArrayLike) -> float:
+    """Word perplexity exp(Σ nll / Σ words); state the context length beside it.
+
+    Args:
+        nll: summed negative log-likelihood per document in nats, [documents] or [seeds, documents].
+        words: words of the scored text per document, [documents].
+    """
+    numerator, denominator = ratio_inputs(nll, words, "nll", "words", minimum=1)
+    return exponential(float(numerator.sum() / denominator.sum()))
+
+
+def exponential(value: float) -> float:
+    """exp, or one line when a word perplexity is beyond floating point.
+
+    Raises:
+        PreskipError: it is.
+    """
+    try:
+        return math.exp(value)
+    except OverflowError:
+        raise PreskipError(
+            f"word perplexity exp({value:.0f}) is beyond floating point: check dtype and training"
+        ) from None
+
+
+def paired_ratio_difference(
+    nll_a: ArrayLike,
+    nll_b: ArrayLike,
+    bytes: ArrayLike,
+    *,
+    scale: float = 1 / math.log(2),
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Difference of two arms' ratios (a - b) on the same documents, by default in bits per byte.
+
+    Both arms are scored on the same bytes, so the difference is itself a ratio of sums, Σ(nll_a - nll_b) / (ln 2 · Σ
+    bytes), and what makes a document hard for both cancels.
+
+    Args:
+        nll_a: nats per document, [documents] or [seeds, documents]; row s is paired with row s of `nll_b`.
+        nll_b: the same for the reference. One row serves all seeds of the other arm (an untrained reference has no
+            seeds).
+        bytes: bytes per document, [documents].
+        scale: factor on the ratio, default 1 / ln 2 (nats to bits).
+        confidence: level, default 0.95.
+        resamples: bootstrap replicates, default 9,999.
+        seed: of the bootstrap, default 0.
+    """
+    a, b = paired(nll_a, nll_b, "nll_a", "nll_b")
+    return bootstrap_ratio(a - b, bytes, scale=scale, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def paired_accuracy_difference(
+    correct_a: ArrayLike,
+    correct_b: ArrayLike,
+    clusters: Labels | None = None,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> AccuracyDifference:
+    """Difference of two accuracies (a - b) on the same items, with the exact McNemar p.
+
+    When no item differs at all, the limits are the exact ones of `NothingDiffers`.
+
+    Args:
+        correct_a: 0/1 or booleans, [items] or [seeds, items].
+        correct_b: the same for the reference; one row serves all seeds of the other arm.
+        clusters: a label per item, such as its document; whole clusters are then resampled. None takes items as
+            independent.
+        confidence: level, default 0.95.
+        resamples: bootstrap replicates, default 9,999.
+        seed: of the bootstrap, default 0.
+    """
+    check_confidence(confidence)
+    a, b = paired(correct_a, correct_b, "correct_a", "correct_b")
+    for name, array in (("correct_a", a), ("correct_b", b)):
+        if not np.isin(array, (0.0, 1.0)).all():
+            raise PreskipError(f"{name} holds values other than 0 and 1: give one right/wrong value per item")
+    difference = a - b
+    distribution = accuracy_distribution(difference, clusters, resamples=resamples, seed=seed)
+    gained, lost = discordant(difference)
+    return AccuracyDifference(
+        difference=distribution.interval(confidence),
+        gained=gained,
+        lost=lost,
+        p_value=mcnemar(gained, lost),
+        items=difference.shape[1],
+    )
+
+
+def accuracy_distribution(difference: Array, clusters: Labels | None, *, resamples: int, seed: int) -> Distribution:
+    """Distribution of the mean of 0/±1 differences, [seeds, items], resampled by cluster."""
+    above, below = sum_by_cluster(difference, np.ones_like(difference), clusters)
+    if not difference.any():
+        return NothingDiffers(units=above.shape[1], seeds=len(above))
+    return RatioDistribution(above, below, resamples=resamples, seed=seed)
+
+
+def discordant(difference: Array) -> tuple[int, int]:
+    """Items gained and lost, each counted once over the seeds; [seeds, items]."""
+    per_item = difference.sum(axis=0)
+    return int((per_item > 0).sum()), int((per_item < 0).sum())

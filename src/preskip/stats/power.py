@@ -1,0 +1,314 @@
+"""How small a difference a design finds, and how many items and seeds find a given one.
+
+A comparison's error has three parts, as in `bootstrap`: Var = seed² / seeds + unit² / units + residual² / (seeds ·
+units). The smallest difference found is the one whose two-sided test at α rejects with the wanted power. With one seed
+that test is Student's t over units; with several it is the rule of `seeds_and_units_reach`. Its power is the normal
+probability of exceeding the half width, averaged over what the mean square of the units, or of so few seeds, may be.
+As a rule of thumb it is 2.8 standard errors with one seed and many units; where the seeds dominate 5.7 with three seeds
+and 3.8 with five.
+
+One seed knows nothing of the seeds' part; then the figure says what its items resolve about these trained weights, and
+not about the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from preskip.errors import PreskipError
+from preskip.stats.bootstrap import seeds_and_units_reach
+from preskip.stats.inputs import Array
+from preskip.stats.verdict import ALPHA, base_metric, is_accuracy
+
+POWER = 0.8
+MOST_UNITS, MOST_SEEDS = 10_000_000, 1_000
+# Assumed before anything is measured: about what short training runs on the embedded model showed (docs/statistics.md).
+DISCORDANT = 0.10
+UNIT_DEVIATIONS = {"bits_per_byte": 0.025, "nll": 1.0}
+SEED_DEVIATIONS = {"bits_per_byte": 0.002, "nll": 0.02, "acc": 0.005}
+SHARED = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """A paired comparison that is planned or was made.
+
+    Args:
+        units: documents, items or clusters that both arms are scored on.
+        seeds: training seeds. Default 1.
+        unit_deviation: standard deviation over units of the difference that all seeds share, in the metric's unit.
+        residual_deviation: standard deviation of what one seed adds on one unit. Default 0.
+        seed_deviation: standard deviation over seeds of the whole difference. Default 0; not used with one seed.
+    """
+
+    units: int
+    unit_deviation: float
+    seeds: int = 1
+    residual_deviation: float = 0.0
+    seed_deviation: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.units < 2:
+            raise PreskipError(f"{self.units} units are too few for an interval: plan at least 2")
+        if self.seeds < 1:
+            raise PreskipError(f"{self.seeds} seeds: plan at least 1")
+        for name in ("unit_deviation", "residual_deviation", "seed_deviation"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise PreskipError(f"{name.replace('_', ' ')} {getattr(self, name)!r} must be 0 or more")
+
+    @classmethod
+    def assumed(
+        cls, *, units: int, deviation: float, seeds: int = 1, seed_deviation: float = 0.0, shared: float = SHARED
+    ) -> Design:
+        """A design from one seed's standard deviation over units, of whose variance all seeds share the part `shared`.
+
+        For accuracies `deviation` is √discordant: see `discordant_deviation`.
+        """
+        if not 0 <= shared <= 1:
+            raise PreskipError(
+                f"shared {shared!r} must lie between 0 and 1: the variance that all seeds have in common"
+            )
+        return cls(
+            units=units,
+            seeds=seeds,
+            unit_deviation=deviation * shared**0.5,
+            residual_deviation=deviation * (1 - shared) ** 0.5,
+            seed_deviation=seed_deviation,
+        )
+
+    @property
+    def standard_error(self) -> float:
+        """Standard deviation of the measured difference."""
+        return float(np.sqrt(self._seed_square + self._unit_square))
+
+    @property
+    def _seed_square(self) -> float:
+        """What the mean square of seeds estimates; 0 with one seed."""
+        if self.seeds == 1:
+            return 0.0
+        return self.seed_deviation**2 / self.seeds + self.residual_deviation**2 / (self.seeds * self.units)
+
+    @property
+    def _unit_square(self) -> float:
+        own = self.residual_deviation**2 if self.seeds == 1 else 0.0
+        return (self.unit_deviation**2 + own) / self.units
+
+    def power(self, difference: float, alpha: float = ALPHA) -> float:
+        """Probability that a true `difference` (in the metric's unit) is found at level `alpha`, two-sided.
+
+        With one seed "true" means for the weights that this seed trained.
+        """
+        difference, error = abs(difference), self.standard_error
+        if error == 0:
+            return 1.0 if difference > 0 else alpha
+        # Equally likely values of the least certain mean square over its expectation, chi² over degrees of freedom.
+        if self.seeds == 1:
+            freedom = self.units - 1
+            reach: float | Array = -special.stdtrit(freedom, alpha / 2) * np.sqrt(self._unit_square * _chi(freedom))
+        else:
+            reach = seeds_and_units_reach(
+                alpha / 2,
+                self._seed_square * _chi(self.seeds - 1),
+                self._unit_square,
+                seed_freedom=self.seeds - 1,
+                unit_freedom=self.units - 1,
+            )
+        found = special.ndtr((difference - reach) / error) + special.ndtr((-difference - reach) / error)
+        return float(np.mean(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needed:
+    """How many units at the design's seeds, and how many seeds at its units, find a difference; None: none does."""
+
+    units: int | None
+    seeds: int | None
+
+
+def _chi(freedom: int) -> Array:
+    return special.chdtri(freedom, (np.arange(400) + 0.5) / 400) / freedom
+
+
+def discordant_deviation(discordant: float) -> float:
+    """Standard deviation of a paired 0/1 difference when that share of items differs: √discordant.
+
+    Raises:
+        PreskipError: the share is not above 0 and at most 1.
+    """
+    if not 0 < discordant <= 1:
+        raise PreskipError(f"discordant {discordant!r} must be a share of items above 0 and at most 1, such as 0.1")
+    return float(np.sqrt(discordant))
+
+
+def resolvable(design: Design, *, power: float = POWER, alpha: float = ALPHA, family: int = 1) -> float:
+    """The smallest true difference that the design finds, in the metric's unit.
+
+    Args:
+        design: the comparison.
+        power: probability of finding it. Default 0.8.
+        alpha: two-sided level. Default 0.05.
+        family: comparisons in the declared family; the level is alpha / family, which Holm's correction never exceeds
+            in strictness. Default 1.
+
+    Raises:
+        PreskipError: power, alpha or family out of range.
+    """
+    level = _level(power, alpha, family)
+    error = design.standard_error
+    if error == 0:
+        return 0.0
+    low, high = 0.0, error
+    while design.power(high, level) < power:
+        high *= 2
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if design.power(middle, level) >= power else (middle, high)
+    return high
+
+
+def needed(design: Design, difference: float, *, power: float = POWER, alpha: float = ALPHA, family: int = 1) -> Needed:
+    """The fewest units (at the design's seeds) and the fewest seeds (at its units) that find `difference`.
+
+    Args:
+        design: the comparison; its own units and seeds are replaced in turn.
+        difference: the true difference to find, in the metric's unit, not 0.
+        power: probability of finding it. Default 0.8.
+        alpha: two-sided level. Default 0.05.
+        family: comparisons in the declared family. Default 1.
+
+    Returns:
+        None for units when no number up to ten million is enough, because the seeds' part remains; None for seeds when
+        1,000 are not enough, because the units' part remains, or when the design knows nothing of the seeds' part (one
+        seed and no `seed_deviation`).
+
+    Raises:
+        PreskipError: the difference is 0, or as `resolvable`.
+    """
+    level = _level(power, alpha, family)
+    if difference == 0 or not np.isfinite(difference):
+        raise PreskipError(f"difference {difference!r}: give the true difference to find, not 0")
+
+    def fewest(smallest: int, largest: int, change: Callable[[int], Design]) -> int | None:
+        if change(largest).power(difference, level) < power:
+            return None
+        low, high = smallest - 1, largest
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if change(middle).power(difference, level) >= power else (middle, high)
+        return high
+
+    units = fewest(2, MOST_UNITS, lambda count: replace(design, units=count))
+    seeds = None
+    if design.seeds > 1 or design.seed_deviation > 0:
+        seeds = fewest(2, MOST_SEEDS, lambda count: replace(design, seeds=count))
+    return Needed(units=units, seeds=seeds)
+
+
+def planned_power(
+    sets: Mapping[str, Mapping[str, Any]], seeds: int, family: Mapping[str, Any], *, power: float = POWER
+) -> list[dict[str, Any]]:
+    """The `power` entries of a run before it is trained, one per declared comparison, from assumed deviations.
+
+    Assumed: 10 % of items discordant for accuracies; 0.025 bits per byte over documents and 1 nat over items' targets
+    for one seed's difference; half of that variance shared by all seeds; a standard deviation over seeds of 0.5 points,
+    0.002 bits per byte, 0.02 nats. Any other score has no figure.
+
+    Args:
+        sets: as in run.json: "kind" and "documents" or "items" of each set; "clusters" in their place where units are
+            resampled in clusters.
+        seeds: training seeds.
+        family: the declared family; the level is its alpha over its size.
+        power: probability of finding the difference. Default 0.8.
+
+    Returns:
+        {"set", "metric", "arm", "reference", "units", "seeds", "resolvable", "basis": "assumed", "alpha", "power",
+        "family", "design"}; "design" holds the deviations.
+    """
+    declared = family.get("declared", ())
+    entries = []
+    for entry in declared:
+        name, metric = entry["set"], entry["metric"]
+        if name not in sets:
+            raise PreskipError(f"the family declares a comparison on {name!r}, which the run does not evaluate")
+        units = sets[name].get("clusters") or sets[name]["documents" if sets[name]["kind"] == "document" else "items"]
+        accuracy = is_accuracy(metric)
+        deviation = discordant_deviation(DISCORDANT) if accuracy else UNIT_DEVIATIONS.get(base_metric(metric))
+        if deviation is None:
+            continue
+        design = Design.assumed(
+            units=units,
+            deviation=deviation,
+            seeds=seeds,
+            seed_deviation=SEED_DEVIATIONS["acc" if accuracy else base_metric(metric)],
+        )
+        entries.append(_entry(entry, design, family, len(declared), power, "assumed"))
+    return entries
+
+
+def measured_power(
+    entries: Sequence[Mapping[str, Any]], family: Mapping[str, Any], *, power: float = POWER
+) -> list[dict[str, Any]]:
+    """The `power` entries of a run's results, one per comparison, from its measured variance components.
+
+    Declared comparisons are held to alpha over the size of the family, others to alpha. Where nothing differs at all,
+    the figure is the half width of the interval.
+
+    Args:
+        entries: from `apply_family`.
+        family: the declared family.
+        power: probability of finding the difference. Default 0.8.
+    """
+    size = max(1, len(family.get("declared", ())))
+    result = []
+    for entry in entries:
+        design = measured_design(entry)
+        figures = _entry(entry, design, family, size if entry["declared"] else 1, power, "measured")
+        if design.standard_error == 0:
+            figures["resolvable"] = (entry["high"] - entry["low"]) / 2
+        result.append(figures)
+    return result
+
+
+def measured_design(entry: Mapping[str, Any]) -> Design:
+    """The design of a comparison that was made, with its measured deviations."""
+    parts = entry["deviations"]
+    return Design(
+        units=entry["clusters"] or entry["units"],
+        seeds=entry["seeds"],
+        unit_deviation=parts["unit"],
+        residual_deviation=parts["residual"] or 0.0,
+        seed_deviation=parts["seed"] or 0.0,
+    )
+
+
+def _entry(
+    comparison: Mapping[str, Any], design: Design, family: Mapping[str, Any], size: int, power: float, basis: str
+) -> dict[str, Any]:
+    alpha = family.get("alpha", ALPHA)
+    return {
+        **{key: comparison[key] for key in ("set", "metric", "arm", "reference")},
+        "units": design.units,
+        "seeds": design.seeds,
+        "resolvable": resolvable(design, power=power, alpha=alpha, family=size),
+        "basis": basis,
+        "alpha": alpha,
+        "power": power,
+        "family": size,
+        "design": asdict(design),
+    }
+
+
+def _level(power: float, alpha: float, family: int) -> float:
+    for name, value in (("power", power), ("alpha", alpha)):
+        if not 0 < value < 1:
+            raise PreskipError(f"{name} {value!r} must lie between 0 and 1")
+    if power <= alpha:
+        raise PreskipError(f"power {power:g} must be greater than alpha {alpha:g}")
+    if family < 1:
+        raise PreskipError(f"family {family!r} must be 1 or more comparisons")
+    return alpha / family

@@ -1,0 +1,165 @@
+"""Stored per-item results of one run, or of several that may be compared, by arm and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from preskip.errors import PreskipError
+from preskip.runs.directory import RunDirectory
+from preskip.stats.records import UNTRAINED, Items
+
+# What must be the same for scores of one set to be comparable.
+_SCORING = ("context_length", "stride")
+# And of lm-eval's task, where it is one.
+_PROMPTS = ("version", "num_fewshot", "prompt_sha256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredArms:
+    """Arms with their items by seed, and what the runs say about them.
+
+    With several runs an arm is named `run:arm`, `run` being its folder's name, or its path where names are the same.
+    """
+
+    items: dict[str, dict[int, Items]]
+    sets: dict[str, dict[str, Any]]
+    family: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def pairs(self, arms: Sequence[str] | None, reference: str | None) -> list[tuple[str, str]]:
+        """(arm, reference) of each comparison to make.
+
+        With `reference` every arm against it. Otherwise every pair, later minus earlier or as the family declares; but
+        between several runs, unless `arms` chooses, only trained arms of the same name, where there are any.
+
+        Args:
+            arms: names to take, each qualified or, for that arm of every run, bare. Default: all.
+            reference: one name.
+
+        Raises:
+            PreskipError: an unknown name, or a bare reference that several runs hold, or nothing to compare.
+        """
+        chosen = list(dict.fromkeys(name for arm in arms for name in self._named(arm))) if arms else list(self.items)
+        if reference is not None:
+            named = self._named(reference)
+            if len(named) > 1:
+                raise PreskipError(f"--reference {reference} is in several runs: choose one of {', '.join(named)}")
+            found = [(arm, named[0]) for arm in chosen if arm != named[0]]
+        else:
+            declared = {(entry["arm"], entry["reference"]) for entry in self.family.get("declared", ())}
+            every = [pair if pair in declared else pair[::-1] for pair in combinations(chosen, 2)]
+            alike = [] if arms else [pair for pair in every if _same_trained_arm(*pair)]
+            found = alike or every
+        if not found:
+            raise PreskipError(f"nothing to compare: only {', '.join(chosen)} was chosen; name two arms")
+        return found
+
+    def _named(self, name: str) -> list[str]:
+        names = [known for known in self.items if known == name or known.rpartition(":")[2] == name]
+        if not names:
+            raise PreskipError(f"unknown arm {name!r}: the finished arms are {', '.join(self.items)}")
+        return names
+
+
+def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> StoredArms:
+    """Read the finished cells of runs, after checking that they may be compared.
+
+    Args:
+        paths: run directories.
+        allow_different_dtype: let arms of different base or compute dtype be compared. Default: refuse.
+
+    Raises:
+        PreskipError: not a run of this schema version, the same run twice, no finished cell, different base models,
+            different dtypes, or a shared evaluation set scored with different context.
+    """
+    runs = [RunDirectory.open(path) for path in paths]
+    manifests = [run.manifest for run in runs]
+    labels = _labels(paths)
+    for label, manifest in zip(labels[1:], manifests[1:], strict=True):
+        _check_same_model(labels[0], manifests[0], label, manifest)
+    items: dict[str, dict[int, Items]] = {}
+    dtypes: dict[str, tuple[str, ...]] = {}
+    sets: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    for label, run, manifest in zip(labels, runs, manifests, strict=True):
+        for arm, facts in manifest.get("arms", {}).items():
+            cells = _finished(run, arm, notes)
+            if cells:
+                name = f"{label}:{arm}" if len(runs) > 1 else arm
+                items[name] = cells
+                dtypes[name] = tuple(str(facts.get(key)) for key in ("base_dtype", "compute_dtype"))
+        for name, described in manifest.get("sets", {}).items():
+            _check_same_scoring(name, sets.setdefault(name, described), described)
+    if not items:
+        raise PreskipError(
+            f"{', '.join(map(str, paths))}: no arm has a finished cell; finish with preskip probe --resume"
+        )
+    for name, other in dtypes.items():
+        first, wanted = next(iter(dtypes.items()))
+        if other != wanted and not allow_different_dtype:
+            raise PreskipError(
+                f"{first} has base and compute dtype {' and '.join(wanted)}, {name} {' and '.join(other)}: part of a "
+                "difference would be rounding; compare equal dtypes, or give --allow-different-dtype"
+            )
+    if len(set(dtypes.values())) > 1:
+        notes.append("the arms differ in dtype: part of a difference may be rounding")
+    family = manifests[0].get("family", {}) if len(runs) == 1 else {}
+    return StoredArms(items=items, sets=sets, family=dict(family), notes=notes)
+
+
+def _finished(run: RunDirectory, arm: str, notes: list[str]) -> dict[int, Items]:
+    folders = sorted((run.path / "arms" / arm).glob("seed-*"))
+    seeds = sorted(int(folder.name[5:]) for folder in folders if folder.name[5:].lstrip("-").isdigit())
+    done: dict[int, Items] = {seed: run.cell(arm, seed).load()[1] for seed in seeds if run.cell(arm, seed).is_done}
+    missing = [seed for seed in seeds if seed not in done]
+    if missing:
+        notes.append(f"{run.path.name}: {arm} is not finished for seed {', '.join(map(str, missing))}; left out")
+    return done
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise PreskipError("the same run is given twice: give each run once")
+    names = [path.name for path in resolved]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def _check_same_model(label: str, manifest: Mapping[str, Any], other_label: str, other: Mapping[str, Any]) -> None:
+    key = "sha256" if all((m.get("model") or {}).get("sha256") for m in (manifest, other)) else "name"
+    one, two = ((m.get("model") or {}).get(key) for m in (manifest, other))
+    if one != two:
+        raise PreskipError(
+            f"{label} and {other_label} have different base models ({key} {str(one)[:12]} and {str(two)[:12]}): "
+            "compare runs of one model"
+        )
+
+
+def _check_same_scoring(name: str, first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    for key in _SCORING:
+        if first.get(key) != other.get(key):
+            raise PreskipError(
+                f"{name} was scored with {key.replace('_', ' ')} {first.get(key)} in one run and {other.get(key)} in "
+                "another: evaluate both with the same settings"
+            )
+    # Item ids of a task may be mere positions, so other data would pair what does not belong together.
+    data = [described.get("sha256") for described in (first, other)]
+    if first.get("kind") == "item" and all(data) and data[0] != data[1]:
+        raise PreskipError(f"{name} has other data in one run than in another: evaluate both on the same file")
+    for key in _PROMPTS:
+        one, two = ((described.get("lm_eval") or {}).get(key) for described in (first, other))
+        if one != two:
+            raise PreskipError(
+                f"{name} has another {key.replace('_', ' ')} in one run ({str(one)[:12]}) than in another "
+                f"({str(two)[:12]}): evaluate both with one version of lm-eval"
+            )
+
+
+def _same_trained_arm(arm: str, other: str) -> bool:
+    run, _, name = arm.rpartition(":")
+    other_run, _, other_name = other.rpartition(":")
+    return run != other_run and name == other_name != UNTRAINED

@@ -1,0 +1,33 @@
+"""Every preset is a set of options that the command line and the configuration know."""
+
+import inspect
+
+import pytest
+
+from preskip.arms import ARMS
+from preskip.cli.probe import probe
+from preskip.experiment.parse import parse_extent
+from preskip.experiment.presets import PRESETS
+from preskip.experiment.probe_options import parse_lora_ranks
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_key_is_an_option(name):
+    options = PRESETS[name].options
+    assert set(options) <= set(inspect.signature(probe).parameters)
+    assert all(arm in ARMS for arm in options.get("arms", "none").split(","))
+    for text in options.get("eval_corpora", "").split(","):
+        assert not text or parse_extent(text, 2, 1)[1] >= 2
+
+
+def test_the_papers_protocol():
+    """PAPER: lr 1e-5, 500 steps of 16 x 512 tokens, LoRA of rank 480 (d 768) or 640 (d 1024), seed 42."""
+    paper = PRESETS["paper"].options
+    assert (paper["steps"], paper["batch_size"], paper["seq_len"]) == (500, 16, 512)
+    assert paper["lr"] == ["1e-5"]
+    assert parse_lora_ranks(paper["lora_rank"]) == {
+        "lora": 0.625, "dora": 0.625, "rslora": 0.625, "preproj+lora": 64,
+    }  # fmt: skip
+    assert (0.625 * 768, 0.625 * 1024) == (480, 640)
+    assert paper["lora_scale"] == 2
+    assert paper["seeds"] == "42"

@@ -1,0 +1,85 @@
+"""One attempt at a run: status as it ends, the lock, inputs and environment that changed."""
+
+import pytest
+import torch
+
+from preskip.errors import PreskipError
+from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
+
+
+@pytest.fixture
+def run(tmp_path):
+    return new_run(tmp_path / "run", {"device": "cpu", "dtype": "float32"}, ["preskip"], kind="pretrain")
+
+
+def test_a_new_run_is_recorded_and_never_overwritten(run):
+    assert (run.manifest["kind"], run.manifest["status"], run.manifest["command"]) == (
+        "pretrain",
+        "running",
+        ["preskip"],
+    )
+    with pytest.raises(PreskipError, match="exists already"):
+        new_run(run.path, {"device": "cpu", "dtype": "float32"}, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "seen", "status"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, "interrupted"),
+        (PreskipError("no"), PreskipError, "failed"),
+        (torch.OutOfMemoryError("10 GiB\nmore"), PreskipError, "failed"),
+    ],
+)
+def test_how_it_ended_is_recorded_and_the_lock_is_free(run, error, seen, status):
+    with pytest.raises(seen) as caught, attempt(run):
+        raise error
+    assert run.manifest["status"] == status
+    assert "\n" not in str(caught.value)
+    with attempt(run):
+        pass
+
+
+def test_seconds_add_up_over_attempts(run):
+    for _ in range(2):
+        with attempt(run) as now:
+            now.seconds["train"] = 1.5
+            now.finish({"arms": {"a": {"peak_memory_bytes": 3}, "b": {"peak_memory_bytes": 7}}})
+    assert run.manifest["timings"]["train"] == 3.0
+    assert (run.manifest["status"], run.manifest["peak_memory_bytes"]) == ("finished", 7)
+
+
+def test_changed_inputs_are_refused(run):
+    facts = {"model": {"name": "m", "sha256": "a" * 64}, "sets": {"books": {"sha256": "b"}}}
+    check_same_inputs(run, facts, ["model"])
+    run.update_manifest(**facts)
+    check_same_inputs(run, facts, ["model"])
+    with pytest.raises(PreskipError, match="model m has changed since"):
+        check_same_inputs(run, facts | {"model": {"name": "m", "sha256": "c"}}, ["model"])
+    with pytest.raises(PreskipError, match="evaluation set books have changed"):
+        check_same_inputs(run, facts | {"sets": {}}, ["model"])
+    task = {"sha256": "b", "lm_eval": {"version": 1, "prompt_sha256": "p"}}
+    run.update_manifest(sets={"arc_easy": task})
+    check_same_inputs(run, facts | {"sets": {"arc_easy": task}}, ["model"])
+    other = task | {"lm_eval": {"version": 1, "prompt_sha256": "q"}}
+    with pytest.raises(PreskipError, match="prompts of arc_easy have changed"):
+        check_same_inputs(run, facts | {"sets": {"arc_easy": other}}, ["model"])
+
+
+def test_another_environment_is_told_and_kept(run, capsys):
+    before = {"torch": "2.12.0", "threads": 1, "processor": "x", "memory_bytes": 3}
+    assert note_other_environments(run, before, quiet=False) == {"earlier_environments": []}
+    run.update_manifest(environment=before)
+    same = note_other_environments(run, {**before, "memory_bytes": 4}, quiet=False)
+    assert (same, capsys.readouterr().err) == ({"earlier_environments": []}, "")
+    now = {**before, "torch": "2.13.0", "threads": 2}
+    noted = note_other_environments(run, now, quiet=False)
+    assert capsys.readouterr().err == (
+        "parts of this run were computed with torch 2.12.0, now 2.13.0; threads 1, now 2: last digits may differ from "
+        "an uninterrupted run\n"
+    )
+    assert noted == {"earlier_environments": [before]}
+    run.update_manifest(environment=now, **noted)
+    assert note_other_environments(run, now, quiet=True) == noted
+    assert note_other_environments(run, before, quiet=True) == {"earlier_environments": [now]}
+    third = {**now, "processor": "y"}
+    assert note_other_environments(run, third, quiet=True) == {"earlier_environments": [before, now]}

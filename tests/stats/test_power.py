@@ -1,0 +1,150 @@
+"""What a design resolves: published figures, statsmodels, and simulated experiments."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from preskip.errors import PreskipError
+from preskip.stats import (
+    Design,
+    RatioDistribution,
+    apply_family,
+    compare,
+    measured_power,
+    needed,
+    planned_power,
+    resolvable,
+)
+from preskip.stats.power import discordant_deviation
+from stored_runs import make_items
+
+
+def accuracy_design(items: int, **options: float) -> Design:
+    return Design.assumed(units=items, deviation=discordant_deviation(0.1), **options)
+
+
+def test_full_lambada_resolves_1_2_points_and_500_items_4() -> None:
+    assert resolvable(accuracy_design(5153)) == pytest.approx(0.0123, abs=5e-5)
+    assert resolvable(accuracy_design(500)) == pytest.approx(0.0397, abs=5e-5)
+
+
+@pytest.mark.parametrize("units", [8, 40, 900, 4000])
+def test_one_seed_agrees_with_the_power_of_the_t_test(units: int) -> None:
+    power = pytest.importorskip("statsmodels.stats.power")
+    for alpha in (0.05, 0.05 / 21):
+        expected = power.TTestPower().solve_power(nobs=units, power=0.8, alpha=alpha)
+        ours = resolvable(Design(units=units, unit_deviation=2.0), family=round(0.05 / alpha))
+        assert ours == pytest.approx(2 * expected, rel=1e-3)
+
+
+DESIGNS = [
+    Design(units=40, unit_deviation=1.0),
+    Design(units=40, seeds=3, seed_deviation=1.0, unit_deviation=3.0, residual_deviation=3.0),
+    Design(units=40, seeds=3, seed_deviation=1.0, unit_deviation=0.5, residual_deviation=0.5),
+    Design(units=100, seeds=5, seed_deviation=0.3, unit_deviation=2.0, residual_deviation=2.0),
+]
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=["one seed", "mixed", "seeds dominate", "five seeds"])
+def test_the_resolvable_difference_is_found_in_four_of_five_experiments(design: Design) -> None:
+    difference, found = resolvable(design), 0
+    for experiment in range(2_000):
+        generator = np.random.default_rng(experiment)
+        values = (
+            difference
+            + (design.seeds > 1) * design.seed_deviation * generator.standard_normal((design.seeds, 1))
+            + design.unit_deviation * generator.standard_normal(design.units)
+            + design.residual_deviation * generator.standard_normal((design.seeds, design.units))
+        )
+        distribution = RatioDistribution(values, np.ones(design.units), resamples=499, seed=experiment % 16)
+        found += distribution.interval(0.95).excludes_zero
+    assert found / 2_000 == pytest.approx(0.8, abs=0.03)
+
+
+def test_needed_is_the_least_number_that_resolves_the_difference() -> None:
+    design = accuracy_design(500, seeds=3, seed_deviation=0.005)
+    found = needed(design, 0.03)
+    assert found.units is not None
+    assert found.seeds is not None
+    for enough, change in ((found.units, "units"), (found.seeds, "seeds")):
+        options = {"units": 500, "seeds": 3, change: enough}
+        fewer = {**options, change: enough - 1}
+        assert resolvable(accuracy_design(seed_deviation=0.005, items=options["units"], seeds=options["seeds"])) <= 0.03
+        assert resolvable(accuracy_design(seed_deviation=0.005, items=fewer["units"], seeds=fewer["seeds"])) > 0.03
+    # No number of items makes up for seeds that differ by more, nor seeds for items.
+    assert needed(accuracy_design(500, seeds=3, seed_deviation=0.05), 0.03).units is None
+    assert needed(accuracy_design(500, seeds=3), 0.001).seeds is None
+    assert needed(accuracy_design(500), 0.03).seeds is None
+
+
+def test_a_larger_family_resolves_less() -> None:
+    design = accuracy_design(1500, seeds=5, seed_deviation=0.003)
+    figures = [resolvable(design, family=size) for size in (1, 5, 20)]
+    assert figures == sorted(figures)
+    assert figures[2] > 1.5 * figures[0]
+
+
+def test_planned_power_per_declared_comparison() -> None:
+    sets = {
+        "heldout": {"kind": "document", "documents": 60},
+        "lambada": {"kind": "item", "items": 5153},
+        "books": {"kind": "document", "documents": 500, "clusters": 10},
+    }
+    declared = [
+        {"arm": "preskip", "reference": "none", "set": name, "metric": metric}
+        for name, metric in (
+            ("heldout", "bits_per_byte"),
+            ("lambada", "acc"),
+            ("lambada", "f1"),
+            ("books", "bits_per_byte"),
+        )
+    ]
+    bits, accuracy, books = planned_power(sets, 1, {"declared": declared})
+    assert accuracy["resolvable"] == pytest.approx(resolvable(accuracy_design(5153), family=4))
+    assert bits["resolvable"] == pytest.approx(resolvable(Design(units=60, unit_deviation=0.025), family=4))
+    assert accuracy.items() >= {"units": 5153, "seeds": 1, "basis": "assumed", "family": 4, "power": 0.8}.items()
+    assert books["units"] == 10
+    with pytest.raises(PreskipError, match="'piqa', which the run does not evaluate"):
+        planned_power(sets, 1, {"declared": [{**declared[0], "set": "piqa"}]})
+
+
+def test_measured_power_uses_the_components_of_the_run() -> None:
+    cells = {seed: make_items(seed, documents=30, shift=-0.01 * seed) for seed in (1, 2, 3, 4)}
+    family = {"declared": [{"arm": "a", "reference": "none", "set": "heldout", "metric": "bits_per_byte"}]}
+    entries = apply_family(compare(cells, {0: make_items(9, documents=30)}, arm="a", reference="none"), family)
+    bits, accuracy, _ = measured_power(entries, family)
+    parts = entries[0]["deviations"]
+    expected = Design(
+        units=30,
+        seeds=4,
+        unit_deviation=parts["unit"],
+        seed_deviation=parts["seed"],
+        residual_deviation=parts["residual"],
+    )
+    assert bits["resolvable"] == pytest.approx(resolvable(expected))
+    # Shifts of .01 nats per byte and seed: a deviation of .0129 / ln 2 over the four.
+    assert parts["seed"] == pytest.approx(np.std([1, 2, 3, 4], ddof=1) * 0.01 / np.log(2), rel=0.2)
+    assert (bits["basis"], accuracy["units"]) == ("measured", 30)
+    # An arm against itself: no spread, so what the interval says.
+    same = apply_family(compare(cells, cells, arm="a", reference="b"), family)
+    assert [e["resolvable"] for e in measured_power(same, family)] == [0.0, pytest.approx(same[1]["high"]), 0.0]
+
+
+def test_bad_designs_are_refused_with_one_line() -> None:
+    design = Design(units=10, unit_deviation=1.0)
+    cases = [
+        (lambda: Design(units=1, unit_deviation=1.0), "1 units are too few"),
+        (lambda: Design(units=10, seeds=0, unit_deviation=1.0), "plan at least 1"),
+        (lambda: Design(units=10, unit_deviation=-1.0), "unit deviation -1.0 must be 0 or more"),
+        (lambda: Design.assumed(units=10, deviation=1.0, shared=2), "shared 2 must lie between"),
+        (lambda: discordant_deviation(10), "discordant 10 must be a share"),
+        (lambda: resolvable(design, power=80), "power 80 must lie between"),
+        (lambda: resolvable(design, power=0.04), "greater than alpha"),
+        (lambda: resolvable(design, family=0), "family 0"),
+        (lambda: needed(design, 0), "difference 0"),
+    ]
+    for call, message in cases:
+        with pytest.raises(PreskipError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
