@@ -10,9 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from conforming import file_faults
 from local_data import SENTENCES, write_local_data
 from preskip import PreskipConfig
 from preskip.cli.main import main
+from preskip.runs.schema import EvalResults, Record
 from tiny_model import save_tiny_llama, tiny_llama, write_corpus
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
@@ -58,6 +60,8 @@ def test_tasks_and_texts_with_intervals_and_records(call, inputs, tmp_path):
     printed = json.loads(stdout)
     stored = json.loads((tmp_path / "out/results.json").read_text())
     assert printed == {"out": str(tmp_path / "out"), **stored}
+    assert list(file_faults(tmp_path / "out/results.json", EvalResults)) == []
+    assert list(file_faults(tmp_path / "out/items.jsonl", Record)) == []
     records = [json.loads(line) for line in (tmp_path / "out/items.jsonl").open()]
     assert set(printed["metrics"]) == set(printed["sets"]) == {"texts", "lambada_openai", "arc_easy"}
     assert (printed["dtype"], printed["adapter_dtype"], printed["device"]) == ("float32", None, "cpu")

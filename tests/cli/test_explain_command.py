@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from commands import make_run, preskip
+from conforming import run_faults
 from tiny_model import write_corpus
 from tiny_text import tiny_tokenizer
 
@@ -48,6 +49,7 @@ def test_a_run_with_its_reference_arm_and_first_seed(place, explained):
     rows = pq.read_table(folder / "tokens.parquet")
     assert rows.num_rows == sum(text["tokens"] for text in explained["texts"])
     assert {text["id"] for text in explained["texts"]} == set(rows["document"].to_pylist())
+    assert run_faults(place / "run") == []
 
 
 def test_norms_are_the_runs_and_the_null_is_its_band(place, explained):

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conforming import run_faults
 from preskip.cli.main import main
 from preskip.pretrain.cells import run_cell
 from preskip.report.claims import assess
@@ -93,6 +94,7 @@ def test_the_run_holds_what_was_matched_and_what_came_out(finished):
         assert evaluated == sorted({*range(4, summary["steps"] + 1, 4), summary["steps"]})
     declared = {(entry["arm"], entry["reference"]) for entry in results["family"]["declared"]}
     assert declared == {("preskip", "base-wide"), ("preskip", "base-flops"), ("preskip", "base")}
+    assert run_faults(finished) == []
 
 
 def test_arms_of_a_seed_read_the_same_text_in_the_same_order(finished):

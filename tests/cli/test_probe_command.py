@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conforming import run_faults
 from local_data import write_local_data
 from preskip.cli.main import main
 from tiny_model import save_tiny_llama, write_corpus
@@ -81,6 +82,7 @@ def test_a_finished_run_holds_everything(finished):
     assert len(results["depth"]["preskip"]["1"]) == 2
     assert (run / "report.html").stat().st_size < 3_000_000
     assert not list(run.glob("arms/*/*/checkpoints"))
+    assert run_faults(run) == []
 
 
 def test_figures_follow_from_the_items(finished):
@@ -535,6 +537,7 @@ def test_the_dtype_audit_scores_the_untouched_base_on_the_same_items(probe, tmp_
     assert cost["difference"] != 0
     page = (tmp_path / "run" / "report.html").read_text()
     assert f"bf16 weights {cost['difference']:+.4f}" in page
+    assert run_faults(tmp_path / "run") == []
 
 
 def test_nulls_and_equal_steps_are_stored(probe, tmp_path):
@@ -567,6 +570,7 @@ def test_nulls_and_equal_steps_are_stored(probe, tmp_path):
     }
     assert {row["part"] for row in results["ablation"]["skip"]["1"]} == {"skip"}
     assert "lora" not in results["ablation"]
+    assert run_faults(tmp_path / "run") == []
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "controls").rglob("cell.json")}
     assert len(before) == 4 + 1 + 1
     with pytest.raises(SystemExit) as stop:
@@ -595,6 +599,7 @@ def test_a_rate_at_which_training_diverges_is_passed_over(probe, tmp_path, monke
     found = json.loads((tmp_path / "run" / "results.json").read_text())["search"]["preskip"]
     assert found["chosen"] <= 1e-3
     assert [entry["diverged"] for entry in found["trace"] if entry["learning_rate"] > 1e-3] == [True]
+    assert run_faults(tmp_path / "run") == []
     assert (tmp_path / "run" / "report.html").is_file()
 
 
@@ -612,5 +617,6 @@ def test_the_papers_scoring_is_kept_out_of_the_family(probe, tmp_path, name, dom
     assert {"paper:lambada", "paper:hellaswag", "paper:arc_easy", "paper:wikitext"} < set(results["sets"])
     assert {entry["set"] for entry in results["family"]["declared"]} == {name}
     assert set(results["paper"]["columns"]) == {"none", "preskip"}
+    assert run_faults(tmp_path / "run") == []
     assert results["paper"]["published"] is None
     assert "the paper's scoring" in out

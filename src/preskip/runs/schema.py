@@ -1,0 +1,736 @@
+"""What every stored file of a run holds, key by key, and the one version that this preskip writes and reads.
+
+Learning rates are peaks, times seconds. `None` is JSON's null. A key that is `NotRequired` is left out where it does
+not apply, or in files older than the key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from typing_extensions import NotRequired, TypedDict
+
+from preskip.errors import PreskipError
+from preskip.version import __version__
+
+SCHEMA_VERSION = 2  # of run.json and results.json, and with them of every file of a run
+EXPLAIN_VERSION = 1  # of explain.json
+
+Kind = Literal["document", "item"]
+Domain = Literal["in", "out"]
+Status = Literal["running", "finished", "failed", "interrupted"]
+Verdict = Literal["better", "worse", "equivalent", "undecided"]
+
+
+def check_version(path: Path, content: Any, version: int = SCHEMA_VERSION) -> None:
+    """Refuse a stored file of another schema version.
+
+    Args:
+        path: the file, for the message.
+        content: what it holds.
+        version: the one that this preskip reads.
+
+    Raises:
+        PreskipError: it states another version, or none.
+    """
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    if found != version:
+        raise PreskipError(
+            f"{path} has schema_version {found!r}, this preskip {__version__} reads {version}: use the preskip version "
+            "that wrote it"
+        )
+
+
+class Limits(TypedDict):
+    """A value and its interval, 95 % where nothing else is said."""
+
+    value: float
+    low: float
+    high: float
+
+
+class MetricValue(Limits):
+    """A value and its interval, with the interval's level."""
+
+    confidence: float  # 0 to 1
+
+
+Metrics: TypeAlias = dict[str, dict[str, MetricValue]]  # by set and metric
+
+
+class Environment(TypedDict):
+    """What a run was computed on; a package's version is None where it is not installed."""
+
+    python: str
+    platform: str
+    processor: str
+    cores: int  # that the process may use
+    threads: int  # of torch
+    memory_bytes: int  # of the machine
+    device: str  # "cpu", or the accelerator's name
+    torch: str | None
+    transformers: str | None
+    peft: str | None
+    accelerate: str | None
+    datasets: str | None
+    tokenizers: str | None
+    safetensors: str | None
+    numpy: str | None
+    scipy: NotRequired[str | None]
+    lm_eval: NotRequired[str | None]
+
+
+class LmEvalFacts(TypedDict):
+    """What lm-eval makes of a task."""
+
+    version: float | str  # of the task
+    num_fewshot: int
+    prompt_sha256: str  # of everything that makes its prompts and metrics
+    of: int  # items of the whole set
+    sample_seed: int | None  # of the random sample; None for the whole set
+
+
+class Sample(TypedDict):
+    """Which documents of a corpus `preskip eval` scores."""
+
+    of: int  # documents of the whole corpus
+    seed: int | None  # of the random sample; None for the whole corpus
+
+
+class SetFacts(TypedDict):
+    """One evaluation set: whole documents, or items with a score each."""
+
+    kind: Kind
+    domain: Domain  # whether its texts are of the training corpus
+    title: str
+    source: str
+    sha256: str | None  # of its texts; None from the Hub
+    context_length: int | None  # most tokens read at once; None without a limit
+    stride: int | None  # tokens scored per window behind the first; None for items
+    primary: str  # the metric that it is judged by
+    documents: NotRequired[int]  # of kind "document"
+    tokens: NotRequired[int]  # scored, of kind "document"
+    bytes: NotRequired[int]  # UTF-8, of kind "document"
+    words: NotRequired[int]  # of kind "document"
+    items: NotRequired[int]  # of kind "item"
+    clusters: NotRequired[int]  # groups of documents or items that are resampled whole
+    lm_eval: NotRequired[LmEvalFacts]  # of a task of lm-eval
+    sample: NotRequired[Sample]  # of a text of `preskip eval`
+
+
+class Declared(TypedDict):
+    """A comparison declared before training: arm minus reference."""
+
+    arm: str
+    reference: str
+    set: str
+    metric: str
+
+
+class Family(TypedDict):
+    """The comparisons declared before training, whose chance of any false discovery is held at alpha."""
+
+    declared: list[Declared]
+    alpha: float
+    margins: dict[str, float]  # largest difference that counts as none, by "metric" or "set.metric", in its unit
+
+
+class ModelFacts(TypedDict):
+    """The model of a run: the frozen base, or the architecture that is trained from scratch."""
+
+    name: str  # as the user gave it
+    type: str  # transformers' model_type of the plain model
+    parameters: int
+    layers: int
+    hidden_size: int
+    dtype: str  # of the weights
+    attn_implementation: str
+    source: str
+    sha256: str | None  # of the weights; from scratch of architecture and tokenizer
+    revision: NotRequired[str | None]  # on the Hub
+    vocab_size: NotRequired[int]  # from scratch
+
+
+class CorpusFacts(TypedDict):
+    """The training corpus, and how much of it is used."""
+
+    name: str  # as the user gave it
+    training_documents: int
+    training_tokens: int  # there are; a training may read fewer, or some of them again
+    training_passes: float  # how often the longest training reads them
+    development_documents: int
+    heldout_documents: int
+    source: str
+    sha256: str | None  # of its texts
+    packed_sha256: NotRequired[str]  # from scratch: of the packed tokens
+    documents_read: NotRequired[int]  # from scratch, as the next two: of a corpus without end, the part that was read
+    characters_read: NotRequired[int]
+    read_whole: NotRequired[bool]
+
+
+class TokenizerFacts(TypedDict):
+    """The tokenizer of arms that are trained from scratch."""
+
+    source: str
+    vocab_size: int
+    sha256: str
+
+
+class ArmFacts(TypedDict):
+    """An arm as it is prepared: what it is, what it costs, and how it is matched."""
+
+    description: str
+    learning_rate: float | None  # None where nothing is trained
+    budget: str  # how its number of trained weights relates to the reference's: matched, smaller, floor, ceiling, ...
+    base_dtype: str
+    adapter_dtype: str | None  # None where nothing is trained
+    compute_dtype: str
+    attn_implementation: str
+    forward_flops_per_token: int
+    trainable_parameters: NotRequired[int]  # frozen
+    settings: NotRequired[dict[str, Any]]  # frozen: of its adapters' configurations
+    matched: NotRequired[str | None]  # from scratch, as all below: what it has in common with preskip
+    deviation: NotRequired[float | None]  # relative difference from preskip in what is matched
+    parameters: NotRequired[int]
+    non_embedding: NotRequired[int]  # parameters without token and position embeddings
+    flops_per_token: NotRequired[int]  # the same as forward_flops_per_token
+    steps: NotRequired[int]
+    tokens: NotRequired[int]  # of the training
+    training_flops: NotRequired[int]
+    hidden_size: NotRequired[int]
+    layers: NotRequired[int]
+    mlp_width: NotRequired[int]
+
+
+class Facts(TypedDict, total=False):
+    """What run.json holds once a run is prepared."""
+
+    model: ModelFacts
+    corpus: CorpusFacts
+    tokenizer: TokenizerFacts  # from scratch
+    environment: Environment  # of the last attempt
+    earlier_environments: list[Environment]  # others in which parts of the run may have been computed
+    arms: dict[str, ArmFacts]  # in the order in which they are shown
+    seeds: list[int]
+    sets: dict[str, SetFacts]
+    family: Family
+    published: str | None  # name of the published model that the base is
+    peak_flops: float  # from scratch: per second, what utilisation is held against
+    peak_flops_source: str  # from scratch: "as given" or "measured matmul"
+
+
+class Manifest(Facts):
+    """run.json: what was asked for, on what it ran, and how far it is."""
+
+    schema_version: int
+    preskip_version: str
+    kind: NotRequired[Literal["pretrain"]]  # left out of a run on a frozen model
+    status: Status
+    created: str  # ISO 8601, UTC
+    finished: str | None
+    command: list[str]
+    directory: str  # where it was started
+    config: dict[str, Any]  # every option, device and dtype as resolved
+    timings: NotRequired[dict[str, float]]  # seconds by stage, and "total", over all attempts
+    peak_memory_bytes: NotRequired[int]  # the largest of any arm
+
+
+class HeldOutDocument(TypedDict):
+    """A document that is scored after training."""
+
+    id: str
+    text: str
+
+
+class HeldOutSet(TypedDict):
+    """An entry of data/heldout.json: one evaluation set."""
+
+    name: str
+    documents: list[HeldOutDocument]
+
+
+class DocumentRecord(TypedDict):
+    """A line of items.jsonl: one document."""
+
+    set: str
+    kind: Literal["document"]
+    id: str
+    nll: float  # nats, summed over the scored tokens
+    tokens: int  # scored
+    bytes: int  # UTF-8, of the scored text
+    words: int  # of the scored text
+    cluster: NotRequired[str | None]  # with others of which it is resampled
+
+
+class ItemRecord(TypedDict):
+    """A line of items.jsonl: one item."""
+
+    set: str
+    kind: Literal["item"]
+    id: str
+    scores: dict[str, float]  # by metric
+    cluster: NotRequired[str | None]  # with others of which it is resampled
+    tokens: NotRequired[int]  # of a last word
+    target: NotRequired[str]  # the last word
+
+
+Record: TypeAlias = DocumentRecord | ItemRecord
+
+
+class StepRow(TypedDict):
+    """A line of train.jsonl: one optimiser step; from scratch as many as `log_steps` says."""
+
+    step: int
+    loss: float | None  # nats per token; None on gradients of noise
+    learning_rate: float  # from scratch of all but the branch
+    grad_norm: float  # before clipping
+    tokens: int
+    seconds: float
+    step_ratio: NotRequired[dict[str, float]]  # equal steps: the common ‖ΔW‖ / ‖W‖ by part of the branch
+    tokens_per_second: NotRequired[float]  # from scratch, as all below
+    mfu: NotRequired[float]  # model FLOPs utilisation, 0 to 1
+    eval_loss: NotRequired[float]  # nats per token of the development blocks, where it was evaluated
+
+
+class Sums(TypedDict):
+    """A ratio's numerators and denominators by document."""
+
+    above: list[float]
+    below: list[float]
+
+
+class NormRow(TypedDict):
+    """Frobenius norms of one layer's branch; 0 for an absent part."""
+
+    layer: int
+    up_norm: float
+    down_norm: float
+    skip_norm: float
+
+
+class DepthRow(NormRow):
+    """One layer's branch: its norms, and its functional sizes on held-out text (None for an absent part)."""
+
+    skip_to_attention: float | None  # Σ‖skip output‖ / Σ‖attention output‖ over tokens
+    enrichment: float | None  # Σ‖x̃ − x̂‖ / Σ‖x̂‖ over tokens
+    skip_to_attention_low: NotRequired[float | None]  # 95 % over documents, as the next three
+    skip_to_attention_high: NotRequired[float | None]
+    enrichment_low: NotRequired[float | None]
+    enrichment_high: NotRequired[float | None]
+    documents: NotRequired[dict[str, Sums]]  # by size; in cell.json alone
+
+
+class AblationRow(TypedDict):
+    """What one part of one layer is worth: bits per byte without it minus with it, 95 % over documents."""
+
+    layer: int
+    part: str  # "skip", "enrichment" or "both"
+    difference: float
+    low: float
+    high: float
+    documents: NotRequired[Sums]  # nats, and bytes · ln 2; in cell.json alone
+
+
+class CellSummary(TypedDict):
+    """cell.json: one arm trained with one seed, and scored."""
+
+    arm: str
+    seed: int
+    trainable_parameters: int
+    learning_rate: float | None  # None where nothing is trained
+    steps: int
+    final_training_loss: float | None  # nats per token; from scratch the mean of the last twentieth of the log
+    seconds_per_step: float | None  # median
+    peak_memory_bytes: int
+    hardware: NotRequired[str]  # the processor's or accelerator's name
+    train_seconds: float
+    evaluate_seconds: float
+    depth: list[DepthRow]  # empty without a branch
+    kv_cache_bytes_per_token: NotRequired[float | None]  # frozen; None where the model keeps none
+    ablation: NotRequired[list[AblationRow]]  # frozen
+    tokens: NotRequired[int]  # from scratch, as all below: of the training
+    final_eval_loss: NotRequired[float | None]  # nats per token of the development blocks
+    tokens_per_second: NotRequired[float]  # median
+    mfu: NotRequired[float | None]  # median
+
+
+class ControlSummary(TypedDict):
+    """cell.json of a null or control of the depth picture."""
+
+    arm: str
+    seed: int
+    control: str  # "noise", "shuffled" or "equal_step"
+    depth: list[DepthRow]
+
+
+# Bits per byte, arm minus untouched model, on development documents of the corpus ("in") and of other sets by name.
+Development = TypedDict("Development", {"in": Limits, "out": dict[str, Limits]})
+
+
+class Trial(TypedDict):
+    """trial.json: one training of the search for a learning rate."""
+
+    rung: int
+    steps: int
+    learning_rate: float
+    seed: int
+    dev: Development | None  # None where it diverged
+    kept: bool  # whether the search went on with it
+    diverged: bool
+
+
+class Search(TypedDict):
+    """search.json: an arm's learning rate, and how it was found."""
+
+    default: float
+    chosen: float
+    extended: bool  # whether rates beyond the first grid were tried
+    trace: list[Trial]
+
+
+class DtypeFacts(TypedDict):
+    """The untouched base in one dtype."""
+
+    weights: str
+    computes: str
+    seconds: float
+    metrics: Metrics
+
+
+class PublishedDistance(TypedDict):
+    """A measured figure beside a published one: an accuracy with its interval, or a perplexity with their ratio."""
+
+    measured: float
+    published: float
+    items: int
+    difference: NotRequired[float]  # of an accuracy, as the next four
+    low: NotRequired[float]
+    high: NotRequired[float]
+    confidence: NotRequired[float]
+    agrees: NotRequired[bool]
+    ratio: NotRequired[float]  # of a perplexity
+
+
+class PublishedAudit(TypedDict):
+    """Distances of each dtype to the published figures."""
+
+    model: str
+    checkpoint: str
+    source: str
+    distances: dict[str, dict[str, dict[str, PublishedDistance]]]  # by dtype, task and metric
+
+
+class Deviations(TypedDict):
+    """Standard deviations of one seed, one unit, and one seed on one unit; None where they cannot be told apart."""
+
+    seed: float | None
+    unit: float
+    residual: float | None
+
+
+class PairedDifference(Declared):
+    """Arm minus reference on one set and metric, paired on seeds and item ids."""
+
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    seeds: int
+    units: int  # documents or items
+    unit: Kind
+    clusters: int | None  # resampled in place of units; None where units are independent
+    covers: str  # what the interval is over
+    gained: int | None  # items on which the arm is right more often; None where scores are not right or wrong
+    lost: int | None
+    p_value: float  # two-sided
+    deviations: Deviations
+    margin: float | None  # largest difference that counts as none; None where none is stated
+    p_equivalence: float | None
+
+
+class Comparison(PairedDifference):
+    """A paired difference, judged within the family."""
+
+    declared: bool  # before training
+    p_holm: float | None  # Holm's adjusted p; None where it was not declared
+    verdict: Verdict
+
+
+class DesignFacts(TypedDict):
+    """A paired comparison's size, and its standard deviations in the metric's unit."""
+
+    units: int
+    unit_deviation: float
+    seeds: int
+    residual_deviation: float
+    seed_deviation: float
+
+
+class PowerEntry(Declared):
+    """The smallest true difference that a comparison finds."""
+
+    units: int  # or clusters
+    seeds: int
+    resolvable: float  # in the metric's unit
+    basis: Literal["measured", "assumed"]
+    alpha: float
+    power: float
+    family: int  # comparisons that share alpha
+    design: DesignFacts
+
+
+class DtypeAudit(TypedDict):
+    """controls/dtype-audit.json: what the dtype alone costs the untouched base."""
+
+    model: str
+    device: str
+    attn_implementation: str
+    weights_rounded: float  # share of the weights that bf16 cannot hold
+    context_length: int | None
+    dtypes: dict[str, DtypeFacts]  # "float32", "autocast", "bfloat16"
+    comparisons: list[Comparison]  # each dtype minus float32
+    published: PublishedAudit | None
+
+
+class ArmResults(TypedDict):
+    """An arm's figures over its seeds; facts of run.json are repeated."""
+
+    trainable_parameters: int
+    budget: str
+    learning_rate: float | None
+    seeds: list[int]
+    metrics: Metrics
+    forward_flops_per_token: int
+    base_dtype: str
+    adapter_dtype: str | None
+    compute_dtype: str
+    attn_implementation: str
+    final_training_loss: float | None  # mean over seeds, as the next, and those marked below
+    seconds_per_step: float | None
+    peak_memory_bytes: int  # the largest of any seed
+    matched: NotRequired[str | None]  # from scratch, as all below; see `ArmFacts`
+    deviation: NotRequired[float | None]
+    parameters: NotRequired[int]
+    non_embedding: NotRequired[int]
+    training_flops: NotRequired[int]
+    steps: NotRequired[int]
+    tokens: NotRequired[int]
+    final_eval_loss: NotRequired[float | None]  # mean, as the next two
+    tokens_per_second: NotRequired[float | None]
+    mfu: NotRequired[float | None]
+
+
+class NullRun(TypedDict):
+    """The norms that one training without a signal gives."""
+
+    seed: int
+    layers: list[NormRow]
+
+
+class Trend(TypedDict):
+    """Whether a measure of the branch grows with depth: Spearman's ρ between layer and measure."""
+
+    measure: str
+    rho: float
+    low: float
+    high: float
+    null_low: float | None  # band of ρ by chance, and of a norm by its nulls; None where a norm has no noise null
+    null_high: float | None
+    nulls: NotRequired[dict[str, list[float]]]  # ρ of each run, by null
+    verdict: str  # "later more", "later less", "no trend" or "undecided"
+    seeds: int
+    layers: int
+    covers: str  # what the interval is over
+
+
+class CurvePoint(TypedDict):
+    """An evaluation while training from scratch."""
+
+    step: int
+    tokens: int  # read by then
+    eval_loss: float  # nats per token
+
+
+class CacheSizes(TypedDict):
+    """K/V cache of the untouched model and of preskip."""
+
+    base_bytes: float
+    arm_bytes: float
+    per: Literal["token"]
+
+
+class PaperResults(TypedDict):
+    """The paper's own scoring beside its table."""
+
+    columns: dict[str, dict[str, float]]  # by arm and set: accuracy as a share, of paper:wikitext the paper's "PPL"
+    model: str | None  # name of the published model
+    published: dict[str, dict[str, float]] | None  # the paper's table by arm; None for another model
+
+
+BySeed: TypeAlias = dict[str, list[DepthRow]]  # by training seed, as text
+
+
+class Results(TypedDict):
+    """results.json: what came out, from the finished cells alone."""
+
+    schema_version: int
+    kind: NotRequired[Literal["pretrain"]]  # left out of a run on a frozen model
+    sets: dict[str, SetFacts]
+    arms: dict[str, ArmResults]
+    family: Family
+    comparisons: list[Comparison]
+    power: list[PowerEntry]
+    depth: dict[str, BySeed]  # by arm with a branch
+    trend: NotRequired[dict[str, list[Trend]]]  # by arm with a branch
+    ablation: NotRequired[dict[str, dict[str, list[AblationRow]]]]  # by arm and seed
+    nulls: NotRequired[dict[str, dict[str, list[NullRun]]]]  # by null and arm
+    equal_step: NotRequired[dict[str, BySeed]]  # by arm: the control with equal steps
+    kv_cache: NotRequired[CacheSizes]
+    paper: NotRequired[PaperResults]
+    search: NotRequired[dict[str, Search]]  # by tuned arm
+    dtype_audit: NotRequired[DtypeAudit]
+    curves: NotRequired[dict[str, dict[str, list[CurvePoint]]]]  # from scratch, by arm and seed
+
+
+class EvalResults(TypedDict):
+    """results.json of `preskip eval`, beside its items.jsonl."""
+
+    model: str
+    adapter: str | None  # its folder
+    dtype: str  # of the base's weights
+    adapter_dtype: str | None
+    attn_implementation: str
+    parameters: int
+    adapter_parameters: int
+    device: str
+    context_length: int
+    stride: int
+    seconds: float
+    environment: Environment
+    sets: dict[str, SetFacts]
+    metrics: Metrics
+    lm_eval: dict[str, dict[str, float]]  # by task and metric, as lm-eval aggregates them
+
+
+class ExplainedSource(TypedDict):
+    """Where the weights are from."""
+
+    kind: str  # "run", "adapter" or "baked"
+    name: str
+    arm: str | None
+    seed: int | None
+
+
+class ExplainedModel(TypedDict):
+    """The model that the branch is part of."""
+
+    name: str | None
+    type: str
+    layers: int
+    hidden_size: int
+    parameters: int
+    dtype: str
+
+
+class ExplainedText(TypedDict):
+    """A text that was read."""
+
+    id: str
+    title: str
+    set: str  # "held-out" or "given"
+    tokens: int
+    shown: bool  # on the map
+
+
+class Alignment(TypedDict):
+    """Mean cosine of the skip's output with the output of another part of its layer."""
+
+    attention: Limits | None
+    mlp: Limits | None
+
+
+Token: TypeAlias = list[str | float]  # a token's text, and the change of its logit
+
+
+class ExplainedLayer(TypedDict):
+    """What one layer's branch does; None for what it lacks."""
+
+    layer: int
+    up_norm: float | None
+    down_norm: float | None
+    skip_norm: float | None
+    null: dict[str, dict[str, float]] | None  # low and high of the run's noise null, by norm
+    spectrum: list[float] | None  # largest singular values of W_skip, descending
+    effective_rank: float | None  # exp of the entropy of all singular values over their sum
+    stable_rank: float | None  # Σσ² / σ₁²
+    skip_to_attention: Limits | None
+    enrichment: Limits | None
+    skip_to_attention_wide: MetricValue | None  # at the level at which all layers hold at once
+    alignment: Alignment
+    promoted: list[Token]  # by the mean skip output, the strongest first
+    demoted: list[Token]
+    entropy_change: Limits | None  # nats, with the enrichment minus without
+    sink_change: Limits | None  # weight on the first token, with the enrichment minus without
+    ablation: dict[str, Limits | None] | None  # bits per byte off minus on, by "skip", "enrichment" and "both"
+
+
+# Both sizes of one class of tokens, all layers together; "by_layer" is the skip's.
+ExplainedClass = TypedDict(
+    "ExplainedClass",
+    {
+        "dimension": str,
+        "class": str,
+        "tokens": int,
+        "skip_to_attention": Limits | None,
+        "skip_to_attention_wide": MetricValue | None,
+        "enrichment": Limits | None,
+        "by_layer": list[float | None],
+    },
+)
+
+
+class ExplainedDocument(TypedDict):
+    """A text on the map: its tokens, and two sizes by layer and token."""
+
+    id: str
+    title: str
+    tokens: list[str]  # joined, they are the text
+    bypass: list[list[float | None]] | None  # ‖skip output‖ / ‖attention output‖
+    enrichment: list[list[float | None]] | None  # ‖x̃ − x̂‖ / ‖x̂‖
+
+
+class ExplainMethod(TypedDict):
+    """How much was read."""
+
+    statistics: str  # the set that figures are of
+    context_length: int
+    frequency_tokens: int  # of the reference text
+    attention_documents: int
+    ablation_documents: int
+    ablation_words: int
+
+
+class Explanation(TypedDict):
+    """What is measured of a model's branches."""
+
+    texts: list[ExplainedText]
+    layers: list[ExplainedLayer]
+    classes: list[ExplainedClass]
+    documents: list[ExplainedDocument]
+    timings: dict[str, float]  # seconds by stage
+    method: ExplainMethod
+
+
+class Explain(Explanation):
+    """explain.json."""
+
+    schema_version: int  # EXPLAIN_VERSION
+    kind: Literal["explain"]
+    preskip_version: str
+    created: str  # ISO 8601, UTC
+    command: list[str]
+    source: ExplainedSource
+    model: ExplainedModel
+    settings: dict[str, Any]  # of the branch
+    environment: Environment
