@@ -5,6 +5,7 @@ to the disk, writes tensors (it dies with half of the file written), takes an op
 that has imported everything forks the children, so that one costs well under a second.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -112,6 +113,7 @@ def _live(
     counts: Path | None,
     environment: dict[str, str],
 ) -> None:
+    gc.freeze()  # else every training walks over what the server has imported
     torch.set_num_threads(1)
     os.environ.update(environment)
     sys.stdout = sys.stderr = open(folder.with_suffix(".log"), "a")  # noqa: SIM115
