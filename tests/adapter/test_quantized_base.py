@@ -75,7 +75,7 @@ def test_a_quantised_base_is_adapted_trained_saved_and_loaded(quantized, tmp_pat
 
 
 def test_qlora_and_a_branch_on_one_quantised_base(quantized) -> None:
-    model = get_peft_model(quantized(), PreskipConfig(), adapter_name="preskip").eval()
+    model = get_peft_model(quantized(), PreskipConfig(), adapter_name="branch").eval()
     zoo.randomise(model)
     alone = zoo.logits(model, "llama")
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])

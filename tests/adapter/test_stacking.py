@@ -22,8 +22,8 @@ LORA_TARGETS = {
 def stack(name: str, preskip_first: bool):
     """(first PeftModel, second PeftModel around the same base, logits with the first alone, logits with both)."""
     lora = LoraConfig(r=4, target_modules=LORA_TARGETS[name])
-    configs = {"preskip": PreskipConfig(skip_position="residual"), "lora": lora}
-    order = ["preskip", "lora"] if preskip_first else ["lora", "preskip"]
+    configs = {"branch": PreskipConfig(skip_position="residual"), "lora": lora}
+    order = ["branch", "lora"] if preskip_first else ["lora", "branch"]
     first = get_peft_model(zoo.build(name), configs[order[0]], adapter_name=order[0]).eval()
     zoo.randomise(first)
     alone = zoo.logits(first, name)
@@ -43,14 +43,14 @@ def stack(name: str, preskip_first: bool):
 def test_both_orders(name: str, preskip_first: bool, tmp_path) -> None:
     first, second, alone, both = stack(name, preskip_first)
     assert zoo.difference(alone, both) > 1e-3
-    names = [next(iter(first.peft_config)), "lora" if preskip_first else "preskip"]
+    names = [next(iter(first.peft_config)), "lora" if preskip_first else "branch"]
 
     first.save_pretrained(tmp_path / "first", selected_adapters=[names[0]])
     second.save_pretrained(tmp_path / "second", selected_adapters=[names[1]])
     folders = [tmp_path / "first" / names[0], tmp_path / "second" / names[1]]
     for folder, adapter in zip(folders, names, strict=True):
         tensors = load_file(folder / "adapter_model.safetensors")
-        mark = ".preskip." if adapter == "preskip" else ".lora_"
+        mark = ".preskip." if adapter == "branch" else ".lora_"
         assert tensors
         assert all(mark in key for key in tensors)
 
@@ -84,7 +84,7 @@ def test_lora_merged_in_place_and_back(name: str) -> None:
     lora.unmerge_adapter()
     assert zoo.difference(zoo.logits(lora, name), both) < 2e-5
     with pytest.raises(NotImplementedError, match="cannot be merged"):
-        lora.merge_adapter(["preskip"])
+        lora.merge_adapter(["branch"])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -102,6 +102,6 @@ def test_a_second_branch_joins_over_lora(name: str) -> None:
     """LoRA wraps the layer that the first branch taps: the second must find the same place."""
     _, second, _, _ = stack(name, True)
     third = get_peft_model(second.get_base_model(), PreskipConfig(), adapter_name="third").eval()
-    assert set(third.peft_config) == {"preskip", "lora", "third"}
+    assert set(third.peft_config) == {"branch", "lora", "third"}
     third.base_model.set_adapter("third")
-    assert {n for m in third.modules() if isinstance(m, PreskipLayer) for n in m.settings} == {"preskip", "third"}
+    assert {n for m in third.modules() if isinstance(m, PreskipLayer) for n in m.settings} == {"branch", "third"}

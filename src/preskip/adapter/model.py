@@ -15,6 +15,7 @@ from torch import nn
 from preskip.adapter.checkpoint import check_tensors
 from preskip.adapter.config import PreskipConfig
 from preskip.adapter.layer import CANNOT_MERGE, PreskipLayer
+from preskip.adapter.names import check_adapter_name
 from preskip.attach import (
     ATTENTION_NAMES,
     CHILD,
@@ -58,6 +59,7 @@ class PreskipModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Resolve and check the targets, then inject; model and config are as before if anything fails."""
+        self._check_name(model, adapter_name)
         config: Any = self.peft_config[adapter_name]
         target_fields = ("target_modules", "layers_to_transform", "layers_pattern")
         config_before = {name: getattr(config, name) for name in target_fields}
@@ -72,11 +74,17 @@ class PreskipModel(BaseTuner):
                 setattr(config, name, value)
             for parameter, requires_grad in trainable_before:
                 parameter.requires_grad_(requires_grad)
-            # transformers' add_adapter sets this before it injects, and would take the next try for a second adapter.
-            if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            _forget_first_adapter(model)
             raise
         self._watch_loading()
+
+    def _check_name(self, model: nn.Module, adapter_name: str) -> None:
+        try:
+            check_adapter_name(adapter_name, model)
+        except PreskipError:
+            self.peft_config.pop(adapter_name, None)
+            _forget_first_adapter(model)
+            raise
 
     def _resolve_targets(self, model: nn.Module, config: PreskipConfig) -> None:
         """Fill in the default targets and refuse, before anything is changed, what cannot be adapted whole."""
@@ -158,7 +166,15 @@ class PreskipModel(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         """Only the branch's own tensors, also where LoRA is stacked with it (peft >= 0.21)."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return {key: value for key, value in found.items() if f".{cls.prefix}" in f".{key}"}
+        own = {key: value for key, value in found.items() if f".{cls.prefix}" in f".{key}"}
+        missing = sorted(expected_tensors(model, adapter_name).keys() - own.keys())
+        if missing and state_dict:  # a process that holds no part of a sharded model gives nothing
+            raise PreskipError(
+                f"adapter {adapter_name!r} cannot be saved whole: {missing[0]}"
+                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} would be left out, as another adapter "
+                f"({', '.join(unwanted_adapter_names) or 'none'}) has a part of its name; load that under another name"
+            )
+        return own
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -207,6 +223,12 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
                 layer.delete_adapter(adapter_name)
             if not layer.settings:
                 detach(module)
+
+
+def _forget_first_adapter(model: nn.Module) -> None:
+    """transformers' add_adapter marks the model before it injects, and would take the next try for a second adapter."""
+    if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 def _has_tuner_layers(model: nn.Module) -> bool:
