@@ -26,6 +26,9 @@ SKIP_POSITIONS = ("attention", "residual")
 # Names under which a block holds its self-attention, most specific first.
 ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
 
+# What transformers' configs call layers whose mixing of tokens is no attention, whatever their modules are called.
+OTHER_LAYERS = ("linear_attention", "conv", "moe")
+
 # Linear layers that read an attention's hidden_states, to learn its width from; Conv1D (GPT-2) stores its transpose.
 INPUT_PROJECTIONS = (
     "q_proj", "qkv_proj", "query_key_value", "query", "Wqkv", "c_attn", "q_a_proj", "qkv", "in_proj", "wqkv", "W_pack",
@@ -110,7 +113,9 @@ def find_sites(model: nn.Module) -> Sites:
         if not isinstance(stack, nn.ModuleList) or len(stack) == 0:
             continue
         stack_name = ".".join(part for part in (prefix, path) if part)
-        targets = [_attention_of(block) for block in stack]
+        kinds_of = getattr(getattr(decoder, "config", None), "layer_types", None) or ()
+        others = {i for i, kind in enumerate(kinds_of) if kind in OTHER_LAYERS} if len(kinds_of) == len(stack) else ()
+        targets = [None if index in others else _attention_of(block) for index, block in enumerate(stack)]
         if not any(targets):
             seen[stack_name] = [name for name, _ in stack[0].named_children()]
             continue

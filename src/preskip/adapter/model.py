@@ -31,6 +31,7 @@ from preskip.attach import (
     text_decoder,
 )
 from preskip.errors import PreskipError
+from preskip.site_check import check_role
 
 
 class PreskipModel(BaseTuner):
@@ -115,6 +116,7 @@ class PreskipModel(BaseTuner):
             raise PreskipError(f"{nested[0]} lies inside another target: name one module per layer in target_modules")
         for key in matched:
             self._placement(model, key, config)
+        check_role(model, [key for key in matched if not hasattr(model.get_submodule(key), CHILD)])
         wanted = config.modules_to_save or []
         if wanted and not any(key.rpartition(".")[2] in wanted or key.endswith(tuple(wanted)) for key in keys):
             raise PreskipError(f"modules_to_save={list(wanted)} match nothing in {type(model).__name__}")
