@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -626,3 +627,21 @@ def test_smollm2():
         logits = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
     assert tokenizer.decode(logits.argmax()) == " Paris"
     assert tokenizer.decode(tokenizer("In 1990,  2 — naïve")["input_ids"]) == "In 1990,  2 — naïve"
+
+
+def test_a_folder_is_measured_while_another_process_deletes_in_it(tmp_path, monkeypatch):
+    """A download's progress walks a folder in which pip deletes: nothing that only shows may end the work."""
+    for name in ("a", "b"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "file").write_bytes(b"12345")
+    real = os.scandir
+
+    def deleting(path):
+        if str(path) == str(tmp_path / "b"):  # it was listed, and is gone when it is entered
+            monkeypatch.setattr(os, "scandir", real)
+            shutil.rmtree(tmp_path / "b")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", deleting)
+    assert assets.size_of(tmp_path) == 5
+    assert assets.size_of(tmp_path / "never there") == 0

@@ -36,9 +36,10 @@ def file_sha256(path: Path) -> str:
 
 def size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files below a folder; 0 where nothing is."""
+    # Another process may move or remove files and folders while we count; os.walk passes over what is gone.
+    files = [Path(place) / name for place, _, names in os.walk(path) for name in names] if path.is_dir() else [path]
     total = 0
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        # Another process may move or remove a file while we count.
+    for file in files:
         with contextlib.suppress(OSError):
             if file.is_file():
                 total += file.stat().st_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import torch
@@ -34,7 +34,8 @@ def peak_memory(device: torch.device, interval: float = 0.02) -> Iterator[PeakMe
 
     def sample() -> None:
         while True:
-            peak.bytes = max(peak.bytes, process.memory_info().rss)
+            with suppress(psutil.Error):  # what only measures must not end the work
+                peak.bytes = max(peak.bytes, process.memory_info().rss)
             if done.wait(interval):
                 return
 
