@@ -530,6 +530,16 @@ def test_adapter_folder_is_told_apart(tmp_path):
         assets.load_model(str(tmp_path), torch.float32)
 
 
+def test_a_model_folder_with_an_adapter_in_it_is_refused(broken):
+    """transformers would put the adapter on the model without a word."""
+    from peft import LoraConfig, get_peft_model
+
+    model = assets.load_model(str(broken), torch.float32)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(broken)
+    with pytest.raises(PreskipError, match=r"also holds an adapter .*move the adapter's files"):
+        assets.load_model(str(broken), torch.float32)
+
+
 def test_no_tokenizer(broken):
     for file in broken.glob("tokenizer*"):
         file.unlink()

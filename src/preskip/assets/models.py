@@ -22,6 +22,12 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Beyond this a checksum would delay every run by tens of seconds.
 _LARGEST_HASHED = 8 << 30
 
+# transformers would put it on the model without a word, and the untouched base would be something else.
+_HOLDS_ADAPTER = (
+    "model {} also holds an adapter (adapter_config.json): move the adapter's files into a folder of their own, and "
+    "give that with --adapter"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
@@ -132,6 +138,8 @@ def load_model(
             **options,
         )
     gguf_files.refuse_incomplete(name, report)
+    if getattr(model, "peft_config", None):  # of a Hub repository
+        raise PreskipError(_HOLDS_ADAPTER.format(name))
     return model.eval().to(device)
 
 
@@ -224,6 +232,8 @@ def _check_folder(path: Path) -> None:
         if (path / "adapter_config.json").is_file():
             raise PreskipError(f"model folder {path} holds a PEFT adapter, not a model: give its base model")
         raise PreskipError(f"model folder {path} has no config.json: give a folder saved with save_pretrained")
+    if (path / "adapter_config.json").is_file():
+        raise PreskipError(_HOLDS_ADAPTER.format(path))
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
