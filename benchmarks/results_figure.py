@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from preskip.metrics import metric_named
 from preskip.report.frontier import planes
 from preskip.report.load import load_json
 from preskip.report.lookup import find, plain_arm, primary, trained_arms
 from preskip.report.static_figures import STYLE, WIDTH
-from preskip.report.verdicts import metric_named, set_label
+from preskip.report.verdicts import set_label
 
 # Okabe and Ito's palette, and a mark for each arm as well.
 LOOKS = {
@@ -35,14 +36,14 @@ def differences(results: Mapping[str, Any], arm: str, set_name: str) -> tuple[fl
     """Gain (positive is better) of an arm over the untouched model: value, low, high, as shown."""
     metric = primary(results, set_name)
     entry = find(results, arm, plain_arm(results), set_name, metric)
-    about = metric_named(metric)
+    about = metric_named(metric, results["sets"][set_name])
     factor = -about.factor if about.lower_is_better else about.factor
     low, high = sorted((factor * entry["low"], factor * entry["high"]))
     return factor * entry["difference"], low, high
 
 
 def _axis(results: Mapping[str, Any], set_name: str) -> str:
-    about = metric_named(primary(results, set_name))
+    about = metric_named(primary(results, set_name), results["sets"][set_name])
     gain = "bits per byte saved" if about.lower_is_better else f"{about.difference_unit.strip()} gained"
     return f"{set_label(results['sets'], set_name)}: {gain} →"
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from preskip.metrics import metric_named
 from preskip.report.claims import MEASURES
 from preskip.report.load import load_json
 from preskip.report.lookup import find, is_declared, plain_arm, primary, trained_arms
 from preskip.report.plots.plane import development
-from preskip.report.verdicts import MINUS, decimals, difference_text, metric_named, nulls_text, number, p_text
+from preskip.report.verdicts import MINUS, decimals, difference_text, nulls_text, number, p_text
 
 ARM = "preskip"
 DOMAINS = {"in": "home", "out": "abroad"}

@@ -15,6 +15,7 @@ from preskip.data.local import data_directory, load_local
 from preskip.errors import PreskipError
 from preskip.evaluate.task_loading import _task_manager
 from preskip.evaluate.tasks import TaskSuite
+from preskip.stats import compare_arms
 from tiny_model import tiny_llama
 from tiny_text import tiny_tokenizer
 
@@ -234,10 +235,16 @@ def test_a_generative_task(model, monkeypatch):
     assert suite.sets["gsm8k"]["primary"] in records[0]["scores"]  # one of its filters': what the family declares
 
 
-def test_a_score_of_which_less_is_better_is_recorded_as_its_negative(data, model, monkeypatch):
+def test_the_direction_of_a_score_is_what_lm_eval_says(data, model, monkeypatch):
+    directions = {"acc": True, "bias": False, "perplexity": False}
+    monkeypatch.setattr("lm_eval.api.task.ConfigurableTask.higher_is_better", lambda task: {**directions, "x": None})
     suite = TaskSuite(["lambada_openai"], tiny_tokenizer(), data_dir=data)
+    described = suite.sets["lambada_openai"]
+    assert described["higher_is_better"] == directions
     task = suite._tasks[0].task
-    monkeypatch.setattr(task, "higher_is_better", lambda: {"acc": True, "bias": False, "perplexity": False})
     monkeypatch.setattr(task, "process_results", lambda doc, answers: {"acc": 1.0, "bias": 0.25})
     records = suite.score(model)
-    assert all({"acc": 1.0, "neg_bias": -0.25}.items() <= record["scores"].items() for record in records)
+    assert all({"acc": 1.0, "bias": 0.25}.items() <= record["scores"].items() for record in records)
+    less = [{**record, "scores": {"bias": 0.2 - 0.01 * (i % 2)}} for i, record in enumerate(records)]
+    (entry,) = compare_arms({"none": records, "arm": less}, {}, suite.sets)
+    assert (entry["metric"], entry["verdict"]) == ("bias", "better")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from preskip.errors import PreskipError
-from preskip.stats import RatioDistribution, apply_family, compare, holm, lower_is_better
+from preskip.stats import RatioDistribution, apply_family, compare, holm
 from preskip.stats.verdict import margin_of, verdict_of
 from stored_runs import make_items
 
@@ -97,14 +97,6 @@ def test_margins_by_set_go_first() -> None:
     assert found[0]["p_equivalence"] < 0.05
     verdicts = [e["verdict"] for e in apply_family(found, {"margins": {"heldout.bits_per_byte": 0.5}})]
     assert "equivalent" not in verdicts[1:]
-
-
-def test_directions() -> None:
-    assert [m for m in ("bits_per_byte", "nll", "word_perplexity", "acc", "acc_norm", "f1") if lower_is_better(m)] == [
-        "bits_per_byte",
-        "nll",
-        "word_perplexity",
-    ]
 
 
 def test_the_statistics_do_not_load_torch() -> None:

@@ -33,8 +33,9 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparisons as JSON.")] = False,
 ) -> None:
     """Compare arms on shared items, from what runs have stored: interval, p, equivalence and verdict of each pair."""
+    from preskip.metrics import DEFAULT_MARGINS
     from preskip.progress import progress_bar
-    from preskip.stats import DEFAULT_MARGINS, compare_arms
+    from preskip.stats import compare_arms
     from preskip.stats.runs import load_runs
 
     stored = load_runs(runs, allow_different_dtype=allow_different_dtype)
@@ -44,7 +45,15 @@ def compare(
     family = {**stored.family, "margins": margins}
     chosen = _listed(sets) if sets else None
     with progress_bar("comparing", len(pairs), quiet=as_json) as advance:
-        entries = compare_arms(stored.items, family, pairs=pairs, sets=chosen, confidence=confidence, advance=advance)
+        entries = compare_arms(
+            stored.items,
+            family,
+            stored.sets,
+            pairs=pairs,
+            sets=chosen,
+            confidence=confidence,
+            advance=advance,
+        )
     _check_margins(own_margins, entries)
     if as_json:
         print(json.dumps({"family": family, "notes": stored.notes, "comparisons": entries}, indent=1, allow_nan=False))
@@ -72,10 +81,14 @@ def _margins(texts: Sequence[str]) -> dict[str, float]:
 
 def _check_margins(names: Iterable[str], entries: Sequence[Mapping[str, Any]]) -> None:
     """A margin that names nothing compared would leave the default one in its place."""
-    from preskip.stats.verdict import base_metric
+    from preskip.metrics import metric_named
 
-    metrics = {entry["metric"] for entry in entries}
-    known = metrics | set(map(base_metric, metrics)) | {f"{entry['set']}.{entry['metric']}" for entry in entries}
+    known = {
+        name
+        for entry in entries
+        for metric in [entry["metric"]]
+        for name in (metric, metric_named(metric).key, f"{entry['set']}.{metric}")
+    }
     if unknown := sorted(set(names) - known):
         raise PreskipError(
             f"--margin {unknown[0]}: nothing of that name is compared; choose among {', '.join(sorted(known))}"
@@ -88,7 +101,8 @@ def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes:
     from rich.table import Table
 
     from preskip.cli.wide import print_wide
-    from preskip.report.verdicts import MINUS, amount, difference_text, metric_named, p_text, set_label
+    from preskip.metrics import metric_named
+    from preskip.report.verdicts import MINUS, amount, difference_text, p_text, set_label
 
     console = Console()
     groups = dict.fromkeys((entry["set"], entry["metric"]) for entry in entries)

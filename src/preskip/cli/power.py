@@ -80,23 +80,24 @@ def _planned(
     seed_sd: float | None,
     shared: float,
 ) -> tuple[Design, str]:
+    from preskip.metrics import METRICS
     from preskip.stats import Design
-    from preskip.stats.power import SEED_DEVIATIONS, UNIT_DEVIATIONS, discordant_deviation
+    from preskip.stats.power import discordant_deviation
 
     if (items is None) == (documents is None):
         raise PreskipError("give --items or --documents for a planned design, or a run directory")
-    metric = "acc" if items is not None else "bits_per_byte"
+    assumed = METRICS["acc" if items is not None else "bits_per_byte"]
     if sd is None:
-        sd = discordant_deviation(discordant) if items is not None else UNIT_DEVIATIONS[metric]
+        sd = discordant_deviation(discordant) if items is not None else assumed.unit_deviation or 0.0
     return (
         Design.assumed(
             units=items or documents or 0,
             seeds=seeds,
             deviation=sd,
-            seed_deviation=SEED_DEVIATIONS[metric] if seed_sd is None else seed_sd,
+            seed_deviation=assumed.seed_deviation if seed_sd is None else seed_sd,
             shared=shared,
         ),
-        metric,
+        assumed.key,
     )
 
 
@@ -165,7 +166,8 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
     from rich.table import Table
 
     from preskip.cli.wide import print_wide
-    from preskip.report.verdicts import MINUS, amount, metric_named
+    from preskip.metrics import metric_named
+    from preskip.report.verdicts import MINUS, amount
 
     console = Console()
     measured = rows[0]["basis"] == "measured"

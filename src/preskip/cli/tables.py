@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from preskip.cli.wide import print_wide
+from preskip.metrics import metric_named
 from preskip.report.claims import assess
 from preskip.report.frontier import assess_plane, planes
 from preskip.report.lookup import by_measure, is_declared, ordered, primary
@@ -19,7 +20,6 @@ from preskip.report.verdicts import (
     MINUS,
     difference_text,
     interval_text,
-    metric_named,
     number,
     p_text,
     set_label,
@@ -135,7 +135,7 @@ def _differences(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]
     table.add_column("reading", no_wrap=True)
     for name, metric, group in by_measure(entries):
         table.add_row(f"[bold]{set_label(results['sets'], name)}[/], {_unit(metric)}")
-        for entry in ordered(group, metric_named(metric).lower_is_better):
+        for entry in ordered(group, metric_named(metric, results["sets"].get(name)).lower_is_better):
             text = difference_text(entry)
             table.add_row(
                 f"  {entry['arm']} {MINUS} {entry['reference']}",
@@ -169,7 +169,7 @@ def _short(results: Mapping[str, Any], name: str) -> str:
 
 def _unit(metric: str) -> str:
     about = metric_named(metric)
-    return {"bits_per_byte": "bits/byte", "acc": "accuracy, %"}.get(metric, about.name.lower())
+    return about.column or about.name.lower()
 
 
 def _value(metrics: Mapping[str, Any], metric: str) -> str:
@@ -181,7 +181,7 @@ def _value(metrics: Mapping[str, Any], metric: str) -> str:
     # Beyond this, as from a random model, decimals only widen the table.
     if abs(stored["value"]) >= 1e5:
         return f"{stored['value']:.2e}"
-    return number(about.factor * stored["value"], 4 if about.minimum_decimals == 3 else about.minimum_decimals)
+    return number(about.factor * stored["value"], about.decimals)
 
 
 def _styled(word: str) -> str:

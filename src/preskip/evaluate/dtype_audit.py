@@ -144,15 +144,20 @@ def dtype_audit(
             }
             for label, (weights, autocasts) in DTYPES.items()
         },
-        "comparisons": [entry for label in DTYPES if label != REFERENCE for entry in _cost(label, records)],
+        "comparisons": [
+            entry
+            for label in DTYPES
+            if label != REFERENCE
+            for entry in _cost(label, records, suite.sets if suite else {})
+        ],
         "published": None if name is None else _published(name, records),
     }
     return DtypeAudit(records=records, report=report)
 
 
-def _cost(label: str, records: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _cost(label: str, records: dict[str, list[dict[str, Any]]], sets: dict[str, Any]) -> list[dict[str, Any]]:
     entries = compare(records[label], records[REFERENCE], arm=label, reference=REFERENCE)
-    return apply_family(entries, {"declared": [], "alpha": ALPHA})
+    return apply_family(entries, {"declared": [], "alpha": ALPHA}, sets)
 
 
 def _share_rounded(model: nn.Module) -> float:

@@ -27,8 +27,8 @@ from preskip.errors import PreskipError
 from preskip.evaluate.harness import LiveModel, RequestEncoder, model_context_length
 from preskip.evaluate.likelihood import Score, score_sequences
 from preskip.evaluate.task_loading import load_tasks, quiet_lm_eval
+from preskip.metrics import METRICS
 from preskip.progress import Advance, no_progress
-from preskip.stats.verdict import base_metric, lower_is_better
 
 # What makes a task's prompts and metrics; the data have their own checksum.
 _PROMPT_FIELDS = (
@@ -36,10 +36,6 @@ _PROMPT_FIELDS = (
     *("description", "target_delimiter", "fewshot_delimiter", "fewshot_config", "num_fewshot", "use_prompt"),
     *("gen_prefix", "metric_list", "filter_list", "generation_kwargs", "repeats"),
 )
-# What a task is judged by, where it has one of these; else by its first metric.
-_PRIMARY = ("acc", "exact_match", "acc_norm")
-# As in scikit-learn's names of scores: before the name of a score whose negative is recorded, so that more is better.
-NEGATIVE = "neg_"
 # lm-eval's default seed for choosing few-shot examples.
 _FEWSHOT_SEED = 1234
 
@@ -239,21 +235,13 @@ def _record(
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         nll, tokens = sum(score.nll for score in own), sum(score.tokens for score in own)
         return {**head, "kind": "document", "nll": nll, "tokens": tokens, **_sizes(task, doc, metrics)}
-    scores = dict(_signed(task, key, float(value)) for key, value in metrics.items() if _is_number(value))
+    scores = {key: float(value) for key, value in metrics.items() if _is_number(value)}
     if task.OUTPUT_TYPE == "loglikelihood":
         scores.pop("perplexity", None)  # per item it is the log-likelihood
         scores["nll"] = own[0].nll
     elif task.OUTPUT_TYPE == "multiple_choice" and (gold := _gold(task, doc)) is not None:
         scores["nll"] = own[gold].nll
     return {**head, "kind": "item", "scores": scores}
-
-
-def _signed(task: Any, metric: str, value: float) -> tuple[str, float]:
-    """A score under its name; one of lm-eval's of which less is better, and ours does not say so, as its negative."""
-    name = base_metric(metric)
-    if task.higher_is_better().get(name, True) or lower_is_better(name):
-        return metric, value
-    return f"{NEGATIVE}{metric}", -value
 
 
 def _sizes(task: Any, doc: Any, metrics: Mapping[str, Any]) -> dict[str, int]:
@@ -282,7 +270,8 @@ def _set_description(prepared: _Prepared, context_length: int) -> dict[str, Any]
     facts, task = prepared.facts, prepared.task
     rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
     metrics = list(task.aggregation())
-    primary, _ = _signed(task, next((name for name in _PRIMARY if name in metrics), metrics[0]), 0.0)
+    accuracies = [name for name, metric in METRICS.items() if metric.is_accuracy and name in metrics]
+    primary = [*accuracies, *metrics][0]
     filters = [filter.name for filter in getattr(task, "_filters", ())]
     primary += f",{filters[0]}" if len(filters) > 1 else ""
     tokens = sum(len(w.input_ids) - w.scored_from for several in prepared.windows for w in several)
@@ -296,6 +285,7 @@ def _set_description(prepared: _Prepared, context_length: int) -> dict[str, Any]
         "stride": context_length if rolling else None,
         "documents" if rolling else "items": facts["items"],
         "primary": "bits_per_byte" if rolling else primary,
+        "higher_is_better": {name: up for name, up in task.higher_is_better().items() if isinstance(up, bool)},
         "lm_eval": {key: facts[key] for key in ("version", "num_fewshot", "prompt_sha256", "of", "sample_seed")},
     }
     if rolling:

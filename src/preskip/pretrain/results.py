@@ -47,7 +47,7 @@ def summarise_run(run: RunDirectory, config: PretrainConfig, manifest: Mapping[s
     """
     summaries, items = finished_cells(run, config.arms, config.seeds)
     family = manifest["family"]
-    comparisons = compare_arms(items, family) if len(items) > 1 else []
+    comparisons = compare_arms(items, family, manifest["sets"]) if len(items) > 1 else []
     results = {
         "schema_version": SCHEMA_VERSION,
         "kind": "pretrain",

@@ -42,7 +42,7 @@ def summarise_run(run: RunDirectory, config: ProbeConfig, manifest: Mapping[str,
     summaries, items = finished_cells(run, arms, config.seeds)
     arms = list(summaries)
     family = manifest["family"]
-    comparisons = compare_arms(items, family)
+    comparisons = compare_arms(items, family, manifest["sets"])
     results = {
         "schema_version": SCHEMA_VERSION,
         "sets": manifest["sets"],

@@ -15,6 +15,7 @@ from typing import Any
 from preskip.analysis.depth_results import drop_documents, trends
 from preskip.arms import Arm, resolve_arms
 from preskip.experiment.probe_options import ProbeConfig
+from preskip.metrics import metric_named
 from preskip.probe.bench import Bench, prepare
 from preskip.probe.cells import follow
 from preskip.probe.controls import run_controls
@@ -153,11 +154,11 @@ def _say_power(facts: dict[str, Any], config: ProbeConfig, quiet: bool) -> None:
     """What this run will be able to tell, before it costs anything."""
     said: dict[str, str] = {}
     for entry in planned_power(facts["sets"], len(config.seeds), facts["family"]):
-        if entry["metric"].startswith("acc"):
-            points = 100 * entry["resolvable"]
-            said[entry["set"]] = f"{f'{points:.1f} points' if points < 100 else 'nothing'} on {entry['set']}"
-        else:
-            said[entry["set"]] = f"{entry['resolvable']:.4f} {entry['metric'].replace('_', ' ')} on {entry['set']}"
+        about = metric_named(entry["metric"])
+        size = f"{about.factor * entry['resolvable']:.{about.decimals}f}{about.difference_unit or f' {about.phrase}'}"
+        if about.is_accuracy and entry["resolvable"] >= 1:
+            size = "nothing"
+        said[entry["set"]] = f"{size} on {entry['set']}"
     if said:
         say(
             f"to be found with 80 % power (assumed spreads; {len(facts['family']['declared'])} declared comparisons): "

@@ -11,11 +11,12 @@ from typing import Any, Literal
 from huggingface_hub import EvalResult, ModelCardData
 
 from preskip.markdown import code_block, escape, table
+from preskip.metrics import metric_named
 from preskip.report.card_figure import depth_layers, depth_picture, depth_words
 from preskip.report.card_usage import hub_id
 from preskip.report.facts import family_text, limits
 from preskip.report.lookup import flipped, is_pretraining, trained_arms
-from preskip.report.verdicts import metric_named, set_title
+from preskip.report.verdicts import set_title
 from preskip.runs.files import clear_disk_errors, write_bytes
 
 FIGURE = "depth.png"
@@ -152,7 +153,7 @@ def _eval_results(metrics: Stored, sets: Stored) -> Iterator[EvalResult]:
 
 def _value_rows(metrics: Stored, sets: Stored) -> list[tuple[str, ...]]:
     return [
-        (set_title(sets, name), _measure(metric), _interval(value["value"], value))
+        (set_title(sets, name), _measure(metric, sets.get(name)), _interval(value["value"], value))
         for name, values in metrics.items()
         for metric, value in values.items()
     ]
@@ -163,7 +164,7 @@ def _difference_rows(comparisons: list[dict[str, Any]], sets: Stored) -> list[tu
         (
             row["reference"],
             set_title(sets, row["set"]),
-            _measure(row["metric"]),
+            _measure(row["metric"], sets.get(row["set"])),
             _interval(row["difference"], row, "+"),
             "yes" if row.get("declared") else "no",
             row["verdict"],
@@ -172,9 +173,9 @@ def _difference_rows(comparisons: list[dict[str, Any]], sets: Stored) -> list[tu
     ]
 
 
-def _measure(key: str) -> str:
-    metric = metric_named(key)
-    return f"{metric.phrase} ({'lower' if metric.lower_is_better else 'higher'} is better)"
+def _measure(key: str, described: Stored | None) -> str:
+    metric = metric_named(key, described)
+    return f"{metric.phrase} ({metric.direction})"
 
 
 def _interval(value: float, bounds: Stored, sign: str = "") -> str:

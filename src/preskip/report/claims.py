@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from preskip.metrics import metric_named
 from preskip.report.lookup import PAPER, find, is_declared, is_pretraining, primary, resolvable, sets_of
-from preskip.report.verdicts import MINUS, amount, metric_named, nulls_text, number, sentence, set_label
+from preskip.report.verdicts import MINUS, amount, nulls_text, number, sentence, set_label
 
 ARM = "preskip"
 READING = {"better": "supported", "worse": "contradicted", "equivalent": "contradicted", "undecided": "undecided"}
@@ -158,7 +159,7 @@ class _Bench:
         items = lambada or [
             name
             for name in sets_of(self.results, kind="item")
-            if not metric_named(primary(self.results, name)).lower_is_better
+            if not metric_named(primary(self.results, name), self.results["sets"][name]).lower_is_better
         ]
         parts = [self.compare("none", name) for name in home] or [_missing("an in-domain set of documents")]
         return parts + ([self.compare("none", name) for name in items] or [_missing("a set of items")])

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from preskip.metrics import metric_named
 from preskip.report.lookup import is_declared, trained_arms
-from preskip.report.verdicts import amount, metric_named, sentence, set_label, set_title
+from preskip.report.verdicts import amount, sentence, set_label, set_title
 
 FACT_VERSIONS = ("python", "torch", "transformers", "peft")
 

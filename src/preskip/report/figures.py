@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from preskip.metrics import metric_named
 from preskip.report.claims import MEASURES as TRENDS
 from preskip.report.frontier import assess_plane, planes
 from preskip.report.load import Curve
 from preskip.report.lookup import by_measure, trained_arms
 from preskip.report.plots import depth, forest, plane, search, training
-from preskip.report.verdicts import metric_named, nulls_text, number, set_label
+from preskip.report.verdicts import nulls_text, number, set_label
 
 Figure = dict[str, Any]
 DEPTH_TITLES = {
@@ -87,8 +88,8 @@ def _places(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _forests(results: Mapping[str, Any]) -> Iterator[Figure]:
     for set_name, metric, entries in by_measure(results["comparisons"]):
-        about = metric_named(metric)
-        records = forest.forest_records(entries)
+        about = metric_named(metric, results["sets"].get(set_name))
+        records = forest.forest_records(entries, results["sets"].get(set_name))
         if not records:
             continue
         alt = "; ".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from preskip.metrics import metric_named
 from preskip.report.facts import bytes_text
 from preskip.report.lookup import (
     by_measure,
@@ -22,7 +23,6 @@ from preskip.report.verdicts import (
     amount,
     difference_text,
     interval_text,
-    metric_named,
     number,
     p_text,
     set_label,
@@ -56,10 +56,11 @@ def arm_columns(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                     "metrics": [
                         {
                             "key": key,
-                            "name": metric_named(key).name,
-                            "note": "lower is better" if metric_named(key).lower_is_better else "higher is better",
+                            "name": about.name,
+                            "note": about.direction,
                         }
                         for key in keys
+                        for about in [metric_named(key, results["sets"][name])]
                     ],
                 }
             )
@@ -157,14 +158,14 @@ def comparison_groups(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every set and metric with its comparisons: those declared before training, then the others."""
     groups = []
     for set_name, metric, entries in by_measure(results["comparisons"]):
-        about = metric_named(metric)
+        about = metric_named(metric, results["sets"][set_name])
         rows = ordered(entries, about.lower_is_better)
         groups.append(
             {
                 "key": f"{set_name}-{metric}",
                 "title": f"{about.name}, {set_label(results['sets'], set_name)}",
                 "domain": DOMAINS[results["sets"][set_name]["domain"]],
-                "note": "lower is better" if about.lower_is_better else "higher is better",
+                "note": about.direction,
                 "declared": [_comparison(entry) for entry in rows if is_declared(entry)],
                 "others": [_comparison(entry) for entry in rows if not is_declared(entry)],
             }

@@ -7,57 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-Outcome = Literal["better", "worse", "equivalent", "undecided"]
+from preskip.metrics import metric_named
 
 MINUS = "−"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metric:
-    """How one metric is named and read. `factor` turns stored values into shown ones (accuracy into per cent)."""
-
-    name: str
-    phrase: str
-    unit: str = ""
-    difference_unit: str = ""
-    factor: float = 1.0
-    lower_is_better: bool = True
-    minimum_decimals: int = 3
-
-
-def _accuracy(name: str) -> Metric:
-    return Metric(
-        name=name,
-        phrase=name[0].lower() + name[1:],
-        unit=" %",
-        difference_unit=" points",
-        factor=100.0,
-        lower_is_better=False,
-        minimum_decimals=1,
-    )
-
-
-METRICS = {
-    "bits_per_byte": Metric(name="Bits per byte", phrase="bits per byte"),
-    "word_perplexity": Metric(name="Word perplexity", phrase="word perplexity", minimum_decimals=1),
-    "nll": Metric(name="Target loss", phrase="target loss", difference_unit=" nats"),
-    "acc": _accuracy("Accuracy"),
-    "acc_norm": _accuracy("Length-normalised accuracy"),
-    "exact_match": _accuracy("Exact match"),
-}
-
-
-def metric_named(key: str) -> Metric:
-    """The metric of a key, also with a filter; an unknown one keeps its name and is read as "higher is better"."""
-    name, _, filter_name = key.partition(",")
-    known = METRICS.get(name)
-    if known is not None and filter_name:
-        return replace(known, name=f"{known.name} ({filter_name})", phrase=f"{known.phrase} ({filter_name})")
-    words = key.replace("_", " ")
-    return known or Metric(name=words.capitalize(), phrase=words, lower_is_better=False)
 
 
 def set_title(sets: Mapping[str, Mapping[str, Any]], key: str) -> str:

@@ -3,6 +3,7 @@
 docs/statistics.md says in one page what is computed; `bootstrap` says how the intervals are made and why.
 """
 
+from preskip.metrics import DEFAULT_MARGINS
 from preskip.stats.bootstrap import RESAMPLES, RatioDistribution, bootstrap_ratio
 from preskip.stats.comparisons import compare, compare_arms, summarise
 from preskip.stats.distribution import CONFIDENCE, Interval
@@ -16,7 +17,7 @@ from preskip.stats.paired import (
     word_perplexity,
 )
 from preskip.stats.power import Design, Needed, measured_power, needed, planned_power, resolvable
-from preskip.stats.verdict import ALPHA, DEFAULT_MARGINS, VERDICTS, Verdict, lower_is_better, verdict_of
+from preskip.stats.verdict import ALPHA, VERDICTS, Verdict, verdict_of
 
 __all__ = [
     "ALPHA",
@@ -36,7 +37,6 @@ __all__ = [
     "compare",
     "compare_arms",
     "holm",
-    "lower_is_better",
     "mcnemar",
     "measured_power",
     "needed",

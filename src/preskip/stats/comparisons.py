@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from preskip.metrics import DEFAULT_MARGINS
 from preskip.progress import Advance, no_progress
 from preskip.stats.bootstrap import RESAMPLES, Components, RatioDistribution
 from preskip.stats.distribution import CONFIDENCE, Distribution, check_confidence
@@ -17,7 +18,7 @@ from preskip.stats.family import apply_family
 from preskip.stats.inputs import Array, sum_by_cluster
 from preskip.stats.paired import accuracy_distribution, discordant, exponential
 from preskip.stats.records import SeedItems, Table, by_seed, paired_seeds, tables
-from preskip.stats.verdict import DEFAULT_MARGINS, margin_of
+from preskip.stats.verdict import margin_of
 
 
 def summarise(
@@ -139,6 +140,7 @@ def compare(
 def compare_arms(
     items: Mapping[str, SeedItems],
     family: Mapping[str, Any],
+    described: Mapping[str, Mapping[str, Any]] | None = None,
     *,
     pairs: Sequence[tuple[str, str]] | None = None,
     sets: Sequence[str] | None = None,
@@ -152,6 +154,7 @@ def compare_arms(
     Args:
         items: records by arm and seed id, arms in the order in which they are shown, the reference first.
         family: {"declared": [{"arm", "reference", "set", "metric"}], "alpha", "margins"}, as in run.json.
+        described: see `apply_family`.
         pairs: (arm, reference) of each comparison. Default: each pair once, the arm that comes later minus the earlier
             one, or as the family declares it.
         sets: evaluation sets to compare. Default: all that a pair shares.
@@ -177,7 +180,7 @@ def compare_arms(
             seed=seed,
         )
         advance(number, f"{arm} - {reference}")
-    return apply_family(entries, family)
+    return apply_family(entries, family, described)
 
 
 def _mean(values: Array, table: Table, confidence: float, options: Mapping[str, int]) -> dict[str, float]:

@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preskip.errors import PreskipError
+from preskip.metrics import DEFAULT_MARGINS
 from preskip.stats.exact import holm
-from preskip.stats.verdict import ALPHA, DEFAULT_MARGINS, margin_of, verdict_of
+from preskip.stats.verdict import ALPHA, margin_of, verdict_of
 
 Key = tuple[str, str, frozenset[str]]
 
 
-def apply_family(entries: Sequence[Mapping[str, Any]], family: Mapping[str, Any]) -> list[dict[str, Any]]:
+def apply_family(
+    entries: Sequence[Mapping[str, Any]],
+    family: Mapping[str, Any],
+    described: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
     """The entries of `compare` with `declared`, `p_holm` and `verdict`; see `verdict_of` for the rule.
 
     Holm's correction counts every declared comparison. One that was not measured counts as p = 1, so that the family
@@ -22,6 +27,7 @@ def apply_family(entries: Sequence[Mapping[str, Any]], family: Mapping[str, Any]
         entries: from `compare`, whose `margins` must be the family's.
         family: {"declared": [{"arm", "reference", "set", "metric"}], "alpha": 0.05, "margins": {metric: margin}}; the
             last two may be left out.
+        described: the evaluation sets as in run.json; a set's "higher_is_better" gives its metrics' directions.
 
     Raises:
         PreskipError: an entry was compared with another margin than the family states, or a comparison is declared or
@@ -44,7 +50,7 @@ def apply_family(entries: Sequence[Mapping[str, Any]], family: Mapping[str, Any]
             )
         key = _key(entry)
         full = {**entry, "declared": key in adjusted, "p_holm": adjusted.get(key)}
-        result.append(full | {"verdict": verdict_of(full, alpha)})
+        result.append(full | {"verdict": verdict_of(full, alpha, (described or {}).get(entry["set"]))})
     return result
 
 

@@ -21,17 +21,14 @@ import numpy as np
 from scipy import special
 
 from preskip.errors import PreskipError
+from preskip.metrics import metric_named
 from preskip.stats.bootstrap import seeds_and_units_reach
 from preskip.stats.inputs import Array
-from preskip.stats.verdict import ALPHA, base_metric, is_accuracy
+from preskip.stats.verdict import ALPHA
 
 POWER = 0.8
 MOST_UNITS, MOST_SEEDS = 10_000_000, 1_000
-# Assumed before anything is measured: about what short training runs on the embedded model showed (docs/statistics.md).
-DISCORDANT = 0.10
-UNIT_DEVIATIONS = {"bits_per_byte": 0.025, "nll": 1.0}
-SEED_DEVIATIONS = {"bits_per_byte": 0.002, "nll": 0.02, "acc": 0.005}
-SHARED = 0.5
+SHARED = 0.5  # of the variance over units, assumed common to all seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +211,8 @@ def planned_power(
 ) -> list[dict[str, Any]]:
     """The `power` entries of a run before it is trained, one per declared comparison, from assumed deviations.
 
-    Assumed: 10 % of items discordant for accuracies; 0.025 bits per byte over documents and 1 nat over items' targets
-    for one seed's difference; half of that variance shared by all seeds; a standard deviation over seeds of 0.5 points,
-    0.002 bits per byte, 0.02 nats. Any other score has no figure.
+    Assumed: the deviations of `preskip.metrics`, half of the variance over units shared by all seeds. A metric without
+    deviations has no figure.
 
     Args:
         sets: as in run.json: "kind" and "documents" or "items" of each set; "clusters" in their place where units are
@@ -236,15 +232,11 @@ def planned_power(
         if name not in sets:
             raise PreskipError(f"the family declares a comparison on {name!r}, which the run does not evaluate")
         units = sets[name].get("clusters") or sets[name]["documents" if sets[name]["kind"] == "document" else "items"]
-        accuracy = is_accuracy(metric)
-        deviation = discordant_deviation(DISCORDANT) if accuracy else UNIT_DEVIATIONS.get(base_metric(metric))
-        if deviation is None:
+        about = metric_named(metric)
+        if about.unit_deviation is None:
             continue
         design = Design.assumed(
-            units=units,
-            deviation=deviation,
-            seeds=seeds,
-            seed_deviation=SEED_DEVIATIONS["acc" if accuracy else base_metric(metric)],
+            units=units, deviation=about.unit_deviation, seeds=seeds, seed_deviation=about.seed_deviation
         )
         entries.append(_entry(entry, design, family, len(declared), power, "assumed"))
     return entries

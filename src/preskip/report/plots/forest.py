@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from preskip.metrics import metric_named
 from preskip.report.lookup import is_declared, ordered
 from preskip.report.plots.base import Record, Spec, once, specification, tooltips
-from preskip.report.verdicts import MINUS, metric_named, p_text
+from preskip.report.verdicts import MINUS, p_text
 
 OUTCOMES = ["better", "worse", "equivalent", "undecided"]
 MARKS = ["circle", "triangle-down", "square", "diamond"]
 MOST_PAIRS = 14
 
 
-def forest_records(entries: Sequence[Mapping[str, Any]]) -> list[Record]:
+def forest_records(entries: Sequence[Mapping[str, Any]], described: Mapping[str, Any] | None = None) -> list[Record]:
     """One record per comparison of one set and metric, in shown units (accuracy in points), in the order drawn.
 
     Where there are more than 14 pairs, only those declared before training and those against `none` are drawn.
+
+    Args:
+        entries: of one set and metric.
+        described: the set, as in results.json.
     """
-    about = metric_named(entries[0]["metric"])
+    about = metric_named(entries[0]["metric"], described)
     if len(entries) > MOST_PAIRS:
         entries = [entry for entry in entries if is_declared(entry) or entry["reference"] == "none"]
     return [

@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from preskip.metrics import Metric, metric_named
 from preskip.report.lookup import find, primary, trained_arms
 from preskip.report.plots.base import Record, Spec, arm_colour, arm_shape, once, specification, tooltips
-from preskip.report.verdicts import Metric, metric_named, set_label
+from preskip.report.verdicts import set_label
 
 # Opacity of the last rung and of earlier ones: of lines and points, of their intervals.
 STRENGTH = ((0.85, 0.3), (0.5, 0.12))
@@ -33,11 +34,12 @@ def plane_records(results: Mapping[str, Any], home: str, abroad: str) -> list[Re
     Coordinates are benefits: x and y positive where the arm is better than the untouched model.
     """
     metrics = (primary(results, home), primary(results, abroad))
+    x_metric, y_metric = (metric_named(primary(results, name), results["sets"][name]) for name in (home, abroad))
     records: list[Record] = []
     for arm in trained_arms(results):
         at_home, far = (find(results, arm, "none", name, primary(results, name)) for name in (home, abroad))
         if at_home and far:
-            x, y = _benefit("x", at_home, metric_named(metrics[0])), _benefit("y", far, metric_named(metrics[1]))
+            x, y = _benefit("x", at_home, x_metric), _benefit("y", far, y_metric)
             records.append({"part": "test", "arm": arm, **x, **y})
         # Losses of the search are in bits per byte; they cannot be drawn on an axis of another unit.
         if set(metrics) == {"bits_per_byte"}:
@@ -179,7 +181,7 @@ def _benefit(axis: str, entry: Mapping[str, Any], about: Metric) -> Record:
 def _title(results: Mapping[str, Any], name: str) -> tuple[str, str]:
     if name not in results["sets"]:
         return "bits per byte saved", f"{name}, scored by the search only"
-    about = metric_named(primary(results, name))
+    about = metric_named(primary(results, name), results["sets"][name])
     unit = about.difference_unit.strip()
     words = f"{unit} of {about.phrase}" if unit else about.phrase
     return f"{words} {'saved' if about.lower_is_better else 'gained'}", set_label(results["sets"], name)
