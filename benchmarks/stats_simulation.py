@@ -9,23 +9,23 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from preskip.stats import RatioDistribution, mcnemar
-from preskip.stats.inputs import Array, sum_by_cluster
-from preskip.stats.paired import discordant
+from preskip.stats.tests import discordant
 
 RESAMPLES = 999
-Make = Callable[[np.random.Generator], tuple[Array, Array]]
+Make = Callable[[np.random.Generator], tuple[Any, ...]]  # numerator, denominator, clusters if any
 
 
 def coverage(make: Make, truth: float, experiments: int) -> float:
     """Share of experiments whose 95 % interval holds the truth."""
     covered = 0
     for experiment in range(experiments):
-        above, below = make(np.random.default_rng(experiment))
-        interval = RatioDistribution(above, below, resamples=RESAMPLES, seed=experiment % 16).interval(0.95)
+        found = make(np.random.default_rng(experiment))
+        interval = RatioDistribution(*found, resamples=RESAMPLES, seed=experiment % 16).interval(0.95)
         covered += interval.low <= truth <= interval.high
     return covered / experiments
 
@@ -34,7 +34,7 @@ def documents_of(seeds: int, units: int, shares: tuple[float, float, float]) -> 
     """Skewed documents of unequal size; `shares` of the variance of the mean: seeds, units, seed by unit."""
     of_seeds, of_units, of_both = np.sqrt(np.array(shares) * (seeds, units, seeds * units))
 
-    def make(generator: np.random.Generator) -> tuple[Array, Array]:
+    def make(generator: np.random.Generator) -> tuple[Any, ...]:
         size = generator.integers(500, 3000, units).astype(float)
         effect = (
             of_seeds * generator.standard_normal((seeds, 1))
@@ -50,12 +50,12 @@ def clustered_items(seeds: int, clusters: int, seed_deviation: float) -> Make:
     """0/±1 differences of four items per document, whose rates the document shares; true mean 0.05."""
     labels = np.repeat(np.arange(clusters), 4)
 
-    def make(generator: np.random.Generator) -> tuple[Array, Array]:
+    def make(generator: np.random.Generator) -> tuple[Any, ...]:
         of_seeds = seed_deviation * generator.standard_normal((seeds, 1))
         rate = 0.35 + generator.uniform(-0.2, 0.2, clusters)[labels] + of_seeds
         right = generator.random((seeds, len(labels))) < rate
         difference = right.astype(float) - (generator.random(len(labels)) < 0.30)
-        return sum_by_cluster(difference, np.ones_like(difference), labels)
+        return difference, np.ones_like(difference), labels
 
     return make
 
@@ -64,15 +64,14 @@ def pieces_of_books(seeds: int, pieces: Sequence[int], *, clustered: bool) -> Ma
     """Pieces of some books, half of whose variance is their book's; counted by book, or wrongly as independent."""
     books = np.repeat(np.arange(len(pieces)), pieces)
 
-    def make(generator: np.random.Generator) -> tuple[Array, Array]:
+    def make(generator: np.random.Generator) -> tuple[Any, ...]:
         effect = (
             0.2 * generator.standard_normal((seeds, 1))
             + generator.standard_normal(len(pieces))[books]
             + generator.standard_normal((seeds, len(books)))
         )
         size = generator.integers(1000, 1400, len(books)).astype(float)
-        above, below = size * effect, np.broadcast_to(size, effect.shape)
-        return sum_by_cluster(above, below, books) if clustered else (above, below)
+        return size * effect, size, books if clustered else None
 
     return make
 

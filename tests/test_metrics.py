@@ -14,7 +14,7 @@ import preskip
 from preskip.metrics import DEFAULT_MARGINS, METRICS, Metric, metric_named
 from preskip.report.plots.forest import forest_records
 from preskip.report.rows import comparison_groups
-from preskip.stats.verdict import verdict_of
+from preskip.stats.verdicts import verdict_of
 
 LOWER = ["bits_per_byte", "word_perplexity", "byte_perplexity", "perplexity", "nll", "loss"]
 

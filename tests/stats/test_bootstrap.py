@@ -10,7 +10,7 @@ from scipy import stats as scipy_stats
 
 from preskip.errors import PreskipError
 from preskip.stats import RatioDistribution, bootstrap_ratio, paired_ratio_difference
-from preskip.stats.distribution import NothingDiffers
+from preskip.stats.intervals import NothingDiffers
 
 
 def test_large_sample_interval_is_the_normal_one() -> None:

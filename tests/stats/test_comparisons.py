@@ -10,7 +10,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from preskip.errors import PreskipError
-from preskip.stats import bits_per_byte, compare, compare_arms, mcnemar, summarise, word_perplexity
+from preskip.stats import compare, compare_arms, mcnemar, summarise
 from stored_runs import make_items
 
 
@@ -18,13 +18,21 @@ def by_metric(entries: list[dict]) -> dict[str, dict]:
     return {entry["metric"]: entry for entry in entries}
 
 
+def of_documents(nll: list[float], sizes: list[int]) -> list[dict]:
+    """Documents of so many nats, each of as many words as bytes."""
+    return [
+        {"set": "heldout", "kind": "document", "id": str(i), "nll": nats, "bytes": size, "words": size}
+        for i, (nats, size) in enumerate(zip(nll, sizes, strict=True))
+    ]
+
+
 def test_summary_values_and_bounds() -> None:
     items = make_items(1)
     metrics = summarise([items])
     documents = [r for r in items if r["kind"] == "document"]
     nll, size, words = (np.array([r[k] for r in documents]) for k in ("nll", "bytes", "words"))
-    assert metrics["heldout"]["bits_per_byte"]["value"] == pytest.approx(bits_per_byte(nll, size))
-    assert metrics["heldout"]["word_perplexity"]["value"] == pytest.approx(word_perplexity(nll, words))
+    assert metrics["heldout"]["bits_per_byte"]["value"] == pytest.approx(nll.sum() / math.log(2) / size.sum())
+    assert metrics["heldout"]["word_perplexity"]["value"] == pytest.approx(math.exp(nll.sum() / words.sum()))
     for score in ("acc", "nll"):
         mean = np.mean([r["scores"][score] for r in items if r["kind"] == "item"])
         assert metrics["cloze"][score]["value"] == pytest.approx(mean)
@@ -34,6 +42,19 @@ def test_summary_values_and_bounds() -> None:
     never = summarise(make_items(1, rate=0.0))["cloze"]["acc"]
     assert (never["value"], never["low"]) == (0.0, 0.0)
     assert never["high"] == pytest.approx(scipy_stats.beta.ppf(0.975, 1, 12))
+
+
+def test_ratios_are_ratios_of_sums_not_means_of_ratios() -> None:
+    def figures(nll: list[float], sizes: list[int]) -> dict[str, float]:
+        return {key: value["value"] for key, value in summarise(of_documents(nll, sizes))["heldout"].items()}
+
+    assert figures([math.log(2) * 8, math.log(2) * 1], [8, 2])["bits_per_byte"] == pytest.approx(0.9)
+    assert figures([math.log(3) * 4, math.log(3) * 6], [4, 6])["word_perplexity"] == pytest.approx(3.0)
+    # Two seeds: the mean over seeds of the same sums.
+    seeds = [of_documents(nll, [1, 1]) for nll in ([math.log(2), 0.0], [3 * math.log(2), 0.0])]
+    assert summarise(seeds)["heldout"]["bits_per_byte"]["value"] == pytest.approx(1.0)
+    with pytest.raises(PreskipError, match="beyond floating point"):
+        figures([1000.0, 1000.0], [1, 1])
 
 
 def test_comparison_entries_follow_the_schema() -> None:

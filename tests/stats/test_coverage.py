@@ -13,7 +13,7 @@ from scipy import stats as scipy_stats
 
 from preskip.stats import RatioDistribution, holm, mcnemar, paired_accuracy_difference, paired_ratio_difference
 from preskip.stats.bootstrap import seeds_and_units_reach
-from preskip.stats.paired import discordant
+from preskip.stats.tests import discordant
 
 EXPERIMENTS = 4_000
 

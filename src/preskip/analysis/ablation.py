@@ -60,7 +60,7 @@ def ablate(
     Returns:
         Rows {"layer", "part", "difference", "low", "high", "documents"}: bits per byte off minus on, positive where the
         part helps, with an interval over documents; "documents" holds nats off minus on ("above") and bytes · ln 2
-        ("below") per document, for `preskip.analysis.trend`. A layer without a part has no row for it.
+        ("below") per document, for `preskip.stats.trends`. A layer without a part has no row for it.
 
     Raises:
         PreskipError: no layer has a branch, fewer than 2 documents, or a loss that is NaN.

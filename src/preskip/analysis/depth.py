@@ -47,7 +47,7 @@ def depth_profile(
         Rows with layer, up_norm, down_norm, skip_norm (Frobenius norms; 0 for an absent part), skip_to_attention and
         enrichment (ratios of sums over tokens, or None). With `owners` also skip_to_attention_low and _high,
         enrichment_low and _high (95 %, None with fewer than 2 documents), and documents: for each size its numerators
-        ("above") and denominators ("below") per document, for `preskip.analysis.trend`. With several active adapters
+        ("above") and denominators ("below") per document, for `preskip.stats.trends`. With several active adapters
         the norms are those of the first, the sizes those of all together.
     """
     branches = live_branches(model)

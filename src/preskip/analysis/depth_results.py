@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preskip.analysis.trend import arm_trends
+from preskip.stats.trends import arm_trends
 
 # Parts of results.json that hold rows by arm, seed and layer.
 BY_LAYER = ("depth", "equal_step", "ablation")

@@ -35,8 +35,8 @@ def compare(
     """Compare arms on shared items, from what runs have stored: interval, p, equivalence and verdict of each pair."""
     from preskip.metrics import DEFAULT_MARGINS
     from preskip.progress import progress_bar
+    from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms
-    from preskip.stats.runs import load_runs
 
     stored = load_runs(runs, allow_different_dtype=allow_different_dtype)
     pairs = stored.pairs(_listed(arms) if arms else None, reference)

@@ -214,7 +214,7 @@ def _announcement(source: Source, dtype: str, reason: str, device: str) -> list[
 def _add_null(layers: Sequence[dict[str, Any]], null: Sequence[Mapping[str, Any]]) -> None:
     """The band of the run's noise null beside each norm."""
     from preskip.analysis.nulls import NORMS
-    from preskip.analysis.trend import null_band
+    from preskip.stats.trends import null_band
 
     if not null:
         return

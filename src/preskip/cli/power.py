@@ -103,9 +103,9 @@ def _planned(
 
 def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) -> list[dict[str, Any]]:
     """The declared comparisons of a run, or all where none was declared."""
+    from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms
     from preskip.stats.power import measured_design
-    from preskip.stats.runs import load_runs
 
     stored = load_runs([run], allow_different_dtype=True)
     entries = compare_arms(stored.items, stored.family)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
-from preskip.analysis.trend import null_band
+from preskip.stats.trends import null_band
 
 DPI = 200
 SIZES = {

@@ -1,4 +1,4 @@
-"""Paired statistics over evaluated items: intervals, tests, equivalence, the family's correction, power.
+"""Paired statistics over evaluated items: intervals, tests, equivalence, the family's correction, power, trends.
 
 docs/statistics.md says in one page what is computed; `bootstrap` says how the intervals are made and why.
 """
@@ -6,18 +6,11 @@ docs/statistics.md says in one page what is computed; `bootstrap` says how the i
 from preskip.metrics import DEFAULT_MARGINS
 from preskip.stats.bootstrap import RESAMPLES, RatioDistribution, bootstrap_ratio
 from preskip.stats.comparisons import compare, compare_arms, summarise
-from preskip.stats.distribution import CONFIDENCE, Interval
-from preskip.stats.exact import holm, mcnemar
-from preskip.stats.family import apply_family
-from preskip.stats.paired import (
-    AccuracyDifference,
-    bits_per_byte,
-    paired_accuracy_difference,
-    paired_ratio_difference,
-    word_perplexity,
-)
+from preskip.stats.families import apply_family, holm
+from preskip.stats.intervals import CONFIDENCE, Interval
 from preskip.stats.power import Design, Needed, measured_power, needed, planned_power, resolvable
-from preskip.stats.verdict import ALPHA, VERDICTS, Verdict, verdict_of
+from preskip.stats.tests import AccuracyDifference, mcnemar, paired_accuracy_difference, paired_ratio_difference
+from preskip.stats.verdicts import ALPHA, VERDICTS, Verdict, verdict_of
 
 __all__ = [
     "ALPHA",
@@ -32,7 +25,6 @@ __all__ = [
     "RatioDistribution",
     "Verdict",
     "apply_family",
-    "bits_per_byte",
     "bootstrap_ratio",
     "compare",
     "compare_arms",
@@ -46,5 +38,4 @@ __all__ = [
     "resolvable",
     "summarise",
     "verdict_of",
-    "word_perplexity",
 ]

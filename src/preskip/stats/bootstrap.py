@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -35,25 +34,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from preskip.errors import PreskipError
-from preskip.stats.distribution import CONFIDENCE, Distribution, Interval, check_confidence
-from preskip.stats.inputs import Array, ratio_inputs
+from preskip.stats.inputs import Array, Labels, ratio_inputs
+from preskip.stats.intervals import CONFIDENCE, Components, Distribution, Interval
 
 RESAMPLES = 9_999
 _CELLS_PER_CHUNK = 4_000_000  # counts held at once: 32 MB as floats
 _EDGE = 10  # resamples in a tail below which a percentile is not trusted
-
-
-@dataclass(frozen=True, kw_only=True)
-class Components:
-    """Where the variance of a ratio comes from, as standard deviations of one seed, one unit, and one seed on one unit.
-
-    Var(value) = seed² / seeds + unit² / units + residual² / (seeds · units). With one seed `unit` holds the residual
-    too, and `seed` and `residual` are None: one seed cannot tell.
-    """
-
-    seed: float | None
-    unit: float
-    residual: float | None
 
 
 class RatioDistribution(Distribution):
@@ -64,24 +50,28 @@ class RatioDistribution(Distribution):
     Args:
         numerator: [units] or [seeds, units].
         denominator: positive, [units] or [seeds, units].
+        clusters: a label per unit, such as its document; whole clusters are then the units. None: units are
+            independent.
         scale: factor on all values, 1 / ln 2 for bits. Default 1.
         resamples: bootstrap replicates. Default 9,999.
         seed: of the bootstrap's own generator. Default 0.
 
     Raises:
-        PreskipError: NaN, unequal lengths, a denominator that is not positive, fewer than 2 units.
+        PreskipError: NaN, unequal lengths, a denominator that is not positive, fewer than 2 units, fewer than 100
+            resamples.
     """
 
     def __init__(
         self,
         numerator: ArrayLike,
         denominator: ArrayLike,
+        clusters: Labels | None = None,
         *,
         scale: float = 1.0,
         resamples: int = RESAMPLES,
         seed: int = 0,
     ) -> None:
-        above, below = ratio_inputs(numerator, denominator, "numerator", "denominator")
+        above, below = ratio_inputs(numerator, denominator, clusters)
         if resamples < 100:
             raise PreskipError(
                 f"resamples {resamples!r} is too few for an interval: use 100 or more (default {RESAMPLES})"
@@ -110,7 +100,7 @@ class RatioDistribution(Distribution):
 
     @property
     def components(self) -> Components:
-        """The variance components, negative estimates as 0."""
+        """See `Distribution.components`."""
         if self.seeds == 1:
             return Components(seed=None, unit=math.sqrt(self._unit_square * self.units), residual=None)
         return Components(
@@ -206,17 +196,7 @@ def bootstrap_ratio(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Interval of `scale` · Σ numerator / Σ denominator; arguments and errors as `RatioDistribution`.
-
-    Args:
-        numerator: [units] or [seeds, units].
-        denominator: positive, [units] or [seeds, units].
-        scale: factor on value and limits.
-        confidence: level of the interval, between 0 and 1. Default 0.95.
-        resamples: bootstrap replicates.
-        seed: of the bootstrap.
-    """
-    check_confidence(confidence)
+    """The interval of `RatioDistribution`, with its arguments, at a level `confidence`."""
     return RatioDistribution(numerator, denominator, scale=scale, resamples=resamples, seed=seed).interval(confidence)
 
 

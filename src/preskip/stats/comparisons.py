@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from preskip.errors import PreskipError
 from preskip.metrics import DEFAULT_MARGINS
 from preskip.progress import Advance, no_progress
-from preskip.stats.bootstrap import RESAMPLES, Components, RatioDistribution
-from preskip.stats.distribution import CONFIDENCE, Distribution, check_confidence
-from preskip.stats.exact import mcnemar, rate_bound
-from preskip.stats.family import apply_family
-from preskip.stats.inputs import Array, sum_by_cluster
-from preskip.stats.paired import accuracy_distribution, discordant, exponential
+from preskip.stats.bootstrap import RESAMPLES, RatioDistribution
+from preskip.stats.families import apply_family
+from preskip.stats.inputs import Array
+from preskip.stats.intervals import CONFIDENCE, Distribution, NothingDiffers
 from preskip.stats.records import SeedItems, Table, by_seed, paired_seeds, tables
-from preskip.stats.verdict import margin_of
+from preskip.stats.tests import accuracy_distribution, discordant, mcnemar
+from preskip.stats.verdicts import margin_of
 
 
 def summarise(
@@ -39,27 +40,18 @@ def summarise(
     Raises:
         PreskipError: no items, damaged records, or seeds that hold different items.
     """
-    check_confidence(confidence)
     rows = list(by_seed(items, "the arm").values())
     options = {"resamples": resamples, "seed": seed}
     metrics: dict[str, dict[str, dict[str, float]]] = {}
     for table in tables(rows, "the seeds of one arm"):
         if table.kind == "document":
-            nll = table.column("nll")
-
-            def ratio(key: str, scale: float, table: Table = table, nll: Array = nll) -> dict[str, float]:
-                sizes = np.broadcast_to(table.shared_column(key), nll.shape)
-                above, below = sum_by_cluster(nll, sizes, table.clusters)
-                return RatioDistribution(above, below, scale=scale, **options).interval(confidence).as_dict()
-
-            log = ratio("words", 1.0)
-            metrics[table.name] = {
-                "bits_per_byte": ratio("bytes", 1 / math.log(2)),
-                "word_perplexity": {
-                    **{key: exponential(log[key]) for key in ("value", "low", "high")},
-                    "confidence": confidence,
-                },
-            }
+            bits, nats = (
+                RatioDistribution(
+                    table.column("nll"), table.shared_column(size), table.clusters, scale=scale, **options
+                ).interval(confidence)
+                for size, scale in (("bytes", 1 / math.log(2)), ("words", 1.0))
+            )
+            metrics[table.name] = {"bits_per_byte": bits.as_dict(), "word_perplexity": _perplexity(nats.as_dict())}
         else:
             metrics[table.name] = {
                 score: _mean(table.column(score), table, confidence, options) for score in table.scores
@@ -104,14 +96,28 @@ def compare(
     Raises:
         PreskipError: no common seed or set, different items in a set, or different bytes for the same document.
     """
-    check_confidence(confidence)
     rows_a, rows_b = paired_seeds(items_a, items_b, arm, reference)
     entries: list[dict[str, Any]] = []
     for table in tables([*rows_a, *rows_b], f"{arm} and {reference}", sets):
+        clusters = table.clusters
         for metric in ["bits_per_byte"] if table.kind == "document" else table.scores:
             column = table.column("nll" if table.kind == "document" else metric)
             difference = column[: len(rows_a)] - column[len(rows_a) :]
-            entry, distribution = _difference(table, metric, column, difference, resamples, seed)
+            gained = lost = None
+            distribution: Distribution
+            if table.kind == "item" and _is_right_or_wrong(column):
+                distribution = accuracy_distribution(difference, clusters, resamples=resamples, seed=seed)
+                gained, lost = discordant(difference)
+                p_value = mcnemar(gained, lost)
+                if len(difference) > 1 or clusters is not None:
+                    p_value = max(p_value, distribution.p_value())
+            else:
+                sizes = table.shared_column("bytes") if table.kind == "document" else np.ones(len(table.ids))
+                scale = 1 / math.log(2) if table.kind == "document" else 1.0
+                distribution = RatioDistribution(
+                    difference, sizes, clusters, scale=scale, resamples=resamples, seed=seed
+                )
+                p_value = distribution.p_value()
             interval = distribution.interval(confidence)
             margin = margin_of(margins, table.name, metric)
             entries.append(
@@ -127,9 +133,12 @@ def compare(
                     "seeds": interval.seeds,
                     "units": len(table.ids),
                     "unit": table.kind,
-                    "clusters": None if table.clusters is None else interval.units,
+                    "clusters": None if clusters is None else interval.units,
                     "covers": f"seeds and {table.kind}s" if interval.seeds > 1 else f"{table.kind}s only",
-                    **entry,
+                    "gained": gained,
+                    "lost": lost,
+                    "p_value": p_value,
+                    "deviations": asdict(distribution.components),
                     "margin": margin,
                     "p_equivalence": None if margin is None else distribution.p_equivalence(margin),
                 }
@@ -184,40 +193,24 @@ def compare_arms(
 
 
 def _mean(values: Array, table: Table, confidence: float, options: Mapping[str, int]) -> dict[str, float]:
-    above, below = sum_by_cluster(values, np.ones_like(values), table.clusters)
-    interval = RatioDistribution(above, below, **options).interval(confidence).as_dict()
+    distribution = RatioDistribution(values, np.ones_like(values), table.clusters, **options)
+    interval = distribution.interval(confidence).as_dict()
     if _is_right_or_wrong(values):
-        rate, units = interval["value"], above.shape[1]
-        if rate in (0.0, 1.0):  # no spread to resample: the exact binomial bound
-            bound = rate_bound(units, confidence)
-            interval |= {"low": 0.0, "high": bound} if rate == 0.0 else {"low": 1 - bound, "high": 1.0}
+        if interval["value"] in (0.0, 1.0):  # no spread to resample: the exact binomial bound
+            bound = NothingDiffers(units=distribution.units, seeds=1).limit((1 - confidence) / 2, +1)
+            interval |= {"low": 0.0, "high": bound} if interval["value"] == 0.0 else {"low": 1 - bound, "high": 1.0}
         interval["low"], interval["high"] = max(interval["low"], 0.0), min(interval["high"], 1.0)
     return interval
 
 
-def _difference(
-    table: Table, metric: str, column: Array, difference: Array, resamples: int, seed: int
-) -> tuple[dict[str, Any], Distribution]:
-    """What differs by kind of metric: counts and p, and the distribution."""
-    options = {"resamples": resamples, "seed": seed}
-    clusters = table.clusters
-    distribution: Distribution
-    if table.kind == "item" and _is_right_or_wrong(column):
-        distribution = accuracy_distribution(difference, clusters, **options)
-        gained, lost = discordant(difference)
-        p_value = mcnemar(gained, lost)
-        if len(difference) > 1 or clusters is not None:
-            p_value = max(p_value, distribution.p_value())
-    else:
-        sizes = table.shared_column("bytes") if table.kind == "document" else np.ones(len(table.ids))
-        above, below = sum_by_cluster(difference, np.broadcast_to(sizes, difference.shape), clusters)
-        scale = 1 / math.log(2) if table.kind == "document" else 1.0
-        distribution = RatioDistribution(above, below, scale=scale, **options)
-        gained, lost, p_value = None, None, distribution.p_value()
-    parts = distribution.components if isinstance(distribution, RatioDistribution) else None
-    parts = parts or Components(seed=None if len(difference) == 1 else 0.0, unit=0.0, residual=None)
-    deviations = {"seed": parts.seed, "unit": parts.unit, "residual": parts.residual}
-    return {"gained": gained, "lost": lost, "p_value": p_value, "deviations": deviations}, distribution
+def _perplexity(interval: dict[str, float]) -> dict[str, float]:
+    """The interval of a mean of nats, as exp of it."""
+    try:
+        return {key: value if key == "confidence" else math.exp(value) for key, value in interval.items()}
+    except OverflowError:
+        raise PreskipError(
+            f"word perplexity exp({interval['high']:.0f}) is beyond floating point: check dtype and training"
+        ) from None
 
 
 def _is_right_or_wrong(values: Array) -> bool:

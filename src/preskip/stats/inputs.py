@@ -38,24 +38,26 @@ def matrix(values: ArrayLike, name: str) -> Array:
     return array
 
 
-def ratio_inputs(
-    numerator: ArrayLike, denominator: ArrayLike, name: str, other: str, minimum: int = 2
-) -> tuple[Array, Array]:
-    """Numerator and denominator as two [seeds, units] of one shape.
+def ratio_inputs(numerator: ArrayLike, denominator: ArrayLike, clusters: Labels | None = None) -> tuple[Array, Array]:
+    """Numerator and denominator as two [seeds, units] of one shape; whole clusters as the units, where there are any.
 
     Raises:
-        PreskipError: as `matrix`, or unequal shapes, a denominator that is not positive, fewer than `minimum` units.
+        PreskipError: as `matrix`, or unequal shapes, not one label per unit, a denominator that is not positive, fewer
+            than 2 units.
     """
-    above, below = matrix(numerator, name), matrix(denominator, other)
+    above, below = matrix(numerator, "numerator"), matrix(denominator, "denominator")
     if above.shape[1] != below.shape[1] or len(below) not in (1, len(above)):
-        raise PreskipError(f"{name} has shape {above.shape} and {other} {below.shape}: both need one value per unit")
-    if (below <= 0).any():
-        raise PreskipError(f"{other} holds {below.min():g}: every unit needs a positive size; drop empty documents")
-    if above.shape[1] < minimum:
         raise PreskipError(
-            f"{above.shape[1]} unit is too few for an interval: evaluate at least {minimum} documents or items"
+            f"numerator has shape {above.shape} and denominator {below.shape}: both need one value per unit"
         )
-    return above, np.ascontiguousarray(np.broadcast_to(below, above.shape))
+    below = np.ascontiguousarray(np.broadcast_to(below, above.shape))
+    if clusters is not None:
+        above, below = _sums(above, below, clusters)
+    if (below <= 0).any():
+        raise PreskipError(f"denominator holds {below.min():g}: every unit needs a positive size; drop empty documents")
+    if above.shape[1] < 2:
+        raise PreskipError(f"{above.shape[1]} unit is too few for an interval: evaluate at least 2 documents or items")
+    return above, below
 
 
 def paired(values_a: ArrayLike, values_b: ArrayLike, name_a: str, name_b: str) -> tuple[Array, Array]:
@@ -72,14 +74,8 @@ def paired(values_a: ArrayLike, values_b: ArrayLike, name_a: str, name_b: str) -
     return a, b
 
 
-def sum_by_cluster(above: Array, below: Array, clusters: Labels | None) -> tuple[Array, Array]:
-    """Sums of both per cluster, [seeds, clusters] each; unchanged when `clusters` is None.
-
-    Raises:
-        PreskipError: not one label per unit.
-    """
-    if clusters is None:
-        return above, below
+def _sums(above: Array, below: Array, clusters: Labels) -> tuple[Array, Array]:
+    """Sums of both per cluster, [seeds, clusters] each."""
     if len(clusters) != above.shape[1]:
         raise PreskipError(f"{len(clusters)} cluster labels for {above.shape[1]} items: give one label per item")
     labels = np.asarray(clusters)

@@ -24,7 +24,7 @@ from preskip.errors import PreskipError
 from preskip.metrics import metric_named
 from preskip.stats.bootstrap import seeds_and_units_reach
 from preskip.stats.inputs import Array
-from preskip.stats.verdict import ALPHA
+from preskip.stats.verdicts import ALPHA
 
 POWER = 0.8
 MOST_UNITS, MOST_SEEDS = 10_000_000, 1_000

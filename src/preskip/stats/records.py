@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from preskip.errors import PreskipError
+from preskip.runs.stored import UNTRAINED
 from preskip.stats.inputs import Array
 
 Record = Mapping[str, Any]
 Items = Sequence[Record]
 SeedItems = Mapping[Any, Items] | Sequence[Items] | Items
-
-UNTRAINED = "none"
 
 
 @dataclass(frozen=True)

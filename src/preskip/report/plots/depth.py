@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from preskip.analysis.trend import null_band
 from preskip.report.plots.base import Record, Spec, arm_colour, arm_shape, once, specification, tooltips
+from preskip.stats.trends import null_band
 
 Rows = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]
 MEASURES = {
@@ -63,7 +63,7 @@ def depth(records: Sequence[Record], arms: Sequence[str], measure: str) -> Spec:
 
 def norm_records(results: Mapping[str, Any], arm: str, measure: str) -> list[Record]:
     """The norm of one arm's weight by layer: part "arm" per seed, part "null" as the band of each null that it has
-    (`preskip.analysis.trend.null_band`).
+    (`preskip.stats.trends.null_band`).
     """
     records: list[Record] = [
         {"part": "arm", **{key: row[key] for key in ("arm", "seed", "layer", "value")}}

@@ -10,7 +10,7 @@ import pytest
 
 from preskip.errors import PreskipError
 from preskip.stats import RatioDistribution, apply_family, compare, holm
-from preskip.stats.verdict import margin_of, verdict_of
+from preskip.stats.verdicts import margin_of, verdict_of
 from stored_runs import make_items
 
 
@@ -100,5 +100,5 @@ def test_margins_by_set_go_first() -> None:
 
 
 def test_the_statistics_do_not_load_torch() -> None:
-    code = "import sys, preskip.stats, preskip.stats.verdict; sys.exit('torch' in sys.modules)"
+    code = "import sys, preskip.stats, preskip.stats.verdicts, preskip.stats.trends; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

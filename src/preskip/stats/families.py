@@ -5,12 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from preskip.errors import PreskipError
 from preskip.metrics import DEFAULT_MARGINS
-from preskip.stats.exact import holm
-from preskip.stats.verdict import ALPHA, margin_of, verdict_of
+from preskip.stats.verdicts import ALPHA, margin_of, verdict_of
 
 Key = tuple[str, str, frozenset[str]]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjusted p (Holm 1979), in the order given: reject where it is ≤ α to keep the chance of any
+    false discovery in the family at α, whatever the dependence between the tests.
+
+    Args:
+        p_values: one raw p per test of the family.
+
+    Raises:
+        PreskipError: a p is not in [0, 1].
+    """
+    p = np.asarray(p_values, dtype=np.float64)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise PreskipError("a p value is not between 0 and 1: a comparison failed, compute it again")
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return [float(value) for value in adjusted]
 
 
 def apply_family(

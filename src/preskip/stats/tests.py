@@ -1,4 +1,4 @@
-"""Ratios and paired differences from plain tables of numbers."""
+"""Paired differences from plain tables of numbers, and the exact test on items that differ."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats as scipy_stats
 
 from preskip.errors import PreskipError
 from preskip.stats.bootstrap import RESAMPLES, RatioDistribution, bootstrap_ratio
-from preskip.stats.distribution import CONFIDENCE, Distribution, Interval, NothingDiffers, check_confidence
-from preskip.stats.exact import mcnemar
-from preskip.stats.inputs import Array, Labels, paired, ratio_inputs, sum_by_cluster
+from preskip.stats.inputs import Array, Labels, paired
+from preskip.stats.intervals import CONFIDENCE, Distribution, Interval, NothingDiffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,40 +32,17 @@ class AccuracyDifference:
     items: int
 
 
-def bits_per_byte(nll: ArrayLike, bytes: ArrayLike) -> float:
-    """Bits per byte as a ratio of sums: Σ nll / (ln 2 · Σ bytes).
-
-    Args:
-        nll: summed negative log-likelihood per document in nats, [documents] or [seeds, documents].
-        bytes: UTF-8 bytes of the scored text per document, [documents].
-    """
-    numerator, denominator = ratio_inputs(nll, bytes, "nll", "bytes", minimum=1)
-    return float(numerator.sum() / (math.log(2) * denominator.sum()))
-
-
-def word_perplexity(nll: ArrayLike, words: ArrayLike) -> float:
-    """Word perplexity exp(Σ nll / Σ words); state the context length beside it.
-
-    Args:
-        nll: summed negative log-likelihood per document in nats, [documents] or [seeds, documents].
-        words: words of the scored text per document, [documents].
-    """
-    numerator, denominator = ratio_inputs(nll, words, "nll", "words", minimum=1)
-    return exponential(float(numerator.sum() / denominator.sum()))
-
-
-def exponential(value: float) -> float:
-    """exp, or one line when a word perplexity is beyond floating point.
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided McNemar p of `gained` against `lost` discordant items; 1.0 when there is none.
 
     Raises:
-        PreskipError: it is.
+        PreskipError: a count is negative.
     """
-    try:
-        return math.exp(value)
-    except OverflowError:
-        raise PreskipError(
-            f"word perplexity exp({value:.0f}) is beyond floating point: check dtype and training"
-        ) from None
+    if gained < 0 or lost < 0:
+        raise PreskipError(f"discordant counts {gained} and {lost} must not be negative")
+    if gained + lost == 0:
+        return 1.0
+    return float(scipy_stats.binomtest(gained, gained + lost, 0.5).pvalue)
 
 
 def paired_ratio_difference(
@@ -119,7 +96,6 @@ def paired_accuracy_difference(
         resamples: bootstrap replicates, default 9,999.
         seed: of the bootstrap, default 0.
     """
-    check_confidence(confidence)
     a, b = paired(correct_a, correct_b, "correct_a", "correct_b")
     for name, array in (("correct_a", a), ("correct_b", b)):
         if not np.isin(array, (0.0, 1.0)).all():
@@ -138,10 +114,10 @@ def paired_accuracy_difference(
 
 def accuracy_distribution(difference: Array, clusters: Labels | None, *, resamples: int, seed: int) -> Distribution:
     """Distribution of the mean of 0/±1 differences, [seeds, items], resampled by cluster."""
-    above, below = sum_by_cluster(difference, np.ones_like(difference), clusters)
-    if not difference.any():
-        return NothingDiffers(units=above.shape[1], seeds=len(above))
-    return RatioDistribution(above, below, resamples=resamples, seed=seed)
+    distribution = RatioDistribution(difference, np.ones_like(difference), clusters, resamples=resamples, seed=seed)
+    if difference.any():
+        return distribution
+    return NothingDiffers(units=distribution.units, seeds=distribution.seeds)
 
 
 def discordant(difference: Array) -> tuple[int, int]:

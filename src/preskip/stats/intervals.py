@@ -44,6 +44,19 @@ class Interval:
         return {"value": self.value, "low": self.low, "high": self.high, "confidence": self.confidence}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Components:
+    """Where the variance of a ratio comes from, as standard deviations of one seed, one unit, and one seed on one unit.
+
+    Var(value) = seed² / seeds + unit² / units + residual² / (seeds · units). With one seed `unit` holds the residual
+    too, and `seed` and `residual` are None: one seed cannot tell.
+    """
+
+    seed: float | None
+    unit: float
+    residual: float | None
+
+
 class Distribution(ABC):
     """A value's sampling distribution as one-sided limits; interval, p and equivalence are all read from those.
 
@@ -55,12 +68,23 @@ class Distribution(ABC):
     units: int
     seeds: int
 
+    @property
+    @abstractmethod
+    def components(self) -> Components:
+        """The variance components, negative estimates as 0."""
+
     @abstractmethod
     def limit(self, tail: float, side: int) -> float:
         """The limit with `tail` probability beyond it, 0 < tail ≤ 0.5; side -1 is the lower, +1 the upper."""
 
     def interval(self, confidence: float = CONFIDENCE) -> Interval:
-        """The two-sided interval with equal tails."""
+        """The two-sided interval with equal tails.
+
+        Raises:
+            PreskipError: the confidence is not between 0 and 1.
+        """
+        if not 0 < confidence < 1:
+            raise PreskipError(f"confidence {confidence!r} must lie between 0 and 1, such as 0.95")
         tail = (1 - confidence) / 2
         return Interval(
             value=self.value,
@@ -124,16 +148,11 @@ class NothingDiffers(Distribution):
     seeds: int
     value: float = 0.0
 
+    @property
+    def components(self) -> Components:
+        """See `Distribution.components`."""
+        return Components(seed=None if self.seeds == 1 else 0.0, unit=0.0, residual=None)
+
     def limit(self, tail: float, side: int) -> float:
         """See `Distribution.limit`."""
         return side * (1 - tail ** (1 / self.units))
-
-
-def check_confidence(confidence: float) -> None:
-    """Refuse a confidence that is not between 0 and 1.
-
-    Raises:
-        PreskipError: it is not.
-    """
-    if not 0 < confidence < 1:
-        raise PreskipError(f"confidence {confidence!r} must lie between 0 and 1, such as 0.95")

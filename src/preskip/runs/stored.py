@@ -10,8 +10,10 @@ from typing import Any
 
 from preskip.errors import PreskipError
 from preskip.runs.directory import RunDirectory
-from preskip.stats.records import UNTRAINED, Items
 
+Items = Sequence[Mapping[str, Any]]
+
+UNTRAINED = "none"  # the arm that is not trained
 # What must be the same for scores of one set to be comparable.
 _SCORING = ("context_length", "stride")
 # And of lm-eval's task, where it is one.

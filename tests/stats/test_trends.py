@@ -1,14 +1,12 @@
 """The trend over depth against SciPy, and by simulation: coverage of the interval, false trends without one."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from preskip.analysis.trend import arm_trends, chance_band, null_band, trend
+from preskip.stats.trends import arm_trends, chance_band, null_band, trend
 
 LAYERS = 12
 
@@ -177,8 +175,3 @@ def test_null_band():
     (line, *_) = null_band(runs(tables[0]), pooled=False)
     assert line["low"] == line["high"] == pytest.approx(tables[0][0])
     assert null_band([]) == []
-
-
-def test_the_module_needs_no_torch():
-    code = "import sys, preskip.analysis.trend; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

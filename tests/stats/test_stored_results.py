@@ -1,0 +1,56 @@
+"""The runs kept in results/: every figure recomputed from their items and cells equals what they have stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from preskip.runs.directory import RunDirectory
+from preskip.runs.files import read_json
+from preskip.runs.stored import load_runs
+from preskip.stats import compare_arms, measured_power, summarise
+from preskip.stats.trends import arm_trends
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+def assert_same(found: Any, stored: Any, at: str) -> None:
+    """Equal in all that is stored, numbers to 1e-12 of their size."""
+    if isinstance(stored, dict):
+        assert stored.keys() <= found.keys(), at
+        for key in stored:
+            assert_same(found[key], stored[key], f"{at}.{key}")
+    elif isinstance(stored, list):
+        assert len(found) == len(stored), at
+        for number, (one, other) in enumerate(zip(found, stored, strict=True)):
+            assert_same(one, other, f"{at}[{number}]")
+    elif isinstance(stored, float):
+        assert found == pytest.approx(stored, rel=1e-12, abs=0), at
+    else:
+        assert found == stored, at
+
+
+@pytest.mark.parametrize("name", ["standard-wikitext2", "standard-books", "scratch-books"])
+def test_figures_recomputed_equal_those_stored(name: str) -> None:
+    run, results = RunDirectory(RESULTS / name), read_json(RESULTS / name / "results.json")
+    stored = load_runs([run.path], allow_different_dtype=True)
+    comparisons = compare_arms(stored.items, stored.family, stored.sets)
+    assert_same(comparisons, results["comparisons"], "comparisons")
+    assert_same(measured_power(comparisons, stored.family), results["power"], "power")
+    for arm, items in stored.items.items():
+        assert_same(summarise(items), results["arms"][arm]["metrics"], arm)
+
+
+@pytest.mark.parametrize("name", ["standard-wikitext2", "standard-books", "scratch-books"])
+def test_trends_recomputed_equal_those_stored(name: str) -> None:
+    run, results = RunDirectory(RESULTS / name), read_json(RESULTS / name / "results.json")
+    assert results["trend"]
+    for arm, trends in results["trend"].items():
+        cells = {str(seed): read_json(run.cell(arm, seed).summary) for seed in results["arms"][arm]["seeds"]}
+        depth, ablation = ({s: cell.get(part) or [] for s, cell in cells.items()} for part in ("depth", "ablation"))
+        nulls = {null: by_arm[arm] for null, by_arm in results.get("nulls", {}).items() if arm in by_arm}
+        equal = {s: run.control("equal_step", arm, int(s)) for s in results.get("equal_step", {}).get(arm, {})}
+        rows = {seed: read_json(control.summary)["depth"] for seed, control in equal.items()}
+        assert_same(arm_trends(depth, ablation, nulls, rows), trends, arm)
