@@ -107,9 +107,9 @@ def test_variance_components_are_those_of_the_analysis_of_variance() -> None:
     table = {"y": values.ravel(), "seed": seed, "unit": unit}
     squares = anova_lm(statsmodels.ols("y ~ C(seed) + C(unit)", data=table).fit())["mean_sq"]
     ours = RatioDistribution(values, np.ones(40), resamples=100).components
-    assert ours.residual == pytest.approx(math.sqrt(squares["Residual"]))
-    assert ours.seed == pytest.approx(math.sqrt((squares["C(seed)"] - squares["Residual"]) / 40))
-    assert ours.unit == pytest.approx(math.sqrt((squares["C(unit)"] - squares["Residual"]) / 3))
+    assert ours["residual"] == pytest.approx(math.sqrt(squares["Residual"]))
+    assert ours["seed"] == pytest.approx(math.sqrt((squares["C(seed)"] - squares["Residual"]) / 40))
+    assert ours["unit"] == pytest.approx(math.sqrt((squares["C(unit)"] - squares["Residual"]) / 3))
 
 
 def test_shared_documents_are_not_new_evidence_per_seed() -> None:

@@ -35,6 +35,7 @@ def compare(
     """Compare arms on shared items, from what runs have stored: interval, p, equivalence and verdict of each pair."""
     from preskip.metrics import DEFAULT_MARGINS
     from preskip.progress import progress_bar
+    from preskip.runs.schema import Family
     from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms
 
@@ -42,7 +43,7 @@ def compare(
     pairs = stored.pairs(_listed(arms) if arms else None, reference)
     own_margins = _margins(margin or [])
     margins = {**stored.family.get("margins", DEFAULT_MARGINS), **own_margins}
-    family = {**stored.family, "margins": margins}
+    family: Family = {**stored.family, "margins": margins}
     chosen = _listed(sets) if sets else None
     with progress_bar("comparing", len(pairs), quiet=as_json) as advance:
         entries = compare_arms(

@@ -28,7 +28,8 @@ from preskip.evaluate.published import (
 )
 from preskip.evaluate.texts import TextSet, score_texts
 from preskip.progress import progress_bar, spinner
-from preskip.stats import ALPHA, apply_family, compare, summarise
+from preskip.runs.schema import Comparison
+from preskip.stats import ALPHA, DEFAULT_MARGINS, apply_family, compare, summarise
 
 if TYPE_CHECKING:
     from preskip.evaluate.tasks import TaskSuite
@@ -155,9 +156,9 @@ def dtype_audit(
     return DtypeAudit(records=records, report=report)
 
 
-def _cost(label: str, records: dict[str, list[dict[str, Any]]], sets: dict[str, Any]) -> list[dict[str, Any]]:
+def _cost(label: str, records: dict[str, list[dict[str, Any]]], sets: dict[str, Any]) -> list[Comparison]:
     entries = compare(records[label], records[REFERENCE], arm=label, reference=REFERENCE)
-    return apply_family(entries, {"declared": [], "alpha": ALPHA}, sets)
+    return apply_family(entries, {"declared": [], "alpha": ALPHA, "margins": DEFAULT_MARGINS}, sets)
 
 
 def _share_rounded(model: nn.Module) -> float:

@@ -116,6 +116,7 @@ class SetFacts(TypedDict):
     items: NotRequired[int]  # of kind "item"
     clusters: NotRequired[int]  # groups of documents or items that are resampled whole
     lm_eval: NotRequired[LmEvalFacts]  # of a task of lm-eval
+    higher_is_better: NotRequired[dict[str, bool]]  # by metric, as lm-eval states it of a task
     sample: NotRequired[Sample]  # of a text of `preskip eval`
 
 

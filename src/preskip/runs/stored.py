@@ -10,6 +10,7 @@ from typing import Any
 
 from preskip.errors import PreskipError
 from preskip.runs.directory import RunDirectory
+from preskip.runs.schema import Family, SetFacts
 
 Items = Sequence[Mapping[str, Any]]
 
@@ -28,8 +29,8 @@ class StoredArms:
     """
 
     items: dict[str, dict[int, Items]]
-    sets: dict[str, dict[str, Any]]
-    family: dict[str, Any]
+    sets: dict[str, SetFacts]
+    family: Family
     notes: list[str] = field(default_factory=list)
 
     def pairs(self, arms: Sequence[str] | None, reference: str | None) -> list[tuple[str, str]]:
@@ -85,7 +86,7 @@ def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> 
         _check_same_model(labels[0], manifests[0], label, manifest)
     items: dict[str, dict[int, Items]] = {}
     dtypes: dict[str, tuple[str, ...]] = {}
-    sets: dict[str, dict[str, Any]] = {}
+    sets: dict[str, SetFacts] = {}
     notes: list[str] = []
     for label, run, manifest in zip(labels, runs, manifests, strict=True):
         for arm, facts in manifest.get("arms", {}).items():
@@ -109,8 +110,8 @@ def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> 
             )
     if len(set(dtypes.values())) > 1:
         notes.append("the arms differ in dtype: part of a difference may be rounding")
-    family = manifests[0].get("family", {}) if len(runs) == 1 else {}
-    return StoredArms(items=items, sets=sets, family=dict(family), notes=notes)
+    family: Family = manifests[0].get("family", {}) if len(runs) == 1 else {}  # type: ignore[typeddict-item]
+    return StoredArms(items=items, sets=sets, family=family, notes=notes)
 
 
 def _finished(run: RunDirectory, arm: str, notes: list[str]) -> dict[int, Items]:

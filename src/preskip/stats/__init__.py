@@ -10,14 +10,13 @@ from preskip.stats.families import apply_family, holm
 from preskip.stats.intervals import CONFIDENCE, Interval
 from preskip.stats.power import Design, Needed, measured_power, needed, planned_power, resolvable
 from preskip.stats.tests import AccuracyDifference, mcnemar, paired_accuracy_difference, paired_ratio_difference
-from preskip.stats.verdicts import ALPHA, VERDICTS, Verdict, verdict_of
+from preskip.stats.verdicts import ALPHA, Verdict, verdict_of
 
 __all__ = [
     "ALPHA",
     "CONFIDENCE",
     "DEFAULT_MARGINS",
     "RESAMPLES",
-    "VERDICTS",
     "AccuracyDifference",
     "Design",
     "Interval",

@@ -34,8 +34,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from preskip.errors import PreskipError
+from preskip.runs.schema import Deviations
 from preskip.stats.inputs import Array, Labels, ratio_inputs
-from preskip.stats.intervals import CONFIDENCE, Components, Distribution, Interval
+from preskip.stats.intervals import CONFIDENCE, Distribution, Interval
 
 RESAMPLES = 9_999
 _CELLS_PER_CHUNK = 4_000_000  # counts held at once: 32 MB as floats
@@ -99,15 +100,15 @@ class RatioDistribution(Distribution):
         self._acceleration = float((by_unit**3).sum() / (6 * spread**1.5)) if spread > tiny else 0.0
 
     @property
-    def components(self) -> Components:
+    def components(self) -> Deviations:
         """See `Distribution.components`."""
         if self.seeds == 1:
-            return Components(seed=None, unit=math.sqrt(self._unit_square * self.units), residual=None)
-        return Components(
-            seed=math.sqrt(max(0.0, self._seed_square - self._residual_square) * self.seeds),
-            unit=math.sqrt(max(0.0, self._unit_square - self._residual_square) * self.units),
-            residual=math.sqrt(self._residual_square * self.seeds * self.units),
-        )
+            return {"seed": None, "unit": math.sqrt(self._unit_square * self.units), "residual": None}
+        return {
+            "seed": math.sqrt(max(0.0, self._seed_square - self._residual_square) * self.seeds),
+            "unit": math.sqrt(max(0.0, self._unit_square - self._residual_square) * self.units),
+            "residual": math.sqrt(self._residual_square * self.seeds * self.units),
+        }
 
     def limit(self, tail: float, side: int) -> float:
         """See `Distribution.limit`."""

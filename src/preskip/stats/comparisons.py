@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from preskip.errors import PreskipError
 from preskip.metrics import DEFAULT_MARGINS
 from preskip.progress import Advance, no_progress
+from preskip.runs.schema import Comparison, Family, Metrics, MetricValue, PairedDifference, SetFacts
 from preskip.stats.bootstrap import RESAMPLES, RatioDistribution
 from preskip.stats.families import apply_family
 from preskip.stats.inputs import Array
@@ -24,7 +23,7 @@ from preskip.stats.verdicts import margin_of
 
 def summarise(
     items: SeedItems, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, dict[str, dict[str, float]]]:
+) -> Metrics:
     """The `metrics` of one arm in results.json, from its item records.
 
     Args:
@@ -42,7 +41,7 @@ def summarise(
     """
     rows = list(by_seed(items, "the arm").values())
     options = {"resamples": resamples, "seed": seed}
-    metrics: dict[str, dict[str, dict[str, float]]] = {}
+    metrics: Metrics = {}
     for table in tables(rows, "the seeds of one arm"):
         if table.kind == "document":
             bits, nats = (
@@ -70,7 +69,7 @@ def compare(
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[PairedDifference]:
     """The `comparisons` entries (arm - reference) of results.json, paired on seeds and item ids.
 
     Mappings {seed: items} pair on the seeds that both have; an untrained reference `none` with a single cell is paired
@@ -79,8 +78,8 @@ def compare(
     `p_value` is never None. For bits per byte and other means it is the interval's own, so it is below 0.05 exactly
     when the 95 % interval excludes 0. For accuracies with one seed and independent items it is the exact McNemar p;
     with several seeds, or clusters, which McNemar's test cannot know, the larger of that (the sign test over items) and
-    the interval's. `p_equivalence` and `margin` are None where no margin is stated for the metric. `deviations` holds
-    the variance components (see `Components`), from which `measured_power` computes. `apply_family` adds the rest.
+    the interval's. `p_equivalence` and `margin` are None where no margin is stated for the metric. `deviations` are
+    `Distribution.components`, from which `measured_power` computes. `apply_family` adds the rest.
 
     Args:
         items_a: records (items.jsonl) of the arm, by seed id, one list per seed, or one list for a single seed.
@@ -97,7 +96,7 @@ def compare(
         PreskipError: no common seed or set, different items in a set, or different bytes for the same document.
     """
     rows_a, rows_b = paired_seeds(items_a, items_b, arm, reference)
-    entries: list[dict[str, Any]] = []
+    entries: list[PairedDifference] = []
     for table in tables([*rows_a, *rows_b], f"{arm} and {reference}", sets):
         clusters = table.clusters
         for metric in ["bits_per_byte"] if table.kind == "document" else table.scores:
@@ -138,7 +137,7 @@ def compare(
                     "gained": gained,
                     "lost": lost,
                     "p_value": p_value,
-                    "deviations": asdict(distribution.components),
+                    "deviations": distribution.components,
                     "margin": margin,
                     "p_equivalence": None if margin is None else distribution.p_equivalence(margin),
                 }
@@ -148,8 +147,8 @@ def compare(
 
 def compare_arms(
     items: Mapping[str, SeedItems],
-    family: Mapping[str, Any],
-    described: Mapping[str, Mapping[str, Any]] | None = None,
+    family: Family,
+    described: Mapping[str, SetFacts] | None = None,
     *,
     pairs: Sequence[tuple[str, str]] | None = None,
     sets: Sequence[str] | None = None,
@@ -157,7 +156,7 @@ def compare_arms(
     resamples: int = RESAMPLES,
     seed: int = 0,
     advance: Advance = no_progress,
-) -> list[dict[str, Any]]:
+) -> list[Comparison]:
     """Pairs of arms compared, with the family's correction and verdicts: `comparisons` of results.json.
 
     Args:
@@ -175,7 +174,7 @@ def compare_arms(
     if pairs is None:
         declared = {(entry["arm"], entry["reference"]) for entry in family.get("declared", ())}
         pairs = [pair if pair in declared else pair[::-1] for pair in combinations(items, 2)]
-    entries: list[dict[str, Any]] = []
+    entries: list[PairedDifference] = []
     for number, (arm, reference) in enumerate(pairs, 1):
         entries += compare(
             items[arm],
@@ -192,7 +191,7 @@ def compare_arms(
     return apply_family(entries, family, described)
 
 
-def _mean(values: Array, table: Table, confidence: float, options: Mapping[str, int]) -> dict[str, float]:
+def _mean(values: Array, table: Table, confidence: float, options: Mapping[str, int]) -> MetricValue:
     distribution = RatioDistribution(values, np.ones_like(values), table.clusters, **options)
     interval = distribution.interval(confidence).as_dict()
     if _is_right_or_wrong(values):
@@ -203,14 +202,15 @@ def _mean(values: Array, table: Table, confidence: float, options: Mapping[str, 
     return interval
 
 
-def _perplexity(interval: dict[str, float]) -> dict[str, float]:
+def _perplexity(interval: MetricValue) -> MetricValue:
     """The interval of a mean of nats, as exp of it."""
     try:
-        return {key: value if key == "confidence" else math.exp(value) for key, value in interval.items()}
+        value, low, high = (math.exp(interval[key]) for key in ("value", "low", "high"))
     except OverflowError:
         raise PreskipError(
             f"word perplexity exp({interval['high']:.0f}) is beyond floating point: check dtype and training"
         ) from None
+    return {"value": value, "low": low, "high": high, "confidence": interval["confidence"]}
 
 
 def _is_right_or_wrong(values: Array) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from preskip.errors import PreskipError
 from preskip.metrics import DEFAULT_MARGINS
+from preskip.runs.schema import Comparison, Declared, Family, PairedDifference, SetFacts
 from preskip.stats.verdicts import ALPHA, margin_of, verdict_of
 
 Key = tuple[str, str, frozenset[str]]
@@ -34,10 +34,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def apply_family(
-    entries: Sequence[Mapping[str, Any]],
-    family: Mapping[str, Any],
-    described: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list[dict[str, Any]]:
+    entries: Sequence[PairedDifference], family: Family, described: Mapping[str, SetFacts] | None = None
+) -> list[Comparison]:
     """The entries of `compare` with `declared`, `p_holm` and `verdict`; see `verdict_of` for the rule.
 
     Holm's correction counts every declared comparison. One that was not measured counts as p = 1, so that the family
@@ -60,7 +58,7 @@ def apply_family(
         raise PreskipError("a comparison occurs twice: declare and give each arm, reference, set and metric once")
     p_values = [given[key]["p_value"] if key in given else 1.0 for key in declared]
     adjusted = dict(zip(declared, holm(p_values), strict=True))
-    result = []
+    result: list[Comparison] = []
     for entry in entries:
         margin = margin_of(margins, entry["set"], entry["metric"])
         if margin != entry["margin"]:
@@ -69,10 +67,16 @@ def apply_family(
                 f"{margin}: give `compare` the family's margins"
             )
         key = _key(entry)
-        full = {**entry, "declared": key in adjusted, "p_holm": adjusted.get(key)}
-        result.append(full | {"verdict": verdict_of(full, alpha, (described or {}).get(entry["set"]))})
+        full: Comparison = {
+            **entry,
+            "declared": key in adjusted,
+            "p_holm": adjusted.get(key),
+            "verdict": "undecided",
+        }
+        full["verdict"] = verdict_of(full, alpha, (described or {}).get(entry["set"]))
+        result.append(full)
     return result
 
 
-def _key(entry: Mapping[str, Any]) -> Key:
+def _key(entry: Declared) -> Key:
     return entry["set"], entry["metric"], frozenset((entry["arm"], entry["reference"]))

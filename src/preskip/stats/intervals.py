@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from preskip.errors import PreskipError
+from preskip.runs.schema import Deviations, MetricValue
 
 CONFIDENCE = 0.95
 _SMALLEST_TAIL = 1e-100  # with one degree of freedom t is 3e99 there: its square must stay finite
@@ -39,22 +40,9 @@ class Interval:
         """True when 0 lies outside [low, high]."""
         return self.low > 0 or self.high < 0
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> MetricValue:
         """The interval as the run directory stores it."""
         return {"value": self.value, "low": self.low, "high": self.high, "confidence": self.confidence}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Components:
-    """Where the variance of a ratio comes from, as standard deviations of one seed, one unit, and one seed on one unit.
-
-    Var(value) = seed² / seeds + unit² / units + residual² / (seeds · units). With one seed `unit` holds the residual
-    too, and `seed` and `residual` are None: one seed cannot tell.
-    """
-
-    seed: float | None
-    unit: float
-    residual: float | None
 
 
 class Distribution(ABC):
@@ -70,8 +58,12 @@ class Distribution(ABC):
 
     @property
     @abstractmethod
-    def components(self) -> Components:
-        """The variance components, negative estimates as 0."""
+    def components(self) -> Deviations:
+        """Where the variance comes from, as standard deviations; a negative estimate is 0.
+
+        Var(value) = seed² / seeds + unit² / units + residual² / (seeds · units). With one seed `unit` holds the
+        residual too, and `seed` and `residual` are None: one seed cannot tell.
+        """
 
     @abstractmethod
     def limit(self, tail: float, side: int) -> float:
@@ -149,9 +141,9 @@ class NothingDiffers(Distribution):
     value: float = 0.0
 
     @property
-    def components(self) -> Components:
+    def components(self) -> Deviations:
         """See `Distribution.components`."""
-        return Components(seed=None if self.seeds == 1 else 0.0, unit=0.0, residual=None)
+        return {"seed": None if self.seeds == 1 else 0.0, "unit": 0.0, "residual": None}
 
     def limit(self, tail: float, side: int) -> float:
         """See `Distribution.limit`."""

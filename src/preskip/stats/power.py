@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Literal, cast
 
 import numpy as np
 from scipy import special
 
 from preskip.errors import PreskipError
 from preskip.metrics import metric_named
+from preskip.runs.schema import Comparison, Declared, DesignFacts, Family, PairedDifference, PowerEntry, SetFacts
 from preskip.stats.bootstrap import seeds_and_units_reach
 from preskip.stats.inputs import Array
 from preskip.stats.verdicts import ALPHA
@@ -207,8 +208,8 @@ def needed(design: Design, difference: float, *, power: float = POWER, alpha: fl
 
 
 def planned_power(
-    sets: Mapping[str, Mapping[str, Any]], seeds: int, family: Mapping[str, Any], *, power: float = POWER
-) -> list[dict[str, Any]]:
+    sets: Mapping[str, SetFacts], seeds: int, family: Family, *, power: float = POWER
+) -> list[PowerEntry]:
     """The `power` entries of a run before it is trained, one per declared comparison, from assumed deviations.
 
     Assumed: the deviations of `preskip.metrics`, half of the variance over units shared by all seeds. A metric without
@@ -242,9 +243,7 @@ def planned_power(
     return entries
 
 
-def measured_power(
-    entries: Sequence[Mapping[str, Any]], family: Mapping[str, Any], *, power: float = POWER
-) -> list[dict[str, Any]]:
+def measured_power(entries: Sequence[Comparison], family: Family, *, power: float = POWER) -> list[PowerEntry]:
     """The `power` entries of a run's results, one per comparison, from its measured variance components.
 
     Declared comparisons are held to alpha over the size of the family, others to alpha. Where nothing differs at all,
@@ -266,7 +265,7 @@ def measured_power(
     return result
 
 
-def measured_design(entry: Mapping[str, Any]) -> Design:
+def measured_design(entry: PairedDifference) -> Design:
     """The design of a comparison that was made, with its measured deviations."""
     parts = entry["deviations"]
     return Design(
@@ -279,11 +278,19 @@ def measured_design(entry: Mapping[str, Any]) -> Design:
 
 
 def _entry(
-    comparison: Mapping[str, Any], design: Design, family: Mapping[str, Any], size: int, power: float, basis: str
-) -> dict[str, Any]:
+    comparison: Declared,
+    design: Design,
+    family: Family,
+    size: int,
+    power: float,
+    basis: Literal["assumed", "measured"],
+) -> PowerEntry:
     alpha = family.get("alpha", ALPHA)
     return {
-        **{key: comparison[key] for key in ("set", "metric", "arm", "reference")},
+        "set": comparison["set"],
+        "metric": comparison["metric"],
+        "arm": comparison["arm"],
+        "reference": comparison["reference"],
         "units": design.units,
         "seeds": design.seeds,
         "resolvable": resolvable(design, power=power, alpha=alpha, family=size),
@@ -291,7 +298,7 @@ def _entry(
         "alpha": alpha,
         "power": power,
         "family": size,
-        "design": asdict(design),
+        "design": cast(DesignFacts, asdict(design)),
     }
 
 

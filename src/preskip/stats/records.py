@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from preskip.errors import PreskipError
+from preskip.runs.schema import Kind
 from preskip.runs.stored import UNTRAINED
 from preskip.stats.inputs import Array
 
-Record = Mapping[str, Any]
+Record = Mapping[str, Any]  # a line of items.jsonl, checked here
 Items = Sequence[Record]
 SeedItems = Mapping[Any, Items] | Sequence[Items] | Items
 
@@ -22,7 +23,7 @@ class Table:
     """One evaluation set: its kind, item ids and cluster labels, and the records of each row (an arm's seed)."""
 
     name: str
-    kind: str
+    kind: Kind
     ids: list[str]
     rows: list[list[Record]]
 

@@ -1,7 +1,5 @@
 """Does the skip grow with depth: a rank correlation over layers, its interval, and the band that chance gives.
 
-Pure functions of stored rows (run directory, schema 2); nothing here needs a model.
-
 The trend is Spearman's ρ between the layer and a measure, the measure averaged over seeds. Its interval is made on
 Fisher's scale, arctanh ρ:
 
@@ -23,16 +21,16 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
-Array = NDArray[np.float64]
+from preskip.runs.schema import Trend
+from preskip.stats.inputs import Array
+from preskip.stats.intervals import CONFIDENCE
+
 Rows = Sequence[Mapping[str, Any]]
 
 NORM_MEASURES = ("skip_norm",)
-VERDICTS = ("later more", "later less", "no trend", "undecided")
 FEWEST_LAYERS = 5
-CONFIDENCE = 0.95
 RESAMPLES = 1_999
 
 
@@ -43,7 +41,7 @@ def arm_trends(
     equal_step: Mapping[str, Rows] | None = None,
     *,
     seed: int = 0,
-) -> list[dict[str, Any]]:
+) -> list[Trend]:
     """The `trend` of one arm in results.json.
 
     Args:
@@ -54,10 +52,8 @@ def arm_trends(
         seed: of the bootstrap.
 
     Returns:
-        For each measure that the arm has in all its layers and seeds, {"measure", "rho", "low", "high", "null_low",
-        "null_high", "nulls", "verdict", "seeds", "layers", "covers"}. "nulls" holds the ρ of a norm's nulls; "covers"
-        says what the interval is over: "seeds", "documents", "seeds and documents" or "layers". Measures that are the
-        same in all layers are left out.
+        A row for each measure that the arm has in all its layers and seeds; measures that are the same in all layers
+        are left out.
     """
     skip = {name: [row for row in rows if row["part"] == "skip"] for name, rows in (ablation or {}).items()}
     measured = (
@@ -72,7 +68,7 @@ def arm_trends(
 
 def trend(
     measure: str, rows: Mapping[str, Rows], key: str, nulls: Mapping[str, Rows] | None = None, *, seed: int = 0
-) -> dict[str, Any] | None:
+) -> Trend | None:
     """The trend of one measure; see `arm_trends`.
 
     Args:

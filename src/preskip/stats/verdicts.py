@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
 
 from preskip.metrics import metric_named
-
-Verdict = Literal["better", "worse", "equivalent", "undecided"]
-VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+from preskip.runs.schema import Comparison, SetFacts, Verdict
 
 ALPHA = 0.05
 
@@ -18,9 +15,7 @@ def margin_of(margins: Mapping[str, float], set_name: str, metric: str) -> float
     return margins.get(f"{set_name}.{metric}", margins.get(metric, margins.get(metric_named(metric).key)))
 
 
-def verdict_of(
-    comparison: Mapping[str, Any], alpha: float = ALPHA, described: Mapping[str, Any] | None = None
-) -> Verdict:
+def verdict_of(comparison: Comparison, alpha: float = ALPHA, described: SetFacts | None = None) -> Verdict:
     """Better or worse when the interval excludes 0 and p ≤ alpha; else equivalent when the equivalence p ≤ alpha; else
     undecided.
 
