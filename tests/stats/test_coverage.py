@@ -70,7 +70,8 @@ def test_coverage_over_clustered_items() -> None:
         a, b = generator.random(300) < rate, generator.random(300) < 0.30
         for known in covered:
             result = paired_accuracy_difference(a, b, clusters if known else None, resamples=499, seed=experiment % 16)
-            covered[known] += result.difference.low <= 0.05 <= result.difference.high
+            interval = result.distribution.interval()
+            covered[known] += interval.low <= 0.05 <= interval.high
     assert 0.93 <= covered[True] / experiments <= 0.97
     # Items taken as independent would claim too much: what the clusters are for.
     assert covered[False] / experiments < 0.92
@@ -83,7 +84,8 @@ def test_coverage_over_three_seeds_of_clustered_items() -> None:
         generator = np.random.default_rng(experiment)
         rate = 0.35 + generator.uniform(-0.2, 0.2, 50)[clusters] + 0.02 * generator.standard_normal((3, 1))
         a, b = generator.random((3, 200)) < rate, generator.random(200) < 0.30
-        interval = paired_accuracy_difference(a, b, clusters, resamples=499, seed=experiment % 16).difference
+        result = paired_accuracy_difference(a, b, clusters, resamples=499, seed=experiment % 16)
+        interval = result.distribution.interval()
         covered += interval.low <= 0.05 <= interval.high
     assert 0.93 <= covered / EXPERIMENTS <= 0.97
 

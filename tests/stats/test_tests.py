@@ -20,7 +20,7 @@ def test_mcnemar_golden(gained: int, lost: int, p: float) -> None:
     b = [0] * gained + [1] * lost + [1, 1, 0, 0]
     result = paired_accuracy_difference(a, b)
     assert (result.gained, result.lost, result.p_value) == (gained, lost, pytest.approx(p))
-    assert result.difference.value == pytest.approx((gained - lost) / len(a))
+    assert result.distribution.value == pytest.approx((gained - lost) / len(a))
 
 
 def test_mcnemar_agrees_with_statsmodels() -> None:
@@ -33,8 +33,8 @@ def test_mcnemar_agrees_with_statsmodels() -> None:
 def test_items_of_one_document_are_resampled_together() -> None:
     # Copies of an item are no new evidence: ten documents of one item or of four alike give one interval.
     a, b = np.random.default_rng(1).integers(0, 2, (2, 40))
-    alone = paired_accuracy_difference(a, b).difference
-    fours = paired_accuracy_difference(np.repeat(a, 4), np.repeat(b, 4), np.repeat(np.arange(40), 4)).difference
+    copies = np.repeat(a, 4), np.repeat(b, 4), np.repeat(np.arange(40), 4)
+    alone, fours = (paired_accuracy_difference(*given).distribution.interval() for given in ((a, b), copies))
     assert (fours.low, fours.high, fours.units) == (
         pytest.approx(alone.low, abs=0.01),
         pytest.approx(alone.high, abs=0.01),

@@ -12,25 +12,21 @@ from preskip.errors import PreskipError
 from preskip.metrics import DEFAULT_MARGINS
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import Comparison, Family, Metrics, MetricValue, PairedDifference, SetFacts
-from preskip.stats.bootstrap import RESAMPLES, RatioDistribution
+from preskip.stats.bootstrap import RatioDistribution
 from preskip.stats.families import apply_family
 from preskip.stats.inputs import Array
 from preskip.stats.intervals import CONFIDENCE, Distribution, NothingDiffers
 from preskip.stats.records import SeedItems, Table, by_seed, paired_seeds, tables
-from preskip.stats.tests import accuracy_distribution, discordant, mcnemar
+from preskip.stats.tests import paired_accuracy_difference
 from preskip.stats.verdicts import margin_of
 
 
-def summarise(
-    items: SeedItems, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
-) -> Metrics:
+def summarise(items: SeedItems, *, confidence: float = CONFIDENCE) -> Metrics:
     """The `metrics` of one arm in results.json, from its item records.
 
     Args:
         items: records (items.jsonl) by seed id, one list per seed, or one list for a single seed.
         confidence: level, default 0.95.
-        resamples: bootstrap replicates, default 9,999.
-        seed: of the bootstrap, default 0.
 
     Returns:
         {set: {metric: {"value", "low", "high", "confidence"}}}; documents give bits_per_byte and word_perplexity,
@@ -40,21 +36,18 @@ def summarise(
         PreskipError: no items, damaged records, or seeds that hold different items.
     """
     rows = list(by_seed(items, "the arm").values())
-    options = {"resamples": resamples, "seed": seed}
     metrics: Metrics = {}
     for table in tables(rows, "the seeds of one arm"):
         if table.kind == "document":
             bits, nats = (
-                RatioDistribution(
-                    table.column("nll"), table.shared_column(size), table.clusters, scale=scale, **options
-                ).interval(confidence)
+                RatioDistribution(table.column("nll"), table.shared_column(size), table.clusters, scale=scale).interval(
+                    confidence
+                )
                 for size, scale in (("bytes", 1 / math.log(2)), ("words", 1.0))
             )
             metrics[table.name] = {"bits_per_byte": bits.as_dict(), "word_perplexity": _perplexity(nats.as_dict())}
         else:
-            metrics[table.name] = {
-                score: _mean(table.column(score), table, confidence, options) for score in table.scores
-            }
+            metrics[table.name] = {score: _mean(table.column(score), table, confidence) for score in table.scores}
     return metrics
 
 
@@ -67,8 +60,6 @@ def compare(
     sets: Sequence[str] | None = None,
     margins: Mapping[str, float] = DEFAULT_MARGINS,
     confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> list[PairedDifference]:
     """The `comparisons` entries (arm - reference) of results.json, paired on seeds and item ids.
 
@@ -89,8 +80,6 @@ def compare(
         sets: evaluation sets to compare. Default: all that both hold.
         margins: equivalence margins by "metric" or "set.metric", in the metric's unit.
         confidence: level, default 0.95.
-        resamples: bootstrap replicates, default 9,999.
-        seed: of the bootstrap, default 0.
 
     Raises:
         PreskipError: no common seed or set, different items in a set, or different bytes for the same document.
@@ -101,21 +90,18 @@ def compare(
         clusters = table.clusters
         for metric in ["bits_per_byte"] if table.kind == "document" else table.scores:
             column = table.column("nll" if table.kind == "document" else metric)
-            difference = column[: len(rows_a)] - column[len(rows_a) :]
+            a, b = column[: len(rows_a)], column[len(rows_a) :]
             gained = lost = None
             distribution: Distribution
             if table.kind == "item" and _is_right_or_wrong(column):
-                distribution = accuracy_distribution(difference, clusters, resamples=resamples, seed=seed)
-                gained, lost = discordant(difference)
-                p_value = mcnemar(gained, lost)
-                if len(difference) > 1 or clusters is not None:
+                found = paired_accuracy_difference(a, b, clusters)
+                distribution, gained, lost, p_value = found.distribution, found.gained, found.lost, found.p_value
+                if distribution.seeds > 1 or clusters is not None:
                     p_value = max(p_value, distribution.p_value())
             else:
                 sizes = table.shared_column("bytes") if table.kind == "document" else np.ones(len(table.ids))
                 scale = 1 / math.log(2) if table.kind == "document" else 1.0
-                distribution = RatioDistribution(
-                    difference, sizes, clusters, scale=scale, resamples=resamples, seed=seed
-                )
+                distribution = RatioDistribution(a - b, sizes, clusters, scale=scale)
                 p_value = distribution.p_value()
             interval = distribution.interval(confidence)
             margin = margin_of(margins, table.name, metric)
@@ -153,8 +139,6 @@ def compare_arms(
     pairs: Sequence[tuple[str, str]] | None = None,
     sets: Sequence[str] | None = None,
     confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
     advance: Advance = no_progress,
 ) -> list[Comparison]:
     """Pairs of arms compared, with the family's correction and verdicts: `comparisons` of results.json.
@@ -167,8 +151,6 @@ def compare_arms(
             one, or as the family declares it.
         sets: evaluation sets to compare. Default: all that a pair shares.
         confidence: level, default 0.95.
-        resamples: bootstrap replicates, default 9,999.
-        seed: of the bootstrap, default 0.
         advance: told how many pairs are done, and which was the last.
     """
     if pairs is None:
@@ -184,15 +166,13 @@ def compare_arms(
             sets=sets,
             margins=family.get("margins", DEFAULT_MARGINS),
             confidence=confidence,
-            resamples=resamples,
-            seed=seed,
         )
         advance(number, f"{arm} - {reference}")
     return apply_family(entries, family, described)
 
 
-def _mean(values: Array, table: Table, confidence: float, options: Mapping[str, int]) -> MetricValue:
-    distribution = RatioDistribution(values, np.ones_like(values), table.clusters, **options)
+def _mean(values: Array, table: Table, confidence: float) -> MetricValue:
+    distribution = RatioDistribution(values, np.ones_like(values), table.clusters)
     interval = distribution.interval(confidence).as_dict()
     if _is_right_or_wrong(values):
         if interval["value"] in (0.0, 1.0):  # no spread to resample: the exact binomial bound

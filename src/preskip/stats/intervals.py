@@ -16,11 +16,10 @@ _LIMIT_STEPS = 45
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A value with its interval, and what the interval covers.
+    """A value with its interval.
 
     `units` is the number of resampled units (documents, items or clusters), `seeds` the number of training seeds. With
-    one seed the interval says how the value varies over units and nothing about training randomness: `covers` is then
-    "units only".
+    one seed the interval says how the value varies over units and nothing about training randomness.
     """
 
     value: float
@@ -29,11 +28,6 @@ class Interval:
     confidence: float = CONFIDENCE
     units: int
     seeds: int = 1
-
-    @property
-    def covers(self) -> str:
-        """What was resampled: "units only", or "seeds and units"."""
-        return "seeds and units" if self.seeds > 1 else "units only"
 
     @property
     def excludes_zero(self) -> bool:

@@ -21,15 +21,18 @@ class AccuracyDifference:
 
     `gained` and `lost` count the items on which a is right more often than b over the seeds, or less often; each item
     counts once, so `p_value` (exact, two-sided) is McNemar's with one seed and the sign test over items with several.
-    It takes items as independent and says nothing about training randomness; the interval is the one that knows
+    It takes items as independent and says nothing about training randomness; the distribution is the one that knows
     clusters and seeds.
     """
 
-    difference: Interval
+    distribution: Distribution
     gained: int
     lost: int
-    p_value: float
-    items: int
+
+    @property
+    def p_value(self) -> float:
+        """Exact two-sided p of the discordant items."""
+        return mcnemar(self.gained, self.lost)
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -79,45 +82,33 @@ def paired_accuracy_difference(
     correct_b: ArrayLike,
     clusters: Labels | None = None,
     *,
-    confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> AccuracyDifference:
-    """Difference of two accuracies (a - b) on the same items, with the exact McNemar p.
-
-    When no item differs at all, the limits are the exact ones of `NothingDiffers`.
+    """Difference of two accuracies (a - b) on the same items.
 
     Args:
         correct_a: 0/1 or booleans, [items] or [seeds, items].
         correct_b: the same for the reference; one row serves all seeds of the other arm.
-        clusters: a label per item, such as its document; whole clusters are then resampled. None takes items as
-            independent.
-        confidence: level, default 0.95.
+        clusters: as of `RatioDistribution`.
         resamples: bootstrap replicates, default 9,999.
         seed: of the bootstrap, default 0.
+
+    Raises:
+        PreskipError: a value other than 0 and 1, other items, or as `RatioDistribution`.
     """
     a, b = paired(correct_a, correct_b, "correct_a", "correct_b")
     for name, array in (("correct_a", a), ("correct_b", b)):
         if not np.isin(array, (0.0, 1.0)).all():
             raise PreskipError(f"{name} holds values other than 0 and 1: give one right/wrong value per item")
     difference = a - b
-    distribution = accuracy_distribution(difference, clusters, resamples=resamples, seed=seed)
-    gained, lost = discordant(difference)
-    return AccuracyDifference(
-        difference=distribution.interval(confidence),
-        gained=gained,
-        lost=lost,
-        p_value=mcnemar(gained, lost),
-        items=difference.shape[1],
+    distribution: Distribution = RatioDistribution(
+        difference, np.ones_like(difference), clusters, resamples=resamples, seed=seed
     )
-
-
-def accuracy_distribution(difference: Array, clusters: Labels | None, *, resamples: int, seed: int) -> Distribution:
-    """Distribution of the mean of 0/±1 differences, [seeds, items], resampled by cluster."""
-    distribution = RatioDistribution(difference, np.ones_like(difference), clusters, resamples=resamples, seed=seed)
-    if difference.any():
-        return distribution
-    return NothingDiffers(units=distribution.units, seeds=distribution.seeds)
+    if not difference.any():
+        distribution = NothingDiffers(units=distribution.units, seeds=distribution.seeds)
+    gained, lost = discordant(difference)
+    return AccuracyDifference(distribution=distribution, gained=gained, lost=lost)
 
 
 def discordant(difference: Array) -> tuple[int, int]:
