@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 
+from preskip.experiment.cell import run_cell
+from preskip.experiment.execute import processes
 from preskip.experiment.pretrain_options import PretrainConfig, parse_tokens
-from preskip.pretrain.cells import run_cell
-from preskip.pretrain.prepare import prepare
-from preskip.pretrain.run import _set_up, start_pretrain
+from preskip.experiment.run import start_run
+from preskip.experiment.scratch import Scratch
 from preskip.runs.directory import RunDirectory
-from preskip.runs.environment import describe, usable_cores
+from preskip.runs.environment import describe
 from preskip.runs.files import write_json
+from preskip.train.distributed import Crew
 
 HEAD = 32
 
@@ -63,9 +62,9 @@ def main() -> None:
         report_to=("none",),
     )
     with tempfile.TemporaryDirectory() as folder:
-        first = start_pretrain(config, Path(folder) / "first", [])
+        first = start_run(config, Path(folder) / "first", [])
         config = PretrainConfig.from_json(first.manifest["config"])
-        prepare(first, config, quiet=False)
+        Scratch.prepare(first, config, False, Crew())
         cells = []
         for width in map(int, options.widths.split(",")):
             for rate in map(float, options.lrs.split(",")):
@@ -76,20 +75,17 @@ def main() -> None:
                     "num_key_value_heads": width // HEAD,
                     "intermediate_size": round(width * 8 / 3 / 8) * 8,
                 }
+                rates = {arm: {"learning_rate": rate} for arm in arms}
                 changed = replace(config, learning_rate=rate, overrides=sizes)
-                run = RunDirectory.create(path, {**first.manifest, "config": changed.to_json()})
+                run = RunDirectory.create(path, {**first.manifest, "config": changed.to_json(), "arms": rates})
                 for shared in ("data", "tokenizer"):
                     shutil.copytree(first.path / shared, run.path / shared)
                 cells += [(width, rate, arm, path) for arm in arms]
-        threads = max(1, usable_cores() // options.workers)
-        spawn = get_context("spawn")
-        with ProcessPoolExecutor(
-            options.workers, mp_context=spawn, initializer=_set_up, initargs=(threads, os.getpid())
-        ) as pool:
-            running = [(pool.submit(run_cell, cell[-1], cell[2], options.seed), *cell[:3]) for cell in cells]
-            rows = []
-            for future, width, rate, arm in running:
-                loss = future.result()["final_eval_loss"]
+        rows = []
+        with processes(options.workers) as outcomes:
+            calls = [(path, arm, options.seed) for *_, arm, path in cells]
+            for index, summary in sorted(outcomes(run_cell, calls, ()), key=lambda outcome: outcome[0]):
+                (width, rate, arm, _), loss = cells[index], summary["final_eval_loss"]
                 rows.append({"width": width, "learning_rate": rate, "arm": arm, "development_loss": round(loss, 4)})
                 print(f"width {width}  lr {rate:g}  {arm:8s} {loss:.4f}", flush=True)
     result = {"settings": asdict(config) | {"directory": "."}, "environment": describe("cpu"), "rows": rows}

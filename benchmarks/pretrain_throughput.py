@@ -27,11 +27,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.utils import logging
 
 from preskip.architecture.shapes import shape_config
+from preskip.arms.flops import forward_flops_per_token
 from preskip.branch import BranchSettings
 from preskip.runs.environment import describe, resolve_device
 from preskip.runs.files import write_json
 from preskip.train import scratch
-from preskip.train.speed import forward_flops_per_token, measured_peak
+from preskip.train.speed import measured_peak
 from preskip.train.steps import BlockDataset
 
 WARM_UP = 2

@@ -17,12 +17,12 @@ from preskip.arms import (
     ArmContext,
     attention_paths,
     branch_parameters,
-    insert,
     lora_ranks,
     match_expansion,
     resolve_arms,
 )
 from preskip.arms.budget import linear_shapes
+from preskip.arms.insert import insert
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 from preskip.evaluate.adapters import load_adapter

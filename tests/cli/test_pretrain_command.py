@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conforming import run_faults
 from preskip.cli.main import main
-from preskip.pretrain.cells import run_cell
+from preskip.experiment.cell import run_cell
 from preskip.report.claims import assess
 from tiny_model import write_corpus
 

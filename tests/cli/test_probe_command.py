@@ -582,16 +582,16 @@ def test_nulls_and_equal_steps_are_stored(probe, tmp_path):
 def test_a_rate_at_which_training_diverges_is_passed_over(probe, tmp_path, monkeypatch):
     """The largest rate of the grid gives a NaN; another error would end the search."""
     from preskip.errors import DivergedError
-    from preskip.probe import search
+    from preskip.experiment.frozen import Frozen
 
-    real = search.train
+    real = Frozen.fit
 
-    def train(*args, learning_rate, **options):
-        if learning_rate > 1e-3:
+    def fit(*args, rate, **options):
+        if rate > 1e-3:
             raise DivergedError("the loss is nan")
-        return real(*args, learning_rate=learning_rate, **options)
+        return real(*args, rate=rate, **options)
 
-    monkeypatch.setattr(search, "train", train)
+    monkeypatch.setattr(Frozen, "fit", fit)
     corpus = write_corpus(tmp_path / "home.jsonl", 40)
     options = ["--arms", "preskip", "--lr", "tune", "--development-documents", "3", "--steps", "8"]
     code, _, err = probe(*options, "--last-word-items", "0", corpus=corpus)

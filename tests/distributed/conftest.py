@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from preskip.probe.run import run_probe, start_probe
+from preskip.experiment.run import finish_run, start_run
 from small_probe import small_probe
 
 
@@ -13,5 +13,5 @@ def local_probe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("local_probe")
     config = small_probe(folder)
     with torch.random.fork_rng():
-        run_probe(start_probe(config, folder / "run", ["test"]), quiet=True)
+        finish_run(start_run(config, folder / "run", ["test"]), quiet=True)
     return config, folder / "run"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from preskip.errors import PreskipError
-from preskip.probe.run import start_probe
+from preskip.experiment.run import start_run
 from preskip.train.distributed import adapt_trainer, share_batch, shared_training
 from small_probe import stored
 from tiny_model import write_corpus
@@ -47,7 +47,7 @@ def logged(run: Path) -> dict[str, list[float]]:
 def test_a_probe_under_accelerate_with_fsdp2_equals_one_process(local_probe, tmp_path):
     """The whole command: search, two seeds, scores; the second process says nothing."""
     config, local_run = local_probe
-    start_probe(config, tmp_path / "run", ["test"])
+    start_run(config, tmp_path / "run", ["test"])
     finished = launch("-m", "preskip", "probe", "--resume", tmp_path / "run", launcher=FSDP2)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stderr.count("train preskip seed 2 ...") == 1
@@ -76,11 +76,11 @@ class PoolOfOne:
 def test_pretraining_under_torchrun_and_as_tasks_equals_one_process(tmp_path, monkeypatch):
     pytest.importorskip("ray")
     from preskip.cli.main import main
-    from preskip.pretrain import executor
+    from preskip.experiment import execute
 
     corpus = str(write_corpus(tmp_path / "corpus.jsonl", 60))
     options = ["pretrain", *PRETRAIN.split(), "--corpus", corpus, "--json"]
-    monkeypatch.setattr(executor, "RayPool", PoolOfOne)
+    monkeypatch.setattr(execute, "RayPool", PoolOfOne)
     for name, more in (("one", []), ("tasks", ["--executor", "ray"])):
         with pytest.raises(SystemExit) as stop:
             main([*options, *more, "--out", str(tmp_path / name)])

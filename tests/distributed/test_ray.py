@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from preskip.errors import PreskipError
-from preskip.probe import executor
-from preskip.probe.run import run_probe, start_probe
+from preskip.experiment import run as experiment
+from preskip.experiment.run import finish_run, start_run
 from preskip.runs.environment import processor_name
 from preskip.train.cluster import RayPool, check_executor
 from small_probe import stored
@@ -18,24 +18,24 @@ from small_probe import stored
 def test_ray_gives_the_local_results_although_a_worker_is_killed(local_probe, tmp_path, monkeypatch):
     pytest.importorskip("ray")
 
-    def dying_cell_task(run, bench, name, seed, rates):
+    def dying_cell(prepared, arm, seed):
         """The first worker that has trained seed 2 dies before it scores; nested, so that it travels by value."""
-        from preskip.probe import cells
-        from preskip.probe.executor import _cell_task
+        from preskip.experiment.cell import run_cell
+        from preskip.experiment.heldout import HeldOut
 
-        marker = run.path / "killed"
-        if name == "preskip" and seed == 2 and not marker.exists():
+        marker = prepared.run.path / "killed"
+        if arm == "preskip" and seed == 2 and not marker.exists():
 
-            def die(*arguments):
+            def die(*arguments, **options):
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
 
-            cells.evaluate = die
-        return _cell_task(run, bench, name, seed, rates)
+            HeldOut.score = die
+        return run_cell(prepared, arm, seed)
 
     config, local_run = local_probe
-    monkeypatch.setattr(executor, "_cell_task", dying_cell_task)
-    run_probe(start_probe(config, tmp_path / "ray", ["test"]), quiet=True, executor="ray")
+    monkeypatch.setattr(experiment, "run_cell", dying_cell)
+    finish_run(start_run(config, tmp_path / "ray", ["test"]), quiet=True, executor="ray")
     assert (tmp_path / "ray" / "killed").exists()
     local, ray = stored(local_run), stored(tmp_path / "ray")
     assert {"results.json", "arms/preskip/seed-2/items.jsonl", "search/preskip/search.json"} <= local.keys()

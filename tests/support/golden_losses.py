@@ -2,7 +2,7 @@
 
 Write them anew, after a change that is meant to move them, with
 
-    python tests/golden_losses.py
+    python tests/support/golden_losses.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from preskip.architecture import TYPES
 from preskip.train.scratch import ScratchSettings, train_scratch
 
-STORED = Path(__file__).parents[1] / "pretrain" / "golden" / "losses.json"
+STORED = Path(__file__).parents[1] / "experiment" / "golden" / "losses.json"
 STEPS, VOCABULARY = 50, 64
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

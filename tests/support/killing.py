@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 
 from preskip import PreskipConfig
 from preskip.cli.main import main
-from preskip.probe import run as _probe  # noqa: F401  imported by the server, once for all children
+from preskip.experiment import run as _run  # noqa: F401  imported by the server, once for all children
 from preskip.train.checkpoints import ResumableTrainer
 from preskip.train.distributed import adapt_trainer
 from preskip.train.frozen import train_frozen

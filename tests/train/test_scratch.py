@@ -1,4 +1,4 @@
-"""Training from scratch: against a written-out loop, its groups, its log, its stops, and its cost."""
+"""Training from scratch: against a written-out loop, its groups, its log and its stops."""
 
 import json
 import math
@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import preskip.architecture  # noqa: F401
+from preskip.arms.flops import forward_flops_per_token
 from preskip.errors import DivergedError, PreskipError
 from preskip.train.scratch import ScratchSettings, parameter_groups, trackers, train_scratch
-from preskip.train.speed import embedding_parameters, forward_flops_per_token, measured_peak
+from preskip.train.speed import measured_peak
 from preskip.train.steps import BlockDataset
 
 BLOCKS = np.random.default_rng(0).integers(2, 96, (24, 16)).astype(np.uint16)
@@ -147,33 +147,6 @@ def test_utilisation_is_speed_times_flops_over_the_peak(tmp_path):
     assert row["tokens"] == 64
     assert row["tokens_per_second"] == pytest.approx(speed, rel=0.05)
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 3 * forward_flops_per_token(net, 16) / 1e9, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    "model_type", ["llama", "preskip_llama", "preskip_gpt_neox", "gpt2", "qwen3", "preskip_gemma2"]
-)
-def test_flops_are_those_that_torch_counts(model_type):
-    """Torch's own counter on the real forward pass; its attention is eager, so that both products are seen."""
-    net = model(model_type, attn_implementation="eager", **({"head_dim": 16} if "q" in model_type else {}))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(input_ids=torch.zeros(1, 16, dtype=torch.long))
-    counted = counter.get_total_flops() / 16
-    # Torch sees the rotary frequencies' product, too: a few tenths of a per cent of so small a model.
-    assert forward_flops_per_token(net, 16) == pytest.approx(counted, rel=0.01)
-
-
-def test_a_mixture_of_experts_counts_what_a_token_visits():
-    one = model("mixtral", num_local_experts=2, num_experts_per_tok=1)
-    two = model("mixtral", num_local_experts=2, num_experts_per_tok=2)
-    assert forward_flops_per_token(two, 16) - forward_flops_per_token(one, 16) == 2 * 2 * 3 * 32 * 64
-    four = model("mixtral", num_local_experts=4, num_experts_per_tok=1)
-    assert forward_flops_per_token(four, 16) - forward_flops_per_token(one, 16) == 2 * 2 * 2 * 32  # the router
-
-
-def test_embeddings_are_counted_once():
-    assert embedding_parameters(model()) == 96 * 32
-    assert embedding_parameters(model(tie_word_embeddings=False)) == 96 * 32
-    assert embedding_parameters(model("gpt2", n_positions=64)) == (96 + 64) * 32
 
 
 def test_a_matrix_product_is_measured():

@@ -2,17 +2,16 @@
 
 from preskip.arms.arm import Arm, ArmContext
 from preskip.arms.budget import attention_paths, branch_parameters, lora_ranks, match_expansion
-from preskip.arms.catalogue import ARMS, resolve_arms
-from preskip.arms.insert import Inserted, insert
+from preskip.arms.catalogue import ARMS, REGISTRY, SCRATCH_ARMS, resolve_arms
 
 __all__ = [
     "ARMS",
+    "REGISTRY",
+    "SCRATCH_ARMS",
     "Arm",
     "ArmContext",
-    "Inserted",
     "attention_paths",
     "branch_parameters",
-    "insert",
     "lora_ranks",
     "match_expansion",
     "resolve_arms",

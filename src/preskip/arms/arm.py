@@ -1,6 +1,6 @@
-"""What one arm is: a name, a sentence, a default learning rate, and what it trains.
+"""What one arm is: a name, a sentence, and how it is made on a frozen base, from scratch, or both.
 
-Adding an arm is one entry in `preskip.arms.catalogue.ARMS`.
+Adding an arm is one entry in `preskip.arms.catalogue`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
+    from transformers import PreTrainedConfig
+
+    from preskip.arms.plan import Planner
+    from preskip.branch import BranchSettings
 
 # What an arm's number of trained weights is to the reference arm's: equal; fewer by its nature; far fewer (shown as the
 # floor); all of the model's (the ceiling).
@@ -24,7 +27,7 @@ MATCHES = ("params", "flops", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class ArmContext:
-    """What an arm may depend on.
+    """What an arm on a frozen base may depend on.
 
     Attributes:
         base: the untouched pretrained model.
@@ -59,26 +62,33 @@ class Arm:
     Attributes:
         name: as given on the command line.
         description: one sentence for tables and reports.
-        learning_rate: default peak learning rate, and the centre of the grid that `--lr tune` searches; None for an
-            arm that does not train.
-        make_config: builds the PEFT configuration, or several that are stacked in this order; None for an arm
+        learning_rate: default peak learning rate on a frozen base, and the centre of the grid that `--lr tune`
+            searches; None for an arm that does not train there.
+        make_config: frozen: builds the PEFT configuration, or several that are stacked in this order; None for an arm
             without inserted weights.
-        own_weights: names of the base's own parameters that are trained in place, and put back afterwards; None for an
-            arm that leaves them frozen.
+        own_weights: frozen: names of the base's own parameters that are trained in place, and put back afterwards; None
+            for an arm that leaves them frozen.
+        build: from scratch: makes the architecture; None for an arm that is not trained from scratch.
         budget: see `Budget`.
+        matches: from scratch: what a matched arm has in common with preskip, "parameters" or "training FLOPs" (which
+            are matched by the number of steps).
+        decisive: whether the reference arm is declared against it.
     """
 
     name: str
     description: str
-    learning_rate: float | None
+    learning_rate: float | None = None
     make_config: Callable[[ArmContext], PeftConfig | Sequence[PeftConfig]] | None = None
     own_weights: Callable[[ArmContext], list[str]] | None = None
+    build: Callable[[Planner], PreTrainedConfig] | None = None
     budget: Budget = "matched"
+    matches: str = "parameters"
+    decisive: bool = False
 
     @property
     def trains(self) -> bool:
         """Whether the arm trains anything."""
-        return self.make_config is not None or self.own_weights is not None
+        return not (self.make_config is None and self.own_weights is None and self.build is None)
 
     def configs(self, context: ArmContext) -> list[PeftConfig]:
         """The PEFT configurations to stack, first to last.

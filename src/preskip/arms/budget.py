@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from preskip.attach import check_layers, find_sites, input_width, text_decoder
-from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from preskip.branch import BranchSettings
 
 TOLERANCE = 0.005
 
@@ -51,6 +51,8 @@ def attention_paths(
     Raises:
         PreskipError: the model cannot have these layers (`preskip.attach.check_layers`), or nothing is left.
     """
+    from preskip.attach import check_layers, find_sites
+
     if target_modules is not None:
         paths = [path for path, _ in model.named_modules() if re.fullmatch(target_modules, path)]
     else:
@@ -75,12 +77,40 @@ def branch_parameters(model: nn.Module, settings: BranchSettings, targets: Seque
 
 def target_width(model: nn.Module, path: str) -> int:
     """Width d of what the attention at `path` reads."""
+    from preskip.attach import input_width, text_decoder
+
     hidden_size = getattr(getattr(text_decoder(model), "config", None), "hidden_size", None)
     return input_width(model.get_submodule(path), hidden_size)
 
 
-def match_expansion(model: nn.Module, settings: BranchSettings, budget: int, targets: Sequence[str]) -> BranchSettings:
+def nearest_expansion(settings: BranchSettings, budget: int, widths: Sequence[int]) -> BranchSettings:
     """The same branch with the expansion that comes nearest to a number of parameters.
+
+    Args:
+        settings: the branch; its expansion is replaced.
+        budget: parameters to come to, over all branches.
+        widths: width d of each branch.
+
+    Raises:
+        PreskipError: it would take an expansion above 64.
+    """
+    d = widths[0]
+
+    def with_inner(inner: int) -> BranchSettings:
+        # Half a feature more than wanted, so that rounding ⌊expansion · d⌋ gives `inner` whatever the floats do.
+        return replace(settings, expansion=(inner + 0.5) / d)
+
+    one, two = (sum(with_inner(inner).cost(width).parameters for width in widths) for inner in (1, 2))
+    inner = max(1, round(1 + (budget - one) / (two - one)))
+    if inner > 64 * d - 1:
+        raise PreskipError(
+            f"{budget:,} parameters need an expansion above 64 in {len(widths)} layers: adapt more layers"
+        )
+    return with_inner(inner)
+
+
+def match_expansion(model: nn.Module, settings: BranchSettings, budget: int, targets: Sequence[str]) -> BranchSettings:
+    """`nearest_expansion` for the branches of some attentions of a model.
 
     Args:
         model: the base.
@@ -91,19 +121,7 @@ def match_expansion(model: nn.Module, settings: BranchSettings, budget: int, tar
     Raises:
         PreskipError: the nearest possible number is more than 0.5 % away; it is named.
     """
-    d = target_width(model, targets[0])
-
-    def with_inner(inner: int) -> BranchSettings:
-        # Half a feature more than wanted, so that rounding ⌊expansion · d⌋ gives `inner` whatever the floats do.
-        return replace(settings, expansion=(inner + 0.5) / d)
-
-    one, two = (branch_parameters(model, with_inner(inner), targets) for inner in (1, 2))
-    inner = max(1, round(1 + (budget - one) / (two - one)))
-    if inner > 64 * d - 1:
-        raise PreskipError(
-            f"{budget:,} parameters need an expansion above 64 in {len(targets)} layers: adapt more layers"
-        )
-    matched = with_inner(inner)
+    matched = nearest_expansion(settings, budget, [target_width(model, path) for path in targets])
     total = branch_parameters(model, matched, targets)
     if abs(total - budget) > TOLERANCE * budget:
         raise PreskipError(

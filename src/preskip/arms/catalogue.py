@@ -1,9 +1,9 @@
-"""The arms that can be compared, by name."""
+"""The arms that can be compared, on a frozen base and from scratch, by name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
 
 # The share of layers, from the top, that the arms preskip-late adapt.
 LATE = 0.25
@@ -126,141 +125,172 @@ def _all_parameters(context: ArmContext) -> list[str]:
     return [name for name, _ in context.base.named_parameters()]
 
 
-# To add an arm: a name, a sentence, a learning rate to start from, and the PEFT configuration for a context.
-ARMS: dict[str, Arm] = {
-    arm.name: arm
-    for arm in (
-        Arm(
-            name="none",
-            description="the pretrained model as it is",
-            learning_rate=None,
-            budget="floor",
-        ),
-        Arm(
-            name="preskip",
-            description="pre-projection before Q/K/V and content skip around attention",
-            learning_rate=5e-4,
-            make_config=_branch,
-        ),
-        Arm(
-            name="preproj",
-            description="pre-projection alone, wider to match",
-            learning_rate=5e-4,
-            make_config=partial(_branch, content_skip=False, skip_rank=None, enrich_attention=True),
-        ),
-        Arm(
-            name="skip",
-            description="linear content skip alone; it cannot be widened, so it trains fewer weights",
-            learning_rate=5e-4,
-            make_config=partial(
-                _branch, match=False, preprojection=False, gated=False, enrich_attention=True, content_skip=True
-            ),
-            budget="smaller",
-        ),
-        Arm(
-            name="content",
-            description="attention reads x̂ as before, only the skip carries the enriched features",
-            learning_rate=5e-4,
-            make_config=partial(_branch, enrich_attention=False, preprojection=True, content_skip=True),
-        ),
-        Arm(
-            name="parallel",
-            description="parallel adapter: the features join attention's output and never feed Q/K/V",
-            learning_rate=5e-4,
-            make_config=partial(
-                _branch, enrich_attention=False, content_skip=False, skip_rank=None, preprojection=True
-            ),
-        ),
-        Arm(
-            name="preskip-gated",
-            description="preskip with a gated pre-projection, narrower to match",
-            learning_rate=5e-4,
-            make_config=partial(_branch, gated=True, preprojection=True),
-        ),
-        Arm(
-            name="preskip-lowrank",
-            description="preskip with a skip of rank d/8 and a wider pre-projection to match",
-            learning_rate=5e-4,
-            make_config=_low_rank,
-        ),
-        Arm(
-            name="preskip-late",
-            description="preskip in the last quarter of the adapted layers, wider to match",
-            learning_rate=5e-4,
-            make_config=_late,
-        ),
-        Arm(
-            name="preskip-late-narrow",
-            description="preskip in the last quarter of the adapted layers, as wide as in preskip",
-            learning_rate=5e-4,
-            make_config=partial(_late, match=False),
-            budget="smaller",
-        ),
-        Arm(
-            name="lora",
-            description="LoRA on the attention's Q, K, V and output projections",
-            learning_rate=1e-3,
-            make_config=partial(_lora, arm="lora"),
-        ),
-        Arm(
-            name="dora",
-            description="DoRA on the attention's Q, K, V and output projections",
-            learning_rate=1e-3,
-            make_config=partial(_lora, arm="dora", use_dora=True),
-        ),
-        Arm(
-            name="rslora",
-            description="rank-stabilised LoRA (scale 16/√rank) on the attention's Q, K, V and output projections",
-            learning_rate=1e-3,
-            make_config=partial(_lora, arm="rslora", use_rslora=True),
-        ),
-        Arm(
-            name="preproj+lora",
-            description="pre-projection, and LoRA with the weights that the skip would have had",
-            learning_rate=5e-4,
-            make_config=_preproj_lora,
-        ),
-        Arm(
-            name="ia3",
-            description="IA3: one factor per key, value and inner MLP feature",
-            learning_rate=1e-2,
-            make_config=_ia3,
-            budget="floor",
-        ),
-        Arm(
-            name="layernorm",
-            description="the weights of the norms alone",
-            learning_rate=3e-3,
-            make_config=_layer_norms,
-            budget="floor",
-        ),
-        Arm(
-            name="bitfit",
-            description="the biases alone",
-            learning_rate=3e-3,
-            own_weights=bias_names,
-            budget="floor",
-        ),
-        Arm(
-            name="full",
-            description="full fine-tuning: every weight of the model",
-            learning_rate=3e-5,
-            own_weights=_all_parameters,
-            budget="ceiling",
-        ),
+def _branch_arm(name: str, description: str, *, match: bool = True, decisive: bool = False, **changes: Any) -> Arm:
+    """A branch that differs from the reference's in `changes`, on a frozen base and from scratch."""
+    return Arm(
+        name=name,
+        description=description,
+        learning_rate=5e-4,
+        make_config=partial(_branch, match=match, **changes),
+        build=lambda planner: planner.branch(match=match, **changes),
+        budget="matched" if match else "smaller",
+        decisive=decisive,
     )
-}
 
 
-def resolve_arms(names: Sequence[str]) -> list[Arm]:
+# To add an arm: a name, a sentence, and what makes it: the PEFT configuration for a context and a learning rate to
+# start from, the architecture for a planner, or both. The decisive ones are declared against in this order.
+REGISTRY = (
+    Arm(name="none", description="the pretrained model as it is", budget="floor", decisive=True),
+    _branch_arm("preskip", "pre-projection before Q/K/V and content skip around attention"),
+    _branch_arm(
+        "preproj", "pre-projection alone, wider to match", content_skip=False, skip_rank=None, enrich_attention=True
+    ),
+    _branch_arm(
+        "skip",
+        "linear content skip alone; it cannot be widened, so it trains fewer weights",
+        match=False,
+        preprojection=False,
+        gated=False,
+        enrich_attention=True,
+        content_skip=True,
+    ),
+    _branch_arm(
+        "content",
+        "attention reads x̂ as before, only the skip carries the enriched features",
+        enrich_attention=False,
+        preprojection=True,
+        content_skip=True,
+    ),
+    Arm(
+        name="lora",
+        description="LoRA on the attention's Q, K, V and output projections",
+        learning_rate=1e-3,
+        make_config=partial(_lora, arm="lora"),
+        decisive=True,
+    ),
+    Arm(
+        name="base-wide",
+        description="the MLP widened until the model has as many weights as preskip",
+        build=lambda planner: planner.wider(),
+        decisive=True,
+    ),
+    Arm(
+        name="base-flops",
+        description="the architecture as it is, trained on as many more tokens as preskip's FLOPs pay for",
+        build=lambda planner: planner.plain,
+        matches="training FLOPs",
+        decisive=True,
+    ),
+    Arm(
+        name="base",
+        description="the architecture as it is",
+        build=lambda planner: planner.plain,
+        budget="smaller",
+        decisive=True,
+    ),
+    Arm(
+        name="base-deep",
+        description="layers added until the model comes nearest to preskip's weights",
+        build=lambda planner: planner.deeper(),
+        decisive=True,
+    ),
+    _branch_arm(
+        "parallel",
+        "parallel adapter: the features join attention's output and never feed Q/K/V",
+        decisive=True,
+        enrich_attention=False,
+        content_skip=False,
+        skip_rank=None,
+        preprojection=True,
+    ),
+    _branch_arm(
+        "preskip-gated", "preskip with a gated pre-projection, narrower to match", gated=True, preprojection=True
+    ),
+    Arm(
+        name="preskip-lowrank",
+        description="preskip with a skip of rank d/8 and a wider pre-projection to match",
+        learning_rate=5e-4,
+        make_config=_low_rank,
+    ),
+    Arm(
+        name="preskip-late",
+        description="preskip in the last quarter of the adapted layers, wider to match",
+        learning_rate=5e-4,
+        make_config=_late,
+    ),
+    Arm(
+        name="preskip-late-narrow",
+        description="preskip in the last quarter of the adapted layers, as wide as in preskip",
+        learning_rate=5e-4,
+        make_config=partial(_late, match=False),
+        budget="smaller",
+    ),
+    Arm(
+        name="dora",
+        description="DoRA on the attention's Q, K, V and output projections",
+        learning_rate=1e-3,
+        make_config=partial(_lora, arm="dora", use_dora=True),
+    ),
+    Arm(
+        name="rslora",
+        description="rank-stabilised LoRA (scale 16/√rank) on the attention's Q, K, V and output projections",
+        learning_rate=1e-3,
+        make_config=partial(_lora, arm="rslora", use_rslora=True),
+    ),
+    Arm(
+        name="preproj+lora",
+        description="pre-projection, and LoRA with the weights that the skip would have had",
+        learning_rate=5e-4,
+        make_config=_preproj_lora,
+    ),
+    Arm(
+        name="ia3",
+        description="IA3: one factor per key, value and inner MLP feature",
+        learning_rate=1e-2,
+        make_config=_ia3,
+        budget="floor",
+    ),
+    Arm(
+        name="layernorm",
+        description="the weights of the norms alone",
+        learning_rate=3e-3,
+        make_config=_layer_norms,
+        budget="floor",
+    ),
+    Arm(
+        name="bitfit",
+        description="the biases alone",
+        learning_rate=3e-3,
+        own_weights=bias_names,
+        budget="floor",
+    ),
+    Arm(
+        name="full",
+        description="full fine-tuning: every weight of the model",
+        learning_rate=3e-5,
+        own_weights=_all_parameters,
+        budget="ceiling",
+    ),
+)
+# Inserted into a frozen base, and trained from scratch.
+ARMS = {arm.name: arm for arm in REGISTRY if arm.build is None or arm.make_config is not None}
+SCRATCH_ARMS = {arm.name: arm for arm in REGISTRY if arm.build is not None}
+
+
+def resolve_arms(names: Sequence[str], among: Mapping[str, Arm] = ARMS) -> list[Arm]:
     """Arms by name, in the given order, `none` first.
+
+    Args:
+        names: of different arms.
+        among: `ARMS` or `SCRATCH_ARMS`.
 
     Raises:
         PreskipError: an unknown name, a name twice, or none at all.
     """
-    unknown = [name for name in names if name not in ARMS]
+    unknown = [name for name in names if name not in among]
     if unknown:
-        raise PreskipError(f"unknown arm {unknown[0]!r}: choose from {', '.join(ARMS)}")
+        raise PreskipError(f"unknown arm {unknown[0]!r}: choose from {', '.join(among)}")
     if not names or len(set(names)) != len(names):
         raise PreskipError("--arms needs one or more different arms")
-    return [ARMS[name] for name in sorted(names, key=lambda name: name != "none")]
+    return [among[name] for name in sorted(names, key=lambda name: name != "none")]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from preskip.arms.arm import ArmContext
-from preskip.attach import text_decoder
 from preskip.errors import PreskipError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def norm_paths(context: ArmContext) -> list[str]:
@@ -62,6 +63,8 @@ def ia3_modules(context: ArmContext) -> tuple[list[str], list[str]]:
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
     )
 
+    from preskip.attach import text_decoder
+
     kind = str(text_decoder(context.base).config.model_type)  # type: ignore[union-attr]
     if kind not in TARGETS:
         raise PreskipError(f"PEFT names no modules for IA3 in {kind} models: leave the arm out")
@@ -74,6 +77,8 @@ def ia3_modules(context: ArmContext) -> tuple[list[str], list[str]]:
 
 def _decoder_modules(context: ArmContext) -> list[tuple[str, nn.Module]]:
     """Modules of the text decoder by path, only those of the adapted layers where the user chose some."""
+    from preskip.attach import text_decoder
+
     decoder = text_decoder(context.base)
     prefix = next((path for path, module in context.base.named_modules() if module is decoder), "")
     modules = [(".".join(part for part in (prefix, path) if part), module) for path, module in decoder.named_modules()]

@@ -15,8 +15,8 @@ from preskip.errors import PreskipError
 from preskip.experiment.parse import parse_names, parse_seeds
 
 if TYPE_CHECKING:
+    from preskip.arms.plan import Plan
     from preskip.experiment.pretrain_options import PretrainConfig
-    from preskip.pretrain.arms import Plan
 
 WHAT, MODEL, TRAINING, BRANCH, EVALUATION, OUTPUT = "What", "Model", "Training", "Branch", "Evaluation", "Output"
 # Options that become fields of the architecture's config.
@@ -177,9 +177,9 @@ def pretrain(
         from preskip.progress import quiet_libraries
 
         quiet_libraries()
-        from preskip.pretrain.executor import follow_pretrain
+        from preskip.experiment.run import follow_run
 
-        follow(follow_pretrain, device, resume)
+        follow(follow_run, device, resume)
         return
     if resume is not None:
         refuse_other_options(context, FREE)
@@ -197,30 +197,25 @@ def pretrain(
         from preskip.progress import quiet_libraries
 
         quiet_libraries()
-        from preskip.pretrain.executor import all_together, on_ray
-        from preskip.pretrain.run import in_processes, run_pretrain, start_pretrain
+        from preskip.experiment.run import finish_run, start_run
         from preskip.runs.directory import RunDirectory
 
     if config is not None:
-        run = start_pretrain(
-            config, out or default_out(Path(config.arch).stem, config.corpus), ["preskip", *sys.argv[1:]]
-        )
+        run = start_run(config, out or default_out(Path(config.arch).stem, config.corpus), ["preskip", *sys.argv[1:]])
     else:
         assert resume is not None
         run = RunDirectory.open(resume)
     if not as_json:
         _announce(run)
-    execute = in_processes(workers, as_json) if workers > 1 else None
-    if executor == "ray":
-        execute = on_ray(ray_address, as_json)
-    elif world_size() > 1:
-        execute = all_together(as_json)
     with kept_for_resuming(run, "pretrain", is_new=resume is None):
-        results = run_pretrain(
+        results = finish_run(
             run,
-            execute=execute,
-            show_plans=(lambda plans: None) if as_json else print_plans,
+            "pretrain",
             quiet=as_json,
+            workers=workers,
+            executor=executor,
+            ray_address=ray_address,
+            show_plans=(lambda plans: None) if as_json else print_plans,
         )
     page = write_report(run, as_json)
     if as_json:

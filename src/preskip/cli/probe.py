@@ -168,9 +168,9 @@ def probe(
         from preskip.progress import quiet_libraries
 
         quiet_libraries()
-        from preskip.probe.run import follow_probe
+        from preskip.experiment.run import follow_run
 
-        follow(follow_probe, device, resume)
+        follow(follow_run, device, resume)
         return
     if resume is not None:
         refuse_other_options(context, FREE)
@@ -198,20 +198,20 @@ def probe(
         from preskip.progress import quiet_libraries
 
         quiet_libraries()
-        from preskip.probe.run import run_probe, start_probe
+        from preskip.experiment.run import finish_run, start_run
         from preskip.runs.directory import RunDirectory
         from preskip.train.cluster import check_executor
 
     check_executor(executor, ray_address)
     if config is not None:
-        run = start_probe(config, out or default_out(config.model, config.corpus), ["preskip", *sys.argv[1:]])
+        run = start_run(config, out or default_out(config.model, config.corpus), ["preskip", *sys.argv[1:]])
     else:
         assert resume is not None
         run = RunDirectory.open(resume)
     if not as_json:
         _announce(run, asked=None if config is None else config.dtype)
     with kept_for_resuming(run, "probe", is_new=resume is None):
-        results = run_probe(run, quiet=as_json, executor=executor, ray_address=ray_address)
+        results = finish_run(run, "probe", quiet=as_json, executor=executor, ray_address=ray_address)
     page = write_report(run, as_json)
     if as_json:
         print(json.dumps({"run": str(run.path), "report": page and str(page), **results}, indent=1))

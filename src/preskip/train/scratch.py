@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from preskip.arms.flops import training_flops_per_token
 from preskip.attach import CHILD
 from preskip.errors import DivergedError, PreskipError
 from preskip.progress import Advance, no_progress
 from preskip.runs.files import clear_disk_errors, write_jsonl
 from preskip.train.checkpoints import ResumableTrainer
 from preskip.train.distributed import adapt_trainer, is_main, share_batch, shared_training, world_size
-from preskip.train.speed import training_flops_per_token
 from preskip.train.steps import BlockDataset, finite_step, stack_rows
 
 SCHEDULE = "cosine_with_min_lr"

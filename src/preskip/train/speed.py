@@ -1,57 +1,11 @@
-"""What a training step costs in FLOPs, and how near to the machine's matrix products it comes."""
+"""What the machine's matrix products reach: the peak that utilisation is held against."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import nn
-
-# Forward and backward: a matrix product has two more of its size in the backward pass.
-TRAINING_FACTOR = 3
-
-
-def embedding_parameters(model: nn.Module) -> int:
-    """Weights that are only looked up: of token and position embeddings. An output head tied to one counts here."""
-    weights = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
-    return sum(weights.values())
-
-
-def forward_flops_per_token(model: nn.Module, seq_len: int) -> int:
-    """FLOPs of one token in a forward pass over sequences of `seq_len`, 2 per multiply-add.
-
-    Counted are the matrix products: every matrix of a linear layer once, the output head also where it is tied, of a
-    mixture of experts those that a token visits, and attention's two products, 4 · seq_len · width per layer, as if no
-    entry were masked (the usual convention: a causal kernel may skip half). Norms, activations and the softmax are not.
-
-    Args:
-        model: a causal language model of transformers; it may be on the meta device.
-        seq_len: tokens per sequence.
-    """
-    config: Any = model.config
-    config = config.get_text_config()
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = sum(_active(p, config) for p in model.parameters() if p.ndim >= 2 and id(p) not in looked_up)
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if id(head.weight) in looked_up:
-        matrices += head.weight.numel()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * seq_len * config.num_hidden_layers * config.num_attention_heads * head_dim
-    return 2 * matrices + attention
-
-
-def training_flops_per_token(model: nn.Module, seq_len: int) -> int:
-    """Three times `forward_flops_per_token`; recomputed activations are not counted."""
-    return TRAINING_FACTOR * forward_flops_per_token(model, seq_len)
-
-
-def _active(parameter: nn.Parameter, config: Any) -> int:
-    """Weights that one token meets: transformers stacks the experts of a layer in one tensor [experts, out, in]."""
-    if parameter.ndim < 3:
-        return parameter.numel()
-    return parameter.numel() // parameter.shape[0] * config.num_experts_per_tok
 
 
 @torch.inference_mode()

@@ -9,10 +9,10 @@ import pytest
 from preskip.data.tokenizer import load_tokenizer
 from preskip.errors import PreskipError
 from preskip.experiment.pretrain_options import PretrainConfig
-from preskip.pretrain.arms import plan_arms
-from preskip.pretrain.corpora import most_tokens, reading_limit
-from preskip.pretrain.prepare import prepare
-from preskip.pretrain.run import start_pretrain
+from preskip.experiment.reading import reading_limit
+from preskip.experiment.run import start_run
+from preskip.experiment.scratch import Scratch, most_tokens, plan_arms
+from preskip.train.distributed import Crew
 from tiny_model import save_tiny_llama
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -61,8 +61,9 @@ def hub(monkeypatch):
 
 
 def prepared(settings, out, quiet=False):
-    run = start_pretrain(settings, out, ["preskip"])
-    return run, *prepare(run, settings, quiet)
+    run = start_run(settings, out, ["preskip"])
+    prepared, facts = Scratch.prepare(run, settings, quiet, Crew())
+    return run, prepared.plans, facts
 
 
 def test_an_endless_corpus_is_read_as_far_as_needed(hub, tmp_path, capsys):
@@ -85,7 +86,7 @@ def test_an_endless_corpus_is_read_as_far_as_needed(hub, tmp_path, capsys):
     amount = f"{count:,} documents ({lengths[count - 1]:,} characters)"
     line = f"corpus some/set: read the first {amount} and left the rest: enough for {most:,} training"
     assert line in told
-    again = prepare(run, settings, True)[1]["corpus"]
+    again = Scratch.prepare(run, settings, True, Crew())[1]["corpus"]
     assert again == corpus
     assert capsys.readouterr().err == ""
 
@@ -119,10 +120,10 @@ def test_tokens_longer_than_expected_are_named(hub, tmp_path):
 def test_the_longest_arm_is_known_before_the_tokenizer(tmp_path, own):
     model = save_tiny_llama(tmp_path / "model")
     settings = config(tokenizer=str(model) if own else None, tokens=1_000_000)
-    run = start_pretrain(settings, tmp_path / "run", ["preskip"])
+    run = start_run(settings, tmp_path / "run", ["preskip"])
     tokens = max(plan.tokens for plan in plan_arms(settings, load_tokenizer(str(model))).values())
-    assert most_tokens(run, settings, tmp_path) == tokens > 1_000_000
-    assert most_tokens(run, config(arms=("base", "preskip")), tmp_path) == 20_480
+    assert most_tokens(run, settings) == tokens > 1_000_000
+    assert most_tokens(run, config(arms=("base", "preskip"))) == 20_480
 
 
 def test_arithmetic_of_the_limit():

@@ -5,17 +5,17 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+from preskip.adapter import PreskipConfig
 from preskip.analysis.depth import depth_profile, text_profile
 from preskip.analysis.nulls import norms
-from preskip.arms import Arm, insert, resolve_arms
+from preskip.arms import Arm, ArmContext, resolve_arms
 from preskip.evaluate.dtype_audit import dtype_audit
-from preskip.probe.bench import Bench
-from preskip.probe.cells import has_branch, train
-from preskip.runs.directory import Cell, RunDirectory
+from preskip.experiment.frozen import Frozen
+from preskip.runs.directory import Cell
 from preskip.runs.files import clear_disk_errors, read_json, write_json
 
 
-def run_controls(run: RunDirectory, bench: Bench) -> dict[str, Any]:
+def run_controls(prepared: Frozen) -> dict[str, Any]:
     """Train the nulls and controls that the run asks for; finished ones are not repeated.
 
     `noise` costs seconds and is made for every arm with a branch and every seed; `shuffled` and the equal steps cost a
@@ -25,8 +25,8 @@ def run_controls(run: RunDirectory, bench: Bench) -> dict[str, Any]:
     Returns:
         `nulls`, `equal_step` and `dtype_audit` of results.json, as far as asked for.
     """
-    config = bench.config
-    arms = [arm for arm in resolve_arms(config.arms) if has_branch(arm, bench.context)]
+    config = prepared.config
+    arms = [arm for arm in resolve_arms(config.arms) if has_branch(arm, prepared.context)]
     arms.sort(key=lambda arm: arm.name != "preskip")
     parts: dict[str, Any] = {}
     nulls: dict[str, dict[str, Any]] = {}
@@ -34,7 +34,8 @@ def run_controls(run: RunDirectory, bench: Bench) -> dict[str, Any]:
         chosen, seeds = (arms, config.seeds) if null == "noise" else (arms[:1], config.seeds[:1])
         nulls[null] = {
             arm.name: [
-                {"seed": seed, "layers": norms(_control(run, bench, arm, seed, null, control=null))} for seed in seeds
+                {"seed": seed, "layers": norms(_control(prepared, arm.name, seed, null, control=null))}
+                for seed in seeds
             ]
             for arm in chosen
         }
@@ -42,45 +43,50 @@ def run_controls(run: RunDirectory, bench: Bench) -> dict[str, Any]:
         parts["nulls"] = nulls
     if config.equal_step and arms:
         arm, seed = arms[0], config.seeds[0]
-        rows = _control(run, bench, arm, seed, "equal_step", equal_step=True)
+        rows = _control(prepared, arm.name, seed, "equal_step", equal_step=True)
         parts["equal_step"] = {arm.name: {str(seed): rows}}
     if config.dtype_audit:
-        parts["dtype_audit"] = _dtype_audit(run, bench)
+        parts["dtype_audit"] = _dtype_audit(prepared)
     return parts
 
 
-def _dtype_audit(run: RunDirectory, bench: Bench) -> dict[str, Any]:
+def has_branch(arm: Arm, context: ArmContext) -> bool:
+    """Whether one of the arm's adapters is a Preskip branch; to be asked while the base is untouched."""
+    return any(isinstance(config, PreskipConfig) for config in arm.configs(context))
+
+
+def _dtype_audit(prepared: Frozen) -> dict[str, Any]:
     """The untouched base in each dtype on what the arms are scored on, audited now or read from the run."""
-    done = run.path / "controls" / "dtype-audit.json"
+    done = prepared.run.path / "controls" / "dtype-audit.json"
     if not done.is_file():
-        config = bench.config
+        config = prepared.config
         found = dtype_audit(
-            bench.model_name,
-            bench.tokenizer,
-            texts=bench.heldout.texts,
-            suite=bench.heldout.suite,
+            prepared.model_name,
+            prepared.tokenizer,
+            texts=prepared.heldout.texts,
+            suite=prepared.heldout.suite,
             device=config.device,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             batch_tokens=config.eval_batch_tokens,
-            quiet=bench.quiet,
+            quiet=prepared.quiet,
         )
         write_json(done, found.report)
     return read_json(done)
 
 
-def _control(run: RunDirectory, bench: Bench, arm: Arm, seed: int, name: str, **control: Any) -> list[dict[str, Any]]:
+def _control(prepared: Frozen, arm: str, seed: int, name: str, **control: Any) -> list[dict[str, Any]]:
     """Depth rows of one control, trained now or read from the run."""
-    cell: Cell = run.control(name, arm.name, seed)
+    cell: Cell = prepared.run.control(name, arm, seed)
     if cell.is_done:
         return read_json(cell.summary)["depth"]
     with clear_disk_errors(cell.folder):
         cell.folder.mkdir(parents=True, exist_ok=True)
-    with insert(arm, bench.context, seed) as inserted:
-        train(bench, arm, inserted, seed, folder=cell, label=f"{name} {arm.name}", **control)
+    with prepared.build(arm, seed) as built:
+        prepared.train(built, arm, seed, cell, f"{name} {arm}", **control)
         # Of the nulls only the norms say something.
-        equal = name == "equal_step"
-        depth = text_profile(bench.base, bench.heldout.texts[0]) if equal else depth_profile(bench.base, [])
-    write_json(cell.summary, {"arm": arm.name, "seed": seed, "control": name, "depth": depth})
+        base = prepared.base
+        depth = text_profile(base, prepared.heldout.texts[0]) if name == "equal_step" else depth_profile(base, [])
+    write_json(cell.summary, {"arm": arm, "seed": seed, "control": name, "depth": depth})
     shutil.rmtree(cell.checkpoints, ignore_errors=True)
     return depth

@@ -16,12 +16,11 @@ from typing import Any
 
 from torch import nn
 
-from preskip.arms import Arm, insert
+from preskip.arms import ARMS
 from preskip.errors import DivergedError, PreskipError
 from preskip.evaluate.texts import TextSet, score_texts
-from preskip.experiment.probe_options import LEAST
-from preskip.probe.bench import Bench
-from preskip.probe.cells import train
+from preskip.experiment.execute import Execute
+from preskip.experiment.frozen import Frozen
 from preskip.progress import Advance, progress_bar
 from preskip.runs.directory import Cell
 from preskip.runs.files import read_json, write_json
@@ -30,17 +29,36 @@ from preskip.stats import paired_ratio_difference
 # Half decades around the arm's default.
 GRID = (-1, 0, 1)
 RUNGS = (1 / 4, 1 / 2)
+# The first step warms up from a rate of 0: after it alone all rates would tie.
+LEAST_STEPS = 2
 # Rates beyond the grid's edge that are tried on either side.
 EXTENSIONS = 3
 
 
-def search_rate(bench: Bench, arm: Arm, folder: Path, base: list[dict[str, Any]]) -> dict[str, Any]:
+def tune(prepared: Frozen, execute: Execute) -> list[str]:
+    """Find the learning rates that are to be tuned, and record them in run.json; finished trainings are not repeated.
+
+    Returns:
+        The arms whose rate is tuned.
+    """
+    run, config = prepared.run, prepared.config
+    tuned = [arm for arm in config.arms if config.is_tuned(arm)]
+    waiting = [arm for arm in tuned if not (run.search / arm / "search.json").is_file()]
+    base = base_records(prepared) if waiting else []
+    found = dict(execute("search", search_rate, [(arm, base) for arm in tuned], tuned))
+    facts = run.manifest["arms"]
+    for index, arm in enumerate(tuned):
+        facts[arm]["learning_rate"] = found[index]["chosen"]
+    run.update_manifest(arms=facts)
+    return tuned
+
+
+def search_rate(prepared: Frozen, arm: str, base: list[dict[str, Any]]) -> dict[str, Any]:
     """Find an arm's learning rate; finished trainings are not repeated.
 
     Args:
-        bench: what the run shares.
-        arm: a trained arm.
-        folder: RUN/search/<arm>.
+        prepared: what the run shares.
+        arm: name of a trained arm.
         base: the untouched model's records of the development sets (`base_records`).
 
     Returns:
@@ -49,18 +67,19 @@ def search_rate(bench: Bench, arm: Arm, folder: Path, base: list[dict[str, Any]]
     Raises:
         PreskipError: every rate diverged.
     """
+    folder = prepared.run.search / arm
     done = folder / "search.json"
     if done.is_file():
         return read_json(done)
-    default = arm.learning_rate
+    default = ARMS[arm].learning_rate
     assert default is not None
-    steps = [max(LEAST["steps"], round(share * bench.config.steps)) for share in RUNGS]
+    steps = [max(LEAST_STEPS, round(share * prepared.config.steps)) for share in RUNGS]
     trials: dict[tuple[int, int], dict[str, Any]] = {}
 
     def trial(rung: int, power: int) -> float:
         if (rung, power) not in trials:
             rate = float(f"{default * 10 ** (power / 2):.3g}")
-            trials[rung, power] = _trial(bench, arm, folder, rung, steps[rung], rate, base)
+            trials[rung, power] = _trial(prepared, arm, folder, rung, steps[rung], rate, base)
         entry = trials[rung, power]
         return math.inf if entry["diverged"] else entry["dev"]["in"]["value"]
 
@@ -76,9 +95,7 @@ def search_rate(bench: Bench, arm: Arm, folder: Path, base: list[dict[str, Any]]
 
     first = extend(list(GRID))
     if all(math.isinf(trial(0, power)) for power in first):
-        raise PreskipError(
-            f"arm {arm.name}: training diverged at every learning rate: use --dtype float32 or fixed --lr"
-        )
+        raise PreskipError(f"arm {arm}: training diverged at every learning rate: use --dtype float32 or fixed --lr")
     ranked = sorted(first, key=lambda power: (trial(0, power), abs(power)))
     kept = [power for power in ranked[: -(-len(GRID) // 2)] if not math.isinf(trial(0, power))]
     for power in kept:
@@ -91,7 +108,7 @@ def search_rate(bench: Bench, arm: Arm, folder: Path, base: list[dict[str, Any]]
             break
         best = min((best, *beyond), key=lambda candidate: trial(1, candidate))
     if math.isinf(trial(1, best)):
-        raise PreskipError(f"arm {arm.name}: training diverged at its best learning rate: give a fixed --lr")
+        raise PreskipError(f"arm {arm}: training diverged at its best learning rate: give a fixed --lr")
     trials[1, best]["kept"] = True
     found = {
         "default": default,
@@ -103,26 +120,28 @@ def search_rate(bench: Bench, arm: Arm, folder: Path, base: list[dict[str, Any]]
     return found
 
 
-def base_records(bench: Bench) -> list[dict[str, Any]]:
+def base_records(prepared: Frozen) -> list[dict[str, Any]]:
     """The untouched model's records of the development sets."""
-    texts = bench.heldout.development
+    texts = prepared.heldout.development
     windows = sum(len(text.windows) for text in texts)
-    with progress_bar("development texts, none", windows, quiet=bench.quiet) as advance:
-        return _score(bench, bench.base, texts, advance)
+    with progress_bar("development texts, none", windows, quiet=prepared.quiet) as advance:
+        return _score(prepared, prepared.base, texts, advance)
 
 
-def _score(bench: Bench, model: nn.Module, texts: Sequence[TextSet], advance: Advance) -> list[dict[str, Any]]:
-    return score_texts(model, texts, bench.tokenizer, batch_tokens=bench.config.eval_batch_tokens, advance=advance)
+def _score(prepared: Frozen, model: nn.Module, texts: Sequence[TextSet], advance: Advance) -> list[dict[str, Any]]:
+    return score_texts(
+        model, texts, prepared.tokenizer, batch_tokens=prepared.config.eval_batch_tokens, advance=advance
+    )
 
 
 def _trial(
-    bench: Bench, arm: Arm, folder: Path, rung: int, steps: int, rate: float, base: list[dict[str, Any]]
+    prepared: Frozen, arm: str, folder: Path, rung: int, steps: int, rate: float, base: list[dict[str, Any]]
 ) -> dict[str, Any]:
     cell = Cell(folder / f"rung-{rung}" / f"{rate:g}")
     done = cell.folder / "trial.json"
     if done.is_file():
         return {**read_json(done), "kept": False}
-    seed = bench.config.tune_seed
+    seed = prepared.config.tune_seed
     entry: dict[str, Any] = {
         "rung": rung,
         "steps": steps,
@@ -133,14 +152,14 @@ def _trial(
         "diverged": False,
     }
     cell.folder.mkdir(parents=True, exist_ok=True)
-    texts = bench.heldout.development
-    label = f"tune {arm.name} {rate:g}"
+    texts = prepared.heldout.development
+    label = f"tune {arm} {rate:g}"
     try:
-        with insert(arm, bench.context, seed) as inserted:
-            train(bench, arm, inserted, seed, folder=cell, label=label, learning_rate=rate, steps=steps)
+        with prepared.build(arm, seed) as built:
+            prepared.train(built, arm, seed, cell, label, rate=rate, steps=steps)
             windows = sum(len(text.windows) for text in texts)
-            with progress_bar(f"{label}: score", windows, quiet=bench.quiet) as advance:
-                records = _score(bench, inserted.model, texts, advance)
+            with progress_bar(f"{label}: score", windows, quiet=prepared.quiet) as advance:
+                records = _score(prepared, built.model, texts, advance)
         entry["dev"] = {
             "in": _difference(records, base, texts[0].name),
             "out": {text.name: _difference(records, base, text.name) for text in texts[1:]},

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from preskip.errors import PreskipError
-from preskip.probe import search
+from preskip.experiment import search
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def chosen(tmp_path, monkeypatch):
     """Search over the powers of √10 around the default for the least of `loss(rung, power)`; None diverges."""
 
     def find(loss, steps=24):
-        def trial(bench, arm, folder, rung, steps, rate, base):
+        def trial(prepared, arm, folder, rung, steps, rate, base):
             power = next(p for p in range(-6, 7) if float(f"{1e-3 * 10 ** (p / 2):.3g}") == rate)
             value = loss(rung, power)
             dev = None if value is None else {"in": {"value": value, "low": value, "high": value}}
@@ -21,11 +21,11 @@ def chosen(tmp_path, monkeypatch):
             return {**facts, "kept": False, "diverged": value is None, "power": power}
 
         monkeypatch.setattr(search, "_trial", trial)
-        arm = SimpleNamespace(name="skip", learning_rate=1e-3)
-        bench = SimpleNamespace(config=SimpleNamespace(steps=steps))
+        monkeypatch.setattr(search, "ARMS", {"skip": SimpleNamespace(learning_rate=1e-3)})
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        folder.mkdir()
-        found = search.search_rate(bench, arm, folder, [])
+        (folder / "skip").mkdir(parents=True)
+        prepared = SimpleNamespace(config=SimpleNamespace(steps=steps), run=SimpleNamespace(search=folder))
+        found = search.search_rate(prepared, "skip", [])
         return found, [(entry["rung"], entry["power"]) for entry in found["trace"]]
 
     return find

@@ -4,10 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from preskip.arms import SCRATCH_ARMS
+from preskip.arms.plan import Planner
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 from preskip.experiment.pretrain_options import ARM_NAMES, PretrainConfig
-from preskip.pretrain.arms import ARMS, plan_arms
+from preskip.experiment.scratch import build_model, plan_arms
 from tiny_text import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -17,13 +19,29 @@ def config(**changes):
     return PretrainConfig(**{"arms": ARM_NAMES, "tokens": 400_000, **changes})
 
 
+def planner(layers=None):
+    options = config()
+    return Planner(
+        arch=options.arch,
+        overrides=options.overrides,
+        tokenizer=TOKENIZER,
+        own_vocabulary=False,
+        settings=options.settings,
+        skip_position=options.skip_position,
+        layers=layers,
+        seq_len=options.seq_len,
+        steps=options.steps,
+        tokens_per_step=options.tokens_per_step,
+    )
+
+
 @pytest.fixture(scope="module")
 def plans():
     return plan_arms(config(), TOKENIZER)
 
 
 def test_every_name_has_an_arm():
-    assert tuple(ARMS) == ARM_NAMES
+    assert set(ARM_NAMES) <= set(SCRATCH_ARMS)
 
 
 def test_sizes_are_those_of_the_models_that_are_built(plans):
@@ -81,6 +99,32 @@ def test_every_arm_trains_on_the_asked_tokens_but_the_iso_flop_one(plans):
     assert {plan.tokens for name, plan in plans.items() if name != "base-flops"} == {98 * 4096}
 
 
+@pytest.mark.parametrize("arm", ["preskip", "preproj", "skip", "parallel"])
+def test_only_the_chosen_layers_have_a_branch(arm):
+    plan, whole = (planner(layers=layers).plan(arm) for layers in ((1, 3), None))
+    model = AutoModelForCausalLM.from_config(plan.config)
+    assert {int(name.split(".layers.")[1][0]) for name, _ in model.named_parameters() if ".preskip." in name} == {1, 3}
+    assert plan.size.parameters == sum(p.numel() for p in model.parameters())
+    plain = planner(layers=None).plan("base").size.parameters
+    assert 5 * (plan.size.parameters - plain) == 2 * (whole.size.parameters - plain)
+    assert plan.deviation == (None if arm == "skip" else pytest.approx(0, abs=5e-4))
+
+
+def test_controls_are_matched_to_the_layers_that_have_a_branch():
+    plain, wide = (planner(layers=(0,)).plan(arm) for arm in ("base", "base-wide"))
+    assert wide.size.parameters - plain.size.parameters == pytest.approx(3.5 * 128**2, abs=5 * 3 * 128 / 2)
+
+
+def test_layers_that_are_not_there_are_refused():
+    with pytest.raises(PreskipError, match=r"preskip_layers=\[0, 5\] is not possible with 5 layers"):
+        planner(layers=(0, 5)).plan("preskip")
+
+
+def test_other_branches_can_be_trained_from_scratch_too(plans):
+    for arm in ("content", "preskip-gated"):
+        assert planner().plan(arm).size.parameters == pytest.approx(plans["preskip"].size.parameters, rel=5e-4)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_other_branches_are_matched_too(gated):
     settings = BranchSettings(gated=gated, expansion=0.5, skip_rank=8, init_weights="paper")
@@ -113,8 +157,6 @@ def test_other_architectures_are_matched_too(arch, tmp_path):
 
 
 def test_base_and_preskip_begin_with_the_same_weights():
-    from preskip.pretrain.cells import build_model
-
     plans = plan_arms(config(overrides={"num_hidden_layers": 1}), TOKENIZER)
     run = config(device="cpu")
     base, ours = (build_model(run, plans[arm], seed=7).state_dict() for arm in ("base", "preskip"))

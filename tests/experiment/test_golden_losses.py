@@ -1,6 +1,6 @@
 """A change that moves what is learned must be meant: stored losses of 50 steps, for every architecture.
 
-`tests/golden_losses.py` writes them anew; docs/pretraining.md says when.
+`tests/support/golden_losses.py` writes them anew; docs/pretraining.md says when.
 """
 
 import json

@@ -2,14 +2,14 @@
 
 from types import SimpleNamespace
 
-from preskip.probe import controls
+from preskip.experiment import controls
 
 
 def test_costly_controls_are_of_preskip_whatever_the_order(monkeypatch):
     trained = []
 
-    def control(run, bench, arm, seed, name, **options):
-        trained.append((name, arm.name, seed))
+    def control(prepared, arm, seed, name, **options):
+        trained.append((name, arm, seed))
         return []
 
     monkeypatch.setattr(controls, "_control", control)
@@ -21,7 +21,7 @@ def test_costly_controls_are_of_preskip_whatever_the_order(monkeypatch):
         equal_step=True,
         dtype_audit=False,
     )
-    parts = controls.run_controls(None, SimpleNamespace(config=config, context=None))
+    parts = controls.run_controls(SimpleNamespace(config=config, context=None))
     assert set(trained) == {
         *(("noise", arm, seed) for arm in ("content", "preskip") for seed in (1, 2)),
         ("shuffled", "preskip", 1),

@@ -1,0 +1,219 @@
+"""Arms from scratch, solved: what is built and for how long it trains, its size or compute matched to arm preskip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from preskip.architecture import architecture
+from preskip.architecture.config import with_branch
+from preskip.arms.budget import nearest_expansion
+from preskip.arms.catalogue import SCRATCH_ARMS
+from preskip.arms.flops import TRAINING_FACTOR, embedding_parameters, forward_flops_per_token
+from preskip.arms.shape import plain_config, tokenizer_fields
+from preskip.branch import BranchSettings
+from preskip.errors import PreskipError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a model is and costs.
+
+    Attributes:
+        parameters: weights, tied ones once.
+        non_embedding: without token and position embeddings (an untied output head counts).
+        flops_per_token: forward FLOPs per token (`forward_flops_per_token`).
+    """
+
+    parameters: int
+    non_embedding: int
+    flops_per_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One arm, solved: what is built and how long it is trained.
+
+    Attributes:
+        name: of the arm.
+        description: one sentence.
+        config: the architecture.
+        size: what it costs.
+        steps: optimiser steps.
+        tokens: training tokens.
+        matched: what the arm has in common with preskip: "parameters", "training FLOPs", or None.
+        deviation: relative difference from preskip in what is matched; None where nothing is.
+    """
+
+    name: str
+    description: str
+    config: PreTrainedConfig
+    size: Size
+    steps: int
+    tokens: int
+    matched: str | None
+    deviation: float | None
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner width of the MLP."""
+        return _mlp_width(self.config)
+
+    @property
+    def training_flops(self) -> int:
+        """FLOPs of the whole training, forward and backward."""
+        return TRAINING_FACTOR * self.size.flops_per_token * self.tokens
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The arm as run.json describes it, without how it is trained."""
+        return {
+            "description": self.description,
+            "budget": "matched" if self.matched else "smaller",
+            "matched": self.matched,
+            "deviation": self.deviation,
+            **asdict(self.size),
+            "forward_flops_per_token": self.size.flops_per_token,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "training_flops": self.training_flops,
+            "hidden_size": self.config.hidden_size,
+            "layers": self.config.num_hidden_layers,
+            "mlp_width": self.mlp_width,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """What arms from scratch are made from.
+
+    Attributes:
+        arch: name of a shape, or path of a `config.json` of a plain model.
+        overrides: fields of its config to change.
+        tokenizer: of all arms.
+        own_vocabulary: see `plain_config`.
+        settings: the branch of the arm preskip; the others are matched to it.
+        skip_position: see `PreskipConfig`.
+        layers: layer indices that have a branch; None for all.
+        seq_len: tokens per training sequence.
+        steps: optimiser steps of the arm preskip.
+        tokens_per_step: tokens that a step reads.
+    """
+
+    arch: str
+    overrides: Mapping[str, Any]
+    tokenizer: Any
+    own_vocabulary: bool
+    settings: BranchSettings
+    skip_position: str
+    layers: tuple[int, ...] | None
+    seq_len: int
+    steps: int
+    tokens_per_step: int
+
+    @cached_property
+    def plain(self) -> PreTrainedConfig:
+        """The architecture without branches."""
+        return self._changed()
+
+    @cached_property
+    def target(self) -> Size:
+        """The size of the arm preskip."""
+        return self.size(self.branch())
+
+    def size(self, config: PreTrainedConfig) -> Size:
+        """Count a model's weights and FLOPs without allocating it."""
+        model = on_meta(config)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return Size(
+            parameters=total,
+            non_embedding=total - embedding_parameters(model),
+            flops_per_token=forward_flops_per_token(model, self.seq_len),
+        )
+
+    def branch(self, *, match: bool = True, **changes: Any) -> PreTrainedConfig:
+        """The architecture with a branch that differs from preskip's in `changes`, as wide as its weights allow.
+
+        Raises:
+            PreskipError: the type has no such architecture, or the settings or layers do not fit it.
+        """
+        settings, d = replace(self.settings, **changes), self.plain.hidden_size
+        if match and changes:
+            settings = nearest_expansion(settings, self.settings.cost(d).parameters, [d])
+        kind = architecture(self.plain.model_type).config
+        layers = None if self.layers is None else list(self.layers)
+        return with_branch(kind, self.plain, settings, preskip_skip_position=self.skip_position, preskip_layers=layers)
+
+    def wider(self) -> PreTrainedConfig:
+        """The plain model with an MLP so wide that the weights come nearest to preskip's."""
+        return self._grown(_width_field(self.plain), _mlp_width(self.plain), least=0)
+
+    def deeper(self) -> PreTrainedConfig:
+        """The plain model with as many layers as come nearest to preskip's weights, at least one more."""
+        return self._grown("num_hidden_layers", self.plain.num_hidden_layers, least=1)
+
+    def _grown(self, field: str, value: int, *, least: int) -> PreTrainedConfig:
+        count = self.size(self.plain).parameters
+        per_unit = self.size(self._changed(**{field: value + 1})).parameters - count
+        more = round((self.target.parameters - count) / per_unit)
+        return self._changed(**{field: value + max(least, more)})
+
+    def _changed(self, **changes: Any) -> PreTrainedConfig:
+        fields = tokenizer_fields(self.tokenizer)
+        return plain_config(self.arch, {**self.overrides, **changes}, fields, own_vocabulary=self.own_vocabulary)
+
+    def plan(self, name: str) -> Plan:
+        """Solve an arm of `SCRATCH_ARMS`.
+
+        Raises:
+            PreskipError: an architecture that cannot be built; the arm is named where it is the reason.
+        """
+        arm, target = SCRATCH_ARMS[name], self.target
+        assert arm.build is not None
+        try:
+            config = arm.build(self)
+            size = self.size(config)
+        except PreskipError as error:
+            raise PreskipError(f"arm {name}: {error}") from None
+        steps = self.steps
+        if arm.matches == "training FLOPs":
+            steps = round(steps * target.flops_per_token / size.flops_per_token)
+            deviation = size.flops_per_token * steps / (target.flops_per_token * self.steps) - 1
+        else:
+            deviation = size.parameters / target.parameters - 1
+        is_matched = arm.budget == "matched"
+        return Plan(
+            name=name,
+            description=arm.description,
+            config=config,
+            size=size,
+            steps=steps,
+            tokens=steps * self.tokens_per_step,
+            matched=arm.matches if is_matched else None,
+            deviation=deviation if is_matched else None,
+        )
+
+
+def on_meta(config: PreTrainedConfig) -> nn.Module:
+    """The model of a config on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _mlp_width(config: PreTrainedConfig) -> int:
+    width = getattr(config, _width_field(config))
+    return 4 * config.hidden_size if width is None else width  # GPT-2's default
+
+
+def _width_field(config: PreTrainedConfig) -> str:
+    """Name of the field that holds the MLP's width."""
+    for field in ("intermediate_size", "n_inner"):
+        if hasattr(config, field):
+            return field
+    raise PreskipError(f"the MLP of a {config.model_type} has no width that could be changed: leave base-wide out")

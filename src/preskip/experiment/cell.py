@@ -1,0 +1,90 @@
+"""One cell of a run: one arm trained with one seed, and scored on everything. It needs the run directory alone."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preskip.experiment.frozen import Frozen
+from preskip.experiment.prepared import Prepared
+from preskip.experiment.scratch import Scratch
+from preskip.runs.directory import RunDirectory
+from preskip.runs.environment import hardware_name
+from preskip.runs.files import clear_disk_errors, write_json, write_jsonl
+from preskip.train.memory import peak_memory
+
+# By the command that makes the run; a run.json without a kind is of the first.
+KINDS: dict[str, type[Prepared]] = {"probe": Frozen, "pretrain": Scratch}
+
+
+def kind_of(run: RunDirectory) -> str:
+    """The command that has made a run."""
+    return run.manifest.get("kind", "probe")
+
+
+@lru_cache(maxsize=1)
+def opened(path: Path) -> Prepared:
+    """What the cells of the run at a path share; it stays in memory for the next cell."""
+    run = RunDirectory.open(path)
+    kind = KINDS[kind_of(run)]
+    return kind.open(run, kind.options.from_json(run.manifest["config"]))
+
+
+def run_cell(run: Path | Prepared, arm: str, seed: int) -> dict[str, Any]:
+    """Train and score one arm with one seed, and store what came out; `cell.json` is written last.
+
+    A cell that is done is not repeated, an interrupted one goes on from its last checkpoint. To be called from any
+    process that sees the run directory; no two may run the same cell at once.
+
+    Args:
+        run: a run directory that `finish_run` has prepared, or what its cells share.
+        arm: name of the arm.
+        seed: of initialisation, data order and dropout.
+
+    Returns:
+        The content of cell.json.
+
+    Raises:
+        PreskipError: a loss that is not finite, damaged data, or a full disk.
+    """
+    prepared = run if isinstance(run, Prepared) else opened(Path(run).resolve())
+    config, cell = prepared.config, prepared.run.cell(arm, seed)
+    if cell.is_done:
+        return cell.load()[0]
+    trains = prepared.arms[arm].trains
+    label = f"{arm} seed {seed}" if trains and len(config.seeds) > 1 else arm
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    with clear_disk_errors(cell.folder):
+        cell.folder.mkdir(parents=True, exist_ok=True)
+    with peak_memory(torch.device(config.device)) as peak, prepared.build(arm, seed) as built:
+        if trains:
+            rows = prepared.train(built, arm, seed, cell, f"train {label}")
+            prepared.save(built, cell)
+        parameters = built.parameters
+        trained = time.perf_counter()
+        items = prepared.heldout.score(
+            built.model, prepared.tokenizer, label, batch_tokens=config.eval_batch_tokens, quiet=prepared.quiet
+        )
+        measured = prepared.measure(built, label)
+    summary = {
+        "arm": arm,
+        "seed": seed,
+        "trainable_parameters": parameters,
+        "learning_rate": prepared.rate(arm),
+        **prepared.summarise(arm, rows),
+        "peak_memory_bytes": peak.bytes,
+        "hardware": hardware_name(config.device),
+        "train_seconds": round(trained - started, 2),
+        "evaluate_seconds": round(time.perf_counter() - trained, 2),
+        **measured,
+    }
+    write_jsonl(cell.items, items)
+    write_json(cell.summary, summary)
+    shutil.rmtree(cell.checkpoints, ignore_errors=True)
+    return summary

@@ -1,0 +1,123 @@
+"""Where the cells of a run and its searches are computed: here, in several processes of this machine, or on Ray.
+
+All write the same files into the run directory, which the machines of a cluster must share. Under a launcher they are
+computed here, and each training is shared with the other processes (`preskip.train.distributed.Crew`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from preskip.errors import PreskipError
+from preskip.experiment.cell import opened
+from preskip.experiment.prepared import Prepared
+from preskip.progress import quiet_libraries, say
+from preskip.runs import environment
+from preskip.train.cluster import RayPool
+
+# (what, function, calls, names): index and result of function(prepared, *call) for every call, as they are done.
+Execute = Callable[[str, Callable[..., Any], Sequence[tuple[Any, ...]], Sequence[str]], Iterator[tuple[int, Any]]]
+# The same for function(*call), in other processes.
+Outcomes = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]], Sequence[str]], Iterator[tuple[int, Any]]]
+
+
+@contextmanager
+def open_executor(
+    prepared: Prepared, *, workers: int = 1, kind: str = "local", address: str | None = None
+) -> Iterator[Execute]:
+    """A way to compute what needs a run directory alone, with one line for each that is done.
+
+    Args:
+        prepared: what the cells of the run share.
+        workers: processes of this machine.
+        kind: "local" or "ray".
+        address: of the Ray cluster; None starts one on this machine.
+
+    Raises:
+        PreskipError: the cluster is unavailable; or, while computing, workers are lost.
+    """
+
+    def execute(what: str, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], names: Sequence[str]):
+        outcomes: Iterator[tuple[int, Any]]
+        if pool is None:
+            outcomes = ((index, function(prepared, *call)) for index, call in enumerate(calls))
+        else:
+            path = prepared.run.path.resolve()
+            outcomes = pool(_in_worker, [(path, function, *call) for call in calls], names)
+        for number, (index, result) in enumerate(outcomes, 1):
+            say(f"{what} {number} of {len(calls)} done: {names[index]}", quiet=prepared.quiet)
+            yield index, result
+
+    pool: Outcomes | None = None
+    if kind == "ray":
+        with closing(RayPool(address, prepared.config.device)) as cluster:
+            pool = cluster.outcomes
+            yield execute
+    elif workers > 1:
+        with processes(workers) as pool:
+            yield execute
+    else:
+        yield execute
+
+
+def _in_worker(path: Path, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(opened(path), *arguments)
+
+
+@contextmanager
+def processes(count: int) -> Iterator[Outcomes]:
+    """`count` processes of this machine, which share its cores.
+
+    Each takes an equal part of the threads. Several threads add in another order than one, so on a CPU the number of
+    processes may move the last digits of the results.
+    """
+    threads = max(1, environment.usable_cores() // count)
+    # Spawned: a forked process inherits locks of the libraries' threads, and no CUDA.
+    with ProcessPoolExecutor(
+        count, mp_context=get_context("spawn"), initializer=_set_up, initargs=(threads, os.getpid())
+    ) as pool:
+
+        def outcomes(
+            function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], names: Sequence[str]
+        ) -> Iterator[tuple[int, Any]]:
+            running = {pool.submit(function, *call): index for index, call in enumerate(calls)}
+            for future in as_completed(running):
+                yield running[future], future.result()
+
+        try:
+            yield outcomes
+        except BrokenProcessPool:
+            raise PreskipError(
+                "a worker ended without a word (out of memory?): resume, with fewer --workers if it happens again"
+            ) from None
+        except BaseException:
+            workers = list((pool._processes or {}).values())  # the pool forgets them as it shuts down
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.terminate()
+            raise
+
+
+def _set_up(threads: int, parent: int) -> None:
+    """A worker's share of the cores; the libraries' notices off the terminal; its end where the run's process dies."""
+    quiet_libraries()
+    torch.set_num_threads(threads)
+
+    def watch() -> None:
+        # A run that was killed can be resumed at once: nobody else may be training its cells then.
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

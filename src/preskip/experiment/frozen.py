@@ -1,0 +1,274 @@
+"""Training on a frozen base: the base is loaded once per process, arms are inserted into it and taken out again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from preskip.analysis.ablation import ablate, ablation_passes
+from preskip.analysis.depth import text_profile
+from preskip.arms import ARMS, Arm, ArmContext, attention_paths, branch_parameters, resolve_arms
+from preskip.arms.insert import Inserted, insert
+from preskip.assets import load_model, load_tokenizer, resolve_model
+from preskip.data.blocks import pack_blocks, scored_size
+from preskip.data.recorded import locate
+from preskip.data.splits import Splits, choose
+from preskip.errors import PreskipError
+from preskip.evaluate.likelihood import check_causal
+from preskip.evaluate.published import recognise_published
+from preskip.evaluate.texts import prepare_texts
+from preskip.experiment.family import declare_family
+from preskip.experiment.heldout import LAST_WORD, load_corpora, local_data, prepare_heldout
+from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, Row, common_facts, started_in
+from preskip.experiment.probe_options import ProbeConfig
+from preskip.progress import Advance, progress_bar, progress_display, spinner
+from preskip.runs.directory import Cell, RunDirectory
+from preskip.runs.files import clear_disk_errors, sync_tree
+from preskip.train.distributed import Crew
+from preskip.train.frozen import TrainingSettings, train_frozen
+
+# Words of each document on which layers are switched off: two passes per layer are costly.
+ABLATION_WORDS = 60
+
+
+@dataclass(kw_only=True)
+class Frozen(Prepared):
+    """What the cells of a run on a frozen base share.
+
+    Attributes:
+        model_name: what `preskip.assets.load_model` calls the base from here.
+        base: the untouched model.
+        context: what arms depend on.
+        blocks: gives the training blocks [N, seq_len] of a seed, the same for every arm.
+    """
+
+    options = ProbeConfig
+    arms = ARMS
+
+    model_name: str
+    base: nn.Module
+    context: ArmContext
+    blocks: Callable[[int], np.ndarray]
+
+    @classmethod
+    def prepare(cls, run: RunDirectory, config: ProbeConfig, quiet: bool, crew: Crew) -> tuple[Frozen, dict[str, Any]]:
+        """See `Prepared.prepare`."""
+        directory = started_in(run)
+        corpora = load_corpora(config, directory, quiet, taken=(LAST_WORD, *config.tasks))
+        splits = corpora[0].splits
+        model_name = locate(config.model, directory)
+        source = resolve_model(model_name)
+        with spinner(f"loading {config.model}", quiet=quiet):
+            tokenizer = load_tokenizer(model_name, trust_remote_code=config.trust_remote_code)
+            base = load_model(
+                model_name,
+                dtype=getattr(torch, config.dtype),
+                device=config.device,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+            )
+        check_causal(base)
+        text_config = base.config.get_text_config()
+        limit = getattr(text_config, "max_position_embeddings", None)
+        longest = max(config.seq_len, config.context_length)
+        if limit is not None and longest > limit:
+            raise PreskipError(
+                f"{longest} tokens exceed the model's context of {limit}: lower --seq-len/--context-length"
+            )
+        context = _context(config, base)
+        arms = resolve_arms(config.arms)
+        described = {arm.name: _arm_facts(arm, context, config) for arm in arms}
+        with spinner("preparing the held-out texts", quiet=quiet):
+            heldout = prepare_heldout(config, corpora, tokenizer, limit, local_data(config, directory))
+        blocks = _training_blocks(config, splits, tokenizer, quiet)
+        prepared = cls(
+            run=run,
+            config=config,
+            tokenizer=tokenizer,
+            heldout=heldout,
+            quiet=quiet,
+            crew=crew,
+            model_name=model_name,
+            base=base,
+            context=context,
+            blocks=blocks,
+        )
+        wanted = config.steps * config.batch_size * config.seq_len
+        tokens = int(blocks(config.seeds[0]).size)
+        return prepared, {
+            "model": {
+                "name": config.model,
+                "type": base.config.model_type,
+                "parameters": sum(parameter.numel() for parameter in base.parameters()),
+                "layers": text_config.num_hidden_layers,
+                "hidden_size": text_config.hidden_size,
+                "dtype": config.dtype,
+                "attn_implementation": base.config._attn_implementation,
+                "source": source.source,
+                "sha256": source.sha256,
+                "revision": source.revision,
+            },
+            **common_facts(config, splits, tokens=tokens, wanted=wanted, documents=len(splits.training)),
+            "arms": described,
+            "sets": heldout.sets,
+            "family": declare_family(arms, heldout.sets),
+            "published": recognise_published(config.model, base.config),
+        }
+
+    def build(self, arm: str, seed: int) -> AbstractContextManager[Inserted]:
+        """See `Prepared.build`."""
+        return insert(ARMS[arm], self.context, seed)
+
+    def steps(self, arm: str) -> int:
+        """See `Prepared.steps`."""
+        return self.config.steps
+
+    def fit(
+        self,
+        built: Inserted,
+        arm: str,
+        seed: int,
+        cell: Cell,
+        *,
+        rate: float,
+        steps: int,
+        advance: Advance,
+        **more: Any,
+    ) -> list[Row]:
+        """See `Prepared.fit`; `more` are fields of `TrainingSettings` that make it a control."""
+        config = self.config
+        settings = TrainingSettings(
+            steps=steps,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch,
+            learning_rate=rate,
+            seed=seed,
+            gradient_checkpointing=config.gradient_checkpointing,
+            save_steps=config.save_steps,
+            **more,
+        )
+        return train_frozen(
+            built.model,
+            self.blocks(seed),
+            settings,
+            arm=arm,
+            checkpoints=cell.checkpoints,
+            log=cell.train_log,
+            advance=advance,
+        )
+
+    def save(self, built: Inserted, cell: Cell) -> None:
+        """See `Prepared.save`."""
+        with clear_disk_errors(cell.adapter):
+            shutil.rmtree(cell.adapter, ignore_errors=True)  # half of one, where a process was killed here
+            built.save(cell.adapter)
+            sync_tree(cell.adapter)
+
+    def summarise(self, arm: str, rows: list[Row]) -> dict[str, Any]:
+        """See `Prepared.summarise`."""
+        return {
+            "steps": len(rows),
+            "final_training_loss": rows[-1]["loss"] if rows else None,
+            "seconds_per_step": float(np.median([row["seconds"] for row in rows])) if rows else None,
+        }
+
+    def measure(self, built: Inserted, label: str) -> dict[str, Any]:
+        """See `Prepared.measure`."""
+        depth = text_profile(self.base, self.heldout.texts[0])
+        ablation = self._ablate(built, label) if depth and self.config.ablation_documents else []
+        return {"kv_cache_bytes_per_token": cache_bytes(built.model), "depth": depth, "ablation": ablation}
+
+    def _ablate(self, built: Inserted, label: str) -> list[dict[str, Any]]:
+        """Loss change when one layer's skip or enrichment is switched off, on the beginnings of in-domain documents."""
+        config, documents = self.config, self.heldout.texts[0].documents
+        documents = choose(documents, config.ablation_documents, ABLATION_WORDS, config.split_seed)
+        text = prepare_texts("ablation", documents, self.tokenizer, context_length=config.context_length)
+        sizes = [scored_size(document, self.tokenizer).bytes for document in documents]
+        batch_tokens = config.eval_batch_tokens
+        passes = ablation_passes(built.model, text.windows, batch_tokens)
+        with progress_bar(f"ablate {label}", passes, quiet=self.quiet) as advance:
+            return ablate(built.model, text.windows, text.owners, sizes, batch_tokens=batch_tokens, advance=advance)
+
+
+def _context(config: ProbeConfig, base: nn.Module) -> ArmContext:
+    targets = attention_paths(base, config.layers, config.target_modules, config.exclude_modules)
+    return ArmContext(
+        base=base,
+        settings=config.settings,
+        skip_position=config.skip_position,
+        layers=config.layers,
+        targets=tuple(targets),
+        by_name=config.target_modules is not None or config.exclude_modules is not None,
+        budget=branch_parameters(base, config.settings, targets),
+        match=config.match,
+        lora_ranks=config.lora_ranks,
+        lora_scale=config.lora_scale,
+    )
+
+
+def _training_blocks(config: ProbeConfig, splits: Splits, tokenizer: Any, quiet: bool) -> Callable[[int], np.ndarray]:
+    wanted = config.steps * config.batch_size * config.seq_len
+
+    @lru_cache(maxsize=2)
+    def blocks_of(seed: int) -> np.ndarray:
+        if config.packing == "paragraphs":
+            from preskip.data.paragraphs import block_labels, paper_blocks, paper_paragraphs
+
+            paragraphs = paper_paragraphs(document.text for document in splits.training)
+            return block_labels(*paper_blocks(paragraphs, tokenizer, config.seq_len))
+        with progress_display("tokenise training text", quiet=quiet) as progress:
+            return pack_blocks(
+                splits.training,
+                tokenizer,
+                config.seq_len,
+                limit_tokens=wanted,
+                seed=seed,
+                piece_characters=PIECE_CHARACTERS,
+                min_blocks=config.batch_size,
+                progress=progress,
+            )
+
+    return blocks_of
+
+
+def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig) -> dict[str, Any]:
+    """What run.json says of an arm; it is inserted once, so that an impossible one is found before training."""
+    kept = ("r", "lora_alpha", "layers_to_transform", "skip_position", *asdict(context.settings))
+    settings: dict[str, Any] = {}
+    for config_of_arm in arm.configs(context):
+        described = config_of_arm.to_dict()
+        settings |= {key: described[key] for key in kept if described.get(key) is not None}
+    with insert(arm, context, config.seeds[0]) as inserted:
+        trainable, flops = inserted.parameters, inserted.flops_per_token
+    return {
+        "description": arm.description,
+        "learning_rate": config.learning_rate(arm.name),
+        "budget": "none" if not arm.trains else arm.budget if config.match != "none" else "unmatched",
+        "base_dtype": config.dtype,
+        "adapter_dtype": "float32" if arm.trains else None,
+        "compute_dtype": config.dtype,
+        "attn_implementation": context.base.config._attn_implementation,  # type: ignore[union-attr]
+        "trainable_parameters": trainable,
+        "forward_flops_per_token": flops,
+        "settings": settings,
+    }
+
+
+@torch.inference_mode()
+def cache_bytes(model: nn.Module, tokens: int = 16) -> float | None:
+    """Bytes of the K/V cache per token that the model keeps after reading `tokens`; None where it keeps none."""
+    ids = torch.arange(tokens, device=next(model.parameters()).device)[None] + 2
+    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", None)
+    if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
+        return None
+    held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) / tokens

@@ -1,0 +1,258 @@
+"""What every arm is scored on: held-out documents, last words, lm-eval tasks and the paper's own items, as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from preskip.data.blocks import Window
+from preskip.data.corpus import Document
+from preskip.data.last_word import LastWordItem, build_items
+from preskip.data.local import LAMBADA_DEVELOPMENT, data_directory, lambada_development
+from preskip.data.recorded import locate
+from preskip.data.splits import Splits, choose, load_splits, slug
+from preskip.data.tables import Limit
+from preskip.errors import PreskipError
+from preskip.evaluate.likelihood import last_word_records, last_word_windows, score_sequences
+from preskip.evaluate.paper import LENGTH, PaperItems, encode_paper_items, load_paper_data, paper_scores
+from preskip.evaluate.texts import TextSet, prepare_texts, score_texts
+from preskip.experiment.parse import parse_extent
+from preskip.experiment.pretrain_options import PretrainConfig
+from preskip.experiment.probe_options import ProbeConfig
+from preskip.progress import progress_bar
+
+if TYPE_CHECKING:
+    from preskip.evaluate.tasks import TaskSuite
+
+Config = ProbeConfig | PretrainConfig
+LAST_WORD = "last_word"
+# Sets of lm-eval and of the paper's protocol that are WikiText, in-domain where that is trained on.
+WIKITEXT_SETS = {"wikitext", "paper:wikitext"}
+
+
+class Scored(NamedTuple):
+    """A corpus of which `documents` held-out documents of `words` words are scored; `domain` is "in" or "out"."""
+
+    splits: Splits
+    documents: int
+    words: int
+    domain: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What every arm is evaluated on, tokenised once.
+
+    Attributes:
+        texts: document sets, the in-domain one first.
+        items: last-word items.
+        item_windows: the window of each.
+        suite: lm-eval tasks, or None.
+        paper: what the paper's own protocol scores, or None.
+        development: document sets to choose learning rates on, the in-domain one first.
+        sets: the evaluation sets as run.json describes them.
+    """
+
+    texts: list[TextSet]
+    items: list[LastWordItem] = field(default_factory=list)
+    item_windows: list[Window] = field(default_factory=list)
+    suite: TaskSuite | None = None
+    paper: PaperItems | None = None
+    development: list[TextSet] = field(default_factory=list)
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def score(
+        self, model: nn.Module, tokenizer: Any, label: str, *, batch_tokens: int | None, quiet: bool
+    ) -> list[dict[str, Any]]:
+        """One record per document and item of every evaluation set."""
+        done = 0
+
+        def step(size: int) -> dict[str, Any]:
+            """Options of a scoring of `size` sequences, whose progress follows that of those before."""
+            nonlocal done
+            before, done = done, done + size
+            return {"batch_tokens": batch_tokens, "advance": lambda count, note="": advance(before + count, note)}
+
+        sizes = [sum(len(text.windows) for text in self.texts), len(self.item_windows)]
+        sizes += [self.suite.size if self.suite else 0, len(self.paper.windows) if self.paper else 0]
+        with progress_bar(f"evaluate {label}", sum(sizes), quiet=quiet) as advance:
+            records = score_texts(model, self.texts, tokenizer, **step(sizes[0]))
+            scores = score_sequences(model, self.item_windows, **step(sizes[1]))
+            records += last_word_records(LAST_WORD, self.items, scores)
+            if self.suite is not None:
+                records += self.suite.score(model, **step(sizes[2]))
+            if self.paper is not None:
+                records += paper_scores(model, self.paper, **step(sizes[3])).records
+        return records
+
+
+def local_data(config: Config, directory: Path) -> Path | None:
+    """The folder with local data of a run that was started in `directory`, or None."""
+    return data_directory(locate(config.data_dir, directory) if config.data_dir else None)
+
+
+def load_corpora(
+    config: Config, directory: Path, quiet: bool, *, limit: Limit | None = None, taken: Sequence[str] = ()
+) -> list[Scored]:
+    """The training corpus, then the others, each with the number of documents and words to score.
+
+    Args:
+        config: every option.
+        directory: the run was started in.
+        quiet: no progress.
+        limit: of the training corpus.
+        taken: names of other evaluation sets.
+
+    Raises:
+        PreskipError: a corpus that cannot be read or has too few documents, or two sets of one name.
+    """
+    options: dict[str, Any] = {
+        "data_dir": local_data(config, directory),
+        "heldout_fraction": config.heldout_fraction,
+        "seed": config.split_seed,
+        "progress": not quiet,
+    }
+    home: dict[str, Any] = {"text_column": config.text_column, "split": config.corpus_split, "limit": limit}
+    extents = {config.corpus: (config.eval_documents, config.eval_words)}
+    for text in config.eval_corpora:
+        name, documents, words = parse_extent(text, config.eval_documents, config.eval_words)
+        extents[name] = (documents, words)
+    scored = []
+    for name, (documents, words) in extents.items():
+        is_home = name == config.corpus
+        splits = load_splits(locate(name, directory), **options, **(home if is_home else {}))
+        scored.append(Scored(splits, documents, words, "in" if is_home else "out"))
+    require(config, "held-out", scored[0].splits.heldout, 2)
+    names = [*(slug(text.splits.name) for text in scored), *taken]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise PreskipError(f"two evaluation sets are named {twice!r}: rename a file, or leave one out")
+    return scored
+
+
+def require(config: Config, part: str, documents: Sequence[Document], least: int) -> None:
+    """Refuse a training corpus whose `part` has fewer than `least` documents (an interval takes 2)."""
+    if len(documents) < least:
+        count = f"{len(documents)} {part} document{'s' * (len(documents) != 1)}"
+        raise PreskipError(
+            f"corpus {config.corpus} has {count}, {least} or more are needed: raise --heldout-fraction, or give more "
+            "documents"
+        )
+
+
+def prepare_documents(config: Config, corpora: Sequence[Scored], tokenizer: Any, context_length: int) -> HeldOut:
+    """Choose and tokenise the held-out documents of every corpus."""
+    texts, sets = [], {}
+    for splits, count, words, domain in corpora:
+        documents = choose(splits.heldout, count, words, config.split_seed)
+        text = prepare_texts(slug(splits.name), documents, tokenizer, context_length=context_length)
+        texts.append(text)
+        title = f"{text.name}, held-out documents"
+        sets[text.name] = text.describe(
+            tokenizer, domain=domain, title=title, source=splits.source, sha256=splits.sha256
+        )
+    return HeldOut(texts=texts, sets=sets)
+
+
+def prepare_heldout(
+    config: ProbeConfig, corpora: Sequence[Scored], tokenizer: Any, limit: int | None, data_dir: Path | None
+) -> HeldOut:
+    """Choose and tokenise all that a frozen model is scored on, and what its learning rates are chosen on.
+
+    Args:
+        config: every option.
+        corpora: the training corpus first.
+        tokenizer: of the base.
+        limit: the model's context, in tokens; longer items are left out.
+        data_dir: the folder of local data, or None.
+
+    Raises:
+        PreskipError: too little text, or a task that is unavailable.
+    """
+    home = corpora[0].splits
+    documents = prepare_documents(config, corpora, tokenizer, config.context_length)
+    sets = documents.sets
+    paper_data = load_paper_data(data_dir) if config.paper_scoring else None
+    development = []
+    if config.lr_mode == "tune":
+        extent = config.development_documents, config.development_words, config.split_seed
+        unseen = {}
+        for splits, *_ in corpora:
+            texts = paper_data.without_scored(splits.development) if paper_data else splits.development
+            if len(texts) < 2:
+                raise PreskipError(
+                    f"corpus {splits.name} has {len(texts)} documents to choose a learning rate on, 2 are needed: "
+                    "give more text, or a fixed --lr"
+                )
+            unseen[splits.name] = texts
+        if "lambada_openai" in config.tasks and data_dir and (data_dir / LAMBADA_DEVELOPMENT).is_file():
+            unseen["lambada_development"] = lambada_development(data_dir)
+        development = [
+            prepare_texts(slug(name), choose(texts, *extent), tokenizer, context_length=config.context_length)
+            for name, texts in unseen.items()
+        ]
+    items, item_windows = _last_words(config, home.heldout, tokenizer, limit) if config.last_word_items else ([], [])
+    if items:
+        sets[LAST_WORD] = {
+            "kind": "item",
+            "domain": "in",
+            "title": f"last word ({config.corpus.upper() if config.corpus.isidentifier() else config.corpus})",
+            "source": home.source,
+            "sha256": home.sha256,
+            "context_length": limit,
+            "stride": None,
+            "items": len(items),
+            "clusters": len({item.document for item in items}),
+            "primary": "acc",
+        }
+    suite = None
+    if config.tasks:
+        from preskip.evaluate.tasks import TaskSuite
+
+        suite = TaskSuite(
+            config.tasks,
+            tokenizer,
+            data_dir=data_dir,
+            limit=config.task_limit,
+            seed=config.split_seed,
+            context_length=limit,
+        )
+        sets |= suite.sets
+    paper = None
+    if paper_data is not None:
+        paper = encode_paper_items(paper_data, tokenizer, context_length=min(limit or LENGTH, LENGTH))
+        sets |= paper.sets
+    for name in WIKITEXT_SETS & sets.keys() if "wikitext" in home.name.lower() else ():
+        sets[name] = {**sets[name], "domain": "in"}
+    return HeldOut(
+        texts=documents.texts,
+        items=items,
+        item_windows=item_windows,
+        suite=suite,
+        paper=paper,
+        development=development,
+        sets=sets,
+    )
+
+
+def _last_words(
+    config: ProbeConfig, documents: Sequence[Document], tokenizer: Any, limit: int | None
+) -> tuple[list[LastWordItem], list[Window]]:
+    try:
+        items = build_items(documents, config.last_word_items, config.split_seed)
+        windows = last_word_windows(items, tokenizer)
+    except PreskipError as error:
+        raise PreskipError(f"{error} (--last-word-items 0)") from None
+    fitting = [
+        pair for pair in zip(items, windows, strict=True) if limit is None or len(pair[1].input_ids) <= limit + 1
+    ]
+    if len({item.document for item, _ in fitting}) < 2:
+        raise PreskipError(
+            "the last-word items that fit the model's context come from fewer than 2 held-out documents: give more text"
+            " or leave them out (--last-word-items 0)"
+        )
+    return [item for item, _ in fitting], [window for _, window in fitting]

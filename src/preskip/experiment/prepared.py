@@ -1,0 +1,163 @@
+"""What the cells of a run share, prepared once per process, and what the two kinds of training have to say."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from preskip.arms import Arm
+from preskip.arms.insert import Inserted
+from preskip.experiment.heldout import Config, HeldOut
+from preskip.progress import Advance, progress_bar
+from preskip.runs import environment
+from preskip.runs.directory import Cell, RunDirectory
+from preskip.train.distributed import Crew
+
+# Training text is shuffled in pieces of about this many characters, so that a short training sees many documents.
+PIECE_CHARACTERS = 4000
+Row = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Prepared(ABC):
+    """What the cells of a run share; its two subclasses are the two kinds of training.
+
+    Attributes:
+        run: the run directory.
+        config: every option.
+        tokenizer: of all arms.
+        heldout: what is scored.
+        quiet: no progress.
+        crew: the processes that train together.
+        options: the class of `config`.
+        arms: what can be compared.
+    """
+
+    options: ClassVar[type[Config]]
+    arms: ClassVar[Mapping[str, Arm]]
+
+    run: RunDirectory
+    config: Any
+    tokenizer: Any
+    heldout: HeldOut
+    quiet: bool = True
+    crew: Crew = field(default_factory=Crew)
+
+    @classmethod
+    @abstractmethod
+    def prepare(cls, run: RunDirectory, config: Any, quiet: bool, crew: Crew) -> tuple[Prepared, dict[str, Any]]:
+        """Make what the run needs, as far as it is not there yet.
+
+        Returns:
+            What cells share, and the facts for run.json.
+
+        Raises:
+            PreskipError: anything that would fail later: models, corpora, budgets of all arms, sizes, tasks.
+        """
+
+    @classmethod
+    def open(cls, run: RunDirectory, config: Any) -> Prepared:
+        """What the cells of a run share, in a process that has not prepared it.
+
+        Raises:
+            PreskipError: something is missing or damaged.
+        """
+        return cls.prepare(run, config, True, Crew())[0]
+
+    @abstractmethod
+    def build(self, arm: str, seed: int) -> AbstractContextManager[Inserted]:
+        """The model of an arm, its new weights drawn from the seed."""
+
+    @abstractmethod
+    def steps(self, arm: str) -> int:
+        """Optimiser steps of an arm."""
+
+    @abstractmethod
+    def fit(
+        self,
+        built: Inserted,
+        arm: str,
+        seed: int,
+        cell: Cell,
+        *,
+        rate: float,
+        steps: int,
+        advance: Advance,
+        **more: Any,
+    ) -> list[Row]:
+        """Train a built arm; the rows of its log."""
+
+    @abstractmethod
+    def save(self, built: Inserted, cell: Cell) -> None:
+        """Store the trained weights in a cell."""
+
+    @abstractmethod
+    def summarise(self, arm: str, rows: list[Row]) -> dict[str, Any]:
+        """What cell.json says of a training."""
+
+    @abstractmethod
+    def measure(self, built: Inserted, label: str) -> dict[str, Any]:
+        """What cell.json says of a trained model beside its scores."""
+
+    def rate(self, arm: str) -> float | None:
+        """Peak learning rate of an arm, from run.json: as given, default or found; None where nothing is trained."""
+        return self.run.manifest["arms"][arm]["learning_rate"]
+
+    def train(
+        self, built: Inserted, arm: str, seed: int, cell: Cell, label: str, *, rate: float | None = None,
+        steps: int | None = None, **more: Any,
+    ) -> list[Row]:  # fmt: skip
+        """Train a built arm, with the other processes of the launch.
+
+        Args:
+            built: the arm's model.
+            arm: its name.
+            seed: of data order, dropout and initialisation.
+            cell: where checkpoints and the log go.
+            label: for the progress bar.
+            rate: peak learning rate; None for the arm's own.
+            steps: optimiser steps; None for the arm's own.
+            more: fields of the settings that make it a control.
+        """
+        rate = self.rate(arm) if rate is None else rate
+        steps = self.steps(arm) if steps is None else steps
+        assert rate is not None
+        if self.crew.leads and more.get("control") != "noise":  # which takes no data, so there is nothing to share
+            self.crew.announce({"arm": arm, "seed": seed, "cell": cell, "rate": rate, "steps": steps, **more})
+        with progress_bar(label, steps, quiet=self.quiet) as advance:
+            return self.fit(built, arm, seed, cell, rate=rate, steps=steps, advance=advance, **more)
+
+
+def started_in(run: RunDirectory) -> Path:
+    """Where a run was started; relative paths that do not exist here are taken from there."""
+    return Path(run.manifest.get("directory", "."))
+
+
+def common_facts(config: Config, splits: Any, *, tokens: int, wanted: int, documents: int) -> dict[str, Any]:
+    """What run.json says of the training corpus, the environment and the seeds, whatever the kind.
+
+    Args:
+        config: every option.
+        splits: the training corpus.
+        tokens: to train on.
+        wanted: tokens that the longest training reads.
+        documents: that the tokens come from.
+    """
+    return {
+        "corpus": {
+            "name": config.corpus,
+            "training_documents": documents,
+            "training_tokens": tokens,
+            "training_passes": round(wanted / tokens, 2),
+            "development_documents": len(splits.development),
+            "heldout_documents": len(splits.heldout),
+            "source": splits.source,
+            "sha256": splits.sha256,
+        },
+        "environment": environment.describe(config.device),
+        "seeds": list(config.seeds),
+    }

@@ -1,0 +1,180 @@
+"""One run from start to results: prepare, search, train and score every arm and seed, compare.
+
+Each arm and seed is a cell of the run directory, each training of the search for a learning rate a trial. What is
+finished is never computed again; what is not continues from its last checkpoint, so that an interrupted run ends with
+the result of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from preskip.analysis.depth_results import drop_documents, trends
+from preskip.arms import resolve_arms
+from preskip.arms.plan import Plan
+from preskip.errors import DivergedError, PreskipError
+from preskip.experiment.cell import KINDS, kind_of, opened, run_cell
+from preskip.experiment.controls import run_controls
+from preskip.experiment.execute import open_executor
+from preskip.experiment.frozen import Frozen
+from preskip.experiment.heldout import Config
+from preskip.experiment.prepared import Prepared
+from preskip.experiment.pretrain_options import PretrainConfig
+from preskip.experiment.results import summarise_run
+from preskip.experiment.scratch import Scratch
+from preskip.experiment.search import tune
+from preskip.metrics import metric_named
+from preskip.progress import say, spinner
+from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
+from preskip.runs.directory import RunDirectory
+from preskip.runs.files import write_json
+from preskip.stats import planned_power
+from preskip.train.distributed import Crew, share_batch
+from preskip.train.scratch import trackers
+
+
+def start_run(config: Config, out: Path, command: Sequence[str]) -> RunDirectory:
+    """Create the run directory of a new run.
+
+    Args:
+        config: what to do; its class says on what: a frozen base, or from scratch.
+        out: the run directory; must not exist.
+        command: the command line, for the record.
+
+    Raises:
+        PreskipError: the path exists, or the device or a tracker is unavailable; nothing has been written then.
+    """
+    if not isinstance(config, PretrainConfig):
+        return new_run(out, config.to_json(), command)
+    stored = config.to_json() | {"report_to": list(trackers(config.report_to)) or ["none"]}
+    return new_run(out, stored, command, kind="pretrain")
+
+
+def finish_run(
+    run: RunDirectory,
+    kind: str | None = None,
+    *,
+    quiet: bool = False,
+    workers: int = 1,
+    executor: str = "local",
+    ray_address: str | None = None,
+    show_plans: Callable[[dict[str, Plan]], None] = lambda plans: None,
+) -> dict[str, Any]:
+    """Do, or finish, what the run's run.json says; under a launcher, as the main process of several that train.
+
+    Args:
+        run: the run directory.
+        kind: "probe" or "pretrain", where only a run of that command is meant.
+        quiet: no progress.
+        workers: processes of this machine that compute cells side by side.
+        executor: where cells are computed, "local" or "ray"; the results are the same.
+        ray_address: of the Ray cluster; None starts one on this machine.
+        show_plans: from scratch: given the solved arms before anything is trained.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        PreskipError: anything a user can mend; the run directory then says "failed" and can be resumed. Or another
+            process is working on the run.
+    """
+    own = kind_of(run)
+    if kind not in (None, own):
+        raise PreskipError(f"{run.path} is no run of `preskip {kind}`: resume it with `preskip {own} --resume`")
+    config = KINDS[own].options.from_json(run.manifest["config"])
+    with attempt(run) as now:
+        share_batch(config.batch_size, config.micro_batch)
+        crew = Crew(config.device)
+        prepared, facts = KINDS[own].prepare(run, config, quiet, crew)
+        check_same_inputs(run, facts, [part for part in ("model", "corpus", "tokenizer") if part in facts])
+        facts["family"] = run.manifest.get("family", facts["family"])  # declared once, before any result
+        facts |= note_other_environments(run, facts["environment"], quiet)
+        if isinstance(prepared, Scratch):
+            show_plans(prepared.plans)
+        say(_extent(facts), quiet=quiet)
+        _say_power(facts, quiet)
+        run.update_manifest(status="running", **facts)
+        crew.announce(run.path.resolve())
+        now.seconds["load"] = now.elapsed()
+        with open_executor(prepared, workers=workers, kind=executor, address=ray_address) as execute:
+            if isinstance(prepared, Frozen) and tune(prepared, execute):
+                now.seconds["tune"] = now.elapsed() - now.seconds["load"]
+            cells = _missing_cells(prepared)
+            summaries = execute("cell", run_cell, cells, [f"{arm}, seed {seed}" for arm, seed in cells])
+            now.seconds |= {"train": 0.0, "evaluate": 0.0}
+            for _, summary in summaries:
+                now.seconds["train"] += summary["train_seconds"]
+                now.seconds["evaluate"] += summary["evaluate_seconds"]
+        extra = run_controls(prepared) if isinstance(prepared, Frozen) else {}
+        crew.dismiss()
+        with spinner("comparing the arms", quiet=quiet):
+            results = summarise_run(run) | extra
+            results |= trends(results)
+            drop_documents(results)
+        write_json(run.path / "results.json", results)
+        now.finish(results)
+    return results
+
+
+def follow_run(device: str) -> None:
+    """Take part in the trainings of a run that the main process of this launch leads; only that one prints and writes.
+
+    Args:
+        device: "cpu" or "cuda", where the models are.
+    """
+    tasks = Crew(device).tasks()
+    for path in tasks:  # the run, once the main process has prepared it
+        prepared = opened(path)
+        for task in tasks:
+            with suppress(DivergedError), prepared.build(task["arm"], task["seed"]) as built:  # the leader tells of it
+                prepared.train(built, label="", **task)
+
+
+def _missing_cells(prepared: Prepared) -> list[tuple[str, int]]:
+    """The arms and seeds that are still to be computed; seeds outermost: what is done early compares all arms."""
+    config, missing = prepared.config, []
+    for seed in config.seeds:
+        for arm in resolve_arms(config.arms, prepared.arms):
+            if not arm.trains and seed != config.seeds[0]:  # the untouched model has no seed: evaluated once
+                continue
+            cell = prepared.run.cell(arm.name, seed)
+            if cell.is_done:
+                cell.load()  # damaged files are found now, not after hours of training
+            else:
+                missing.append((arm.name, seed))
+    return missing
+
+
+def _extent(facts: dict[str, Any]) -> str:
+    """What is trained on and scored, in one line; a corpus that is read several times is worth knowing."""
+    corpus = facts["corpus"]
+    passes = corpus["training_passes"]
+    scored = [
+        f"{name} ({described.get('documents', described.get('items'))} {described['kind']}s)"
+        for name, described in facts["sets"].items()
+    ]
+    return (
+        f"training text {corpus['training_tokens']:,} tokens"
+        + (f", each seen {passes:g} times" if passes > 1 else "")
+        + f"; scored: {', '.join(scored)}"
+    )
+
+
+def _say_power(facts: dict[str, Any], quiet: bool) -> None:
+    """What this run will be able to tell, before it costs anything."""
+    said: dict[str, str] = {}
+    for entry in planned_power(facts["sets"], len(facts["seeds"]), facts["family"]):
+        about = metric_named(entry["metric"])
+        size = f"{about.factor * entry['resolvable']:.{about.decimals}f}{about.difference_unit or f' {about.phrase}'}"
+        if about.is_accuracy and entry["resolvable"] >= 1:
+            size = "nothing"
+        said[entry["set"]] = f"{size} on {entry['set']}"
+    if said:
+        say(
+            f"This run can detect (80 % power, assumed spreads, {len(facts['family']['declared'])} declared "
+            f"comparisons): {', '.join(said.values())}",
+            quiet=quiet,
+        )

@@ -1,0 +1,364 @@
+"""Training from scratch: a model is built per cell; what cells share lies in the run directory.
+
+::
+
+    RUN/tokenizer/              the tokenizer
+    RUN/data/tokens.bin, .json  training text (`preskip.data.packed`)
+    RUN/data/development.npy    blocks that are evaluated while training
+    RUN/data/heldout.json       documents that are scored afterwards
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, set_seed
+
+from preskip.analysis.depth import text_profile
+from preskip.arms import SCRATCH_ARMS, resolve_arms
+from preskip.arms.insert import Inserted
+from preskip.arms.plan import Plan, Planner, on_meta
+from preskip.data.blocks import pack_blocks
+from preskip.data.corpus import Document
+from preskip.data.packed import PackedText, open_blocks, write_packed
+from preskip.data.recorded import locate
+from preskip.data.splits import Splits
+from preskip.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
+from preskip.errors import PreskipError
+from preskip.evaluate.texts import prepare_texts
+from preskip.experiment.family import declare_family
+from preskip.experiment.heldout import HeldOut, load_corpora, prepare_documents, require
+from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, Row, common_facts, started_in
+from preskip.experiment.pretrain_options import PretrainConfig
+from preskip.experiment.reading import CHARACTERS_PER_TOKEN, UntrainedTokenizer, amount_read, reading_limit
+from preskip.progress import Advance, progress_bar, spinner
+from preskip.runs.directory import Cell, RunDirectory
+from preskip.runs.files import clear_disk_errors, read_json, write_json
+from preskip.train.distributed import Crew
+from preskip.train.scratch import ScratchSettings, train_scratch
+from preskip.train.speed import measured_peak
+
+
+@dataclass(kw_only=True)
+class Scratch(Prepared):
+    """What the cells of a run from scratch share.
+
+    Attributes:
+        plans: the arms, solved.
+        blocks: training blocks [N, seq_len], memory-mapped.
+        development: blocks that are evaluated while training, [M, seq_len].
+    """
+
+    options = PretrainConfig
+    arms = SCRATCH_ARMS
+
+    plans: dict[str, Plan]
+    blocks: np.ndarray
+    development: np.ndarray
+
+    @classmethod
+    def prepare(
+        cls, run: RunDirectory, config: PretrainConfig, quiet: bool, crew: Crew
+    ) -> tuple[Scratch, dict[str, Any]]:
+        """See `Prepared.prepare`."""
+        directory = started_in(run)
+        limit = reading_limit(config, most_tokens(run, config))
+        corpora = load_corpora(config, directory, quiet, limit=limit)
+        splits = corpora[0].splits
+        require(config, "development", splits.development, 1)
+        tokenizer = _tokenizer(run, config, splits, quiet)
+        plans = plan_arms(config, tokenizer)
+        first = plans[config.arms[0]]
+        reach = getattr(first.config, "max_position_embeddings", None)
+        longest = max(config.seq_len, config.scoring_context)
+        if reach is not None and longest > reach:
+            raise PreskipError(
+                f"{longest} tokens exceed the architecture's context of {reach}: lower --seq-len/--context-length, or "
+                f"--set max_position_embeddings={longest}"
+            )
+        data = run.path / "data"
+        with progress_bar("tokenise training text", len(splits.training), quiet=quiet) as advance:
+            packed = write_packed(data, splits.training, tokenizer, seed=config.split_seed, advance=advance)
+        _check_enough(config, plans, packed, splits)
+        with spinner("preparing the held-out texts", quiet=quiet):
+            development = pack_blocks(
+                splits.development,
+                tokenizer,
+                config.seq_len,
+                limit_tokens=config.eval_blocks * config.seq_len,
+                seed=config.split_seed,
+                piece_characters=PIECE_CHARACTERS,
+            )
+            with clear_disk_errors(run.path):
+                np.save(data / "development.npy", development)
+            heldout = prepare_documents(config, corpora, tokenizer, config.scoring_context)
+            stored = [
+                {"name": text.name, "documents": [{"id": d.id, "text": d.text} for d in text.documents]}
+                for text in heldout.texts
+            ]
+            write_json(data / "heldout.json", stored)
+        attention = config.attn_implementation or on_meta(first.config).config._attn_implementation  # type: ignore[union-attr]
+        plain = plans.get("base", first).config
+        wanted = max(plan.tokens for plan in plans.values())
+        facts = common_facts(config, splits, tokens=packed.tokens, wanted=wanted, documents=packed.documents)
+        facts["corpus"] |= amount_read(splits) | {"packed_sha256": packed.sha256}
+        mark = fingerprint(tokenizer)
+        own = {
+            "arch": config.arch,
+            "overrides": config.overrides,
+            "vocab_size": len(tokenizer),
+            "tokenizer": mark,
+        }
+        facts |= {
+            "model": {
+                "name": config.arch,
+                "type": plain.model_type.removeprefix("preskip_"),
+                "parameters": first.size.parameters,
+                "layers": plain.num_hidden_layers,
+                "hidden_size": plain.hidden_size,
+                "vocab_size": plain.vocab_size,
+                "dtype": "float32",
+                "attn_implementation": attention,
+                "source": f"random weights, {config.arch}",
+                # Two runs compare the same thing if architecture and tokenizer are the same.
+                "sha256": hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest(),
+                "revision": None,
+            },
+            "tokenizer": {
+                "source": config.tokenizer or "byte-level BPE trained on the training documents",
+                "vocab_size": len(tokenizer),
+                "sha256": mark,
+            },
+            "arms": {
+                name: {
+                    **plan.facts,
+                    "learning_rate": config.rate(name),
+                    "base_dtype": "float32",
+                    "adapter_dtype": "float32",
+                    "compute_dtype": config.dtype,
+                    "attn_implementation": attention,
+                }
+                for name, plan in plans.items()
+            },
+            "sets": heldout.sets,
+            "family": declare_family(resolve_arms(config.arms, SCRATCH_ARMS), heldout.sets),
+            "published": None,
+        }
+        if run.manifest.get("peak_flops") is None:
+            peak = config.peak_flops or measured_peak(config.device, getattr(torch, config.dtype))
+            facts |= {"peak_flops": peak, "peak_flops_source": "as given" if config.peak_flops else "measured matmul"}
+        prepared = cls.open(run, config)
+        prepared.quiet, prepared.crew = quiet, crew
+        return prepared, facts
+
+    @classmethod
+    def open(cls, run: RunDirectory, config: PretrainConfig) -> Scratch:
+        """See `Prepared.open`: it needs the run directory alone."""
+        tokenizer = load_tokenizer(str(run.path / "tokenizer"), trust_remote_code=config.trust_remote_code)
+        data = run.path / "data"
+        try:
+            development = np.load(data / "development.npy")
+        except (OSError, ValueError):
+            raise PreskipError(f"{data / 'development.npy'} is missing or damaged: delete {data} and resume") from None
+        texts = [
+            prepare_texts(
+                entry["name"],
+                [Document(document["id"], document["text"], document["id"]) for document in entry["documents"]],
+                tokenizer,
+                context_length=config.scoring_context,
+            )
+            for entry in read_json(data / "heldout.json")
+        ]
+        return cls(
+            run=run,
+            config=config,
+            tokenizer=tokenizer,
+            heldout=HeldOut(texts=texts),
+            plans=plan_arms(config, tokenizer),
+            blocks=open_blocks(data, config.seq_len),
+            development=development,
+        )
+
+    @contextmanager
+    def build(self, arm: str, seed: int) -> Iterator[Inserted]:
+        """See `Prepared.build`."""
+        yield Inserted(model=build_model(self.config, self.plans[arm], seed))
+
+    def steps(self, arm: str) -> int:
+        """See `Prepared.steps`."""
+        return self.plans[arm].steps
+
+    def fit(
+        self,
+        built: Inserted,
+        arm: str,
+        seed: int,
+        cell: Cell,
+        *,
+        rate: float,
+        steps: int,
+        advance: Advance,
+        **more: Any,
+    ) -> list[Row]:
+        """See `Prepared.fit`; `more` are other fields of `ScratchSettings`."""
+        config = self.config
+        settings = ScratchSettings(
+            steps=steps,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch,
+            learning_rate=rate,
+            warmup_steps=config.warmup(steps),
+            seed=seed,
+            final_rate=config.final_rate,
+            weight_decay=config.weight_decay,
+            beta2=config.beta2,
+            max_grad_norm=config.max_grad_norm,
+            branch_rate_factor=config.branch_rate_factor,
+            dtype=config.dtype,
+            compile=config.compile,
+            gradient_checkpointing=config.gradient_checkpointing,
+            log_steps=config.log_steps,
+            eval_steps=config.eval_steps,
+            save_steps=config.save_steps,
+            keep_checkpoints=config.keep_checkpoints,
+            report_to=config.report_to,
+            peak_flops=self.run.manifest.get("peak_flops"),
+            **more,
+        )
+        return train_scratch(
+            built.model,
+            self.blocks,
+            settings,
+            arm=arm,
+            checkpoints=cell.checkpoints,
+            log=cell.train_log,
+            evaluation=self.development,
+            advance=advance,
+        )
+
+    def save(self, built: Inserted, cell: Cell) -> None:
+        """See `Prepared.save`: the whole model, with its tokenizer."""
+        model: Any = built.model
+        with clear_disk_errors(cell.folder):
+            model.config.use_cache = True  # Trainer has turned it off
+            model.save_pretrained(cell.folder / "model")
+            self.tokenizer.save_pretrained(cell.folder / "model")
+
+    def summarise(self, arm: str, rows: list[Row]) -> dict[str, Any]:
+        """See `Prepared.summarise`."""
+        plan = self.plans[arm]
+        evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
+        return {
+            "steps": plan.steps,
+            "tokens": plan.tokens,
+            "final_training_loss": float(np.mean([row["loss"] for row in rows[-max(1, len(rows) // 20) :]])),
+            "final_eval_loss": evaluated[-1] if evaluated else None,
+            "seconds_per_step": float(np.median([row["seconds"] / self.config.log_steps for row in rows])),
+            "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
+            "mfu": float(np.median([row["mfu"] for row in rows])) if "mfu" in rows[-1] else None,
+        }
+
+    def measure(self, built: Inserted, label: str) -> dict[str, Any]:
+        """See `Prepared.measure`."""
+        return {"depth": text_profile(built.model, self.heldout.texts[0])}
+
+
+def build_model(config: PretrainConfig, plan: Plan, seed: int) -> nn.Module:
+    """A freshly initialised model in fp32; the base's weights are the same for a seed with and without the branch."""
+    set_seed(seed)
+    options = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+    model = AutoModelForCausalLM.from_config(plan.config, dtype=torch.float32, **options)
+    return model.to(config.device)
+
+
+def plan_arms(config: PretrainConfig, tokenizer: Any) -> dict[str, Plan]:
+    """Solve every arm of a run.
+
+    Args:
+        config: every option.
+        tokenizer: of all arms.
+
+    Raises:
+        PreskipError: an architecture that cannot be built; the arm is named.
+    """
+    planner = Planner(
+        arch=config.arch,
+        overrides=config.overrides,
+        tokenizer=tokenizer,
+        own_vocabulary=config.tokenizer is not None,
+        settings=config.settings,
+        skip_position=config.skip_position,
+        layers=getattr(config, "layers", None),
+        seq_len=config.seq_len,
+        steps=config.steps,
+        tokens_per_step=config.tokens_per_step,
+    )
+    return {name: planner.plan(name) for name in config.arms}
+
+
+def most_tokens(run: RunDirectory, config: PretrainConfig) -> int:
+    """Tokens of the arm that reads most; only those of equal FLOPs read more than the others.
+
+    Raises:
+        PreskipError: an arm that cannot be built, before any corpus is read.
+    """
+    if all(SCRATCH_ARMS[arm].matches == "parameters" for arm in config.arms):
+        return config.steps * config.tokens_per_step
+    tokenizer: Any = UntrainedTokenizer(config.vocab_size)
+    if config.tokenizer is not None:
+        tokenizer = _given_tokenizer(run, config)
+    return max(plan.tokens for plan in plan_arms(config, tokenizer).values())
+
+
+def _given_tokenizer(run: RunDirectory, config: PretrainConfig) -> Any:
+    """The run's copy of the tokenizer that was given, or that one where there is no copy yet."""
+    assert config.tokenizer is not None
+    copy = run.path / "tokenizer"
+    name = str(copy) if copy.is_dir() else locate(config.tokenizer, started_in(run))
+    return load_tokenizer(name, trust_remote_code=config.trust_remote_code)
+
+
+def _tokenizer(run: RunDirectory, config: PretrainConfig, splits: Splits, quiet: bool) -> Any:
+    folder = run.path / "tokenizer"
+    if not folder.is_dir():
+        if config.tokenizer is not None:
+            tokenizer: Any = _given_tokenizer(run, config)
+        else:
+            with spinner(f"training a tokenizer of {config.vocab_size} tokens", quiet=quiet):
+                tokenizer = train_tokenizer(splits.training, config.vocab_size)
+        temporary = run.path / ".tokenizer"
+        with clear_disk_errors(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            tokenizer.save_pretrained(temporary)
+            temporary.rename(folder)
+    return load_tokenizer(str(folder), trust_remote_code=config.trust_remote_code)
+
+
+def _check_enough(config: PretrainConfig, plans: dict[str, Plan], packed: PackedText, splits: Splits) -> None:
+    longest = max(plans.values(), key=lambda plan: plan.tokens)
+    usable = packed.tokens // config.seq_len * config.seq_len
+    if longest.tokens > usable and not config.repeat:
+        has = f"{usable:,} training tokens, arm {longest.name} is to read {longest.tokens:,}: "
+        if splits.whole:
+            raise PreskipError(
+                f"corpus {config.corpus} has {has}it would be read {longest.tokens / max(1, usable):.1f} times; give "
+                "more text or fewer --tokens, or allow it with --repeat"
+            )
+        raise PreskipError(
+            f"the part of corpus {config.corpus} that was read has {has}{CHARACTERS_PER_TOKEN} characters per token "
+            "were read; give a tokenizer with shorter tokens, or allow text to be read again with --repeat"
+        )
+    if usable < config.tokens_per_step:
+        raise PreskipError(
+            f"corpus too small: {packed.tokens:,} training tokens do not fill one batch of {config.batch_size} x "
+            f"{config.seq_len}: give more text, or lower --batch-size or --seq-len"
+        )

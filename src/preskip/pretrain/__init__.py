@@ -1,1 +1,0 @@
-"""Training from scratch: one architecture with and without the branch, its controls, and their comparison."""

@@ -1,1 +1,0 @@
-"""The probe: insert, train frozen, evaluate, compare; the orchestration of one run."""
