@@ -20,7 +20,7 @@ from preskip.experiment.cell import run_cell
 from preskip.experiment.execute import processes
 from preskip.experiment.pretrain_options import PretrainConfig, parse_tokens
 from preskip.experiment.run import start_run
-from preskip.experiment.scratch import Scratch
+from preskip.experiment.scratch import Scratch, plan_arms
 from preskip.runs.directory import RunDirectory
 from preskip.runs.environment import describe
 from preskip.runs.files import write_json
@@ -64,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         first = start_run(config, Path(folder) / "first", [])
         config = PretrainConfig.from_json(first.manifest["config"])
-        Scratch.prepare(first, config, False, Crew())
+        tokenizer = Scratch.prepare(first, config, False, Crew())[0].tokenizer
         cells = []
         for width in map(int, options.widths.split(",")):
             for rate in map(float, options.lrs.split(",")):
@@ -75,9 +75,10 @@ def main() -> None:
                     "num_key_value_heads": width // HEAD,
                     "intermediate_size": round(width * 8 / 3 / 8) * 8,
                 }
-                rates = {arm: {"learning_rate": rate} for arm in arms}
                 changed = replace(config, learning_rate=rate, overrides=sizes)
-                run = RunDirectory.create(path, {**first.manifest, "config": changed.to_json(), "arms": rates})
+                plans = plan_arms(changed, tokenizer)
+                facts = {name: {**plan.facts, "learning_rate": rate} for name, plan in plans.items()}
+                run = RunDirectory.create(path, {**first.manifest, "config": changed.to_json(), "arms": facts})
                 for shared in ("data", "tokenizer"):
                     shutil.copytree(first.path / shared, run.path / shared)
                 cells += [(width, rate, arm, path) for arm in arms]

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from preskip.arms import SCRATCH_ARMS
 from preskip.arms.plan import Planner
+from preskip.arms.shape import tokenizer_fields
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 from preskip.experiment.pretrain_options import ARM_NAMES, PretrainConfig
@@ -24,7 +25,7 @@ def planner(layers=None):
     return Planner(
         arch=options.arch,
         overrides=options.overrides,
-        tokenizer=TOKENIZER,
+        fields=tokenizer_fields(TOKENIZER),
         own_vocabulary=False,
         settings=options.settings,
         skip_position=options.skip_position,

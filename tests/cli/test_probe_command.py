@@ -565,6 +565,13 @@ def test_nulls_and_equal_steps_are_stored(probe, tmp_path):
         assert all(row["skip_norm"] > 0 for entry in entries for row in entry["layers"])
     assert all(row["up_norm"] == 0 for row in nulls["noise"]["skip"][0]["layers"])
     assert len(results["equal_step"]["preskip"]["1"]) == 2
+    logs = {path.parent.parent.parent.name: path.read_text() for path in (tmp_path / "run").glob("*/*/*/*/train.jsonl")}
+    assert {name: "step_ratio" in log for name, log in logs.items()} == {
+        "noise": False,
+        "shuffled": False,
+        "equal_step": True,
+    }
+    assert not any("step_ratio" in path.read_text() for path in (tmp_path / "run").glob("arms/*/*/train.jsonl"))
     assert {(row["layer"], row["part"]) for row in results["ablation"]["preskip"]["2"]} == {
         (layer, part) for layer in (0, 1) for part in ("skip", "enrichment")
     }
@@ -586,10 +593,10 @@ def test_a_rate_at_which_training_diverges_is_passed_over(probe, tmp_path, monke
 
     real = Frozen.fit
 
-    def fit(*args, rate, **options):
-        if rate > 1e-3:
+    def fit(prepared, model, settings, **where):
+        if settings["learning_rate"] > 1e-3:
             raise DivergedError("the loss is nan")
-        return real(*args, rate=rate, **options)
+        return real(prepared, model, settings, **where)
 
     monkeypatch.setattr(Frozen, "fit", fit)
     corpus = write_corpus(tmp_path / "home.jsonl", 40)

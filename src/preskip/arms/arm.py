@@ -6,7 +6,7 @@ Adding an arm is one entry in `preskip.arms.catalogue`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from preskip.errors import PreskipError
@@ -55,7 +55,7 @@ class ArmContext:
     lora_scale: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Arm:
     """One thing to compare.
 
@@ -78,6 +78,7 @@ class Arm:
     name: str
     description: str
     learning_rate: float | None = None
+    _: KW_ONLY
     make_config: Callable[[ArmContext], PeftConfig | Sequence[PeftConfig]] | None = None
     own_weights: Callable[[ArmContext], list[str]] | None = None
     build: Callable[[Planner], PreTrainedConfig] | None = None

@@ -128,9 +128,9 @@ def _all_parameters(context: ArmContext) -> list[str]:
 def _branch_arm(name: str, description: str, *, match: bool = True, decisive: bool = False, **changes: Any) -> Arm:
     """A branch that differs from the reference's in `changes`, on a frozen base and from scratch."""
     return Arm(
-        name=name,
-        description=description,
-        learning_rate=5e-4,
+        name,
+        description,
+        5e-4,
         make_config=partial(_branch, match=match, **changes),
         build=lambda planner: planner.branch(match=match, **changes),
         budget="matched" if match else "smaller",
@@ -141,7 +141,7 @@ def _branch_arm(name: str, description: str, *, match: bool = True, decisive: bo
 # To add an arm: a name, a sentence, and what makes it: the PEFT configuration for a context and a learning rate to
 # start from, the architecture for a planner, or both. The decisive ones are declared against in this order.
 REGISTRY = (
-    Arm(name="none", description="the pretrained model as it is", budget="floor", decisive=True),
+    Arm("none", "the pretrained model as it is", budget="floor", decisive=True),
     _branch_arm("preskip", "pre-projection before Q/K/V and content skip around attention"),
     _branch_arm(
         "preproj", "pre-projection alone, wider to match", content_skip=False, skip_rank=None, enrich_attention=True
@@ -163,35 +163,29 @@ REGISTRY = (
         content_skip=True,
     ),
     Arm(
-        name="lora",
-        description="LoRA on the attention's Q, K, V and output projections",
-        learning_rate=1e-3,
+        "lora",
+        "LoRA on the attention's Q, K, V and output projections",
+        1e-3,
         make_config=partial(_lora, arm="lora"),
         decisive=True,
     ),
     Arm(
-        name="base-wide",
-        description="the MLP widened until the model has as many weights as preskip",
+        "base-wide",
+        "the MLP widened until the model has as many weights as preskip",
         build=lambda planner: planner.wider(),
         decisive=True,
     ),
     Arm(
-        name="base-flops",
-        description="the architecture as it is, trained on as many more tokens as preskip's FLOPs pay for",
+        "base-flops",
+        "the architecture as it is, trained on as many more tokens as preskip's FLOPs pay for",
         build=lambda planner: planner.plain,
         matches="training FLOPs",
         decisive=True,
     ),
+    Arm("base", "the architecture as it is", build=lambda planner: planner.plain, budget="smaller", decisive=True),
     Arm(
-        name="base",
-        description="the architecture as it is",
-        build=lambda planner: planner.plain,
-        budget="smaller",
-        decisive=True,
-    ),
-    Arm(
-        name="base-deep",
-        description="layers added until the model comes nearest to preskip's weights",
+        "base-deep",
+        "layers added until the model comes nearest to preskip's weights",
         build=lambda planner: planner.deeper(),
         decisive=True,
     ),
@@ -208,70 +202,41 @@ REGISTRY = (
         "preskip-gated", "preskip with a gated pre-projection, narrower to match", gated=True, preprojection=True
     ),
     Arm(
-        name="preskip-lowrank",
-        description="preskip with a skip of rank d/8 and a wider pre-projection to match",
-        learning_rate=5e-4,
+        "preskip-lowrank",
+        "preskip with a skip of rank d/8 and a wider pre-projection to match",
+        5e-4,
         make_config=_low_rank,
     ),
+    Arm("preskip-late", "preskip in the last quarter of the adapted layers, wider to match", 5e-4, make_config=_late),
     Arm(
-        name="preskip-late",
-        description="preskip in the last quarter of the adapted layers, wider to match",
-        learning_rate=5e-4,
-        make_config=_late,
-    ),
-    Arm(
-        name="preskip-late-narrow",
-        description="preskip in the last quarter of the adapted layers, as wide as in preskip",
-        learning_rate=5e-4,
+        "preskip-late-narrow",
+        "preskip in the last quarter of the adapted layers, as wide as in preskip",
+        5e-4,
         make_config=partial(_late, match=False),
         budget="smaller",
     ),
     Arm(
-        name="dora",
-        description="DoRA on the attention's Q, K, V and output projections",
-        learning_rate=1e-3,
+        "dora",
+        "DoRA on the attention's Q, K, V and output projections",
+        1e-3,
         make_config=partial(_lora, arm="dora", use_dora=True),
     ),
     Arm(
-        name="rslora",
-        description="rank-stabilised LoRA (scale 16/√rank) on the attention's Q, K, V and output projections",
-        learning_rate=1e-3,
+        "rslora",
+        "rank-stabilised LoRA (scale 16/√rank) on the attention's Q, K, V and output projections",
+        1e-3,
         make_config=partial(_lora, arm="rslora", use_rslora=True),
     ),
     Arm(
-        name="preproj+lora",
-        description="pre-projection, and LoRA with the weights that the skip would have had",
-        learning_rate=5e-4,
+        "preproj+lora",
+        "pre-projection, and LoRA with the weights that the skip would have had",
+        5e-4,
         make_config=_preproj_lora,
     ),
-    Arm(
-        name="ia3",
-        description="IA3: one factor per key, value and inner MLP feature",
-        learning_rate=1e-2,
-        make_config=_ia3,
-        budget="floor",
-    ),
-    Arm(
-        name="layernorm",
-        description="the weights of the norms alone",
-        learning_rate=3e-3,
-        make_config=_layer_norms,
-        budget="floor",
-    ),
-    Arm(
-        name="bitfit",
-        description="the biases alone",
-        learning_rate=3e-3,
-        own_weights=bias_names,
-        budget="floor",
-    ),
-    Arm(
-        name="full",
-        description="full fine-tuning: every weight of the model",
-        learning_rate=3e-5,
-        own_weights=_all_parameters,
-        budget="ceiling",
-    ),
+    Arm("ia3", "IA3: one factor per key, value and inner MLP feature", 1e-2, make_config=_ia3, budget="floor"),
+    Arm("layernorm", "the weights of the norms alone", 3e-3, make_config=_layer_norms, budget="floor"),
+    Arm("bitfit", "the biases alone", 3e-3, own_weights=bias_names, budget="floor"),
+    Arm("full", "full fine-tuning: every weight of the model", 3e-5, own_weights=_all_parameters, budget="ceiling"),
 )
 # Inserted into a frozen base, and trained from scratch.
 ARMS = {arm.name: arm for arm in REGISTRY if arm.build is None or arm.make_config is not None}

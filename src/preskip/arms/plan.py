@@ -16,7 +16,7 @@ from preskip.architecture.config import with_branch
 from preskip.arms.budget import nearest_expansion
 from preskip.arms.catalogue import SCRATCH_ARMS
 from preskip.arms.flops import TRAINING_FACTOR, embedding_parameters, forward_flops_per_token
-from preskip.arms.shape import plain_config, tokenizer_fields
+from preskip.arms.shape import plain_config
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 
@@ -96,7 +96,7 @@ class Planner:
     Attributes:
         arch: name of a shape, or path of a `config.json` of a plain model.
         overrides: fields of its config to change.
-        tokenizer: of all arms.
+        fields: what the config takes from the tokenizer (`tokenizer_fields`).
         own_vocabulary: see `plain_config`.
         settings: the branch of the arm preskip; the others are matched to it.
         skip_position: see `PreskipConfig`.
@@ -108,7 +108,7 @@ class Planner:
 
     arch: str
     overrides: Mapping[str, Any]
-    tokenizer: Any
+    fields: Mapping[str, Any]
     own_vocabulary: bool
     settings: BranchSettings
     skip_position: str
@@ -165,8 +165,8 @@ class Planner:
         return self._changed(**{field: value + max(least, more)})
 
     def _changed(self, **changes: Any) -> PreTrainedConfig:
-        fields = tokenizer_fields(self.tokenizer)
-        return plain_config(self.arch, {**self.overrides, **changes}, fields, own_vocabulary=self.own_vocabulary)
+        overrides = {**self.overrides, **changes}
+        return plain_config(self.arch, overrides, self.fields, own_vocabulary=self.own_vocabulary)
 
     def plan(self, name: str) -> Plan:
         """Solve an arm of `SCRATCH_ARMS`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
 
 
 def plain_config(
-    arch: str, overrides: dict[str, Any], tokenizer: dict[str, Any], *, own_vocabulary: bool = False
+    arch: str, overrides: Mapping[str, Any], tokenizer: Mapping[str, Any], *, own_vocabulary: bool = False
 ) -> PreTrainedConfig:
     """The config of the architecture without branches.
 

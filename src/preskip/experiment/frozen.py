@@ -29,7 +29,7 @@ from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import LAST_WORD, load_corpora, local_data, prepare_heldout
 from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, Row, common_facts, started_in
 from preskip.experiment.probe_options import ProbeConfig
-from preskip.progress import Advance, progress_bar, progress_display, spinner
+from preskip.progress import progress_bar, progress_display, spinner
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.runs.files import clear_disk_errors, sync_tree
 from preskip.train.distributed import Crew
@@ -62,7 +62,7 @@ class Frozen(Prepared):
     def prepare(cls, run: RunDirectory, config: ProbeConfig, quiet: bool, crew: Crew) -> tuple[Frozen, dict[str, Any]]:
         """See `Prepared.prepare`."""
         directory = started_in(run)
-        corpora = load_corpora(config, directory, quiet, taken=(LAST_WORD, *config.tasks))
+        corpora = load_corpora(config, directory, quiet, reserved=(LAST_WORD, *config.tasks))
         splits = corpora[0].splits
         model_name = locate(config.model, directory)
         source = resolve_model(model_name)
@@ -127,43 +127,16 @@ class Frozen(Prepared):
         """See `Prepared.build`."""
         return insert(ARMS[arm], self.context, seed)
 
-    def steps(self, arm: str) -> int:
-        """See `Prepared.steps`."""
-        return self.config.steps
-
-    def fit(
-        self,
-        built: Inserted,
-        arm: str,
-        seed: int,
-        cell: Cell,
-        *,
-        rate: float,
-        steps: int,
-        advance: Advance,
-        **more: Any,
-    ) -> list[Row]:
-        """See `Prepared.fit`; `more` are fields of `TrainingSettings` that make it a control."""
+    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[Row]:
+        """See `Prepared.fit`."""
         config = self.config
-        settings = TrainingSettings(
-            steps=steps,
+        own = TrainingSettings(
             batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch,
-            learning_rate=rate,
-            seed=seed,
             gradient_checkpointing=config.gradient_checkpointing,
             save_steps=config.save_steps,
-            **more,
+            **settings,
         )
-        return train_frozen(
-            built.model,
-            self.blocks(seed),
-            settings,
-            arm=arm,
-            checkpoints=cell.checkpoints,
-            log=cell.train_log,
-            advance=advance,
-        )
+        return train_frozen(model, self.blocks(own.seed), own, **where)
 
     def save(self, built: Inserted, cell: Cell) -> None:
         """See `Prepared.save`."""

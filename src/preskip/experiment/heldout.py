@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,7 +96,7 @@ def local_data(config: Config, directory: Path) -> Path | None:
 
 
 def load_corpora(
-    config: Config, directory: Path, quiet: bool, *, limit: Limit | None = None, taken: Sequence[str] = ()
+    config: Config, directory: Path, quiet: bool, *, limit: Limit | None = None, reserved: Sequence[str] = ()
 ) -> list[Scored]:
     """The training corpus, then the others, each with the number of documents and words to score.
 
@@ -105,7 +105,7 @@ def load_corpora(
         directory: the run was started in.
         quiet: no progress.
         limit: of the training corpus.
-        taken: names of other evaluation sets.
+        reserved: names of other evaluation sets.
 
     Raises:
         PreskipError: a corpus that cannot be read or has too few documents, or two sets of one name.
@@ -127,7 +127,7 @@ def load_corpora(
         splits = load_splits(locate(name, directory), **options, **(home if is_home else {}))
         scored.append(Scored(splits, documents, words, "in" if is_home else "out"))
     require(config, "held-out", scored[0].splits.heldout, 2)
-    names = [*(slug(text.splits.name) for text in scored), *taken]
+    names = [*(slug(text.splits.name) for text in scored), *reserved]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise PreskipError(f"two evaluation sets are named {twice!r}: rename a file, or leave one out")
@@ -228,15 +228,7 @@ def prepare_heldout(
         sets |= paper.sets
     for name in WIKITEXT_SETS & sets.keys() if "wikitext" in home.name.lower() else ():
         sets[name] = {**sets[name], "domain": "in"}
-    return HeldOut(
-        texts=documents.texts,
-        items=items,
-        item_windows=item_windows,
-        suite=suite,
-        paper=paper,
-        development=development,
-        sets=sets,
-    )
+    return replace(documents, items=items, item_windows=item_windows, suite=suite, paper=paper, development=development)
 
 
 def _last_words(

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
+
 from preskip.arms import Arm
 from preskip.arms.insert import Inserted
 from preskip.experiment.heldout import Config, HeldOut
-from preskip.progress import Advance, progress_bar
+from preskip.progress import progress_bar
 from preskip.runs import environment
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.train.distributed import Crew
@@ -73,23 +75,17 @@ class Prepared(ABC):
         """The model of an arm, its new weights drawn from the seed."""
 
     @abstractmethod
-    def steps(self, arm: str) -> int:
-        """Optimiser steps of an arm."""
+    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[Row]:
+        """Train a built model.
 
-    @abstractmethod
-    def fit(
-        self,
-        built: Inserted,
-        arm: str,
-        seed: int,
-        cell: Cell,
-        *,
-        rate: float,
-        steps: int,
-        advance: Advance,
-        **more: Any,
-    ) -> list[Row]:
-        """Train a built arm; the rows of its log."""
+        Args:
+            model: of `build`.
+            settings: steps, seed, rates and batches.
+            where: arm, checkpoints, log and advance of `train_frozen` and `train_scratch`.
+
+        Returns:
+            The rows of the training log.
+        """
 
     @abstractmethod
     def save(self, built: Inserted, cell: Cell) -> None:
@@ -124,12 +120,15 @@ class Prepared(ABC):
             more: fields of the settings that make it a control.
         """
         rate = self.rate(arm) if rate is None else rate
-        steps = self.steps(arm) if steps is None else steps
-        assert rate is not None
+        if steps is None:
+            steps = self.run.manifest["arms"][arm].get("steps", self.config.steps)
         if self.crew.leads and more.get("control") != "noise":  # which takes no data, so there is nothing to share
             self.crew.announce({"arm": arm, "seed": seed, "cell": cell, "rate": rate, "steps": steps, **more})
+        micro_batch = self.config.micro_batch
+        settings = {"steps": steps, "seed": seed, "learning_rate": rate, "micro_batch_size": micro_batch, **more}
+        where = {"arm": arm, "checkpoints": cell.checkpoints, "log": cell.train_log}
         with progress_bar(label, steps, quiet=self.quiet) as advance:
-            return self.fit(built, arm, seed, cell, rate=rate, steps=steps, advance=advance, **more)
+            return self.fit(built.model, settings, advance=advance, **where)
 
 
 def started_in(run: RunDirectory) -> Path:

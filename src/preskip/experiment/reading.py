@@ -38,19 +38,3 @@ def amount_read(splits: Splits) -> dict[str, Any]:
         "characters_read": sum(len(document.text) for document in documents),
         "read_whole": splits.whole,
     }
-
-
-class UntrainedTokenizer:
-    """As much of a tokenizer that will be trained as the arms' sizes depend on.
-
-    Args:
-        size: tokens that it will have.
-    """
-
-    bos_token_id = eos_token_id = pad_token_id = 0
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size

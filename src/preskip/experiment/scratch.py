@@ -27,6 +27,7 @@ from preskip.analysis.depth import text_profile
 from preskip.arms import SCRATCH_ARMS, resolve_arms
 from preskip.arms.insert import Inserted
 from preskip.arms.plan import Plan, Planner, on_meta
+from preskip.arms.shape import tokenizer_fields
 from preskip.data.blocks import pack_blocks
 from preskip.data.corpus import Document
 from preskip.data.packed import PackedText, open_blocks, write_packed
@@ -39,8 +40,8 @@ from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import HeldOut, load_corpora, prepare_documents, require
 from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, Row, common_facts, started_in
 from preskip.experiment.pretrain_options import PretrainConfig
-from preskip.experiment.reading import CHARACTERS_PER_TOKEN, UntrainedTokenizer, amount_read, reading_limit
-from preskip.progress import Advance, progress_bar, spinner
+from preskip.experiment.reading import CHARACTERS_PER_TOKEN, amount_read, reading_limit
+from preskip.progress import progress_bar, spinner
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.runs.files import clear_disk_errors, read_json, write_json
 from preskip.train.distributed import Crew
@@ -193,31 +194,12 @@ class Scratch(Prepared):
         """See `Prepared.build`."""
         yield Inserted(model=build_model(self.config, self.plans[arm], seed))
 
-    def steps(self, arm: str) -> int:
-        """See `Prepared.steps`."""
-        return self.plans[arm].steps
-
-    def fit(
-        self,
-        built: Inserted,
-        arm: str,
-        seed: int,
-        cell: Cell,
-        *,
-        rate: float,
-        steps: int,
-        advance: Advance,
-        **more: Any,
-    ) -> list[Row]:
-        """See `Prepared.fit`; `more` are other fields of `ScratchSettings`."""
+    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[Row]:
+        """See `Prepared.fit`."""
         config = self.config
-        settings = ScratchSettings(
-            steps=steps,
+        own = ScratchSettings(
             batch_size=config.batch_size,
-            micro_batch_size=config.micro_batch,
-            learning_rate=rate,
-            warmup_steps=config.warmup(steps),
-            seed=seed,
+            warmup_steps=config.warmup(settings["steps"]),
             final_rate=config.final_rate,
             weight_decay=config.weight_decay,
             beta2=config.beta2,
@@ -232,18 +214,9 @@ class Scratch(Prepared):
             keep_checkpoints=config.keep_checkpoints,
             report_to=config.report_to,
             peak_flops=self.run.manifest.get("peak_flops"),
-            **more,
+            **settings,
         )
-        return train_scratch(
-            built.model,
-            self.blocks,
-            settings,
-            arm=arm,
-            checkpoints=cell.checkpoints,
-            log=cell.train_log,
-            evaluation=self.development,
-            advance=advance,
-        )
+        return train_scratch(model, self.blocks, own, evaluation=self.development, **where)
 
     def save(self, built: Inserted, cell: Cell) -> None:
         """See `Prepared.save`: the whole model, with its tokenizer."""
@@ -280,20 +253,23 @@ def build_model(config: PretrainConfig, plan: Plan, seed: int) -> nn.Module:
     return model.to(config.device)
 
 
-def plan_arms(config: PretrainConfig, tokenizer: Any) -> dict[str, Plan]:
+def plan_arms(config: PretrainConfig, tokenizer: Any | None) -> dict[str, Plan]:
     """Solve every arm of a run.
 
     Args:
         config: every option.
-        tokenizer: of all arms.
+        tokenizer: of all arms; None where it will be trained.
 
     Raises:
         PreskipError: an architecture that cannot be built; the arm is named.
     """
+    fields = {"vocab_size": config.vocab_size, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    if tokenizer is not None:
+        fields = tokenizer_fields(tokenizer)
     planner = Planner(
         arch=config.arch,
         overrides=config.overrides,
-        tokenizer=tokenizer,
+        fields=fields,
         own_vocabulary=config.tokenizer is not None,
         settings=config.settings,
         skip_position=config.skip_position,
@@ -313,9 +289,7 @@ def most_tokens(run: RunDirectory, config: PretrainConfig) -> int:
     """
     if all(SCRATCH_ARMS[arm].matches == "parameters" for arm in config.arms):
         return config.steps * config.tokens_per_step
-    tokenizer: Any = UntrainedTokenizer(config.vocab_size)
-    if config.tokenizer is not None:
-        tokenizer = _given_tokenizer(run, config)
+    tokenizer = None if config.tokenizer is None else _given_tokenizer(run, config)
     return max(plan.tokens for plan in plan_arms(config, tokenizer).values())
 
 
