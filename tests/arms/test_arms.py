@@ -1,5 +1,7 @@
 import pathlib
 import re
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -104,6 +106,12 @@ def test_resolve_arms():
         resolve_arms(["none", "dora2"])
     with pytest.raises(PreskipError, match="different arms"):
         resolve_arms(["lora", "lora"])
+
+
+def test_the_registry_is_read_without_torch():
+    """`--help` names the arms, and should not take seconds."""
+    code = "import sys, preskip.arms; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_targets_by_expression():
