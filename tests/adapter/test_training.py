@@ -11,11 +11,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import ddp_loop
+import killing
 import zoo
 from ddp_loop import adapted, branch_weights, train_steps
 from preskip import PreskipConfig
 from preskip.adapter import PreskipLayer
-from two_processes import launch
 
 SOME = ["llama", "gpt_neox", "gpt2", "bert", "gemma2"]
 
@@ -125,8 +125,7 @@ def test_compiles_with_inductor() -> None:
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path) -> None:
     model = adapted()
     alone = torch.tensor(train_steps(model, slice(0, 4)))
-    finished = launch(ddp_loop.__file__, tmp_path / "results.pt")
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert killing.crew(ddp_loop.train_half, tmp_path, killing.DDP) == [0, 0], killing.log(tmp_path)
     two = torch.load(tmp_path / "results.pt")
     assert (two["losses"] - alone).abs().max() < 1e-5
     for key, weight in branch_weights(model).items():

@@ -9,10 +9,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import killing
 import two_processes as jobs
 from preskip import PreskipConfig, bake
 from preskip.errors import PreskipError
-from two_processes import launch
 
 pytestmark = pytest.mark.slow
 
@@ -30,8 +30,7 @@ def done(tmp_path_factory):
         adapted = get_peft_model(jobs.tiny_model("llama"), PreskipConfig(init_weights="paper", skip_init_std=0.1))
         bake(adapted, folder / "saved" / "baked")
         jobs.train_all(folder / "one")
-    finished = launch(jobs.__file__, folder)
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert killing.crew(jobs.train_and_read, folder, killing.DDP) == [0, 0], killing.log(folder)
     return folder
 
 

@@ -1,7 +1,7 @@
-"""A training loop of one's own around DDP, without Trainer: `torchrun ddp_loop.py FILE` trains in two processes."""
+"""A training loop of one's own around DDP, without Trainer."""
 
 import os
-import sys
+from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -38,7 +38,8 @@ def train_steps(model: nn.Module, rows: slice) -> list[float]:
     return losses
 
 
-if __name__ == "__main__":
+def train_half(folder: Path) -> None:
+    """What each of two processes does: train on its half of every batch; the first leaves `results.pt`."""
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     assert os.environ["WORLD_SIZE"] == "2"
@@ -46,5 +47,5 @@ if __name__ == "__main__":
     losses = torch.tensor(train_steps(model, slice(2 * rank, 2 * rank + 2)))
     distributed.all_reduce(losses)
     if rank == 0:
-        torch.save({"losses": losses / 2, "weights": branch_weights(model.module)}, sys.argv[1])
+        torch.save({"losses": losses / 2, "weights": branch_weights(model.module)}, folder / "results.pt")
     distributed.destroy_process_group()

@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +135,7 @@ def child(
     """Let a child do the work in the folder; its exit code, negative where a signal ended it.
 
     Args:
-        work: a function of this module.
+        work: a function of a module in this folder.
         folder: where.
         moment: when it is killed; None: not.
         after: seconds after which it is killed from outside.
@@ -169,7 +169,7 @@ def crew(
     """Let two children that train together over gloo do the work; their exit codes.
 
     Args:
-        work: a function of this module.
+        work: a function of a module in this folder.
         folder: where.
         launch: how they share it, `DDP` or `FSDP`.
         moment: when the first, which writes, is killed; the other one follows.
@@ -183,11 +183,18 @@ def crew(
         arguments = (work, folder, None if rank else moment, None, environment)
         processes.append(_server().Process(target=_live, args=arguments))
         processes[-1].start()
-    processes[0].join()
-    if processes[0].exitcode:
-        processes[1].kill()
-    processes[1].join()
+    connection.wait([process.sentinel for process in processes])
+    for process, other in (processes, reversed(processes)):
+        if process.exitcode:
+            other.kill()  # it would wait for its partner
+    for process in processes:
+        process.join()
     return [process.exitcode for process in processes]
+
+
+def log(folder: Path) -> str:
+    """The end of what the children of this folder have printed."""
+    return folder.with_suffix(".log").read_text()[-3000:]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What the two processes of one launch do in the tests: `torchrun two_processes.py FOLDER`.
+"""What two processes do together in the tests, and how a command is launched in two.
 
 They train three families with DDP and with FSDP2, the frozen probe and from scratch, and read models in two halves.
 `train_all` does the same trainings in a single process.
@@ -120,15 +120,15 @@ def read_in_halves(folder: Path) -> dict[str, dict]:
     return told
 
 
-if __name__ == "__main__":
-    target = Path(sys.argv[1])
+def train_and_read(folder: Path) -> None:
+    """What each of two processes does."""
     Crew("cpu")
-    train_all(target / "ddp")
-    halves = read_in_halves(target / "saved")
+    train_all(folder / "ddp")
+    halves = read_in_halves(folder / "saved")
     os.environ |= FSDP2
     units = watch_units()
-    train_all(target / "fsdp")
+    train_all(folder / "fsdp")
     if is_main():
-        (target / "halves.json").write_text(json.dumps(halves))
-        (target / "units.json").write_text(json.dumps(units))
+        (folder / "halves.json").write_text(json.dumps(halves))
+        (folder / "units.json").write_text(json.dumps(units))
     torch.distributed.destroy_process_group()
