@@ -10,8 +10,8 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.embedded
 def test_probe_of_the_embedded_model(embedded, tmp_path):
-    command = [sys.executable, "-m", "preskip", "probe", "--steps", "4", "--batch-size", "2", "--seq-len", "64"]
-    command += ["--eval-documents", "8", "--eval-words", "60", "--last-word-items", "6", "--dtype", "float32"]
+    command = [sys.executable, "-m", "preskip", "probe", "--steps", "2", "--batch-size", "2", "--seq-len", "32"]
+    command += ["--eval-documents", "4", "--eval-words", "60", "--last-word-items", "2", "--dtype", "float32"]
     done = subprocess.run([*command, "--out", str(tmp_path / "run"), "--json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)

@@ -8,9 +8,10 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 
 
 def run_notebook(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run every cell with 2 training steps, in `place`; what they printed and showed as text."""
+    """Run every cell with 2 training steps of 2 sequences, in `place`; what they printed and showed as text."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("PRESKIP_NOTEBOOK_STEPS", "2")
+    monkeypatch.setenv("PRESKIP_NOTEBOOK_BATCH", "2")
     monkeypatch.setenv("TMPDIR", str(place))  # what a notebook writes
 
     notebook = nbformat.read(FOLDER / name, as_version=4)
