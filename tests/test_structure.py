@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -82,3 +83,22 @@ def test_no_circle():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"a circle: {' → '.join(error.args[1])}")
+
+
+def test_dependencies_are_what_is_imported():
+    """Those of the extras may be missing; gguf is what transformers reads GGUF files with."""
+    text = (ROOT / "pyproject.toml").read_text()
+    declared = {extra: set() for extra in ("", "report", "ray", "eval")}
+    for extra, names in declared.items():
+        listed = re.search(rf"^{extra or 'dependencies'} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
+        names.update(re.findall(r'"([\w-]+)', listed[1]))
+    found = set()
+    for path in MODULES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                found |= {str(name).split(".")[0] for name in names}
+    package = {"huggingface-hub": "huggingface_hub", "vl-convert-python": "vl_convert"}
+    known = {package.get(name, name.replace("-", "_")) for names in declared.values() for name in names}
+    came_along = {"markupsafe": "jinja2", "tqdm": "datasets"}
+    assert found - sys.stdlib_module_names - {"preskip"} - came_along.keys() == known - {"gguf"}
