@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest/.installed
+# Most of the files in 200 packages are never imported: what is gets compiled then.
+PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 # Test processes side by side: one per core.
 WORKERS ?= logical
 # A file stays in one process; files with slow tests go first (tests/conftest.py).
@@ -20,8 +23,8 @@ help:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/$(PIP) -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/$(PIP) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 install: $(INSTALLED)
@@ -49,10 +52,13 @@ format: $(INSTALLED)
 
 # Only these two packages and what they alone need are installed; the rest is that of the other environment, second on
 # the path, so that torch is there once.
-oldest: $(INSTALLED)
+$(OLDEST): $(INSTALLED)
 	$(PYTHON) -m venv --clear .venv-oldest
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0], '$(CURDIR)/src', sep='\n')" > "$$(.venv-oldest/bin/python -c 'import site; print(site.getsitepackages()[0])')/rest.pth"
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check peft==0.20.0 transformers==5.17.0
+	.venv-oldest/bin/$(PIP) peft==0.20.0 transformers==5.17.0
+	@touch $@
+
+oldest: $(OLDEST)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(SPREAD) -m "not slow" tests/test_branch.py tests/test_attach.py tests/adapter tests/architecture tests/train
 
 clean:
