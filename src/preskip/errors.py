@@ -1,5 +1,8 @@
 """The one exception type that the command line shows as a single line instead of a traceback."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class PreskipError(ValueError):
     """A user's mistake or an outside condition, told in one line that names the value and the mend."""
@@ -7,3 +10,21 @@ class PreskipError(ValueError):
 
 class DivergedError(PreskipError):
     """A loss, gradient or likelihood that is not finite: a search for a learning rate counts it as a bad rate."""
+
+
+@contextmanager
+def explained(explain: Callable[[Exception], str]) -> Iterator[None]:
+    """Turn whatever a library raises (many kinds, from several) into one line; our own errors pass.
+
+    Args:
+        explain: the line for an error.
+
+    Raises:
+        PreskipError: in place of the error.
+    """
+    try:
+        yield
+    except PreskipError:
+        raise
+    except Exception as error:
+        raise PreskipError(explain(error)) from error

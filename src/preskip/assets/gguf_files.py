@@ -1,17 +1,17 @@
 """A GGUF file as an ordinary model: dequantised, without the quantisation marks that forbid training and saving."""
 
 import contextlib
-import functools
 import json
 import logging
 import os
 import shutil
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, explained
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +35,12 @@ def load_gguf(path: Path, dtype: "torch.dtype", attn_implementation: str | None 
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    _check_readable(path)
+    check_readable(path)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if hasattr(transformers, "GgufConfig"):
         # Where a GGUF kernel is installed, newer versions would keep the weights packed, which cannot be trained on.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with _readable_errors(path), quiet_transformers(), _no_dequantising_bar():
+    with explained(partial(_explain, path)), quiet_transformers(), _no_dequantising_bar():
         auto: Any = AutoModelForCausalLM
         loaded, report = auto.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=dtype, output_loading_info=True, **options
@@ -69,8 +69,8 @@ def load_gguf_tokenizer(path: Path) -> Any:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    _check_readable(path)
-    with _readable_errors(path), quiet_transformers(), _no_dequantising_bar():
+    check_readable(path)
+    with explained(partial(_explain, path)), quiet_transformers(), _no_dequantising_bar():
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         if _pre_tokenizer_name(path) == "smollm":
             # transformers drops SmolLM's split into single digits; without it spaces before a number differ.
@@ -157,7 +157,12 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _check_readable(path: Path) -> None:
+def check_readable(path: Path) -> None:
+    """Refuse what is no GGUF file.
+
+    Raises:
+        PreskipError: it is not there, may not be read, or holds something else.
+    """
     if not path.is_file():
         raise PreskipError(f"GGUF file {path} does not exist: check the path")
     if not os.access(path, os.R_OK):
@@ -167,22 +172,14 @@ def _check_readable(path: Path) -> None:
             raise PreskipError(f"{path} is not a GGUF file (its first bytes are not GGUF): get it again")
 
 
-@contextlib.contextmanager
-def _readable_errors(path: Path) -> Iterator[None]:
-    """Turn whatever a reader of untrusted bytes raises into one line that names the file."""
-    try:
-        yield
-    except (PreskipError, MemoryError, ImportError):
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        if "not supported" in text or isinstance(error, NotImplementedError):
-            raise PreskipError(
-                f"GGUF file {path}: transformers cannot read this kind of model ({text[:160]})"
-            ) from error
-        raise PreskipError(
-            f"GGUF file {path} is corrupt or truncated ({type(error).__name__}: {text[:120]}): get it again"
-        ) from error
+def _explain(path: Path, error: Exception) -> str:
+    """What a reader of untrusted bytes raised, in one line that names the file."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (MemoryError, ImportError)):
+        raise error
+    if "not supported" in text or isinstance(error, NotImplementedError):
+        return f"GGUF file {path}: transformers cannot read this kind of model ({text[:160]})"
+    return f"GGUF file {path} is corrupt or truncated ({type(error).__name__}: {text[:120]}): get it again"
 
 
 def _pre_tokenizer_name(path: Path) -> str | None:
@@ -204,7 +201,7 @@ def _no_dequantising_bar() -> Iterator[None]:
     from transformers import modeling_gguf_pytorch_utils as reader
 
     bar = reader.tqdm
-    reader.tqdm = functools.partial(bar, disable=True)
+    reader.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:

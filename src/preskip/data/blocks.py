@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from preskip.data.corpus import Document, split_text
+from preskip.data.corpus import Document, by_id, split_text
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
@@ -75,11 +75,11 @@ def pack_blocks(
             f"limit of {limit_tokens} tokens: one batch takes {min_blocks} × {seq_len} tokens; raise the limit"
         )
     random = np.random.default_rng(seed)
-    texts = [document.text for document in sorted(documents, key=lambda document: document.id)]
+    texts = [document.text for document in by_id(documents)]
     if piece_characters is not None:
         texts = [piece for text in texts for piece in split_text(text, piece_characters)]
     order = random.permutation(len(texts))
-    separator = _separator(tokenizer) if eos else None
+    separator = first_token(tokenizer, "eos", "sep", "bos") if eos else None
     wanted = None if limit_tokens is None else limit_tokens // seq_len * seq_len
     chunks: list[NDArray[np.int32]] = []
     total = 0
@@ -158,14 +158,10 @@ def text_ids(text: str, tokenizer: Any) -> list[int]:
 
 def start_token(tokenizer: Any) -> int | None:
     """Return the token that opens a text: start, end or classification token, the first that the tokenizer has."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id):
-        if token is not None:
-            return int(token)
-    return None
+    return first_token(tokenizer, "bos", "eos", "cls")
 
 
-def _separator(tokenizer: Any) -> int | None:
-    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id):
-        if token is not None:
-            return int(token)
-    return None
+def first_token(tokenizer: Any, *kinds: str) -> int | None:
+    """Return the id of the first of these special tokens ("bos", "eos", "sep", "cls", "pad") that a tokenizer has."""
+    ids = (getattr(tokenizer, f"{kind}_token_id") for kind in kinds)
+    return next((int(token) for token in ids if token is not None), None)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +53,7 @@ class Corpus:
     def __post_init__(self) -> None:
         """Compute the checksum."""
         digest = hashlib.sha256()
-        for document in sorted(self.documents, key=lambda document: document.id):
+        for document in by_id(self.documents):
             digest.update(json.dumps([document.id, document.text]).encode())
         object.__setattr__(self, "sha256", digest.hexdigest())
 
@@ -122,6 +122,11 @@ def load_corpus(
     )
 
 
+def by_id(documents: Iterable[Document]) -> list[Document]:
+    """Documents in the order of their ids."""
+    return sorted(documents, key=lambda document: document.id)
+
+
 def split_documents(corpus: Corpus, heldout_fraction: float = 0.1, seed: int = 0) -> Split:
     """Split a corpus by groups, independently of the order of its documents.
 
@@ -156,9 +161,6 @@ def split_documents(corpus: Corpus, heldout_fraction: float = 0.1, seed: int = 0
             count += len(groups[group])
     if not chosen:  # every group is larger than what is wanted
         chosen.add(min(order, key=lambda group: len(groups[group])))
-
-    def by_id(documents: Iterable[Document]) -> list[Document]:
-        return sorted(documents, key=lambda document: document.id)
 
     return Split(
         training=by_id(document for document in corpus.documents if document.group not in chosen),
@@ -206,25 +208,26 @@ def _content_group(text: str) -> str:
     return "text-" + hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
-def _corpus(name: str, texts: Sequence[tuple[str, str]], source: str) -> Corpus:
-    documents = tuple(Document(id, text, _content_group(text)) for id, text in texts if text.strip())
+def _corpus(name: str, texts: Iterable[tuple[str, str, str | None]], source: str, whole: bool = True) -> Corpus:
+    """Of (id, text, group) those with text; without a group of its own a text is in one with its exact duplicates."""
+    filled = (found for found in texts if found[1].strip())
+    documents = tuple(
+        Document(id, text, _content_group(text) if group is None else group) for id, text, group in filled
+    )
     if not documents:
         raise PreskipError(f"corpus {name} is empty: give one with text in it")
-    return Corpus(name, documents, source)
+    return Corpus(name, documents, source, whole)
 
 
 def _corpus_of(name: str, found: tables.Reading) -> Corpus:
-    documents = tuple(Document(row.id, row.text, row.group or _content_group(row.text)) for row in found.rows)
-    if not documents:
-        raise PreskipError(f"corpus {name} is empty: give one with text in it")
-    return Corpus(name, documents, found.source, found.whole)
+    return _corpus(name, ((*row[:2], row.group or None) for row in found.rows), found.source, found.whole)
 
 
 def _load_pydoc() -> Corpus:
     from pydoc_data import topics
 
     source = f"pydoc_data.topics of the standard library of Python {platform.python_version()} (PSF licence)"
-    return _corpus("pydoc", sorted(topics.topics.items()), source)
+    return _corpus("pydoc", [(*topic, None) for topic in sorted(topics.topics.items())], source)
 
 
 def _read_text(path: Path) -> str:
@@ -249,7 +252,8 @@ def _load_text_file(name: str, path: Path) -> Corpus:
         pieces = text.split("\f") if "\f" in text else split_text(text, DOCUMENT_CHARACTERS)
     pieces = [piece.strip("\n") for piece in pieces if piece.strip()]
     width = len(str(max(0, len(pieces) - 1)))
-    return _corpus(name, [(f"{path.stem}#{i:0{width}d}", piece) for i, piece in enumerate(pieces)], f"text file {path}")
+    texts = [(f"{path.stem}#{i:0{width}d}", piece, None) for i, piece in enumerate(pieces)]
+    return _corpus(name, texts, f"text file {path}")
 
 
 def _load_folder(
@@ -272,11 +276,12 @@ def _load_folder(
             f"corpus folder {path} has no .txt or .md files and no tables (.parquet, .arrow, .csv, .jsonl, .jsonl.gz): "
             "give a folder of texts"
         )
-    return _corpus(name, [(file.relative_to(path).as_posix(), _read_text(file)) for file in files], f"folder {path}")
+    texts = [(file.relative_to(path).as_posix(), _read_text(file), None) for file in files]
+    return _corpus(name, texts, f"folder {path}")
 
 
 def _load_jsonl(name: str, path: Path, column: str) -> Corpus:
-    documents: list[Document] = []
+    texts: list[tuple[str, str, str | None]] = []
     seen: dict[str, int] = {}
     # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
@@ -295,8 +300,5 @@ def _load_jsonl(name: str, path: Path, column: str) -> Corpus:
         if id in seen:
             raise PreskipError(f"{where}: id {id!r} is already that of line {seen[id]}: ids must be unique")
         seen[id] = number
-        group = str(entry["group"]) if entry.get("group") is not None else _content_group(entry[column])
-        documents.append(Document(id, entry[column], group))
-    if not documents:
-        raise PreskipError(f"corpus {name} is empty: give one with text in it")
-    return Corpus(name, tuple(documents), f"JSONL file {path}")
+        texts.append((id, entry[column], str(entry["group"]) if entry.get("group") is not None else None))
+    return _corpus(name, texts, f"JSONL file {path}")

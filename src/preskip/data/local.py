@@ -130,30 +130,20 @@ def detokenise_lambada(text: str) -> str:
     return text.translate(str.maketrans("“”‘’", "\"\"''"))
 
 
-def _jsonl(path: Path) -> Rows:
-    rows: Rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise PreskipError(f"{path}, line {number}: not valid JSON ({error}): get the file again") from error
-    if not rows:
-        raise PreskipError(f"{path} is empty: get the file again")
-    return rows
-
-
 def _checked(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], Rows]:
     def read(path: Path) -> Rows:
         rows = []
-        for number, row in enumerate(_jsonl(path), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             try:
-                rows.append(convert(row))
+                rows += [convert(json.loads(line))] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise PreskipError(f"{path}, line {number}: not valid JSON ({error}): get the file again") from error
             except (KeyError, TypeError, IndexError) as error:
                 raise PreskipError(
-                    f"{path}, item {number}: not in the documented form ({error!r}): see docs/evaluation.md"
+                    f"{path}, item {len(rows) + 1}: not in the documented form ({error!r}): see docs/evaluation.md"
                 ) from error
+        if not rows:
+            raise PreskipError(f"{path} is empty: get the file again")
         return rows
 
     return read

@@ -11,15 +11,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from preskip.data.blocks import start_token
-from preskip.data.corpus import Document
+from preskip.assets import file_sha256
+from preskip.data.blocks import first_token
+from preskip.data.corpus import Document, by_id
 from preskip.data.tokenizer import fingerprint
 from preskip.errors import PreskipError
 from preskip.progress import Advance, no_progress
@@ -73,13 +74,16 @@ def write_packed(
     Raises:
         PreskipError: the disk is full, or the folder cannot be written.
     """
-    ordered = sorted(documents, key=lambda document: document.id)
+    ordered = by_id(documents)
     ordered = [ordered[index] for index in np.random.default_rng(seed).permutation(len(ordered))]
-    texts = _checksum(f"{document.id}\0{document.text}\0".encode() for document in ordered)
+    digest = hashlib.sha256()
+    for document in ordered:
+        digest.update(f"{document.id}\0{document.text}\0".encode())
+    texts = digest.hexdigest()
     kind = fingerprint(tokenizer)
     if (folder / RECORD).is_file():
         found = read_record(folder)
-        if (found.texts, found.tokenizer) == (texts, kind) and _file_checksum(folder / TOKENS) == found.sha256:
+        if (found.texts, found.tokenizer) == (texts, kind) and _is_whole(folder / TOKENS, found):
             return found
     dtype = "<u2" if len(tokenizer) <= 2**16 else "<u4"
     digest, count = hashlib.sha256(), 0
@@ -126,8 +130,7 @@ def open_blocks(folder: Path, seq_len: int) -> np.ndarray:
     """
     record = read_record(folder)
     path = folder / TOKENS
-    size = record.tokens * np.dtype(record.dtype).itemsize
-    if not path.is_file() or path.stat().st_size != size or _file_checksum(path) != record.sha256:
+    if not _is_whole(path, record):
         raise PreskipError(f"{path} is damaged (it does not match its checksum): delete {folder} and resume")
     blocks = record.tokens // seq_len
     if blocks == 0:
@@ -141,8 +144,7 @@ def open_blocks(folder: Path, seq_len: int) -> np.ndarray:
 
 def _encoded(documents: Sequence[Document], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
     """Token ids of a batch of documents, and how many documents are done."""
-    end = tokenizer.eos_token_id
-    end = start_token(tokenizer) if end is None else end
+    end = first_token(tokenizer, "eos", "bos", "cls")
     for start in range(0, len(documents), BATCH):
         batch = documents[start : start + BATCH]
         encoded = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)["input_ids"]
@@ -150,15 +152,6 @@ def _encoded(documents: Sequence[Document], tokenizer: Any) -> Iterator[tuple[li
         yield ids, start + len(batch)
 
 
-def _file_checksum(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return _checksum(iter(lambda: file.read(1 << 24), b""))
-
-
-def _checksum(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+def _is_whole(path: Path, record: PackedText) -> bool:
+    size = record.tokens * np.dtype(record.dtype).itemsize
+    return path.is_file() and path.stat().st_size == size and file_sha256(path) == record.sha256

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from preskip.data.blocks import first_token
 from preskip.errors import PreskipError
 
 # A paragraph counts if it has more characters than this, white space at its ends aside (the paper's code).
@@ -26,14 +28,8 @@ def paper_paragraphs(texts: Iterable[str], count: int | None = 2000, longer_than
     Returns:
         Paragraphs with their line end, where the text has one.
     """
-    found: list[str] = []
-    for text in texts:
-        for line in re.findall(r"[^\n]+\n?", text):
-            if len(line.strip()) > longer_than:
-                found.append(line)
-                if len(found) == count:
-                    return found
-    return found
+    lines = (line for text in texts for line in re.findall(r"[^\n]+\n?", text) if len(line.strip()) > longer_than)
+    return list(islice(lines, count))
 
 
 def paper_blocks(
@@ -61,7 +57,8 @@ def paper_blocks(
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise PreskipError(f"no paragraph to train on: the corpus needs lines of more than {LONGER_THAN} characters")
-    ids = np.full((len(rows), seq_len), _padding(tokenizer), dtype=np.int32)
+    padding = first_token(tokenizer, "pad", "eos") or 0  # any valid id does: it is masked
+    ids = np.full((len(rows), seq_len), padding, dtype=np.int32)
     mask = np.zeros((len(rows), seq_len), dtype=np.bool_)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = row
@@ -72,11 +69,3 @@ def paper_blocks(
 def block_labels(ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Labels [N, seq_len] of padded blocks: the ids, and -100 (which the loss passes over) on padding."""
     return np.where(mask, ids, -100).astype(np.int64)
-
-
-def _padding(tokenizer: Any) -> int:
-    """A valid id to fill with; which one does not matter, since padding is masked."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0

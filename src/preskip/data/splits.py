@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from preskip.data.corpus import DOCUMENT_CHARACTERS, Corpus, Document, load_corpus, split_documents, split_text
+from preskip.data.corpus import DOCUMENT_CHARACTERS, Corpus, Document, by_id, load_corpus, split_documents, split_text
 from preskip.data.tables import Limit
 from preskip.data.wikitext import page_title, wikitext_pages
 from preskip.errors import PreskipError
@@ -111,7 +111,7 @@ def slug(name: str) -> str:
 def _set_aside(corpus: Corpus, seed: int) -> tuple[list[Document], list[Document]]:
     """Training and development documents; a corpus of one group has no development part."""
     if len({document.group for document in corpus.documents}) < 2:
-        return sorted(corpus.documents, key=lambda document: document.id), []
+        return by_id(corpus.documents), []
     parts = split_documents(corpus, DEVELOPMENT, seed)
     return parts.training, parts.heldout
 

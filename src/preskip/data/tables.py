@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from preskip.data.wikitext import is_wikitext, join_pages
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, explained
 from preskip.progress import say, spinner
 
 # What the formats are called in `datasets`; a single .jsonl file has a reader of its own (`preskip.data.corpus`).
@@ -108,14 +108,10 @@ def read_hub(name: str, text_column: str | None, split: str, limit: Limit | None
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
     def texts() -> Generator[Row, None, None]:
-        try:
+        with explained(lambda error: f"corpus {name}: {_explain_hub(error, offline)}"):
             # Streaming reads no more than the limit, but only a whole download can come from the cache.
             rows = datasets.load_dataset(repository, config or None, split=split, streaming=not offline)
             yield from _texts(f"corpus {name}", split, rows, text_column)
-        except PreskipError:
-            raise
-        except Exception as error:  # the client raises many kinds, from several libraries
-            raise PreskipError(f"corpus {name}: {_explain_hub(error, offline)}") from error
 
     return _gather(name, texts(), f"Hugging Face data set {name}, split {split}", limit or HUB_LIMIT, quiet)
 
@@ -205,31 +201,23 @@ def _file_texts(path: Path, prefix: str, text_column: str | None) -> Generator[R
     options: dict[str, Any] = {}
     if kind == "csv":  # a text "None" or "NA" is a text; only an empty field is missing
         options = {"keep_default_na": False, "na_values": [""], "sep": "\t" if ".tsv" in path.name.lower() else ","}
-    try:
+    with explained(lambda error: f"corpus file {path} {_explain_file(error, kind)}"):
         if kind == "parquet" and parquet.read_metadata(path).num_rows == 0:
             return  # a shard without rows, which `datasets` takes for damaged
         # Streaming makes no copy in the cache.
         rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
         yield from _texts(f"corpus file {path}", prefix, rows, text_column, has_groups=kind == "json")
-    except PreskipError:
-        raise
-    except Exception as error:  # of pyarrow, pandas, gzip, json and datasets
-        raise PreskipError(f"corpus file {path} {_explain_file(error, kind)}") from error
 
 
 def _saved_texts(path: Path, text_column: str | None, split: str) -> Generator[Row, None, None]:
     import datasets
 
-    try:
+    with explained(lambda error: f"corpus folder {path} {_explain_file(error, 'saved data set')}"):
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, Mapping):
             _check_split(path, split, saved)
             saved = saved[split]
         yield from _texts(f"corpus folder {path}", split, saved, text_column)
-    except PreskipError:
-        raise
-    except Exception as error:
-        raise PreskipError(f"corpus folder {path} {_explain_file(error, 'saved data set')}") from error
 
 
 def _check_split(path: Path, split: str, parts: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preskip.data.corpus import Document, split_text
+from preskip.data.corpus import Document, by_id, split_text
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
@@ -47,10 +47,8 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> PreTraine
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    ordered = sorted(documents, key=lambda document: document.id)
-    backend.train_from_iterator(
-        (piece for document in ordered for piece in split_text(document.text, PIECE_CHARACTERS)), trainer
-    )
+    pieces = (piece for document in by_id(documents) for piece in split_text(document.text, PIECE_CHARACTERS))
+    backend.train_from_iterator(pieces, trainer)
     found = backend.get_vocab_size()
     if found < vocab_size:
         raise PreskipError(
