@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.adapter.base import base_model
+from preskip.adapter import base_model
 from preskip.architecture.config import branch_settings, with_branch
 from preskip.architecture.models import Architecture, architecture
 from preskip.attach import CHILD, find_sites

@@ -91,9 +91,9 @@ class BranchSettings:
         require(self.enrich_attention or self.preprojection, "enrich_attention", "False needs preprojection=True")
 
     @classmethod
-    def from_object(cls, source: object) -> BranchSettings:
+    def from_object(cls, source: object, prefix: str = "") -> BranchSettings:
         """Take the fields of this class from any object that has them (a `PreskipConfig`, a model config)."""
-        return cls(**{field.name: getattr(source, field.name) for field in fields(cls)})
+        return cls(**{field.name: getattr(source, prefix + field.name) for field in fields(cls)})
 
     def shapes(self, d: int) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of each matrix of a branch of width d, by part name.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
@@ -214,6 +215,11 @@ class PreskipModel(BaseTuner):
         if hasattr(self.model, "peft_config") and not _has_tuner_layers(self.model):
             del self.model.peft_config
         return self.model
+
+
+def base_model(model: nn.Module) -> Any:
+    """The base inside a PEFT model (`PeftModel.get_base_model`), with its adapters; any other model as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import wrapt
 
+from preskip.adapter.checkpoint import refuse
 from preskip.adapter.config import PreskipConfig
 from preskip.adapter.model import expected_tensors, remove_adapter
 from preskip.errors import PreskipError
@@ -47,21 +48,14 @@ def _load_adapter(load: Callable[..., Any], model: Any, args: tuple, kwargs: dic
 
 def _check(model: torch.nn.Module, name: str, report: Any) -> None:
     """Raise what `preskip.adapter.checkpoint.check_tensors` raises, from transformers' report of a finished load."""
-    expected = expected_tensors(model, name)
-    for key, found, needed in sorted(report.mismatched_keys):
-        raise PreskipError(
-            f"{key} has shape {tuple(found)} in the checkpoint, this model needs {tuple(needed)}: the adapter was "
-            "trained for another width or with other settings"
-        )
-    if missing := sorted(expected.keys() & report.missing_keys):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise PreskipError(f"the checkpoint lacks {missing[0]}{more}: it belongs to another model or is incomplete")
-    if extra := sorted(report.unexpected_keys):
-        raise PreskipError(f"the checkpoint holds a tensor that this adapter has no place for: {extra[0]}")
-    parameters = dict(model.named_parameters())
-    for key in expected:
-        if not torch.isfinite(parameters[key]).all():
-            raise PreskipError(f"{key} holds NaN or infinity: the checkpoint is damaged or its training diverged")
+    expected, parameters = expected_tensors(model, name), dict(model.named_parameters())
+    mismatched = sorted(report.mismatched_keys)
+    refuse(
+        missing=(expected.keys() & report.missing_keys) - {key for key, *_ in mismatched},
+        extra=report.unexpected_keys,
+        mismatched=mismatched,
+        tensors={key: parameters[key] for key in expected},
+    )
 
 
 def _preskip_adapters(model: Any) -> set[str]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from preskip.adapter.base import base_model
+from preskip.adapter import base_model
 from preskip.analysis.branches import PARTS, LiveBranch, live_branches
 from preskip.attach import AttentionSite, hidden_states_of, with_hidden_states
 from preskip.data.blocks import Window

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from preskip.adapter.base import base_model
+from preskip.adapter import base_model
 from preskip.adapter.layer import PreskipLayer
 from preskip.attach import CHILD, POST_ATTENTION_NORMS, AttentionSite, find_sites, tap_of
 from preskip.branch import BranchSettings, PreskipBranch

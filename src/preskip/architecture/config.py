@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, Optional
+from typing import Any, Optional, get_type_hints
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,17 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "preskip_layers": None,
 }
 _TYPES: dict[str, Any] = {
-    "preskip_expansion": float,
-    "preskip_activation": str,
-    "preskip_gated": bool,
-    "preskip_dropout": float,
-    "preskip_preprojection": bool,
-    "preskip_content_skip": bool,
-    "preskip_enrich_attention": bool,
-    "preskip_skip_rank": Optional[int],
-    "preskip_init_weights": str,
-    "preskip_init_std": float,
-    "preskip_skip_init_std": float,
+    **{PREFIX + name: kind for name, kind in get_type_hints(BranchSettings).items()},
     "preskip_skip_position": str,
     "preskip_layers": Optional[list[int]],
 }
@@ -44,7 +34,7 @@ def branch_settings(config: PreTrainedConfig) -> BranchSettings:
         PreskipError: a value is out of range or two fields contradict each other.
     """
     try:
-        return BranchSettings(**{field.name: getattr(config, PREFIX + field.name) for field in fields(BranchSettings)})
+        return BranchSettings.from_object(config, PREFIX)
     except PreskipError as error:
         raise PreskipError(f"{config.model_type} config, field {PREFIX}{error}") from None
 

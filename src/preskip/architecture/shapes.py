@@ -31,45 +31,31 @@ class Shape:
     settings: dict[str, Any]
 
 
+def _shape(base_type: str, layers: int, width: int, heads: int, inner: int, vocabulary: int, **more: Any) -> Shape:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, **more.pop("rope", {})}
+    settings = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+        "rope_parameters": rope,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    return Shape(base_type=base_type, settings={**settings, **more})
+
+
 def _pythia(layers: int, width: int, heads: int, vocabulary: int = 50304) -> Shape:
-    return Shape(
-        base_type="gpt_neox",
-        settings={
-            "num_hidden_layers": layers,
-            "hidden_size": width,
-            "num_attention_heads": heads,
-            "intermediate_size": 4 * width,
-            "vocab_size": vocabulary,
-            "max_position_embeddings": 2048,
-            "layer_norm_eps": 1e-5,
-            "hidden_act": "gelu",
-            "use_parallel_residual": True,
-            "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        },
-    )
+    more = {"layer_norm_eps": 1e-5, "hidden_act": "gelu", "use_parallel_residual": True, "tie_word_embeddings": False}
+    more["rope"] = {"partial_rotary_factor": 0.25}
+    return _shape("gpt_neox", layers, width, heads, 4 * width, vocabulary, **more)
 
 
 def _llama(layers: int, width: int, heads: int, kv_heads: int, inner: int, vocabulary: int = 49152) -> Shape:
-    return Shape(
-        base_type="llama",
-        settings={
-            "num_hidden_layers": layers,
-            "hidden_size": width,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "intermediate_size": inner,
-            "vocab_size": vocabulary,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        },
-    )
+    more = {"num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    return _shape("llama", layers, width, heads, inner, vocabulary, **more)
 
 
 SHAPES: dict[str, Shape] = {

@@ -197,7 +197,7 @@ def _task_suite(
 
 def _dtypes(model: Any) -> dict[str, Any]:
     """What the weights of the base and of the adapter really are, and how attention is computed."""
-    from preskip.adapter.base import base_model
+    from preskip.adapter import base_model
 
     base = base_model(model)
     adapted = [parameter for name, parameter in model.named_parameters() if _is_adapter(model, name)]

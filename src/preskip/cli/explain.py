@@ -195,7 +195,7 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
 
 
 def _context_length(model: Any, asked: int | None) -> int:
-    from preskip.adapter.base import base_model
+    from preskip.adapter import base_model
 
     own = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
     if asked is None:
@@ -228,7 +228,7 @@ def _add_null(layers: Sequence[dict[str, Any]], null: Sequence[Mapping[str, Any]
 
 
 def _facts(source: Source, live: Any, model: str | None, dtype: str) -> dict[str, Any]:
-    from preskip.adapter.base import base_model
+    from preskip.adapter import base_model
     from preskip.analysis.branches import live_branches
     from preskip.version import __version__
 

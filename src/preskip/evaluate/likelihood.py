@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.adapter.base import base_model
+from preskip.adapter import base_model
 from preskip.data.blocks import Window, heldout_windows, scored_size
 from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem, encode_item

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from preskip.adapter.base import base_model
+from preskip.adapter import base_model
 from preskip.analysis.branches import LiveBranch
 from preskip.attach import hidden_states_of, with_hidden_states
 from preskip.evaluate.likelihood import head_only_at
