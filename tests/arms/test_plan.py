@@ -102,28 +102,30 @@ def test_every_arm_trains_on_the_asked_tokens_but_the_iso_flop_one(plans):
 
 @pytest.mark.parametrize("arm", ["preskip", "preproj", "skip", "parallel"])
 def test_only_the_chosen_layers_have_a_branch(arm):
-    plan, whole = (planner(layers=layers).plan(arm) for layers in ((1, 3), None))
+    plan, whole = (planner(layers=layers).plan(SCRATCH_ARMS[arm]) for layers in ((1, 3), None))
     model = AutoModelForCausalLM.from_config(plan.config)
     assert {int(name.split(".layers.")[1][0]) for name, _ in model.named_parameters() if ".preskip." in name} == {1, 3}
     assert plan.size.parameters == sum(p.numel() for p in model.parameters())
-    plain = planner(layers=None).plan("base").size.parameters
+    plain = planner(layers=None).plan(SCRATCH_ARMS["base"]).size.parameters
     assert 5 * (plan.size.parameters - plain) == 2 * (whole.size.parameters - plain)
     assert plan.deviation == (None if arm == "skip" else pytest.approx(0, abs=5e-4))
 
 
 def test_controls_are_matched_to_the_layers_that_have_a_branch():
-    plain, wide = (planner(layers=(0,)).plan(arm) for arm in ("base", "base-wide"))
+    plain, wide = (planner(layers=(0,)).plan(SCRATCH_ARMS[arm]) for arm in ("base", "base-wide"))
     assert wide.size.parameters - plain.size.parameters == pytest.approx(3.5 * 128**2, abs=5 * 3 * 128 / 2)
 
 
 def test_layers_that_are_not_there_are_refused():
     with pytest.raises(PreskipError, match=r"preskip_layers=\[0, 5\] is not possible with 5 layers"):
-        planner(layers=(0, 5)).plan("preskip")
+        planner(layers=(0, 5)).plan(SCRATCH_ARMS["preskip"])
 
 
 def test_other_branches_can_be_trained_from_scratch_too(plans):
     for arm in ("content", "preskip-gated"):
-        assert planner().plan(arm).size.parameters == pytest.approx(plans["preskip"].size.parameters, rel=5e-4)
+        assert planner().plan(SCRATCH_ARMS[arm]).size.parameters == pytest.approx(
+            plans["preskip"].size.parameters, rel=5e-4
+        )
 
 
 @pytest.mark.parametrize("gated", [False, True])

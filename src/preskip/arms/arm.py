@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from preskip.errors import PreskipError
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-    from preskip.arms.plan import Planner
     from preskip.branch import BranchSettings
 
 # What an arm's number of trained weights is to the reference arm's: equal; fewer by its nature; far fewer (shown as the
@@ -68,7 +67,8 @@ class Arm:
             without inserted weights.
         own_weights: frozen: names of the base's own parameters that are trained in place, and put back afterwards; None
             for an arm that leaves them frozen.
-        build: from scratch: makes the architecture; None for an arm that is not trained from scratch.
+        build: from scratch: makes the architecture, of a `preskip.arms.plan.Planner`; None for an arm that is not
+            trained from scratch.
         budget: see `Budget`.
         matches: from scratch: what a matched arm has in common with preskip, "parameters" or "training FLOPs" (which
             are matched by the number of steps).
@@ -81,7 +81,7 @@ class Arm:
     _: KW_ONLY
     make_config: Callable[[ArmContext], PeftConfig | Sequence[PeftConfig]] | None = None
     own_weights: Callable[[ArmContext], list[str]] | None = None
-    build: Callable[[Planner], PreTrainedConfig] | None = None
+    build: Callable[[Any], PreTrainedConfig] | None = None
     budget: Budget = "matched"
     matches: str = "parameters"
     decisive: bool = False

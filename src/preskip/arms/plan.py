@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from preskip.architecture import architecture
 from preskip.architecture.config import with_branch
+from preskip.arms.arm import Arm
 from preskip.arms.budget import nearest_expansion
-from preskip.arms.catalogue import SCRATCH_ARMS
 from preskip.arms.flops import TRAINING_FACTOR, embedding_parameters, forward_flops_per_token
 from preskip.arms.shape import plain_config
 from preskip.branch import BranchSettings
@@ -168,19 +168,19 @@ class Planner:
         overrides = {**self.overrides, **changes}
         return plain_config(self.arch, overrides, self.fields, own_vocabulary=self.own_vocabulary)
 
-    def plan(self, name: str) -> Plan:
-        """Solve an arm of `SCRATCH_ARMS`.
+    def plan(self, arm: Arm) -> Plan:
+        """Solve an arm that has a `build`.
 
         Raises:
             PreskipError: an architecture that cannot be built; the arm is named where it is the reason.
         """
-        arm, target = SCRATCH_ARMS[name], self.target
+        target = self.target
         assert arm.build is not None
         try:
             config = arm.build(self)
             size = self.size(config)
         except PreskipError as error:
-            raise PreskipError(f"arm {name}: {error}") from None
+            raise PreskipError(f"arm {arm.name}: {error}") from None
         steps = self.steps
         if arm.matches == "training FLOPs":
             steps = round(steps * target.flops_per_token / size.flops_per_token)
@@ -189,7 +189,7 @@ class Planner:
             deviation = size.parameters / target.parameters - 1
         is_matched = arm.budget == "matched"
         return Plan(
-            name=name,
+            name=arm.name,
             description=arm.description,
             config=config,
             size=size,

@@ -278,7 +278,7 @@ def plan_arms(config: PretrainConfig, tokenizer: Any | None) -> dict[str, Plan]:
         steps=config.steps,
         tokens_per_step=config.tokens_per_step,
     )
-    return {name: planner.plan(name) for name in config.arms}
+    return {name: planner.plan(SCRATCH_ARMS[name]) for name in config.arms}
 
 
 def most_tokens(run: RunDirectory, config: PretrainConfig) -> int:
