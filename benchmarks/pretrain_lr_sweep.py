@@ -18,7 +18,8 @@ from pathlib import Path
 
 from preskip.experiment.cell import run_cell
 from preskip.experiment.execute import processes
-from preskip.experiment.pretrain_options import PretrainConfig, parse_tokens
+from preskip.experiment.parse import parse_tokens
+from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.run import start_run
 from preskip.experiment.scratch import Scratch, plan_arms
 from preskip.runs.directory import RunDirectory

@@ -16,12 +16,13 @@ from preskip.version import __version__
 if TYPE_CHECKING:
     from preskip.adapter import PreskipConfig
     from preskip.baking import bake
-    from preskip.branch import BranchSettings, PreskipBranch
+    from preskip.branch import PreskipBranch
+    from preskip.branch_settings import BranchSettings
 
 __all__ = ["BranchSettings", "PreskipBranch", "PreskipConfig", "PreskipError", "__version__", "bake"]
 
 _HOMES = {
-    "BranchSettings": "preskip.branch",
+    "BranchSettings": "preskip.branch_settings",
     "PreskipBranch": "preskip.branch",
     "PreskipConfig": "preskip.adapter",
     "bake": "preskip.baking",

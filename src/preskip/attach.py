@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from preskip.branch_settings import SKIP_POSITIONS
 from preskip.errors import PreskipError
 
 CHILD = "preskip"
-SKIP_POSITIONS = ("attention", "residual")
 
 # Names under which a block holds its self-attention, most specific first.
 ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")

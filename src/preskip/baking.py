@@ -19,7 +19,7 @@ from preskip.adapter import base_model
 from preskip.architecture.config import branch_settings, with_branch
 from preskip.architecture.models import Architecture, architecture
 from preskip.attach import CHILD, find_sites
-from preskip.branch import BranchSettings
+from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
 from preskip.markdown import escape
 from preskip.model_types import TYPES

@@ -15,122 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from preskip.branch_settings import ACTIVATIONS, BranchCost, BranchSettings
 from preskip.errors import PreskipError
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "mish": F.mish,
-}
-INITS = ("identity", "paper")
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {name: getattr(F, name) for name in ACTIVATIONS}
 PARTS = ("up", "gate", "down", "skip", "skip_down", "skip_up")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BranchSettings:
-    """What one branch is made of; the fields of `PreskipConfig` that concern the arithmetic.
-
-    Args:
-        expansion: inner width over d, > 0. Default 1.25 (paper).
-        activation: one of silu (paper), gelu, relu, mish.
-        gated: SwiGLU-like inner layer, W_down(σ(W_gate x̂) ⊙ W_up x̂), with one more d → f matrix.
-        dropout: probability of dropping an inner feature while training, in [0, 1).
-        preprojection: False leaves x̃ = x̂: the linear skip alone.
-        content_skip: False leaves the skip out: the pre-projection alone.
-        enrich_attention: False lets attention read x̂ as before, and only the skip carries x̃; with content_skip=False
-            as well, W_down · σ(W_up · x̂) itself joins attention's output: a parallel adapter (He et al. 2022,
-            arXiv 2110.04366).
-        skip_rank: None for a full d × d skip, an int for W_skip = W_skip_up · W_skip_down of that rank.
-        init_weights: "identity" (W_down = 0, W_skip = 0: the model starts exactly as it was) or "paper"
-            (W_up, W_down ~ N(0, init_std²), W_skip ~ N(0, skip_init_std²)).
-        init_std, skip_init_std: standard deviations of the paper's initialisation, > 0 and >= 0. W_up takes init_std
-            in both.
-
-    Raises:
-        PreskipError: a value is out of range or two fields contradict each other.
-    """
-
-    expansion: float = 1.25
-    activation: str = "silu"
-    gated: bool = False
-    dropout: float = 0.0
-    preprojection: bool = True
-    content_skip: bool = True
-    enrich_attention: bool = True
-    skip_rank: int | None = None
-    init_weights: str = "identity"
-    init_std: float = 0.01
-    skip_init_std: float = 1e-4
-
-    def __post_init__(self) -> None:
-        def require(ok: bool, name: str, allowed: str) -> None:
-            if not ok:
-                raise PreskipError(f"{name}={getattr(self, name)!r} is not possible: {allowed}")
-
-        require(_is_number(self.expansion) and 0 < self.expansion <= 64, "expansion", "it must be > 0 and <= 64")
-        require(self.activation in tuple(ACTIVATIONS), "activation", f"choose one of {', '.join(ACTIVATIONS)}")
-        require(self.init_weights in INITS, "init_weights", f"choose one of {', '.join(INITS)}")
-        for name in ("gated", "preprojection", "content_skip", "enrich_attention"):
-            require(isinstance(getattr(self, name), bool), name, "choose True or False")
-        require(_is_number(self.dropout) and 0 <= self.dropout < 1, "dropout", "it must be in [0, 1)")
-        # With W_down = 0 as well, W_up = 0 would keep both gradients at 0 for ever.
-        require(_is_number(self.init_std) and self.init_std > 0, "init_std", "it must be > 0")
-        require(_is_number(self.skip_init_std) and self.skip_init_std >= 0, "skip_init_std", "it must be >= 0")
-        rank_is_valid = self.skip_rank is None or (type(self.skip_rank) is int and self.skip_rank > 0)
-        require(rank_is_valid, "skip_rank", "it must be a positive integer, or None for a full d x d skip")
-        require(self.preprojection or self.content_skip, "content_skip", "without preprojection nothing is left")
-        require(self.preprojection or not self.gated, "gated", "it needs preprojection=True")
-        require(self.content_skip or self.skip_rank is None, "skip_rank", "it needs content_skip=True")
-        require(self.enrich_attention or self.preprojection, "enrich_attention", "False needs preprojection=True")
-
-    @classmethod
-    def from_object(cls, source: object, prefix: str = "") -> BranchSettings:
-        """Take the fields of this class from any object that has them (a `PreskipConfig`, a model config)."""
-        return cls(**{field.name: getattr(source, prefix + field.name) for field in fields(cls)})
-
-    def shapes(self, d: int) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of each matrix of a branch of width d, by part name.
-
-        Raises:
-            PreskipError: ⌊expansion · d⌋ is 0, or skip_rank exceeds d.
-        """
-        inner = int(d * self.expansion)
-        if self.preprojection and inner < 1:
-            raise PreskipError(f"expansion={self.expansion} gives no inner feature at width {d}: raise it")
-        if self.skip_rank is not None and self.skip_rank > d:
-            raise PreskipError(f"skip_rank={self.skip_rank} exceeds the width {d}: lower it, or None for a full skip")
-        shapes = {}
-        if self.preprojection:
-            shapes["up"] = (d, inner)
-            if self.gated:
-                shapes["gate"] = (d, inner)
-            shapes["down"] = (inner, d)
-        if self.content_skip and self.skip_rank is None:
-            shapes["skip"] = (d, d)
-        elif self.skip_rank is not None:
-            shapes["skip_down"], shapes["skip_up"] = (d, self.skip_rank), (self.skip_rank, d)
-        return shapes
-
-    def cost(self, d: int) -> BranchCost:
-        """Cost of one branch of width d without building it; at e = 1.25 with skip 3.5·d² parameters."""
-        parameters = sum(a * b for a, b in self.shapes(d).values())
-        return BranchCost(parameters=parameters, flops_per_token=2 * parameters, weight_bytes=4 * parameters)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BranchCost:
-    """What one branch costs: trainable parameters, forward FLOPs per token (2 per multiply-add), bytes of weights."""
-
-    parameters: int
-    flops_per_token: int
-    weight_bytes: int
 
 
 def enrich(
@@ -155,7 +49,7 @@ def feature(
         dropout: applied to the inner features [B, T, f], or None.
     """
     z = cast_in(x, linears["down"])
-    inner = ACTIVATIONS[settings.activation](linears["gate" if "gate" in linears else "up"](z))
+    inner = FUNCTIONS[settings.activation](linears["gate" if "gate" in linears else "up"](z))
     if "gate" in linears:
         inner = inner * linears["up"](z)
     if dropout is not None:
@@ -294,7 +188,3 @@ class PreskipBranch(nn.Module):
     def extra_repr(self) -> str:
         """Width and settings, for `print(model)`."""
         return f"d={self.d}, {self.settings}"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -56,4 +56,6 @@ def test_unknown_command_and_version(capsys):
     assert capsys.readouterr().out.strip() == __version__
     with pytest.raises(SystemExit) as stop:
         main(["nonsense"])
-    assert stop.value.code == 2
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith('error: Unknown command "nonsense"')

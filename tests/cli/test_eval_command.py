@@ -126,7 +126,7 @@ def test_mistakes_are_one_line_and_write_nothing(call, inputs, tmp_path):
         "stride must lie": ["--corpus", inputs / "texts.jsonl", "--stride", "600"],
         "unknown corpus": ["--corpus", "nothing"],
         "text short is one document, an interval needs 2": ["--corpus", short],
-        "is unknown: choose auto": [*tasks, "--dtype", "int8"],
+        "is unknown: choose one of auto": [*tasks, "--dtype", "int8"],
         "must be at least 1": [*tasks, "--batch-tokens", "0"],
     }
     for message, options in cases.items():

@@ -22,7 +22,7 @@ from preskip.experiment.cell import run_cell
 from preskip.report.claims import assess
 from tiny_model import write_corpus
 
-TINY = ["--layers", "1", "--hidden-size", "32", "--heads", "2", "--kv-heads", "2", "--mlp-width", "64"]
+TINY = ["--num-layers", "1", "--hidden-size", "32", "--heads", "2", "--kv-heads", "2", "--mlp-width", "64"]
 TINY += ["--vocab-size", "300", "--seq-len", "16", "--batch-size", "4", "--tokens", "768", "--eval-steps", "4"]
 TINY += ["--eval-blocks", "4", "--eval-documents", "5", "--eval-words", "40", "--save-steps", "5", "--device", "cpu"]
 TINY += ["--dtype", "float32", "--report-to", "none", "--peak-flops", "1e9", "--heldout-fraction", "0.3"]
@@ -231,6 +231,7 @@ def test_a_tokenizer_that_exists_is_taken(finished, corpus, tmp_path):
         (["--micro-batch-size", "3"], "does not divide"),
         (["--seq-len", "4096", "--tokens", "1M"], "exceed the architecture's context of 2048"),
         (["--heads", "3"], "cannot be shared by 3 heads"),
+        (["--layers", "4"], r"preskip_layers=\[4\] is not possible with 1 layers"),
         (["--arch", "llama-2m"], "did you mean llama-"),
         (["--set", "colour"], "not FIELD=VALUE"),
         (["--vocab-size", "60000"], "gives only .* tokens"),
@@ -250,6 +251,18 @@ def test_mistakes_are_one_line_and_leave_nothing(refused, options, message, monk
     import re
 
     assert re.search(message, refused(*options))
+
+
+def test_layers_are_those_that_get_a_branch_and_the_depth_has_another_name(corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    options = ["--num-layers", "2", "--layers", "1", "--arms", "preskip", "--out", run]
+    assert call(*TINY, "--corpus", corpus, *options) == 0
+    assert "layer 1 alone gets a branch; the depth is --num-layers" in capsys.readouterr().err
+    config = stored(run, "run.json")["config"]
+    assert (config["layers"], config["overrides"]["num_hidden_layers"]) == ([1], 2)
+    weights = load_file(run / "arms" / "preskip" / "seed-1" / "model" / "model.safetensors")
+    assert {name.split(".")[2] for name in weights if "preskip" in name} == {"1"}
+    assert {name.split(".")[2] for name in weights if ".layers." in name} == {"0", "1"}
 
 
 def test_text_is_repeated_if_that_is_allowed(corpus, tmp_path):

@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from local_data import SENTENCES, write_local_data
 from preskip.assets import load_model, load_tokenizer
-from preskip.cli.audit import _published_lines, audit
+from preskip.cli.audit import _published_lines
+from preskip.cli.main import main
 from preskip.data.corpus import Document
 from preskip.errors import PreskipError
 from preskip.evaluate import dtype_audit as module
@@ -134,34 +133,36 @@ def test_nothing_to_score_or_to_compare_with_is_one_line(inputs):
 
 
 @pytest.fixture
-def call(inputs):
-    app = typer.Typer()
-    app.command()(audit)
+def call(inputs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
 
     def run(*arguments):
         fixed = [str(inputs / "pythia-160m"), "--data-dir", str(inputs / "data"), "--device", "cpu"]
-        return CliRunner().invoke(app, [*fixed, *map(str, arguments)], env={"COLUMNS": "160"})
+        with pytest.raises(SystemExit) as stop:
+            main(["audit", *fixed, *map(str, arguments)])
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
 
     return run
 
 
 def test_command_prints_json_or_a_table(call, inputs):
     sizes = ["--lambada", 6, "--documents", 3, "--words", 30, "--corpus", inputs / "texts.jsonl"]
-    result = call(*sizes, "--context-length", 64, "--json")
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
+    code, out, err = call(*sizes, "--context-length", 64, "--json")
+    assert code == 0, err
+    report = json.loads(out)
     assert set(report["dtypes"]["float32"]["metrics"]) == {"texts", "lambada_openai"}
     assert report["published"]["distances"]["bfloat16"]["lambada_openai"]["acc"]["items"] == 6
-    result = call("--lambada", 0, "--documents", 3, "--words", 30, "--corpus", inputs / "texts.jsonl")
-    assert result.exit_code == 0, result.output
-    assert "of the weights change when rounded to bf16" in result.stdout
-    assert "lambada_openai acc" not in result.stdout
+    code, out, err = call("--lambada", 0, "--documents", 3, "--words", 30, "--corpus", inputs / "texts.jsonl")
+    assert code == 0, err
+    assert "of the weights change when rounded to bf16" in out
+    assert "lambada_openai acc" not in out
 
 
 def test_a_device_without_bf16_is_warned_of(call, inputs, monkeypatch):
     monkeypatch.setattr("preskip.runs.environment.computes_in_bfloat16", lambda device: False)
-    result = call("--lambada", 0, "--documents", 2, "--words", 10, "--corpus", inputs / "texts.jsonl")
-    assert "no bfloat16 instructions" in result.stderr
+    _, _, err = call("--lambada", 0, "--documents", 2, "--words", 10, "--corpus", inputs / "texts.jsonl")
+    assert "no bfloat16 instructions" in err
 
 
 @pytest.mark.parametrize(
@@ -174,6 +175,7 @@ def test_a_device_without_bf16_is_warned_of(call, inputs, monkeypatch):
     ],
 )
 def test_bad_options_are_one_line(call, options, message):
-    error = call(*options).exception
-    assert isinstance(error, PreskipError)
-    assert message in str(error)
+    code, _, err = call(*options)
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
+    assert message in line

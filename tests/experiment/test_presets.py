@@ -1,20 +1,18 @@
 """Every preset is a set of options that the command line and the configuration know."""
 
-import inspect
-
 import pytest
 
 from preskip.arms import ARMS
-from preskip.cli.probe import probe
 from preskip.experiment.parse import parse_extent
 from preskip.experiment.presets import PRESETS
-from preskip.experiment.probe_options import parse_lora_ranks
+from preskip.experiment.probe_options import ProbeConfig, parse_lora_ranks
+from preskip.fields import flags
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_key_is_an_option(name):
     options = PRESETS[name].options
-    assert set(options) <= set(inspect.signature(probe).parameters)
+    assert set(options) <= set(flags(ProbeConfig))
     assert all(arm in ARMS for arm in options.get("arms", "none").split(","))
     for text in options.get("eval_corpora", "").split(","):
         assert not text or parse_extent(text, 2, 1)[1] >= 2

@@ -2,8 +2,8 @@ import pytest
 
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
-from preskip.experiment.parse import parse_extent
-from preskip.experiment.pretrain_options import PretrainConfig, parse_overrides, parse_rates, parse_tokens
+from preskip.experiment.parse import parse_by_arm, parse_extent, parse_overrides, parse_tokens
+from preskip.experiment.pretrain_options import PretrainConfig
 
 
 def test_tokens_with_and_without_units():
@@ -24,8 +24,8 @@ def test_fields_are_json_or_words():
 
 
 def test_rates_for_all_and_for_one():
-    assert parse_rates(["3e-3", "skip=1e-3"]) == (3e-3, {"skip": 1e-3})
-    assert parse_rates([]) == (None, {})
+    assert parse_by_arm(["3e-3", "skip=1e-3"]) == (3e-3, {"skip": 1e-3})
+    assert parse_by_arm([]) == (None, {})
 
 
 def test_extent():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -70,11 +74,9 @@ def write_run(
 
 def invoke_app(command: str, *arguments: object, columns: int = 140) -> str:
     """Standard output of a `preskip` command at a fixed width; its error is raised."""
-    from typer.testing import CliRunner
-
     from preskip.cli.main import app
 
-    result = CliRunner().invoke(app, [command, *map(str, arguments)], env={"COLUMNS": str(columns)})
-    if result.exception is not None:
-        raise result.exception
-    return result.stdout
+    printed = StringIO()
+    with redirect_stdout(printed), patch.dict(os.environ, COLUMNS=str(columns)):
+        app([command, *map(str, arguments)], result_action="return_value")
+    return printed.getvalue()

@@ -8,8 +8,7 @@ from typing import Optional, Union
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from preskip.attach import SKIP_POSITIONS
-from preskip.branch import BranchSettings
+from preskip.branch_settings import SKIP_POSITIONS, BranchSettings
 from preskip.errors import PreskipError
 
 NAME = "PRESKIP"

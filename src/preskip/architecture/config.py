@@ -8,8 +8,7 @@ from typing import Any, Optional, get_type_hints
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from preskip.attach import SKIP_POSITIONS
-from preskip.branch import BranchSettings
+from preskip.branch_settings import SKIP_POSITIONS, BranchSettings
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from preskip.architecture.config import branch_fields
 from preskip.architecture.models import architecture
-from preskip.branch import BranchSettings
+from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
 
 

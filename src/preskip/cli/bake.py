@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
@@ -17,27 +16,19 @@ if TYPE_CHECKING:
 
 
 def bake(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a Preskip adapter, e.g. RUN/arms/preskip/seed-1/adapter.")],
-    out: Annotated[Path, typer.Argument(help="The folder to make; must not exist.")],
-    model: Annotated[
-        str | None, typer.Option("--model", help="The base. Default: what the run or the adapter names.")
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option("--dtype", help="Of the base's weights: auto (the run's, else float32), float32, bfloat16, ..."),
-    ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let code of the base's repository run.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, without progress.")] = False,
+    adapter: Annotated[Path, flag("Folder of a Preskip adapter, e.g. RUN/arms/preskip/seed-1/adapter.")],
+    out: Annotated[Path, flag("The folder to make; must not exist.")],
+    *,
+    model: Base = None,
+    dtype: DtypeOfRun = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
 ) -> None:
     """Write base + adapter as one checkpoint of type preskip_<type>, and check that its logits are the same."""
     if not (adapter / "adapter_config.json").is_file():
         raise PreskipError(f"{adapter} has no adapter_config.json: give a folder of a saved adapter")
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another folder")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise PreskipError(f"--dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
     from preskip.progress import say, spinner
 
     with spinner("loading libraries", quiet=as_json):

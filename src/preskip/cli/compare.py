@@ -6,31 +6,25 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
-import typer
-
+from preskip.cli.options import Json, flag
 from preskip.errors import PreskipError
+from preskip.experiment.parse import parse_names
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories; arms of several are named run:arm.")],
-    arms: Annotated[
-        str | None, typer.Option("--arms", help="Arms to compare, separated by commas. Default: all.")
-    ] = None,
-    reference: Annotated[str | None, typer.Option("--reference", help="Compare every arm with this one only.")] = None,
-    sets: Annotated[
-        str | None, typer.Option("--sets", help="Evaluation sets, separated by commas. Default: all shared.")
-    ] = None,
+    runs: Annotated[list[Path], flag("Run directories; arms of several are named run:arm.")],
+    *,
+    arms: Annotated[Optional[str], flag("Arms to compare, separated by commas. Default: all.")] = None,
+    reference: Annotated[Optional[str], flag("Compare every arm with this one only.")] = None,
+    sets: Annotated[Optional[str], flag("Evaluation sets, separated by commas. Default: all shared.")] = None,
     margin: Annotated[
-        list[str] | None,
-        typer.Option("--margin", help="Equivalence margin: acc=0.01, or lambada_openai.acc=0.02; repeatable."),
+        Optional[list[str]], flag("Equivalence margin: acc=0.01, or lambada_openai.acc=0.02; repeatable.")
     ] = None,
-    confidence: Annotated[float, typer.Option("--confidence", help="Level of the intervals.")] = 0.95,
-    allow_different_dtype: Annotated[
-        bool, typer.Option("--allow-different-dtype", help="Compare arms of different base or compute dtype.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the comparisons as JSON.")] = False,
+    confidence: Annotated[float, flag("Level of the intervals.")] = 0.95,
+    allow_different_dtype: Annotated[bool, flag("Compare arms of different base or compute dtype.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Compare arms on shared items, from what runs have stored: interval, p, equivalence and verdict of each pair."""
     from preskip.metrics import DEFAULT_MARGINS
@@ -40,11 +34,11 @@ def compare(
     from preskip.stats import compare_arms
 
     stored = load_runs(runs, allow_different_dtype=allow_different_dtype)
-    pairs = stored.pairs(_listed(arms) if arms else None, reference)
+    pairs = stored.pairs(list(parse_names(arms)) if arms else None, reference)
     own_margins = _margins(margin or [])
     margins = {**stored.family.get("margins", DEFAULT_MARGINS), **own_margins}
     family: Family = {**stored.family, "margins": margins}
-    chosen = _listed(sets) if sets else None
+    chosen = list(parse_names(sets)) if sets else None
     with progress_bar("comparing", len(pairs), quiet=as_json) as advance:
         entries = compare_arms(
             stored.items,
@@ -60,10 +54,6 @@ def compare(
         print(json.dumps({"family": family, "notes": stored.notes, "comparisons": entries}, indent=1, allow_nan=False))
     else:
         _print(entries, stored.sets, stored.notes)
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _margins(texts: Sequence[str]) -> dict[str, float]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from preskip.cli.options import Json
 from preskip.version import __version__
 
 # Modules that a command needs beyond the required dependencies, and what installs them.
@@ -19,7 +18,7 @@ EXTRAS = {
 OLDEST = {"torch": (2, 6), "transformers": (5, 17), "peft": (0, 20)}
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
+def doctor(*, as_json: Json = False) -> None:
     """Show versions, devices, dtype support and the cache, and what is missing for which command.
 
     Exits with 1 if a required package is missing or too old.
@@ -30,7 +29,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print everythin
     else:
         _print(facts)
     if facts["problems"]:
-        raise typer.Exit(1)
+        sys.exit(1)
 
 
 def examine() -> dict[str, Any]:

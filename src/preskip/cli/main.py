@@ -6,11 +6,11 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from typing import NoReturn
 
-import typer
+from cyclopts import App, CycloptsError, Parameter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 
@@ -27,38 +27,39 @@ from preskip.cli.report import report
 from preskip.errors import PreskipError
 from preskip.version import __version__
 
-app = typer.Typer(
+app = App(
     name="preskip",
     help="Pre-projection and content skip for transformer attention: insert, train frozen, measure.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    help_flags=["-h", "--help"],
+    version=__version__,
+    version_flags=["--version"],
+    help_format="plaintext",
+    default_parameter=Parameter(negative_iterable=(), allow_repeating=True),
+    exit_on_error=False,
+    print_error=False,
+    suppress_keyboard_interrupt=False,
 )
-app.command()(probe)
-app.command("eval")(evaluate)
-app.command()(compare)
-app.command()(power)
-app.command()(audit)
-app.command()(explain)
-app.command()(report)
-app.command()(pretrain)
-app.command()(bake)
-app.command()(doctor)
+_COMMANDS: tuple[Callable[..., None], ...] = (
+    probe,
+    evaluate,
+    compare,
+    power,
+    audit,
+    explain,
+    report,
+    pretrain,
+    bake,
+    doctor,
+)
+for place, command in enumerate(_COMMANDS):
+    app.command(command, name="eval" if command is evaluate else command.__name__, sort_key=place)
+app.register_install_completion_command()
 
 
-def _show_version(value: bool) -> None:
-    if value:
-        print(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
+@app.command(name="--show-completion")
+def show_completion() -> None:
+    """Print the completion script of the current shell."""
+    print(app.generate_completion())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -71,15 +72,26 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with _terminated_like_ctrl_c():
             app(arguments)
-    except PreskipError as error:
-        text = " ".join(str(error).split())
+    except (PreskipError, CycloptsError) as error:
+        text = " ".join(_words(error).split())
         if "--json" in arguments:
             print(json.dumps({"error": text}))
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}", highlight=False)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         if is_process:  # a second Ctrl-C would only print a traceback of the libraries' clean-up
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _words(error: Exception) -> str:
+    """What an error says; of a value that a flag does not allow, the flag and what it allows."""
+    if isinstance(error, ValidationError) and error.argument:
+        return f"{error.argument.name} {error.exception_message}"
+    if isinstance(error, CycloptsError):
+        return f"{error} See {' '.join(['preskip', *(error.command_chain or ())])} --help."
+    return str(error)
 
 
 @contextmanager

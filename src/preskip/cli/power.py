@@ -5,100 +5,83 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-import typer
-
+from preskip.cli.options import Json, flag
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
     from preskip.stats import Design
 
 DESIGN = "A planned design"
+# What a planned design assumes where nothing is given.
+ASSUMED = {"seeds": 1, "discordant": 0.1, "shared": 0.5, "family": 1}
 
 
 def power(
-    context: typer.Context,
-    run: Annotated[
-        Path | None, typer.Argument(help="A run directory. Without it: a planned design.", show_default=False)
-    ] = None,
-    items: Annotated[
-        int | None, typer.Option("--items", help="Items scored right or wrong.", rich_help_panel=DESIGN)
-    ] = None,
-    documents: Annotated[
-        int | None, typer.Option("--documents", help="Documents scored in bits per byte.", rich_help_panel=DESIGN)
-    ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Training seeds.", rich_help_panel=DESIGN)] = 1,
+    run: Annotated[Optional[Path], flag("A run directory. Without it: a planned design.")] = None,
+    *,
+    items: Annotated[Optional[int], flag("Items scored right or wrong.", DESIGN)] = None,
+    documents: Annotated[Optional[int], flag("Documents scored in bits per byte.", DESIGN)] = None,
+    seeds: Annotated[Optional[int], flag("Training seeds. Default: 1.", DESIGN)] = None,
     discordant: Annotated[
-        float, typer.Option("--discordant", help="Share of items on which two arms differ.", rich_help_panel=DESIGN)
-    ] = 0.1,
+        Optional[float], flag("Share of items on which two arms differ. Default: 0.1.", DESIGN)
+    ] = None,
     sd: Annotated[
-        float | None,
-        typer.Option(
-            "--sd", help="SD over units of one seed's paired difference. Default: as assumed.", rich_help_panel=DESIGN
-        ),
+        Optional[float], flag("SD over units of one seed's paired difference. Default: as assumed.", DESIGN)
     ] = None,
-    seed_sd: Annotated[
-        float | None,
-        typer.Option("--seed-sd", help="SD over seeds of the difference. Default: as assumed.", rich_help_panel=DESIGN),
-    ] = None,
+    seed_sd: Annotated[Optional[float], flag("SD over seeds of the difference. Default: as assumed.", DESIGN)] = None,
     shared: Annotated[
-        float,
-        typer.Option("--shared", help="Part of the units' variance that all seeds share.", rich_help_panel=DESIGN),
-    ] = 0.5,
-    family: Annotated[int, typer.Option("--family", help="Comparisons declared (Holm).", rich_help_panel=DESIGN)] = 1,
-    difference: Annotated[
-        float | None,
-        typer.Option("--difference", help="True difference to find: 0.01 is one point, or 0.005 bits per byte."),
+        Optional[float], flag("Part of the units' variance that all seeds share. Default: 0.5.", DESIGN)
     ] = None,
-    wanted: Annotated[float, typer.Option("--power", help="Probability of finding it.")] = 0.8,
-    alpha: Annotated[float, typer.Option("--alpha", help="Level of the two-sided test.")] = 0.05,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    family: Annotated[Optional[int], flag("Comparisons declared (Holm). Default: 1.", DESIGN)] = None,
+    difference: Annotated[
+        Optional[float], flag("True difference to find: 0.01 is one point, or 0.005 bits per byte.")
+    ] = None,
+    wanted: Annotated[float, flag("Probability of finding it.", name="--power")] = 0.8,
+    alpha: Annotated[float, flag("Level of the two-sided test.")] = 0.05,
+    as_json: Json = False,
 ) -> None:
     """Say how small a difference is found, and how many items and seeds find a given one.
 
     For a planned design (--items or --documents), or for the comparisons of a run, from its measured spread.
     """
-    if run is not None:
-        _refuse_design_options(context)
-        rows = _of_run(run, difference, wanted, alpha)
+    every = {"items": items, "documents": documents, "seeds": seeds, "discordant": discordant}
+    every |= {"sd": sd, "seed_sd": seed_sd, "shared": shared, "family": family}
+    given = {name: value for name, value in every.items() if value is not None}
+    if run is None:
+        rows = [_planned(ASSUMED | given, difference, wanted, alpha)]
+    elif given:  # what a run measured is not assumed: such an option beside it would be silently ignored
+        flags = ", ".join(sorted("--" + name.replace("_", "-") for name in given))
+        raise PreskipError(f"a run brings its own design and spread: leave out {flags}")
     else:
-        design, metric = _planned(items, documents, seeds, discordant, sd, seed_sd, shared)
-        rows = [_row({"metric": metric, "family": family, "basis": "assumed"}, design, difference, wanted, alpha)]
+        rows = _of_run(run, difference, wanted, alpha)
     if as_json:
         print(json.dumps({"power": wanted, "alpha": alpha, "designs": rows}, indent=1, allow_nan=False))
     else:
         _print(rows, wanted, alpha)
 
 
-def _planned(
-    items: int | None,
-    documents: int | None,
-    seeds: int,
-    discordant: float,
-    sd: float | None,
-    seed_sd: float | None,
-    shared: float,
-) -> tuple[Design, str]:
+def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, alpha: float) -> dict[str, Any]:
     from preskip.metrics import METRICS
     from preskip.stats import Design
     from preskip.stats.power import discordant_deviation
 
-    if (items is None) == (documents is None):
+    if ("items" in given) == ("documents" in given):
         raise PreskipError("give --items or --documents for a planned design, or a run directory")
-    assumed = METRICS["acc" if items is not None else "bits_per_byte"]
-    if sd is None:
-        sd = discordant_deviation(discordant) if items is not None else assumed.unit_deviation or 0.0
-    return (
-        Design.assumed(
-            units=items or documents or 0,
-            seeds=seeds,
-            deviation=sd,
-            seed_deviation=assumed.seed_deviation if seed_sd is None else seed_sd,
-            shared=shared,
-        ),
-        assumed.key,
+    assumed = METRICS["acc" if "items" in given else "bits_per_byte"]
+    if "sd" not in given:
+        own = discordant_deviation(given["discordant"]) if "items" in given else assumed.unit_deviation or 0.0
+        given = {**given, "sd": own}
+    design = Design.assumed(
+        units=given.get("items") or given.get("documents") or 0,
+        seeds=given["seeds"],
+        deviation=given["sd"],
+        seed_deviation=given.get("seed_sd", assumed.seed_deviation),
+        shared=given["shared"],
     )
+    facts = {"metric": assumed.key, "family": given["family"], "basis": "assumed"}
+    return _row(facts, design, difference, wanted, alpha)
 
 
 def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) -> list[dict[str, Any]]:
@@ -146,18 +129,6 @@ def _row(
         found = needed(design, difference, **options)
         row |= {"needed_units": found.units, "needed_seeds": found.seeds}
     return row
-
-
-def _refuse_design_options(context: typer.Context) -> None:
-    """What a run measured is not assumed: such an option beside it would be silently ignored."""
-    own = {"run", "difference", "wanted", "alpha", "as_json"}
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in context.params
-        if name not in own and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if given:
-        raise PreskipError(f"a run brings its own design and spread: leave out {', '.join(sorted(given))}")
 
 
 def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> None:

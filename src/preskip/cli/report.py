@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from preskip.cli.options import Json, flag
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the page's path as JSON.")] = False,
+    run: Annotated[Path, flag("A run directory.")],
+    *,
+    as_json: Json = False,
 ) -> None:
     """Make RUN/report.html, and the model cards of what was trained, again from the stored results."""
     from preskip.report import build_report, write_cards

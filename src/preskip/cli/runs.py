@@ -1,44 +1,152 @@
-"""What the commands that make a run share: where it goes, resuming it, its end and its page."""
+"""What the commands that make a run share: their options, their course, resuming, the end and the page of a run."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
-from collections.abc import Callable, Collection, Iterator
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
-import typer
-
+from preskip.cli.options import flag
 from preskip.errors import PreskipError
+from preskip.experiment.option_file import load_options
+from preskip.experiment.presets import preset_options
 
 if TYPE_CHECKING:
+    from preskip.experiment.options import ExperimentConfig
     from preskip.runs.directory import RunDirectory
 
 Written = TypeVar("Written")
 # What a run computes lies in files this deep in its folders: cells, trials of the search, controls.
 _COMPUTED = ("arms/*/*/*", "search/*/*", "controls/*")
 
+OptionFile = Annotated[
+    Optional[Path], flag("Options as YAML or JSON, or another run's run.json; flags override them.", "Output")
+]
+Executor = Annotated[str, flag("local, or ray: each arm and seed as a task of its own.", "Output")]
+RayAddress = Annotated[Optional[str], flag("Ray cluster, e.g. auto. Default: one on this machine.", "Output")]
+Out = Annotated[
+    Optional[Path], flag("Run directory; must not exist. Default: runs/<time>-<model or arch>-<corpus>.", "Output")
+]
+Resume = Annotated[Optional[Path], flag("Finish this run; every other option comes from it.", "Output")]
 
-def refuse_other_options(context: typer.Context, free: Collection[str]) -> None:
-    """`--resume` takes everything from the run: another option beside it would be silently ignored.
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What differs between the commands.
+
+    Attributes:
+        kind: the options.
+        announce: lines about a run's configuration, given why it has its dtype.
+        show: prints run.json, the results, the run's path and its page.
+        executor, ray_address, workers: where cells are computed, see `preskip.experiment.run.finish_run`.
+        show_plans: given the solved arms before anything is trained, unless nothing is to be printed.
+    """
+
+    kind: type[ExperimentConfig]
+    announce: Callable[[Mapping[str, Any], str], list[str]]
+    show: Callable[[Mapping[str, Any], dict[str, Any], Path, Path | None], None]
+    executor: str = "local"
+    ray_address: str | None = None
+    workers: int = 1
+    show_plans: Callable[[Any], None] | None = None
+
+
+def make_run(
+    course: Course,
+    given: Mapping[str, Any],
+    *,
+    config: Path | None,
+    out: Path | None,
+    resume: Path | None,
+    as_json: bool,
+) -> None:
+    """Make or finish a run.
 
     Args:
-        context: of the command.
-        free: options that say how and where, not what.
+        course: of the command.
+        given: its options on the command line.
+        config: file with further ones.
+        out: run directory; None names one.
+        resume: run to finish; it has its options.
+        as_json: print one JSON document, no progress.
 
     Raises:
-        PreskipError: another one was given.
+        PreskipError: an option is wrong, or anything else that a user can mend.
     """
-    given = [
-        name
-        for name in context.params
-        if name not in free and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    if given:
-        raise PreskipError(f"--resume takes every option from the run: leave out {', '.join(sorted(given))}")
+    from preskip.train.cluster import check_executor
+    from preskip.train.distributed import is_main, share_batch
+
+    if not is_main():
+        _follow(course, given, config, resume)
+        return
+    if resume is not None and (given or config):
+        names = sorted([*given, *(["config"] if config else [])])
+        raise PreskipError(f"--resume takes every option from the run: leave out {', '.join(names)}")
+    check_executor(course.executor, course.ray_address)
+    from preskip.progress import quiet_libraries, say, spinner
+
+    with spinner("loading libraries", quiet=as_json):
+        quiet_libraries()
+        asked = None if resume is not None else _asked(course.kind, given, config)
+        from preskip.experiment.run import finish_run, start_run
+        from preskip.runs.directory import RunDirectory
+        from preskip.runs.environment import resolve_dtype
+    if asked is not None:
+        share_batch(asked.batch_size, asked.micro_batch)
+    if asked is not None:
+        run = start_run(asked, out or default_out(asked.subject, asked.corpus), ["preskip", *sys.argv[1:]])
+        reason = resolve_dtype(asked.dtype, run.manifest["config"]["device"])[1]
+    else:
+        run, reason = RunDirectory.open(resume), "as before"  # type: ignore[arg-type]
+    for line in (*course.announce(run.manifest["config"], reason), f"run {run.path}"):
+        say(line, quiet=as_json)
+    with kept_for_resuming(run, course.kind.command, is_new=asked is not None):
+        results = finish_run(
+            run,
+            course.kind.command,
+            quiet=as_json,
+            workers=course.workers,
+            executor=course.executor,
+            ray_address=course.ray_address,
+            show_plans=(lambda plans: None) if as_json or course.show_plans is None else course.show_plans,
+        )
+    page = write_report(run, as_json)
+    if as_json:
+        print(json.dumps({"run": str(run.path), "report": page and str(page), **results}, indent=1))
+    else:
+        course.show(run.manifest, results, run.path, page)
+
+
+def _asked(kind: type[ExperimentConfig], given: Mapping[str, Any], file: Path | None) -> Any:
+    """Preset, file, command line: each overrides those before it."""
+    layers = [given] if file is None else [load_options(file, kind), given]
+    return kind.from_options(preset_options(kind, layers), *layers)
+
+
+def _follow(course: Course, given: Mapping[str, Any], file: Path | None, resume: Path | None) -> None:
+    """Another process than the main one of a launch: only takes part in the trainings."""
+    from preskip.progress import quiet_libraries
+
+    quiet_libraries()
+    from preskip.experiment.run import follow_run
+    from preskip.runs.directory import RunDirectory
+    from preskip.runs.environment import resolve_device
+
+    try:
+        device = RunDirectory.open(resume).manifest["config"]["device"] if resume else None
+        device = device or resolve_device(_asked(course.kind, given, file).device)
+    except PreskipError:
+        sys.exit(1)  # the main process says why
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has nothing to tidy, and waits where Python sees no signals
+    follow_run(device)
 
 
 def default_out(*names: str) -> Path:
@@ -77,23 +185,6 @@ def _hint(run: RunDirectory, command: str) -> None:
 
     text = f"what is done is kept; finish with: preskip {command} --resume {shlex.quote(str(run.path))}"
     Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False, style="yellow")
-
-
-def follow(take_part: Callable[[str], None], device: str, resume: Path | None) -> None:
-    """Another process than the main one of a launch: only takes part in the trainings.
-
-    Args:
-        take_part: does so, given the device.
-        device: as asked for.
-        resume: the run, where one is resumed: its own device counts.
-    """
-    import signal
-
-    from preskip.runs.directory import RunDirectory
-    from preskip.runs.environment import resolve_device
-
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has nothing to tidy, and waits where Python sees no signals
-    take_part(resolve_device(device) if resume is None else RunDirectory.open(resume).manifest["config"]["device"])
 
 
 def write_report(run: RunDirectory, quiet: bool) -> Path | None:

@@ -1,35 +1,52 @@
-"""What options of the command line hold: lists, whole numbers, extents, values by arm; for every command alike."""
+"""What options hold, as text of the command line or as values of a file: lists, numbers, layers, values by arm."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from preskip.errors import PreskipError
 
-T = TypeVar("T")
-
 
 def parse_names(text: str | Sequence[Any]) -> tuple[str, ...]:
-    """Read a list separated by commas; a sequence (of a preset) is taken part by part."""
+    """Read a list separated by commas; a sequence (of a file) is taken part by part."""
     parts = text.split(",") if isinstance(text, str) else map(str, text)
     return tuple(part.strip() for part in parts if part.strip())
 
 
-def parse_seeds(text: str | Sequence[Any]) -> tuple[int, ...]:
+def parse_seeds(text: str | int | Sequence[Any]) -> tuple[int, ...]:
     """Read `--seeds`: `1,2,3`.
 
     Raises:
         PreskipError: a part is not a whole number.
     """
     seeds = []
-    for part in parse_names(text):
+    for part in parse_names(str(text) if isinstance(text, int) else text):
         try:
             seeds.append(int(part))
         except ValueError:
             raise PreskipError(f"--seeds: {part!r} is not a whole number") from None
     return tuple(seeds)
+
+
+def parse_layers(text: str | int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """Read `--layers`: `0-5,10` gives 0, 1, 2, 3, 4, 5, 10; None gives None.
+
+    Raises:
+        PreskipError: not a list of numbers and ranges.
+    """
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in str(text).split(",") if isinstance(text, (str, int)) else map(str, text):
+        first, dash, last = part.strip().partition("-")
+        try:
+            layers += range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            raise PreskipError(f"--layers {text!r} is not a list of layers, e.g. 0-5,10") from None
+    return tuple(layers)
 
 
 def parse_extent(text: str, documents: int, words: int) -> tuple[str, int, int]:
@@ -51,13 +68,12 @@ def parse_extent(text: str, documents: int, words: int) -> tuple[str, int, int]:
 
 
 def parse_by_arm(
-    texts: Sequence[str], read: Callable[[str], T], flag: str, example: str
-) -> tuple[T | None, dict[str, T]]:
-    """Read an option that is given for every arm (`1e-3`) or for one (`lora=1e-3`), repeatedly.
+    given: Any, flag: str = "--lr", example: str = "3e-4 or --lr lora=1e-3"
+) -> tuple[float | None, dict[str, float]]:
+    """Read a repeatable option of numbers, for every arm (`1e-3`) or for one (`lora=1e-3`).
 
     Args:
-        texts: as given.
-        read: makes the value of a text.
+        given: texts, a number, or numbers by arm.
         flag: of the option, for the message.
         example: of its values, for the message.
 
@@ -65,14 +81,15 @@ def parse_by_arm(
         The last value for every arm, or None, and those by arm.
 
     Raises:
-        PreskipError: `read` refuses a value.
+        PreskipError: not a number.
     """
-    everyone: T | None = None
-    by_arm: dict[str, T] = {}
-    for text in texts:
+    everyone: float | None = None
+    by_arm: dict[str, float] = {}
+    texts = [f"{arm}={value}" for arm, value in given.items()] if isinstance(given, Mapping) else listed(given)
+    for text in map(str, texts):
         arm, _, number = text.rpartition("=")
         try:
-            value = read(number)
+            value = float(number)
         except ValueError:
             raise PreskipError(f"{flag} {text!r} is not a number or arm=number, e.g. {flag} {example}") from None
         if arm:
@@ -80,3 +97,54 @@ def parse_by_arm(
         else:
             everyone = value
     return everyone, by_arm
+
+
+def parse_tokens(text: str | int) -> int:
+    """Read `--tokens`: `5000000`, `5e6`, `5M` or `1.5B`.
+
+    Raises:
+        PreskipError: not a number of tokens.
+    """
+    units = {"k": 1e3, "m": 1e6, "b": 1e9}
+    text = str(text)
+    digits, unit = (text[:-1], units[text[-1].lower()]) if text[-1:].lower() in units else (text, 1.0)
+    try:
+        return int(float(digits) * unit)
+    except (ValueError, OverflowError):
+        raise PreskipError(f"--tokens {text!r} is not a number of tokens, e.g. 5M or 5000000") from None
+
+
+def parse_overrides(given: Mapping[str, Any] | str | Sequence[str]) -> dict[str, Any]:
+    """Read `--set` options, fields of the architecture's config: `rope_theta=10000` or `tie_word_embeddings=true`.
+
+    Raises:
+        PreskipError: not of this form.
+    """
+    if isinstance(given, Mapping):
+        return dict(given)
+    values = {}
+    for text in map(str, listed(given)):
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise PreskipError(f"--set {text!r} is not FIELD=VALUE, e.g. --set tie_word_embeddings=true")
+        try:
+            values[name.strip()] = json.loads(value)
+        except ValueError:
+            values[name.strip()] = value
+    return values
+
+
+def parse_number(text: Any, kind: Callable[[Any], Any]) -> Any:
+    """A number of a text, or of a file, where it is one; anything else is left to the check of its field."""
+    if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+        return text
+    try:
+        value = kind(text)
+    except (ValueError, OverflowError):
+        return text
+    return value if isinstance(text, str) or value == text else text
+
+
+def listed(given: Any) -> Sequence[Any]:
+    """A repeatable option as a list, also where a file gives a single value."""
+    return given if isinstance(given, (list, tuple)) else [given]

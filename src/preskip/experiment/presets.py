@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from preskip.errors import PreskipError
+from preskip.fields import flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +71,21 @@ PRESETS = {
         },
     ),
 }
+
+
+def preset_options(kind: type, layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options of the preset that the last of the layers names that names one; none where there are no presets.
+
+    Args:
+        kind: the class of the options.
+        layers: options by name, from a file and from the command line.
+
+    Raises:
+        PreskipError: there is no preset of that name.
+    """
+    if "preset" not in flags(kind):
+        return {}
+    name = next((layer["preset"] for layer in reversed(layers) if "preset" in layer), flags(kind)["preset"].default)
+    if name not in PRESETS:
+        raise PreskipError(f"--preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name].options

@@ -1,0 +1,102 @@
+"""Flags: those of a settings class, made out of its fields, and those that several commands share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Optional, TypeVar, cast, get_type_hints
+
+from cyclopts import Group, Parameter
+
+from preskip.errors import PreskipError
+from preskip.experiment.options import ExperimentConfig
+from preskip.fields import Flag, about, allowed, flags, is_allowed
+
+F = TypeVar("F", bound=Callable[..., None])
+_HEADINGS = ("What", "Model", "Training", "Scoring", "How much", "A planned design", "Branch", "Evaluation", "Output")
+GROUPS = {heading: Group.create_ordered(heading) for heading in _HEADINGS}
+
+
+def flag(help: str = "", group: str = "", *, name: str | None = None, hint: type = str, **bounds: Any) -> Parameter:
+    """One flag of a command.
+
+    Args:
+        help: one sentence.
+        group: heading that it stands under in `--help`.
+        name: where it is not the parameter's.
+        hint: type of the bounded value.
+        bounds: see `preskip.fields.option`; without any, what holds of the value is checked elsewhere.
+    """
+    what = {"hint": hint, "optional": True, **bounds}
+
+    def validate(_: Any, value: Any) -> None:
+        if not is_allowed(value, what):
+            wrong = f"{value!r} is unknown" if "choices" in what else f"{value} is not possible"
+            raise PreskipError(f"{wrong}: {allowed(what)}")
+
+    more: dict[str, Any] = {"group": GROUPS[group]} if group else {}
+    return Parameter(
+        name=name,
+        help=help,
+        validator=validate if bounds else None,
+        negative=() if name else None,
+        **more,
+    )
+
+
+def of_experiment(name: str, group: str, help: str | None = None) -> Parameter:
+    """The flag of every experiment's field `name`, for a command that is none."""
+    what = about(ExperimentConfig)[name]
+    bounds = {key: value for key, value in what.items() if key in ("least", "choices", "hint")}
+    return flag(help or what["help"], group, **bounds)
+
+
+def options_of(kind: type) -> Callable[[F], F]:
+    """Decorate a command: its `**given` become the flags of a settings class. It gets those alone that were given."""
+
+    def decorate(command: F) -> F:
+        hints = get_type_hints(command, include_extras=True)
+        every = inspect.signature(command).parameters.values()
+        own = [parameter for parameter in every if parameter.kind is not parameter.VAR_KEYWORD]
+        made = [_parameter(its) for its in flags(kind).values()]
+        signature = inspect.Signature(sorted((*made, *own), key=lambda parameter: parameter.kind))
+
+        @wraps(command)
+        def call(*args: Any, **options: Any) -> None:
+            command(**signature.bind(*args, **options).arguments)
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__annotations__ = {**hints, **{parameter.name: parameter.annotation for parameter in made}}
+        return cast(F, call)
+
+    return decorate
+
+
+def _parameter(its: Flag) -> inspect.Parameter:
+    what, default = its.about, its.default
+    hint = str if "read" in what else Optional[what["hint"]] if what["optional"] else what["hint"]
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default)) or None
+    return inspect.Parameter(
+        its.name,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD if what.get("positional") else inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[
+            Optional[list[str]] if what.get("many") else hint, flag(what["help"], what.get("group", ""))
+        ],
+    )
+
+
+Model = Annotated[str, flag("smollm2 (embedded), a Hub id, a folder, a GGUF file.")]
+Base = Annotated[Optional[str], flag("The adapter's base. Default: what the run or the adapter names.", "What")]
+DataDir = Annotated[Optional[Path], of_experiment("data_dir", "What")]
+SampleSeed = Annotated[int, flag("Seed of the samples.", "What")]
+Dtype = Annotated[str, of_experiment("dtype", "Scoring")]
+DtypeOfRun = Annotated[str, of_experiment("dtype", "Scoring", "Base weights: auto (the run's), float32, bfloat16, ...")]
+Device = Annotated[str, of_experiment("device", "Scoring")]
+AttnImplementation = Annotated[Optional[str], of_experiment("attn_implementation", "Scoring")]
+BatchTokens = Annotated[Optional[int], of_experiment("eval_batch_tokens", "Scoring")]
+TrustRemoteCode = Annotated[bool, of_experiment("trust_remote_code", "Scoring")]
+Json = Annotated[bool, flag("Print one JSON document, without progress.", "Output", name="--json")]

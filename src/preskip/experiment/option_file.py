@@ -1,0 +1,73 @@
+"""Options of a file: YAML, JSON, or run.json of another run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from preskip.branch_settings import BranchSettings
+from preskip.errors import PreskipError
+from preskip.experiment.options import ExperimentConfig
+from preskip.fields import about, flags
+
+
+def load_options(path: Path, kind: type[ExperimentConfig]) -> dict[str, Any]:
+    """Options of a file, by the name of a flag or of a field, as `ExperimentConfig.from_options` takes them.
+
+    Args:
+        path: of a YAML or JSON file, or of another run's run.json: all its options are taken as they were resolved
+            there, and a relative path that does not exist here means the folder in which that run was started.
+        kind: whose options they are.
+
+    Raises:
+        PreskipError: the file cannot be read, or names what is no option.
+    """
+    stored = _read(path)
+    if "config" in stored and "schema_version" in stored:
+        other = stored.get("kind", "probe")
+        if other != kind.command:
+            raise PreskipError(f"{path} is of `preskip {other}`, whose options are others than {kind.command}'s")
+        return _anchored(stored["config"], kind, path.parent / stored.get("directory", "."))
+    known = {**flags(kind), **about(kind)}
+    options = {str(name).replace("-", "_"): value for name, value in stored.items()}
+    for name, value in options.items():
+        _check_known(name, known, f"{path}: {name!r} is no option of `preskip {kind.command}`")
+        if "parts" in about(kind).get(name, {}) and not isinstance(value, Mapping):
+            raise PreskipError(f"{path}: {name} must be a mapping of names to values")
+        for part in value if name == "settings" else ():
+            _check_known(part, about(BranchSettings), f"{path}: {part!r} is no part of {name}")
+    return options
+
+
+def _check_known(name: str, known: Mapping[str, Any], complaint: str) -> None:
+    if name not in known:
+        close = get_close_matches(name, known, 1)
+        raise PreskipError(complaint + (f": did you mean {close[0]}?" if close else ""))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except FileNotFoundError:
+        raise PreskipError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        raise PreskipError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, Mapping):
+        raise PreskipError(f"--config {path} must hold options by name, e.g. steps: 100")
+    return content
+
+
+def _anchored(config: Mapping[str, Any], kind: type[ExperimentConfig], directory: Path) -> dict[str, Any]:
+    from preskip.data.recorded import locate
+
+    known = about(kind)
+    return {
+        name: locate(value, directory) if known.get(name, {}).get("path") and value is not None else value
+        for name, value in config.items()
+    }

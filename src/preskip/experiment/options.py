@@ -1,0 +1,182 @@
+"""The options that every experiment has, each written once; and where options come from: preset, file, command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar, get_origin
+
+from preskip.branch_settings import BRANCH, SKIP_POSITIONS, BranchSettings
+from preskip.errors import PreskipError
+from preskip.experiment.parse import parse_extent, parse_layers, parse_names, parse_number, parse_seeds
+from preskip.fields import about, allowed, flags, is_allowed, option
+
+C = TypeVar("C", bound="ExperimentConfig")
+WHAT, TRAINING, EVALUATION = "What", "Training", "Evaluation"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """What an experiment does; `preskip probe --help` and `preskip pretrain --help` say what each field means.
+
+    Raises:
+        PreskipError: a value is out of range.
+    """
+
+    command: ClassVar[str]  # of the command line
+    rates: ClassVar[tuple[str, ...]]  # fields that `--lr` stands for
+
+    corpus: str = option(
+        "sotu", "sotu, pydoc, wikitext2 or books (--data-dir), a text file, table or folder, a Hub id.", WHAT, path=True
+    )
+    data_dir: str | None = option(
+        None, "Folder of local data. Default: $PRESKIP_DATA, else ../shared/data.", WHAT, path=True
+    )
+    text_column: str | None = option(None, "Column of a table or Hub data set. Default: the one that holds text.", WHAT)
+    corpus_split: str = option("train", "Split of a Hub data set or a folder of tables.", WHAT)
+    arms: tuple[str, ...] = option((), "What to compare, separated by commas.", WHAT, read=parse_names)
+    seeds: tuple[int, ...] = option(
+        (), "Seeds of initialisation and data order, the same for all arms, e.g. 1,2,3.", WHAT, read=parse_seeds
+    )
+    layers: tuple[int, ...] | None = option(
+        None, "Layers to adapt, e.g. 0-5,10. Default: all.", WHAT, read=parse_layers
+    )
+    dtype: str = option("auto", "Base weights: auto, float32, bfloat16, float16.", WHAT, choices=DTYPES)
+    device: str = option("auto", "auto, cpu or cuda.", WHAT)
+    attn_implementation: str | None = option(None, "eager, sdpa, ... Default: transformers' own.", WHAT)
+    trust_remote_code: bool = option(False, "Let code of the model's repository run.", WHAT)
+    batch_size: int = option(8, "Sequences per optimiser step.", TRAINING, least=1)
+    micro_batch_size: int | None = option(None, "Sequences per forward pass. Default: --batch-size.", TRAINING, least=1)
+    seq_len: int = option(128, "Tokens per training sequence.", TRAINING, least=2)
+    learning_rates: dict[str, float] = option(
+        {}, "Peak learning rate: 3e-4, or preskip=1e-3; repeatable.", TRAINING, flag="lr", many=True
+    )
+    gradient_checkpointing: bool = option(False, "Trade time for memory.", TRAINING)
+    save_steps: int = option(50, "Optimiser steps between checkpoints.", TRAINING, least=1)
+    settings: BranchSettings = option(BranchSettings(), parts=BranchSettings)
+    skip_position: str = option(
+        "attention", "attention or residual (behind a norm of its output).", BRANCH, choices=SKIP_POSITIONS
+    )
+    heldout_fraction: float = option(0.2, "Share of documents held out.", EVALUATION, above=0, below=1)
+    split_seed: int = option(0, "Seed of that choice, the same for all --seeds.", EVALUATION, least=0)
+    # Two documents are the fewest that give an interval.
+    eval_documents: int = option(50, "Held-out documents to score.", EVALUATION, least=2)
+    eval_words: int = option(140, "Words scored per document, from its beginning.", EVALUATION, least=1)
+    eval_corpora: tuple[str, ...] = option(
+        (), "Texts no arm trains on, separated by commas: books,wikitext2:62x850.", EVALUATION, read=parse_names
+    )
+    eval_batch_tokens: int | None = option(
+        None, "Padded tokens per forward pass. Default: 512 on a cpu, else 4096.", EVALUATION, least=1
+    )
+
+    def __post_init__(self) -> None:
+        for name, what in about(type(self)).items():
+            value = getattr(self, name)
+            if not is_allowed(value, what):
+                flag, words = _flag(what.get("flag", name)), allowed(what)
+                wrong = f"{value!r} is unknown" if "choices" in what else f"{value} is not possible"
+                raise PreskipError(f"{flag} {wrong}: {words}")
+        if self.batch_size % self.micro_batch:
+            raise PreskipError(
+                f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}"
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise PreskipError("--seeds needs one or more different numbers, e.g. 1,2,3")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise PreskipError(f"--seeds {seed} is not possible: a seed must be >= 0 and < 2^32")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise PreskipError("--layers needs one or more different layer indices")
+        for text in self.eval_corpora:
+            parse_extent(text, self.eval_documents, self.eval_words)
+        for arm, rate in self.learning_rates.items():
+            if arm not in self.arms:
+                raise PreskipError(f"--lr names {arm!r}, which is not compared: add it to --arms, or leave it out")
+            if not 0 < rate < 10:
+                raise PreskipError(f"--lr {arm}={rate} is not possible: it must be > 0 and < 10")
+
+    @property
+    def subject(self) -> str:
+        """What the run directory is named after."""
+        raise NotImplementedError
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass."""
+        return self.batch_size if self.micro_batch_size is None else self.micro_batch_size
+
+    def to_json(self) -> dict[str, Any]:
+        """Every option, as run.json stores it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls: type[C], stored: Mapping[str, Any]) -> C:
+        """The inverse of `to_json`.
+
+        Raises:
+            PreskipError: a field is unknown or has a wrong value: the run is of another version or command.
+        """
+        values = dict(stored)
+        try:
+            values["settings"] = BranchSettings(**values["settings"])
+            for name, what in about(cls).items():
+                if get_origin(what["hint"]) is tuple and values.get(name) is not None:
+                    values[name] = tuple(values[name])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise PreskipError(f"run.json holds no configuration of this `preskip {cls.command}`: {error}") from None
+
+    @classmethod
+    def from_options(cls: type[C], *layers: Mapping[str, Any]) -> C:
+        """The configuration that options give; those of a later layer override an earlier one's.
+
+        Args:
+            layers: texts or values, by name of a flag (with `_`) or of a field.
+
+        Raises:
+            PreskipError: a value is out of range.
+        """
+        values: dict[str, Any] = {}
+        for layer in layers:
+            for name, value in layer.items():
+                cls._take(values, name, value)
+        if "settings" in values:
+            values["settings"] = replace(_default(cls, "settings"), **values["settings"])
+        return cls(**cls._complete(values))
+
+    @classmethod
+    def _take(cls, values: dict[str, Any], name: str, given: Any) -> None:
+        """Put one option into the values of fields; what `--lr` stands for can only be told from all of them."""
+        flag = flags(cls).get(name)
+        field = flag.field if flag else name
+        what = flag.about if flag else about(cls)[field]
+        if name == "lr":
+            for other in cls.rates:
+                values.pop(other, None)
+            values["lr"] = given
+            return
+        if field in cls.rates:
+            values.pop("lr", None)
+        value = given
+        if "read" in what:
+            value = what["read"](given) if given is not None else None
+        elif what["hint"] in (int, float):
+            value = parse_number(given, what["hint"])
+        if "parts" not in about(cls)[field]:
+            values[field] = value
+        else:
+            values.setdefault(field, {}).update({flag.part: value} if flag and flag.part else value)
+
+    @classmethod
+    def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of all fields, out of those and of `lr`."""
+        raise NotImplementedError
+
+
+def _default(kind: type, name: str) -> Any:
+    return next(field.default for field in fields(kind) if field.name == name)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

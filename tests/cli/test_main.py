@@ -1,0 +1,101 @@
+"""The command line itself: help, mistakes, files of options, time to answer."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from commands import PROBE, preskip
+from preskip.branch_settings import BranchSettings
+from preskip.experiment.pretrain_options import PretrainConfig
+from preskip.experiment.probe_options import ProbeConfig
+from preskip.fields import flags
+from tiny_model import save_tiny_llama, write_corpus
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["probe", "--stepz", "3"], "Unknown option: --stepz. Did you mean --steps? See preskip probe --help."),
+        (["probe", "--steps", "three"], 'Invalid value for --steps: unable to convert "three" into int.'),
+        (["probe", "--steps"], "--steps requires an argument"),
+        (["probe", "a", "b"], "Unused Tokens: ['b']"),
+        (["eval"], "--model requires an argument"),
+        (["eval", "m", "--dtype", "int8"], "--dtype 'int8' is unknown: choose one of auto, float32, bfloat16, float16"),
+        (["explain", "x", "--words", "1"], "--words 1 is not possible: it must be at least 2"),
+        (["pretrain", "--workers", "0"], "--workers 0 is not possible: it must be at least 1"),
+        (["probe", "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
+        (["probe", "--resume", "x", "--config", "y"], "--resume takes every option from the run: leave out config"),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_mend(arguments, message, capsys):
+    assert preskip(*arguments, "--json") == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert json.loads(captured.out)["error"] == line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize(("command", "kind"), [("probe", ProbeConfig), ("pretrain", PretrainConfig)])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_shows_every_flag_in_its_group(command, kind, flag, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert preskip(command, flag) == 0
+    shown = capsys.readouterr().out
+    for name in flags(kind):
+        assert f"--{name.replace('_', '-')} " in shown, name
+    headings = [line.split()[1] for line in shown.splitlines() if line.startswith("╭")]
+    assert [name for name in headings if name in ("What", "Training", "Branch", "Evaluation", "Output")] == [
+        "What",
+        "Training",
+        "Branch",
+        "Evaluation",
+        "Output",
+    ]
+    for name in ("gated", "preprojection"):
+        assert f"--{name} --no-{name}" in shown
+    assert "runs/<time>-" in shown
+
+
+def test_every_command_is_listed_with_what_it_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert preskip() == 0
+    shown = capsys.readouterr().out
+    places = [shown.index(f"│ {name} ") for name in ("probe", "eval", "compare", "power", "audit", "explain", "report")]
+    assert places == sorted(places)
+    assert "Insert Preskip into a frozen model" in shown
+
+
+def test_completion_for_the_shell(capsys, monkeypatch):
+    monkeypatch.setenv("SHELL", "/bin/bash")
+    assert preskip("--show-completion") == 0
+    assert "--gradient-checkpointing" in capsys.readouterr().out
+
+
+def test_help_loads_no_library_that_takes_seconds():
+    code = "import sys; from preskip.cli.main import main\ntry: main(['probe', '-h'])\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'transformers', 'peft', 'scipy', 'pyarrow', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_run_from_a_file_and_another_from_that_runs_record(tmp_path, capsys):
+    """Preset, file and flags in one; then the same configuration again, from another folder's record alone."""
+    model, corpus = save_tiny_llama(tmp_path / "model"), write_corpus(tmp_path / "corpus.jsonl")
+    options = {name.removeprefix("--"): value for name, value in zip(PROBE[::2], PROBE[1::2], strict=True)}
+    options |= {"model": str(model), "corpus": str(corpus), "arms": "none", "steps": 7, "no-such": 1}
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps(options))
+    assert preskip("probe", "--config", file, "--out", tmp_path / "no") == 1
+    assert f"{file}: 'no_such' is no option of `preskip probe`" in capsys.readouterr().err
+    del options["no-such"]
+    file.write_text(json.dumps(options))
+    call = ["probe", "--config", file, "--steps", "5", "--expansion", "2", "--json"]
+    assert preskip(*call, "--out", tmp_path / "one") == 0
+    assert preskip("probe", "--config", tmp_path / "one" / "run.json", "--json", "--out", tmp_path / "two") == 0
+    one, two = (json.loads((tmp_path / run / "run.json").read_text())["config"] for run in ("one", "two"))
+    assert (one["steps"], one["arms"], one["seq_len"], one["model"]) == (5, ["none"], 16, str(model))
+    assert BranchSettings(**one["settings"]) == BranchSettings(expansion=2.0)
+    assert one == two

@@ -1,0 +1,75 @@
+"""Options of a YAML or JSON file, and of another run's run.json."""
+
+import json
+
+import pytest
+
+from preskip.errors import PreskipError
+from preskip.experiment.option_file import load_options
+from preskip.experiment.pretrain_options import PretrainConfig
+from preskip.experiment.probe_options import ProbeConfig
+
+
+def test_flags_and_fields_in_yaml_and_json(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "steps: 9\nlr: 1e-3\neval-batch-tokens: 64\nseeds: [1, 2]\nlayers: 0-1\ngated: true\nsettings: {expansion: 2}\n"
+    )
+    options = load_options(tmp_path / "run.yaml", ProbeConfig)
+    config = ProbeConfig.from_options(options)
+    assert (config.steps, config.eval_batch_tokens, config.seeds, config.layers) == (9, 64, (1, 2), (0, 1))
+    assert (config.settings.gated, config.settings.expansion) == (True, 2)
+    assert config.learning_rates == {"preskip": 1e-3, "lora": 1e-3}
+    (tmp_path / "run.json").write_text(json.dumps({"tokens": "5M", "num-layers": 3, "overrides": {"hidden_size": 64}}))
+    pretrain = PretrainConfig.from_options(load_options(tmp_path / "run.json", PretrainConfig))
+    assert pretrain.tokens == 5_000_000
+    assert pretrain.overrides == {"num_hidden_layers": 3, "hidden_size": 64}
+
+
+@pytest.mark.parametrize("kind", [ProbeConfig, PretrainConfig])
+def test_another_runs_record_gives_an_equal_config(tmp_path, kind):
+    arms = {ProbeConfig: ("none", "skip", "dora"), PretrainConfig: ("base", "skip")}[kind]
+    config = kind(arms=arms, seeds=(5, 6), layers=(0, 2), learning_rates={"skip": 2e-3}, eval_corpora=("pydoc:4x9",))
+    record = {"schema_version": 2, "directory": str(tmp_path), "config": config.to_json()}
+    record |= {"kind": "pretrain"} if kind is PretrainConfig else {}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    options = load_options(tmp_path / "run.json", kind)
+    assert kind.from_options(options) == config
+    assert kind.from_options(options, {"seeds": "7"}).seeds == (7,)
+
+
+def test_paths_of_another_run_are_those_of_its_folder(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    (home / "run").mkdir(parents=True)
+    (home / "text.txt").write_text("x")
+    config = ProbeConfig(corpus="text.txt", model="owner/model").to_json()
+    for directory in (str(home), ".."):  # absolute, or as seen from the run
+        (home / "run" / "run.json").write_text(
+            json.dumps({"schema_version": 2, "directory": directory, "config": config})
+        )
+        options = load_options(home / "run" / "run.json", ProbeConfig)
+        assert (home / "text.txt").samefile(options["corpus"])
+        assert options["model"] == "owner/model"
+    monkeypatch.chdir(home)
+    assert load_options(home / "run" / "run.json", ProbeConfig)["corpus"] == "text.txt"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "run.yaml: 'stepz' is no option of `preskip probe`: did you mean steps?"),
+        ("colour: red", "run.yaml: 'colour' is no option of `preskip probe`"),
+        ("settings: {width: 3}", "run.yaml: 'width' is no part of settings"),
+        ("settings: 3", "run.yaml: settings must be a mapping"),
+        ("- 1", "run.yaml must hold options by name"),
+        ("a: [", "run.yaml cannot be read: while parsing"),
+        ("schema_version: 2\nkind: pretrain\nconfig: {}", "run.yaml is of `preskip pretrain`"),
+        (None, "run.yaml: no such file"),
+    ],
+)
+def test_what_no_file_may_hold_is_refused_in_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(PreskipError) as caught:
+        load_options(tmp_path / "run.yaml", ProbeConfig)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
