@@ -114,19 +114,10 @@ def audit(
 
 def print_audit(report: Mapping[str, Any]) -> None:
     """A table of each dtype's figures and of what they differ from fp32 by, as `DtypeAudit.report` holds them."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+    from preskip.cli.wide import columns, print_wide
 
-    from preskip.cli.wide import print_wide
-
-    console = Console()
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for heading in ("dtype", "set", "metric"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("value", "95 % interval", "minus fp32 [95 % interval]"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("reading", no_wrap=True)
+    figures = ("value", "95 % interval", "minus fp32 [95 % interval]")
+    table = columns("dtype", "set", "metric", right=figures, last="reading")
     costs = {(entry["arm"], entry["set"], entry["metric"]): entry for entry in report["comparisons"]}
     for label, run in report["dtypes"].items():
         shown = label
@@ -143,16 +134,13 @@ def print_audit(report: Mapping[str, Any]) -> None:
                     cost["verdict"] if cost else "",
                 )
                 shown = ""
-    print_wide(console, table)
     context = f"context {report['context_length']}, " if report["context_length"] else ""
-    lines = [
+    note = (
         f"{report['weights_rounded']:.1%} of the weights change when rounded to bf16; autocast: fp32 weights, bf16 "
         f"arithmetic; {context}attention {report['attn_implementation']}, "
         + ", ".join(f"{label} {run['seconds']:g} s" for label, run in report["dtypes"].items())
-    ]
-    console.print("\n".join(lines), style="dim", highlight=False, soft_wrap=True)
-    for line in _published_lines(report["published"]):
-        console.print(line, highlight=False, soft_wrap=True)
+    )
+    print_wide(table, [note], _published_lines(report["published"]))
 
 
 def _published_lines(published: Mapping[str, Any] | None) -> list[str]:

@@ -87,15 +87,10 @@ def _check_margins(names: Iterable[str], entries: Sequence[Mapping[str, Any]]) -
 
 
 def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes: Sequence[str]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    from preskip.cli.wide import print_wide
+    from preskip.cli.wide import columns, print_wide
     from preskip.metrics import metric_named
     from preskip.report.verdicts import MINUS, amount, difference_text, p_text, set_label
 
-    console = Console()
     groups = dict.fromkeys((entry["set"], entry["metric"]) for entry in entries)
     corrected = any(entry["declared"] for entry in entries)
     for name, metric in groups:
@@ -103,23 +98,17 @@ def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes:
         margin = group[0]["margin"]
         stated = f", equivalent within ±{amount(metric, margin)}" if margin is not None else ""
         unit = metric_named(metric).difference_unit
-        table = Table(
-            header_style="bold",
-            box=SIMPLE_HEAD,
-            pad_edge=False,
+        table = columns(
+            "paired",
+            right=(
+                f"difference [{100 * group[0]['confidence']:g} %]",
+                "p",
+                *(["p Holm"] if corrected else []),
+                "p equiv.",
+            ),
+            last="reading",
             title=f"{set_label(sets, name)}: {metric_named(metric).name}{f' ({unit.strip()})' if unit else ''}{stated}",
-            title_justify="left",
         )
-        table.add_column("paired", no_wrap=True)
-        headings = [
-            f"difference [{100 * group[0]['confidence']:g} %]",
-            "p",
-            *(["p Holm"] if corrected else []),
-            "p equiv.",
-        ]
-        for heading in headings:
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("reading", no_wrap=True)
         for entry in group:
             text = difference_text(entry)
             holm = [p_text(entry["p_holm"])] if corrected else []
@@ -131,8 +120,7 @@ def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes:
                 p_text(entry["p_equivalence"]),
                 entry["verdict"],
             )
-        print_wide(console, table)
-    console.print("\n".join([*_scope(entries), *notes]), style="dim", highlight=False, soft_wrap=True, markup=False)
+        print_wide(table, [*_scope(entries), *notes] if (name, metric) == list(groups)[-1] else ())
 
 
 def _scope(entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -226,17 +226,9 @@ def _write(out: Path, records: Sequence[dict[str, Any]], results: Mapping[str, A
 
 
 def _print(results: Mapping[str, Any], out: Path | None) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+    from preskip.cli.wide import columns, print_wide
 
-    from preskip.cli.wide import print_wide
-
-    table = Table(box=SIMPLE_HEAD, header_style="bold")
-    for heading in ("set", "metric"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("value", "95 % interval", "units"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = columns("set", "metric", right=("value", "95 % interval", "units"))
     for name, description in results["sets"].items():
         units = f"{description.get('documents', description.get('items')):,} {description['kind']}s"
         shown = name
@@ -248,14 +240,8 @@ def _print(results: Mapping[str, Any], out: Path | None) -> None:
         for metric, number in results["lm_eval"].get(name, {}).items():
             if metric not in own:
                 table.add_row("", metric, f"{number:.4f}", "", "")
-    console = Console()
-    print_wide(console, table)
-    console.print(
+    note = (
         f"intervals over items or documents; texts with {results['context_length']} tokens of context, "
-        f"stride {results['stride']}; {results['seconds']:g} s",
-        style="dim",
-        highlight=False,
-        soft_wrap=True,
+        f"stride {results['stride']}; {results['seconds']:g} s"
     )
-    if out is not None:
-        console.print(f"records: {out}", highlight=False, soft_wrap=True)
+    print_wide(table, [note], [] if out is None else [f"records: {out}"])

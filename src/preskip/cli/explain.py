@@ -226,17 +226,11 @@ def _facts(source: Source, live: Any, model: str | None, dtype: str) -> dict[str
     }
 
 
-def _print(content: Mapping[str, Any], out: Path, figures: Sequence[Path]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+def _print(content: Mapping[str, Any], out: Path, figures_written: Sequence[Path]) -> None:
+    from preskip.cli.wide import columns, print_wide
 
-    from preskip.cli.wide import print_wide
-
-    table = Table(box=SIMPLE_HEAD, header_style="bold")
-    for heading in ("layer", "skip / attention", "enrichment", "skip off", "enrichment off", "both off", "rank"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("promotes", no_wrap=True)
+    figures = ("layer", "skip / attention", "enrichment", "skip off", "enrichment off", "both off", "rank")
+    table = columns(right=figures, last="promotes")
     for layer in content["layers"]:
         ablation = layer["ablation"] or {}
         rank = layer["effective_rank"]
@@ -248,20 +242,11 @@ def _print(content: Mapping[str, Any], out: Path, figures: Sequence[Path]) -> No
             "–" if rank is None else f"{rank:.0f}",
             " ".join(repr(token)[1:-1] for token, _ in layer["promoted"][:3]),
         )
-    console = Console()
-    print_wide(console, table)
     tokens = sum(text["tokens"] for text in content["texts"])
     ablated = content["method"]["ablation_documents"]
     off = f"off: bits per byte without the part minus with it, on {ablated} documents; " if ablated else ""
-    console.print(
-        f"{tokens:,} tokens of {len(content['texts'])} texts; {off}95 % intervals over documents; "
-        f"{content['timings']['total']:g} s",
-        style="dim",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for path in (out / "explain.html", *figures):
-        console.print(str(path), highlight=False, soft_wrap=True)
+    note = f"{tokens:,} tokens of {len(content['texts'])} texts; {off}95 % intervals over documents; "
+    print_wide(table, [f"{note}{content['timings']['total']:g} s"], map(str, (out / "explain.html", *figures_written)))
 
 
 def _interval(found: Mapping[str, float] | None, form: str) -> str:

@@ -132,22 +132,15 @@ def _row(
 
 
 def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    from preskip.cli.wide import print_wide
+    from preskip.cli.wide import columns, print_wide
     from preskip.metrics import metric_named
     from preskip.report.verdicts import MINUS, amount
 
-    console = Console()
     measured = rows[0]["basis"] == "measured"
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("comparison" if measured else "metric", no_wrap=True)
     asked = any("needed_units" in row for row in rows)
-    headings = ["units", "seeds", "found from", *(["observed"] if measured else [])]
-    for heading in [*headings, *(["to find", "needs units", "or seeds"] if asked else [])]:
-        table.add_column(heading, justify="right", no_wrap=True)
+    figures = ["units", "seeds", "found from", *(["observed"] if measured else [])]
+    figures += ["to find", "needs units", "or seeds"] if asked else []
+    table = columns("comparison" if measured else "metric", right=figures)
     for row in rows:
         metric = row["metric"]
         name = metric_named(metric).name
@@ -164,7 +157,6 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
                     *(_count(row[f"needed_{k}"]) for k in ("units", "seeds")),
                 ]
         table.add_row(name, *cells)
-    print_wide(console, table)
     family = max(row["family"] for row in rows)
     lines = [
         f"found from: the smallest true difference found with {100 * wanted:g} % power at the {100 * alpha:g} % level"
@@ -181,7 +173,7 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
         )
     if asked:
         lines.append("needs: units at these seeds, or seeds at these units; – means that no number of them is enough")
-    console.print("\n".join(lines), style="dim", highlight=False, soft_wrap=True, markup=False)
+    print_wide(table, lines)
 
 
 def _count(value: int | None) -> str:

@@ -49,18 +49,10 @@ def pretrain(
 
 def print_plans(plans: Mapping[str, Plan]) -> None:
     """Print what is trained: weights, compute and tokens of every arm, and how near it comes to preskip's."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+    from preskip.cli.wide import columns, print_wide
 
-    from preskip.cli.wide import print_wide
-
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("arm", no_wrap=True)
-    headings = ("layers", "MLP", "weights", "non-emb.", "MFLOP/token", "tokens", "steps", "training PFLOP")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("against preskip", no_wrap=True)
+    figures = ("layers", "MLP", "weights", "non-emb.", "MFLOP/token", "tokens", "steps", "training PFLOP")
+    table = columns("arm", right=figures, last="against preskip")
     for name, plan in plans.items():
         matched = f"{plan.matched} {plan.deviation:+.2%}" if plan.matched and plan.deviation is not None else "–"
         table.add_row(
@@ -75,7 +67,7 @@ def print_plans(plans: Mapping[str, Plan]) -> None:
             f"{plan.training_flops / 1e15:,.3g}",
             matched,
         )
-    print_wide(Console(stderr=True), table)
+    print_wide(table, stderr=True)
 
 
 def _announcement(config: Mapping[str, Any], reason: str) -> list[str]:

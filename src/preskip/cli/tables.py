@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from preskip.cli.wide import print_wide
+from preskip.cli.wide import columns, print_wide
 from preskip.metrics import metric_named
 from preskip.report.claims import assess
 from preskip.report.frontier import assess_plane, planes
@@ -41,10 +40,10 @@ def print_results(results: dict[str, Any], run: Path, page: Path | None) -> None
         page: its HTML page, or None.
     """
     console = Console()
-    print_wide(console, _arms(results))
+    print_wide(_arms(results))
     shown = _shown(results)
     if shown:
-        print_wide(console, _differences(results, shown))
+        print_wide(_differences(results, shown))
         left = len(results["comparisons"]) - len(shown)
         if left:
             where = "the report" if page else "results.json"
@@ -62,9 +61,7 @@ def print_claims(record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
         record: content of run.json (schema version 2).
         results: content of results.json (schema version 2).
     """
-    table = _table("the paper's claims")
-    for heading in ("in this run", "rests on"):
-        table.add_column(heading, no_wrap=True)
+    table = columns("the paper's claims", "in this run", "rests on", right=())
     for claim in assess(record, results):
         rests = ""
         if claim["verdict"] == "not measured":
@@ -74,7 +71,7 @@ def print_claims(record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
             rests = f"{text['value']} {text['interval']}{text['unit']}, {_short(results, claim['set'])}"
         # What is needed may be long; it must not widen the whole table.
         table.add_row(claim["claim"], _styled(claim["verdict"]), rests if len(rests) <= 60 else "see the report")
-    print_wide(Console(), table)
+    print_wide(table)
 
 
 def print_paper(results: Mapping[str, Any]) -> None:
@@ -82,24 +79,20 @@ def print_paper(results: Mapping[str, Any]) -> None:
     paper = paper_rows(results)
     if paper is None:
         return
-    table = _table("the paper's scoring")
-    for heading in paper["columns"]:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = columns("the paper's scoring", right=paper["columns"])
     for row in paper["rows"]:
         cells = [
             f"{cell['value']} (paper {cell['published']})" if cell["published"] else cell["value"]
             for cell in row["cells"]
         ]
         table.add_row(row["name"], *cells)
-    print_wide(Console(), table)
+    print_wide(table)
 
 
 def _arms(results: Mapping[str, Any]) -> Table:
-    table = _table("arm")
     sets = list(results["sets"])
     headings = [f"{_short(results, name)}\n{_unit(primary(results, name))}" for name in sets]
-    for heading in ("weights", "lr", *headings, "s/step", "GiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = columns("arm", right=("weights", "lr", *headings, "s/step", "GiB"))
     for name, arm in results["arms"].items():
         step, peak = arm.get("seconds_per_step"), arm.get("peak_memory_bytes")
         table.add_row(
@@ -128,11 +121,9 @@ def _shown(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _differences(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> Table:
-    table = _table("paired")
     corrected = any(entry.get("p_holm") is not None for entry in entries)
-    for heading in ("difference [interval]", "p (Holm)" if corrected else "p"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("reading", no_wrap=True)
+    figures = ("difference [interval]", "p (Holm)" if corrected else "p")
+    table = columns("paired", right=figures, last="reading")
     for name, metric, group in by_measure(entries):
         table.add_row(f"[bold]{set_label(results['sets'], name)}[/], {_unit(metric)}")
         for entry in ordered(group, metric_named(metric, results["sets"].get(name)).lower_is_better):
@@ -187,9 +178,3 @@ def _value(metrics: Mapping[str, Any], metric: str) -> str:
 def _styled(word: str) -> str:
     style = STYLES.get(word)
     return f"[{style}]{word}[/]" if style else word
-
-
-def _table(first: str) -> Table:
-    table = Table(header_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    return table
