@@ -7,7 +7,7 @@ from peft import get_peft_model
 
 from preskip import PreskipConfig
 from preskip.analysis.depth import depth_profile
-from preskip.analysis.nulls import norms
+from preskip.analysis.depth_results import norms
 from preskip.train.controls import train_on_noise
 from preskip.train.settings import TrainingSettings
 from tiny_model import tiny_llama

@@ -9,7 +9,7 @@ import zoo
 from preskip import PreskipConfig
 from preskip.errors import PreskipError
 from preskip.evaluate.adapters import load_adapter
-from preskip.evaluate.trained import adapter_folders
+from preskip.runs.weights import adapter_folders
 from tiny_model import tiny_llama
 
 CONFIGS = {

@@ -119,7 +119,7 @@ def test_a_published_model_is_recognised_and_its_distance_given(audited):
 def test_figures_of_other_tasks_need_no_perplexity(monkeypatch):
     figures = Published(model="x", checkpoint="c", source="s", tasks={"piqa": {"acc": 0.5, "acc_norm": 0.75}})
     monkeypatch.setattr(module, "published_figures", lambda name: figures)
-    rows = [{"set": "piqa", "scores": {"acc": float(i < 3), "acc_norm": 1.0}} for i in range(4)]
+    rows = [{"set": "piqa", "kind": "item", "scores": {"acc": float(i < 3), "acc_norm": 1.0}} for i in range(4)]
     found = module._published("x", {"float32": rows})["distances"]["float32"]["piqa"]
     assert (found["acc"]["difference"], found["acc_norm"]["difference"]) == (0.25, 0.25)
 

@@ -113,11 +113,11 @@ def test_columns_are_those_of_a_written_out_computation(trained, length):
     if length == 12:  # contexts that leave something to score after the cut
         short = [Question("The council", question.endings, question.gold) for question in data.hellaswag]
         data = tiny_data(hellaswag=short, arc_easy=short[:3], lambada=["The committee met", "Farmers paid it in grain"])
-    scores = paper_scores(model, encode_paper_items(data, tokenizer, context_length=length))
+    columns = paper_columns(paper_scores(model, encode_paper_items(data, tokenizer, context_length=length)))
     expected = written_out(model, tokenizer, data, length)
-    assert list(scores.columns) == list(COLUMNS)
+    assert list(columns) == list(COLUMNS)
     for name, value in expected.items():
-        assert scores.columns[name] == pytest.approx(value, rel=1e-4), name
+        assert columns[name] == pytest.approx(value, rel=1e-4), name
     if length == 512:
         assert 0 < expected["paper:lambada"] < 1  # or the comparison would show little
         assert expected["paper:wikitext"] < 100
@@ -127,37 +127,37 @@ def test_scores_do_not_depend_on_the_batch(trained):
     model, tokenizer = trained
     items = encode_paper_items(tiny_data(), tokenizer)
     one, many = paper_scores(model, items, batch_tokens=1), paper_scores(model, items, batch_tokens=4096)
-    for first, second in zip(one.records, many.records, strict=True):
+    for first, second in zip(one, many, strict=True):
         assert first["scores"] == pytest.approx(second["scores"], rel=1e-4)
 
 
 def test_records_are_items_that_pair_and_give_the_columns(trained):
     model, tokenizer = trained
     items = encode_paper_items(tiny_data(), tokenizer)
-    scores = paper_scores(model, items)
-    other = paper_scores(tiny_llama(), items)
-    assert {record["kind"] for record in scores.records} == {"item"}
+    records, other = paper_scores(model, items), paper_scores(tiny_llama(), items)
+    columns, other_columns = paper_columns(records), paper_columns(other)
+    assert {record["kind"] for record in records} == {"item"}
     assert {name: value["items"] for name, value in items.sets.items()} == {
         "paper:lambada": len(SENTENCES),
         "paper:hellaswag": 8,
         "paper:arc_easy": 3,
         "paper:wikitext": 4,
     }
-    stored = json.loads(json.dumps([*scores.records, {"set": "heldout", "kind": "document", "id": "x", "nll": 1.0}]))
-    assert paper_columns(stored) == scores.columns
-    entries = {(entry["set"], entry["metric"]): entry for entry in compare(scores.records, other.records)}
-    ratio = scores.columns["paper:wikitext"] / other.columns["paper:wikitext"]
+    stored = json.loads(json.dumps([*records, {"set": "heldout", "kind": "document", "id": "x", "nll": 1.0}]))
+    assert paper_columns(stored) == columns
+    entries = {(entry["set"], entry["metric"]): entry for entry in compare(records, other)}
+    ratio = columns["paper:wikitext"] / other_columns["paper:wikitext"]
     assert entries["paper:wikitext", "nll"]["difference"] == pytest.approx(math.log(ratio))
     assert entries["paper:wikitext", "nll"]["clusters"] == 2  # articles
-    gain = scores.columns["paper:lambada"] - other.columns["paper:lambada"]
+    gain = columns["paper:lambada"] - other_columns["paper:lambada"]
     assert entries["paper:lambada", "acc"]["difference"] == pytest.approx(gain)
 
 
 def test_the_first_of_equal_endings_wins():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     twice = [Question(SENTENCES[0], (SENTENCES[1], SENTENCES[1]), gold) for gold in (0, 1)]
-    scores = paper_scores(model, encode_paper_items(tiny_data(hellaswag=twice), tokenizer))
-    found = {record["id"]: record["scores"]["acc"] for record in scores.records if record["set"] == "paper:hellaswag"}
+    records = paper_scores(model, encode_paper_items(tiny_data(hellaswag=twice), tokenizer))
+    found = {record["id"]: record["scores"]["acc"] for record in records if record["set"] == "paper:hellaswag"}
     assert found == {"hellaswag#0": 1.0, "hellaswag#1": 0.0}
 
 
@@ -274,11 +274,11 @@ def test_pythia_path_on_real_text():
     )
     model = GPTNeoXForCausalLM(config).eval()
     data = load_paper_data(directory, items=6, rows=12)
-    scores = paper_scores(model, encode_paper_items(data, tokenizer))
+    columns = paper_columns(paper_scores(model, encode_paper_items(data, tokenizer)))
     expected = written_out(model, tokenizer, data)
     for name in COLUMNS:
-        assert scores.columns[name] == pytest.approx(expected[name], rel=1e-4), name
-    assert scores.columns["paper:wikitext"] == pytest.approx(50304, rel=0.3)  # a random model knows nothing
+        assert columns[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert columns["paper:wikitext"] == pytest.approx(50304, rel=0.3)  # a random model knows nothing
 
 
 def test_what_is_scored_is_no_development_text():

@@ -50,19 +50,19 @@ def test_seconds_add_up_over_attempts(run):
 
 def test_changed_inputs_are_refused(run):
     facts = {"model": {"name": "m", "sha256": "a" * 64}, "sets": {"books": {"sha256": "b"}}}
-    check_same_inputs(run, facts, ["model"])
+    check_same_inputs(run, facts)
     run.update_manifest(**facts)
-    check_same_inputs(run, facts, ["model"])
+    check_same_inputs(run, facts)
     with pytest.raises(PreskipError, match="model m has changed since"):
-        check_same_inputs(run, facts | {"model": {"name": "m", "sha256": "c"}}, ["model"])
+        check_same_inputs(run, facts | {"model": {"name": "m", "sha256": "c"}})
     with pytest.raises(PreskipError, match="evaluation set books have changed"):
-        check_same_inputs(run, facts | {"sets": {}}, ["model"])
+        check_same_inputs(run, facts | {"sets": {}})
     task = {"sha256": "b", "lm_eval": {"version": 1, "prompt_sha256": "p"}}
     run.update_manifest(sets={"arc_easy": task})
-    check_same_inputs(run, facts | {"sets": {"arc_easy": task}}, ["model"])
+    check_same_inputs(run, facts | {"sets": {"arc_easy": task}})
     other = task | {"lm_eval": {"version": 1, "prompt_sha256": "q"}}
     with pytest.raises(PreskipError, match="prompts of arc_easy have changed"):
-        check_same_inputs(run, facts | {"sets": {"arc_easy": other}}, ["model"])
+        check_same_inputs(run, facts | {"sets": {"arc_easy": other}})
 
 
 def test_another_environment_is_told_and_kept(run, capsys):

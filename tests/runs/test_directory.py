@@ -10,8 +10,9 @@ import pytest
 from preskip.errors import PreskipError
 from preskip.runs import directory as rundir
 from preskip.runs import files
-from preskip.runs.directory import SUMMARY_FIELDS, RunDirectory
+from preskip.runs.directory import RunDirectory
 from preskip.runs.files import clear_disk_errors, read_json, read_jsonl, sync_tree, write_json, write_jsonl, write_text
+from preskip.runs.schema import CellSummary
 
 
 def test_write_replaces_whole_and_leaves_no_temporary(tmp_path):
@@ -176,7 +177,7 @@ def test_open_refuses(tmp_path):
     with pytest.raises(PreskipError, match="does not exist"):
         RunDirectory.open(tmp_path)
     (tmp_path / "run.json").write_text('{"schema_version": 99}')
-    with pytest.raises(PreskipError, match="schema version 99"):
+    with pytest.raises(PreskipError, match=r"schema_version 99, this preskip .* reads 2"):
         RunDirectory.open(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(PreskipError, match="cannot be read"):
@@ -205,7 +206,7 @@ def test_line_separators_inside_a_value_are_not_line_ends(tmp_path):
 )
 def test_a_damaged_cell_names_the_folder_to_delete(tmp_path, name, content):
     cell = RunDirectory(tmp_path).cell("lora", 1)
-    summary = dict.fromkeys(SUMMARY_FIELDS, 1)
+    summary = dict.fromkeys(CellSummary.__required_keys__, 1)
     write_json(cell.summary, summary)
     write_jsonl(cell.items, [{"nll": 1.0}])
     assert cell.load() == (summary, [{"nll": 1.0}])

@@ -12,8 +12,9 @@ from unittest.mock import patch
 
 import numpy as np
 
-from preskip.runs.directory import SUMMARY_FIELDS, RunDirectory
+from preskip.runs.directory import RunDirectory
 from preskip.runs.files import write_json, write_jsonl
+from preskip.runs.schema import CellSummary
 
 
 def make_items(seed: int, documents: int = 12, shift: float = 0.0, rate: float = 0.4) -> list[dict[str, Any]]:
@@ -68,7 +69,7 @@ def write_run(
         for seed, items in cells.items():
             cell = run.cell(arm, seed)
             write_jsonl(cell.items, items)
-            write_json(cell.summary, {**dict.fromkeys(SUMMARY_FIELDS), "seed": seed})
+            write_json(cell.summary, {**dict.fromkeys(CellSummary.__required_keys__), "seed": seed})
     return run.path
 
 

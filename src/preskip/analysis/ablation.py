@@ -25,8 +25,9 @@ from preskip.analysis.branches import PARTS, LiveBranch, live_branches
 from preskip.attach import AttentionSite, hidden_states_of, with_hidden_states
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
-from preskip.evaluate.likelihood import default_batch_tokens, score_sequences
+from preskip.evaluate.likelihood import batches, default_batch_tokens, score_sequences
 from preskip.progress import Advance, no_progress
+from preskip.runs.schema import AblationRow
 from preskip.stats import CONFIDENCE, paired_ratio_difference
 
 # The two parts of a layer that has two, off together.
@@ -43,7 +44,7 @@ def ablate(
     batch_tokens: int | None = None,
     confidence: float = CONFIDENCE,
     advance: Advance = no_progress,
-) -> list[dict[str, Any]]:
+) -> list[AblationRow]:
     """Switch off one part of one layer at a time and score the same windows.
 
     Args:
@@ -75,7 +76,7 @@ def ablate(
     on = np.zeros(len(windows))
     off = np.zeros((len(switches), len(windows)))
     done = 0
-    for batch in _batches(windows, batch_tokens or default_batch_tokens(next(model.parameters()).device)):
+    for batch in _batches(model, windows, batch_tokens):
         texts = [windows[index] for index in batch]
         kept = _KeptBlocks(base, {branch.site.stack for branch, _ in switches})
         with kept.recorded():
@@ -91,7 +92,7 @@ def ablate(
     documents = np.array([place[owner] for owner in owners])
     bytes_of = np.array([sizes[owner] for owner in chosen])
     nats_on = np.bincount(documents, weights=on)
-    rows = []
+    rows: list[AblationRow] = []
     for (branch, part), nats in zip(switches, off, strict=True):
         nats_off = np.bincount(documents, weights=nats)
         interval = paired_ratio_difference(nats_off, nats_on, bytes_of, confidence=confidence)
@@ -112,8 +113,7 @@ def ablation_passes(
     model: nn.Module, windows: Sequence[Window], batch_tokens: int | None = None, parts: Sequence[str] = PARTS
 ) -> int:
     """Number of passes that `ablate` will make, for a progress bar."""
-    size = batch_tokens or default_batch_tokens(next(model.parameters()).device)
-    return (1 + len(_switches(model, parts))) * len(_batches(windows, size))
+    return (1 + len(_switches(model, parts))) * len(_batches(model, windows, batch_tokens))
 
 
 def _switches(model: nn.Module, parts: Sequence[str]) -> list[tuple[LiveBranch, str]]:
@@ -216,13 +216,11 @@ def _nats(model: nn.Module, windows: Sequence[Window], batch_tokens: int | None)
     return [score.nll for score in score_sequences(model, windows, batch_tokens=batch_tokens)]
 
 
-def _batches(windows: Sequence[Window], batch_tokens: int) -> list[list[int]]:
+def _batches(model: nn.Module, windows: Sequence[Window], batch_tokens: int | None) -> list[list[int]]:
     """Indices of windows of similar length that one forward pass takes."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(windows)), key=lambda i: -len(windows[i].input_ids)):
-        longest = len(windows[batches[-1][0]].input_ids) if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+
+    def length(index: int) -> int:
+        return len(windows[index].input_ids)
+
+    size = batch_tokens or default_batch_tokens(next(model.parameters()).device)
+    return list(batches(sorted(range(len(windows)), key=length, reverse=True), size, length))

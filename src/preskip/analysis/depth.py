@@ -19,6 +19,7 @@ from torch import nn
 from preskip.analysis.branches import LiveBranch, live_branches, skip_weight
 from preskip.attach import hidden_states_of
 from preskip.evaluate.texts import TextSet
+from preskip.runs.schema import DepthRow
 from preskip.stats import bootstrap_ratio
 
 SIZES = ("skip_to_attention", "enrichment")
@@ -26,7 +27,7 @@ SIZES = ("skip_to_attention", "enrichment")
 DOCUMENTS = 8
 
 
-def text_profile(model: nn.Module, text: TextSet) -> list[dict[str, Any]]:
+def text_profile(model: nn.Module, text: TextSet) -> list[DepthRow]:
     """`depth_profile` on the first window of some of a text's documents, with intervals over these."""
     firsts = dict(zip(reversed(text.owners), reversed(text.windows), strict=True))
     owners = sorted(firsts)[:DOCUMENTS]
@@ -35,7 +36,7 @@ def text_profile(model: nn.Module, text: TextSet) -> list[dict[str, Any]]:
 
 def depth_profile(
     model: nn.Module, sequences: Sequence[Sequence[int]], *, owners: Sequence[int] | None = None
-) -> list[dict[str, Any]]:
+) -> list[DepthRow]:
     """One row per layer with an active branch, an adapter's or the model's own; none where there is no branch.
 
     Args:
@@ -44,28 +45,23 @@ def depth_profile(
         owners: for each sequence the document it is cut from; adds intervals over documents.
 
     Returns:
-        Rows with layer, up_norm, down_norm, skip_norm (Frobenius norms; 0 for an absent part), skip_to_attention and
-        enrichment (ratios of sums over tokens, or None). With `owners` also skip_to_attention_low and _high,
-        enrichment_low and _high (95 %, None with fewer than 2 documents), and documents: for each size its numerators
-        ("above") and denominators ("below") per document, for `preskip.stats.trends`. With several active adapters
+        With `owners` also the limits (None with fewer than 2 documents) and "documents". With several active adapters
         the norms are those of the first, the sizes those of all together.
     """
     branches = live_branches(model)
     if not branches:
         return []
-    rows = []
+    rows: list[DepthRow] = []
     for branch, sums in zip(branches, _sums(model, branches, sequences), strict=True):
         _, linears = branch.active()[0]
         skip = skip_weight(linears)
-        rows.append(
-            {
-                "layer": branch.layer,
-                "up_norm": _norm(linears.get("up")),
-                "down_norm": _norm(linears.get("down")),
-                "skip_norm": skip.norm().item() if skip is not None else 0.0,
-                **_sizes(sums, owners),
-            }
-        )
+        row: Any = {
+            "layer": branch.layer,
+            "up_norm": _norm(linears.get("up")),
+            "down_norm": _norm(linears.get("down")),
+            "skip_norm": skip.norm().item() if skip is not None else 0.0,
+        }
+        rows.append(row | _sizes(sums, owners))
     return rows
 
 
@@ -73,7 +69,7 @@ def _norm(linear: nn.Linear | None) -> float:
     return linear.weight.detach().norm().item() if linear is not None else 0.0
 
 
-# For each size, a sum of numerators and of denominators per sequence.
+# For each size, a numerator and a denominator per sequence.
 Sums = dict[str, list[tuple[float, float]]]
 
 

@@ -71,7 +71,7 @@ class Plan:
         return TRAINING_FACTOR * self.size.flops_per_token * self.tokens
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Any:
         """The arm as run.json describes it, without how it is trained."""
         return {
             "description": self.description,

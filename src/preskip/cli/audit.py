@@ -113,7 +113,7 @@ def audit(
 
 
 def print_audit(report: Mapping[str, Any]) -> None:
-    """A table of each dtype's figures and of what they differ from fp32 by, as `DtypeAudit.report` holds them."""
+    """A table of each dtype's figures and of what they differ from fp32 by."""
     from preskip.cli.wide import columns, print_wide
 
     figures = ("value", "95 % interval", "minus fp32 [95 % interval]")

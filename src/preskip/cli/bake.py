@@ -11,8 +11,8 @@ from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
-    from preskip.evaluate.trained import Source
     from preskip.report.card_content import Card
+    from preskip.runs.weights import Source
 
 
 def bake(
@@ -39,10 +39,11 @@ def bake(
 
         from preskip.assets import load_model, load_tokenizer
         from preskip.baking import bake as bake_checkpoint
+        from preskip.data.splits import locate
         from preskip.evaluate.adapters import load_adapter
-        from preskip.evaluate.trained import find_source
+        from preskip.runs.weights import find_source
     source = find_source(adapter)
-    base_name = model or source.base
+    base_name = model or (source.base and locate(source.base, source.directory))
     if not base_name:
         raise PreskipError(f"{adapter} does not say which base it was trained on: give it with --model")
     resolved = dtype if dtype != "auto" else "float32" if source.run is None else source.dtype

@@ -215,7 +215,7 @@ def _announcement(facts: Mapping[str, Any], reason: str) -> list[str]:
     ]
 
 
-def _write(out: Path, records: Sequence[dict[str, Any]], results: Mapping[str, Any]) -> None:
+def _write(out: Path, records: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> None:
     from preskip.runs.files import write_json, write_jsonl
 
     if out.suffix == ".jsonl":

@@ -17,9 +17,8 @@ from preskip.cli.options import Base, BatchTokens, DataDir, Device, DtypeOfRun, 
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
-    from preskip.evaluate.trained import Source
-
-SCHEMA_VERSION = 1
+    from preskip.runs.schema import ExplainedLayer, ExplainFacts, NullRun
+    from preskip.runs.weights import Source
 
 
 def explain(
@@ -64,12 +63,13 @@ def explain(
         quiet_libraries()
         from preskip.analysis.explain import Extent, explain
         from preskip.analysis.explain.texts import given_texts, heldout_texts
-        from preskip.evaluate.trained import find_source
         from preskip.report import build_report
         from preskip.report.explain_page import build_explain_page
         from preskip.report.static_figures import check_folder, save_figures
         from preskip.runs import environment
         from preskip.runs.files import clear_disk_errors, write_json
+        from preskip.runs.schema import EXPLAIN_VERSION, Explain
+        from preskip.runs.weights import find_source
     found = find_source(source, arm=arm, seed=seed)
     out = out or _default_out(found)
     if out.exists():
@@ -112,9 +112,9 @@ def explain(
             bar=lambda description, units: progress_bar(description, units, quiet=as_json),
         )
         _add_null(result["layers"], found.null)
-        timings = {"load": round(loaded, 2), **result.pop("timings")}
-        content = {
-            "schema_version": SCHEMA_VERSION,
+        timings = {"load": round(loaded, 2), **result["timings"]}
+        content: Explain = {
+            "schema_version": EXPLAIN_VERSION,
             **_facts(found, live, model, resolved),
             **result,
             "timings": {**timings, "total": round(time.perf_counter() - started, 2)},
@@ -152,12 +152,13 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
     import torch
 
     from preskip.assets import load_model, load_tokenizer
+    from preskip.data.splits import locate
     from preskip.evaluate.adapters import load_adapter
     from preskip.evaluate.likelihood import check_causal
 
-    name = source.base if source.is_checkpoint else model or source.base
     if source.is_checkpoint and model is not None:
         raise PreskipError("--model names the base of an adapter, and this is a whole checkpoint: leave it out")
+    name = model or (source.base and locate(source.base, source.directory))
     if not name:
         raise PreskipError(f"{source.weights} does not say which base it was trained on: give it with --model")
     live = load_model(name, getattr(torch, dtype), device, None, trust)
@@ -184,9 +185,9 @@ def _announcement(source: Source, dtype: str, reason: str, device: str) -> list[
     return [f"{source.kind} {what}", *stays, f"base weights {dtype} ({reason}), {device}"]
 
 
-def _add_null(layers: Sequence[dict[str, Any]], null: Sequence[Mapping[str, Any]]) -> None:
+def _add_null(layers: Sequence[ExplainedLayer], null: Sequence[NullRun]) -> None:
     """The band of the run's noise null beside each norm."""
-    from preskip.analysis.nulls import NORMS
+    from preskip.analysis.depth_results import NORMS
     from preskip.stats.trends import null_band
 
     if not null:
@@ -196,11 +197,11 @@ def _add_null(layers: Sequence[dict[str, Any]], null: Sequence[Mapping[str, Any]
         layer["null"] = {
             norm: {key: rows[layer["layer"]][key] for key in ("low", "high")}
             for norm, rows in bands.items()
-            if layer["layer"] in rows and layer[norm] is not None
+            if layer["layer"] in rows and layer[norm] is not None  # type: ignore[literal-required]
         }
 
 
-def _facts(source: Source, live: Any, model: str | None, dtype: str) -> dict[str, Any]:
+def _facts(source: Source, live: Any, model: str | None, dtype: str) -> ExplainFacts:
     from preskip.adapter import base_model
     from preskip.analysis.branches import live_branches
     from preskip.version import __version__

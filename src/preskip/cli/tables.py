@@ -31,7 +31,7 @@ FEW = 12
 STYLES = {"better": "green", "supported": "green", "worse": "red", "contradicted": "red", "mixed": "yellow"}
 
 
-def print_results(results: dict[str, Any], run: Path, page: Path | None) -> None:
+def print_results(results: Mapping[str, Any], run: Path, page: Path | None) -> None:
     """Print what a run found: a row per arm, the paired differences declared before training, the frontier.
 
     Args:

@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from preskip.data.corpus import DOCUMENT_CHARACTERS, Corpus, Document, by_id, load_corpus, split_documents, split_text
+from preskip.assets import EMBEDDED_MODELS
+from preskip.data.corpus import (
+    DOCUMENT_CHARACTERS,
+    EMBEDDED_CORPORA,
+    Corpus,
+    Document,
+    by_id,
+    load_corpus,
+    split_documents,
+    split_text,
+)
 from preskip.data.tables import Limit
 from preskip.data.wikitext import page_title, wikitext_pages
 from preskip.errors import PreskipError
@@ -183,6 +193,18 @@ TITLES = {
     "wikitext2": "WikiText-2: train and validation with <unk>, test raw, by page",
     "books": "English books dated 1900 or earlier, in pieces of 10,000 characters; held out: 4 other books",
 }
+
+
+def locate(name: str, directory: Path) -> str:
+    """A name of a model, corpus or folder as a run records it; a path that is not here is of the folder it started in.
+
+    Args:
+        name: a path, a Hub id, or the name of an embedded or published one, which no path can stand for.
+        directory: where the run was started.
+    """
+    path = directory / name
+    is_named = name in EMBEDDED_MODELS or name in EMBEDDED_CORPORA or name in PUBLISHED
+    return str(path) if path.exists() and not Path(name).exists() and not is_named else name
 
 
 def choose(documents: Sequence[Document], count: int, words: int, seed: int) -> list[Document]:

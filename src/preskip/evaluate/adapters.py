@@ -11,7 +11,7 @@ from torch import nn
 import preskip.adapter  # noqa: F401 - registers the PEFT method
 from preskip.adapter.norms import float32_norms
 from preskip.errors import PreskipError
-from preskip.runs.adapters import ADAPTER_CONFIG, adapter_folders
+from preskip.runs.weights import ADAPTER_CONFIG, adapter_folders
 
 _WEIGHTS = "adapter_model.safetensors"
 

@@ -28,7 +28,7 @@ from preskip.evaluate.published import (
 )
 from preskip.evaluate.texts import TextSet, score_texts
 from preskip.progress import progress_bar, spinner
-from preskip.runs.schema import Comparison
+from preskip.runs.schema import Comparison, DtypeAudit, PublishedAudit, Record, SetFacts
 from preskip.stats import ALPHA, DEFAULT_MARGINS, apply_family, compare, summarise
 
 if TYPE_CHECKING:
@@ -44,18 +44,11 @@ REFERENCE = "float32"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DtypeAudit:
-    """What came out.
+class Audited:
+    """What came out: item records by dtype of `DTYPES`, and the report, as controls/dtype-audit.json stores it."""
 
-    Attributes:
-        records: item records by dtype of `DTYPES`.
-        report: one JSON value: "model", "device", "attn_implementation", "weights_rounded" (share of the weights that
-            bf16 cannot hold), "dtypes" {dtype: {"weights", "computes", "seconds", "metrics"}}, "comparisons" (each
-            dtype minus float32, as in results.json), and "published" (None where there are no figures).
-    """
-
-    records: dict[str, list[dict[str, Any]]]
-    report: dict[str, Any]
+    records: dict[str, list[Record]]
+    report: DtypeAudit
 
 
 def dtype_audit(
@@ -70,7 +63,7 @@ def dtype_audit(
     trust_remote_code: bool = False,
     batch_tokens: int | None = None,
     quiet: bool = True,
-) -> DtypeAudit:
+) -> Audited:
     """Score the untouched base in each dtype of `DTYPES`.
 
     The weights are loaded anew for bf16, not cast: a cast would round buffers too, which a user's model keeps in fp32.
@@ -97,7 +90,7 @@ def dtype_audit(
     windows = sum(len(text.windows) for text in texts)
     total = windows + (suite.size if suite else 0)
 
-    def score(model: nn.Module, label: str) -> list[dict[str, Any]]:
+    def score(model: nn.Module, label: str) -> list[Record]:
         with progress_bar(f"score in {label}", total, quiet=quiet) as advance:
             records = score_texts(model, texts, tokenizer, batch_tokens=batch_tokens, advance=advance)
             if suite is not None:
@@ -106,10 +99,9 @@ def dtype_audit(
                 )
         return records
 
-    records: dict[str, list[dict[str, Any]]] = {}
+    records: dict[str, list[Record]] = {}
     seconds: dict[str, float] = {}
-    facts: dict[str, Any] = {}
-    model: nn.Module | None = None
+    model: Any = None
     loaded = None
     for label, (weights, autocasts) in DTYPES.items():
         if weights != loaded:
@@ -118,23 +110,19 @@ def dtype_audit(
             with spinner(f"loading {model_name} in {weights}", quiet=quiet):
                 model = load_model(model_name, getattr(torch, weights), device, attn_implementation, trust_remote_code)
             loaded = weights
-        assert model is not None
         if label == REFERENCE:
             check_causal(model)
-            facts = {
-                "attn_implementation": model.config._attn_implementation,  # type: ignore[union-attr]
-                "weights_rounded": _share_rounded(model),
-                "published_name": published or recognise_published(model_name, model.config),
-            }
+            rounded = _share_rounded(model)
+            name = published or recognise_published(model_name, model.config)
         started = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16) if autocasts else nullcontext():
             records[label] = score(model, label)
         seconds[label] = round(time.perf_counter() - started, 2)
-    name = facts.pop("published_name")
-    report = {
+    report: DtypeAudit = {
         "model": model_name,
         "device": device,
-        **facts,
+        "attn_implementation": model.config._attn_implementation,
+        "weights_rounded": rounded,
         "context_length": texts[0].context_length if texts else None,
         "dtypes": {
             label: {
@@ -153,10 +141,10 @@ def dtype_audit(
         ],
         "published": None if name is None else _published(name, records),
     }
-    return DtypeAudit(records=records, report=report)
+    return Audited(records=records, report=report)
 
 
-def _cost(label: str, records: dict[str, list[dict[str, Any]]], sets: dict[str, Any]) -> list[Comparison]:
+def _cost(label: str, records: dict[str, list[Record]], sets: dict[str, SetFacts]) -> list[Comparison]:
     entries = compare(records[label], records[REFERENCE], arm=label, reference=REFERENCE)
     return apply_family(entries, {"declared": [], "alpha": ALPHA, "margins": DEFAULT_MARGINS}, sets)
 
@@ -170,13 +158,13 @@ def _share_rounded(model: nn.Module) -> float:
     return changed / total
 
 
-def _published(name: str, records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def _published(name: str, records: dict[str, list[Record]]) -> PublishedAudit:
     """Each dtype's distance to the published figures, for every task that both have."""
     figures = published_figures(name)
     distances: dict[str, Any] = {}
     for label, rows in records.items():
         for task, values in figures.tasks.items():
-            own = [row["scores"] for row in rows if row["set"] == task]
+            own = [row["scores"] for row in rows if row["kind"] == "item" and row["set"] == task]
             for metric in ("acc", "acc_norm"):
                 if own and metric in values and metric in own[0]:
                     right = sum(int(scores[metric]) for scores in own)

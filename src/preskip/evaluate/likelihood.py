@@ -7,10 +7,10 @@ tokens, d width, V vocabulary, S scored positions.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,7 +21,9 @@ from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem, encode_item
 from preskip.errors import DivergedError, PreskipError
 from preskip.progress import Advance, no_progress
+from preskip.runs.schema import DocumentRecord, ItemRecord
 
+T = TypeVar("T")
 # Rows of logits whose loss is computed at once: its copies of V numbers each stay small beside the logits. On a
 # processor also few enough numbers (2 MB) for the C library to keep their memory between parts: it gives larger blocks
 # back, and fresh pages take as long as the loss itself.
@@ -100,7 +102,9 @@ def score_sequences(
         readers.setdefault(tuple(sequence.input_ids[:-1]), []).append(index)
     done = 0
     try:
-        for batch in _batches(readers, batch_tokens or default_batch_tokens(device)):
+        # The longest first, so that the first batch shows whether memory suffices.
+        rows_by_length = sorted(readers, key=len, reverse=True)
+        for batch in batches(rows_by_length, batch_tokens or default_batch_tokens(device)):
             length = len(batch[0])
             ids = torch.full((len(batch), length), pad_token_id)  # [B, T]
             rows: list[int] = []
@@ -118,8 +122,6 @@ def score_sequences(
                 # No mask: what stands behind a token cannot change it, and without one attention has its fast path.
                 logits = model(input_ids=ids.to(device), use_cache=False).logits[0]
             nll, greedy = token_scores(logits, torch.tensor(targets, device=device))
-            if not torch.isfinite(nll).all():
-                raise DivergedError("the model's log-likelihood is NaN or infinite: try --dtype float32")
             sizes = [len(sequences[index].input_ids) - sequences[index].scored_from for index in members]
             parts = zip(members, nll.split(sizes), greedy.split(sizes), strict=True)
             for index, row_nll, row_greedy in parts:
@@ -132,7 +134,11 @@ def score_sequences(
 
 
 def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats (float64) of each target [S], and whether it is the most likely one, from logits [S, V]; in fp32."""
+    """Nats (float64) of each target [S], and whether it is the most likely one, from logits [S, V]; in fp32.
+
+    Raises:
+        DivergedError: a log-likelihood is NaN or infinite.
+    """
     rows = _LOSS_ROWS
     if logits.device.type == "cpu":
         rows = max(1, min(rows, _LOSS_NUMBERS // logits.shape[-1]))
@@ -141,7 +147,10 @@ def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
         part = part.float()  # once for both: on a processor, argmax over bfloat16 is four times as slow
         nll.append(torch.nn.functional.cross_entropy(part, wanted, reduction="none"))
         greedy.append(part.argmax(-1) == wanted)
-    return torch.cat(nll).double().cpu(), torch.cat(greedy).cpu()
+    nats = torch.cat(nll).double().cpu()
+    if not torch.isfinite(nats).all():
+        raise DivergedError("the model's log-likelihood is NaN or infinite: try --dtype float32")
+    return nats, torch.cat(greedy).cpu()
 
 
 @torch.inference_mode()
@@ -160,14 +169,23 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-def _batches(reads: Iterable[tuple[int, ...]], batch_tokens: int) -> Iterator[list[tuple[int, ...]]]:
-    """Token rows grouped by length, longest first, so that the first batch shows whether memory suffices."""
-    batch: list[tuple[int, ...]] = []
-    for read in sorted(reads, key=len, reverse=True):
-        if batch and len(batch[0]) * (len(batch) + 1) > batch_tokens:
+def batches(rows: Iterable[T], batch_tokens: int, length: Callable[[T], int] = len) -> Iterator[list[T]]:  # type: ignore[assignment]
+    """Consecutive rows that one forward pass takes, one at least.
+
+    Args:
+        rows: in order; of one length or nearly, or padding fills the batches.
+        batch_tokens: upper bound of padded tokens.
+        length: tokens of a row.
+    """
+    batch: list[T] = []
+    longest = 0
+    for row in rows:
+        size = length(row)
+        if batch and max(longest, size) * (len(batch) + 1) > batch_tokens:
             yield batch
-            batch = []
-        batch.append(read)
+            batch, longest = [], 0
+        batch.append(row)
+        longest = max(longest, size)
     if batch:
         yield batch
 
@@ -191,7 +209,7 @@ def document_windows(
 
 def document_records(
     name: str, documents: Sequence[Document], owners: Sequence[int], scores: Sequence[Score], tokenizer: Any
-) -> list[dict[str, Any]]:
+) -> list[DocumentRecord]:
     """One item record per document of the set `name`: summed nats, tokens, UTF-8 bytes and words of the scored text.
 
     Documents of a group that has others in the set (pieces of one book, versions of one speech) are a cluster.
@@ -202,19 +220,19 @@ def document_records(
     for owner, score in zip(owners, scores, strict=True):
         nll[owner] += score.nll
         tokens[owner] += score.tokens
-    return [
-        {
+    records: list[DocumentRecord] = []
+    for document, size, nats, count in zip(documents, sizes, nll, tokens, strict=True):
+        record: DocumentRecord = {
             "set": name,
             "kind": "document",
             "id": document.id,
-            "nll": nll[index],
-            "tokens": tokens[index],
-            "bytes": sizes[index].bytes,
-            "words": sizes[index].words,
-            **({"cluster": document.group} if members[document.group] > 1 else {}),
+            "nll": nats,
+            "tokens": count,
+            "bytes": size.bytes,
+            "words": size.words,
         }
-        for index, document in enumerate(documents)
-    ]
+        records.append({**record, "cluster": document.group} if members[document.group] > 1 else record)
+    return records
 
 
 def last_word_windows(items: Sequence[LastWordItem], tokenizer: Any) -> list[Window]:
@@ -226,7 +244,7 @@ def last_word_windows(items: Sequence[LastWordItem], tokenizer: Any) -> list[Win
     return sequences
 
 
-def last_word_records(name: str, items: Sequence[LastWordItem], scores: Sequence[Score]) -> list[dict[str, Any]]:
+def last_word_records(name: str, items: Sequence[LastWordItem], scores: Sequence[Score]) -> list[ItemRecord]:
     """One item record per last-word item of the set `name`, items of one document a cluster.
 
     acc is 1 if every token of the target is the most likely one; nll is in nats, summed over the target's tokens.

@@ -39,6 +39,7 @@ from preskip.data.wikitext import page_title
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import Score, score_sequences
 from preskip.progress import Advance, no_progress
+from preskip.runs.schema import Record, SetFacts
 
 ITEMS = 500
 ROWS = 300
@@ -107,15 +108,7 @@ class PaperItems:
 
     windows: list[Window]
     items: list[_Item]
-    sets: dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaperScores:
-    """A model under the paper's scoring: item records, and the value of each column (see `COLUMNS`)."""
-
-    records: list[dict[str, Any]]
-    columns: dict[str, float]
+    sets: dict[str, SetFacts]
 
 
 def load_paper_data(data_dir: Path | str | None = None, *, items: int = ITEMS, rows: int = ROWS) -> PaperData:
@@ -191,8 +184,8 @@ def encode_paper_items(data: PaperData, tokenizer: Any, *, context_length: int =
 
 def paper_scores(
     model: nn.Module, items: PaperItems, *, batch_tokens: int | None = None, advance: Advance = no_progress
-) -> PaperScores:
-    """Score a model as the paper does.
+) -> list[Record]:
+    """Score a model as the paper does: one record per item; `paper_columns` reads the paper's table off them.
 
     Args:
         model: a causal language model on its device, also a PEFT model.
@@ -204,15 +197,19 @@ def paper_scores(
         PreskipError: a log-likelihood is NaN or infinite.
     """
     scores = iter(score_sequences(model, items.windows, batch_tokens=batch_tokens, advance=advance))
-    records = []
-    for item in items.items:
-        own = [next(scores) for _ in range(item.sequences)]
-        head = {"set": item.set, "kind": "item", "id": item.id, "cluster": item.cluster}
-        records.append({**head, "scores": _item_scores(item, own)})
-    return PaperScores(records=records, columns=paper_columns(records))
+    return [
+        {
+            "set": item.set,
+            "kind": "item",
+            "id": item.id,
+            "cluster": item.cluster,
+            "scores": _item_scores(item, [next(scores) for _ in range(item.sequences)]),
+        }
+        for item in items.items
+    ]
 
 
-def paper_columns(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+def paper_columns(records: Iterable[Record]) -> dict[str, float]:
     """The columns of the paper's table from item records, also from stored ones; records of other sets are passed over.
 
     Returns:
@@ -220,7 +217,7 @@ def paper_columns(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """
     values: dict[str, list[float]] = defaultdict(list)
     for record in records:
-        if record["set"] in COLUMNS:
+        if record["kind"] == "item" and record["set"] in COLUMNS:
             values[record["set"]].append(record["scores"]["nll" if record["set"] == "paper:wikitext" else "acc"])
     means = {name: sum(values[name]) / len(values[name]) for name in COLUMNS if name in values}
     return {name: math.exp(mean) if name == "paper:wikitext" else mean for name, mean in means.items()}
@@ -258,7 +255,7 @@ def _ids(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, verbose=False)["input_ids"])
 
 
-def _sets(data: PaperData, items: Sequence[_Item], context_length: int) -> dict[str, dict[str, Any]]:
+def _sets(data: PaperData, items: Sequence[_Item], context_length: int) -> dict[str, SetFacts]:
     return {
         name: {
             "kind": "item",

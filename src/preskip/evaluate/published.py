@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.errors import PreskipError
+from preskip.runs.schema import PublishedDistance
 
 _DATA = Path(__file__).parent / "data"
 
@@ -82,7 +83,7 @@ def paper_table(model: str | None) -> dict[str, dict[str, float]] | None:
     return tables.get(model or "")
 
 
-def accuracy_distance(correct: int, items: int, published: float, *, confidence: float = 0.95) -> dict[str, Any]:
+def accuracy_distance(correct: int, items: int, published: float, *, confidence: float = 0.95) -> PublishedDistance:
     """A measured accuracy minus a published one, with Wilson's interval of the measured one.
 
     The published figure counts as exact: on the whole set a faithful evaluation agrees with it to the last digits, on a
@@ -109,7 +110,7 @@ def accuracy_distance(correct: int, items: int, published: float, *, confidence:
     }
 
 
-def perplexity_distance(nll: list[float], published: float) -> dict[str, float]:
+def perplexity_distance(nll: list[float], published: float) -> PublishedDistance:
     """Perplexity of LAMBADA's last words as lm-eval has it, exp of the mean over items of nats, beside a published one.
 
     Args:

@@ -27,8 +27,10 @@ from preskip.errors import PreskipError
 from preskip.evaluate.harness import LiveModel, RequestEncoder, model_context_length
 from preskip.evaluate.likelihood import Score, score_sequences
 from preskip.evaluate.task_loading import load_tasks, quiet_lm_eval
+from preskip.evaluate.texts import sample
 from preskip.metrics import METRICS
 from preskip.progress import Advance, no_progress
+from preskip.runs.schema import Record, SetFacts
 
 # What makes a task's prompts and metrics; the data have their own checksum.
 _PROMPT_FIELDS = (
@@ -103,13 +105,13 @@ class TaskSuite:
 
     def score(
         self, model: nn.Module, *, batch_tokens: int | None = None, advance: Advance = no_progress
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         """One record per item (or document), in a fixed order; see `evaluate`."""
         return self.evaluate(model, batch_tokens=batch_tokens, advance=advance)[0]
 
     def evaluate(
         self, model: nn.Module, *, batch_tokens: int | None = None, advance: Advance = no_progress
-    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    ) -> tuple[list[Record], dict[str, dict[str, float]]]:
         """Score a model on all tasks.
 
         Args:
@@ -126,7 +128,7 @@ class TaskSuite:
         windows = [window for prepared in self._tasks for several in prepared.windows for window in several]
         scores = iter(score_sequences(model, windows, batch_tokens=batch_tokens, advance=advance))
         live = LiveModel(model, self.tokenizer, context_length=self.context_length)
-        records: list[dict[str, Any]] = []
+        records: list[Record] = []
         metrics: dict[str, dict[str, float]] = {}
         with quiet_lm_eval():
             for prepared in self._tasks:
@@ -143,20 +145,18 @@ def _prepare(
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     total = len(task.eval_docs)
-    chosen: list[int] | None = None
-    if limit is not None and limit < total:
-        chosen = sorted(np.random.default_rng(seed).choice(total, size=limit, replace=False).tolist())
-    task.build_all_requests(samples=chosen)
+    chosen = sample(total, limit, seed)
+    task.build_all_requests(samples=chosen if len(chosen) < total else None)
     every = list(task.eval_docs)
     ids = _ids(name, task, every)
-    docs = [(ids[index], every[index]) for index in (range(total) if chosen is None else chosen)]
+    docs = [(ids[index], every[index]) for index in chosen]
     facts = {
         "version": task.VERSION,
         "num_fewshot": task.get_config("num_fewshot"),
         "prompt_sha256": _prompt_hash(task),
         "items": len(docs),
         "of": total,
-        "sample_seed": seed if chosen else None,
+        "sample_seed": seed if len(chosen) < total else None,
         "source": ", ".join(local.files) if local else _hub_source(task),
         "title": local.name if local else name,
         "sha256": local.sha256 if local else _documents_hash(every),
@@ -192,7 +192,7 @@ def _windows(task: Any, encoder: RequestEncoder) -> list[list[Window]]:
 
 def _results(
     prepared: _Prepared, scores: Sequence[Sequence[Score]], live: LiveModel
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
+) -> tuple[list[Record], dict[str, float]]:
     """Records and aggregated metrics of one task, from lm-eval's filters and metrics on the answers."""
     task = prepared.task
     by_doc: dict[int, list[int]] = defaultdict(list)
@@ -211,7 +211,7 @@ def _results(
     task.apply_filters()
     filters = list(task.instances[0].filtered_resps)
     values: dict[str, list[Any]] = defaultdict(list)
-    records = []
+    records: list[Record] = []
     for doc_id, (id, doc) in enumerate(prepared.docs):
         positions = sorted(by_doc[doc_id], key=lambda position: task.instances[position].idx)
         metrics: dict[str, Any] = {}
@@ -228,9 +228,8 @@ def _results(
     return records, {name: float(value) for name, value in aggregated.items() if _is_number(value)}
 
 
-def _record(
-    name: str, id: str, task: Any, doc: Any, metrics: Mapping[str, Any], own: Sequence[Score]
-) -> dict[str, Any]:
+def _record(name: str, id: str, task: Any, doc: Any, metrics: Mapping[str, Any], own: Sequence[Score]) -> Any:
+    """The item's or document's `Record`."""
     head = {"set": name, "id": id, "cluster": None}
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         nll, tokens = sum(score.nll for score in own), sum(score.tokens for score in own)
@@ -266,7 +265,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (numbers.Real, np.bool_)) and math.isfinite(float(value))
 
 
-def _set_description(prepared: _Prepared, context_length: int) -> dict[str, Any]:
+def _set_description(prepared: _Prepared, context_length: int) -> SetFacts:
     facts, task = prepared.facts, prepared.task
     rolling = task.OUTPUT_TYPE == "loglikelihood_rolling"
     metrics = list(task.aggregation())
@@ -275,7 +274,7 @@ def _set_description(prepared: _Prepared, context_length: int) -> dict[str, Any]
     filters = [filter.name for filter in getattr(task, "_filters", ())]
     primary += f",{filters[0]}" if len(filters) > 1 else ""
     tokens = sum(len(w.input_ids) - w.scored_from for several in prepared.windows for w in several)
-    description = {
+    description: Any = {
         "kind": "document" if rolling else "item",
         "domain": "out",
         "title": f"{facts['title']} (lm-eval {prepared.name}, version {facts['version']})",

@@ -16,6 +16,7 @@ from preskip.data.splits import load_texts, slug
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_records, document_windows, score_sequences
 from preskip.progress import Advance, no_progress
+from preskip.runs.schema import Domain, Record, SetFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,11 @@ class TextSet:
     context_length: int
     stride: int
 
-    def describe(self, tokenizer: Any, *, domain: str, title: str, source: str, sha256: str | None) -> dict[str, Any]:
+    def describe(self, tokenizer: Any, *, domain: Domain, title: str, source: str, sha256: str | None) -> SetFacts:
         """The set as run.json describes it."""
         sizes = [scored_size(document, tokenizer) for document in self.documents]
         groups = len({document.group for document in self.documents})
+        clusters: Any = {"clusters": groups} if 1 < groups < len(self.documents) else {}
         return {
             "kind": "document",
             "domain": domain,
@@ -51,7 +53,7 @@ class TextSet:
             "context_length": self.context_length,
             "stride": self.stride,
             "documents": len(self.documents),
-            **({"clusters": groups} if 1 < groups < len(self.documents) else {}),
+            **clusters,
             "tokens": sum(len(window.input_ids) - window.scored_from for window in self.windows),
             "bytes": sum(size.bytes for size in sizes),
             "words": sum(size.words for size in sizes),
@@ -93,7 +95,7 @@ def score_texts(
     *,
     batch_tokens: int | None = None,
     advance: Advance = no_progress,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """One record per document of some sets, in their order.
 
     Args:
@@ -108,11 +110,18 @@ def score_texts(
     """
     every = [window for text in texts for window in text.windows]
     scores = score_sequences(model, every, batch_tokens=batch_tokens, advance=advance)
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     for text in texts:
         own, scores = scores[: len(text.windows)], scores[len(text.windows) :]
         records += document_records(text.name, text.documents, text.owners, own, tokenizer)
     return records
+
+
+def sample(total: int, limit: int | None, seed: int) -> list[int]:
+    """Indices of at most `limit` of `total` documents or items, drawn without replacement and in order; None is all."""
+    if limit is None or limit >= total:
+        return list(range(total))
+    return sorted(np.random.default_rng(seed).choice(total, size=limit, replace=False).tolist())
 
 
 class TextSuite:
@@ -150,7 +159,7 @@ class TextSuite:
         progress: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
-        self.sets: dict[str, dict[str, Any]] = {}
+        self.sets: dict[str, SetFacts] = {}
         self._texts: list[TextSet] = []
         for given in corpora:
             name, corpus = slug(given), load_texts(given, data_dir=data_dir, progress=progress)
@@ -158,9 +167,7 @@ class TextSuite:
                 raise PreskipError(f"two texts are named {name!r}: rename one of the files")
             documents = sorted(corpus.documents, key=lambda document: document.id)
             total = len(documents)
-            if limit is not None and limit < total:
-                chosen = sorted(np.random.default_rng(seed).choice(total, size=limit, replace=False).tolist())
-                documents = [documents[index] for index in chosen]
+            documents = [documents[index] for index in sample(total, limit, seed)]
             text = prepare_texts(name, documents, tokenizer, context_length=context_length, stride=stride)
             self._texts.append(text)
             self.sets[name] = {
@@ -171,6 +178,6 @@ class TextSuite:
 
     def score(
         self, model: nn.Module, *, batch_tokens: int | None = None, advance: Advance = no_progress
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         """One record per document, in a fixed order; see `score_texts`."""
         return score_texts(model, self._texts, self.tokenizer, batch_tokens=batch_tokens, advance=advance)

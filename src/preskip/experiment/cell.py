@@ -16,6 +16,7 @@ from preskip.experiment.scratch import Scratch
 from preskip.runs.directory import RunDirectory
 from preskip.runs.environment import hardware_name
 from preskip.runs.files import clear_disk_errors, write_json, write_jsonl
+from preskip.runs.schema import CellSummary, StepRow
 from preskip.train.memory import peak_memory
 
 # By the command that makes the run; a run.json without a kind is of the first.
@@ -35,7 +36,7 @@ def opened(path: Path) -> Prepared:
     return kind.open(run, kind.options.from_json(run.manifest["config"]))
 
 
-def run_cell(run: Path | Prepared, arm: str, seed: int) -> dict[str, Any]:
+def run_cell(run: Path | Prepared, arm: str, seed: int) -> CellSummary:
     """Train and score one arm with one seed, and store what came out; `cell.json` is written last.
 
     A cell that is done is not repeated, an interrupted one goes on from its last checkpoint. To be called from any
@@ -58,7 +59,7 @@ def run_cell(run: Path | Prepared, arm: str, seed: int) -> dict[str, Any]:
         return cell.load()[0]
     trains = prepared.arms[arm].trains
     label = f"{arm} seed {seed}" if trains and len(config.seeds) > 1 else arm
-    rows: list[dict[str, Any]] = []
+    rows: list[StepRow] = []
     started = time.perf_counter()
     with clear_disk_errors(cell.folder):
         cell.folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ def run_cell(run: Path | Prepared, arm: str, seed: int) -> dict[str, Any]:
             built.model, prepared.tokenizer, label, batch_tokens=config.eval_batch_tokens, quiet=prepared.quiet
         )
         measured = prepared.measure(built, label)
-    summary = {
+    summary: Any = {
         "arm": arm,
         "seed": seed,
         "trainable_parameters": parameters,

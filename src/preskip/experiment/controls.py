@@ -7,15 +7,16 @@ from typing import Any
 
 from preskip.adapter import PreskipConfig
 from preskip.analysis.depth import depth_profile, text_profile
-from preskip.analysis.nulls import norms
+from preskip.analysis.depth_results import norms
 from preskip.arms import Arm, ArmContext, resolve_arms
 from preskip.evaluate.dtype_audit import dtype_audit
 from preskip.experiment.frozen import Frozen
 from preskip.runs.directory import Cell
 from preskip.runs.files import clear_disk_errors, read_json, write_json
+from preskip.runs.schema import DepthRow, DtypeAudit, NullRun
 
 
-def run_controls(prepared: Frozen) -> dict[str, Any]:
+def run_controls(prepared: Frozen) -> Any:
     """Train the nulls and controls that the run asks for; finished ones are not repeated.
 
     `noise` costs seconds and is made for every arm with a branch and every seed; `shuffled` and the equal steps cost a
@@ -29,7 +30,7 @@ def run_controls(prepared: Frozen) -> dict[str, Any]:
     arms = [arm for arm in resolve_arms(config.arms) if has_branch(arm, prepared.context)]
     arms.sort(key=lambda arm: arm.name != "preskip")
     parts: dict[str, Any] = {}
-    nulls: dict[str, dict[str, Any]] = {}
+    nulls: dict[str, dict[str, list[NullRun]]] = {}
     for null in config.nulls:
         chosen, seeds = (arms, config.seeds) if null == "noise" else (arms[:1], config.seeds[:1])
         nulls[null] = {
@@ -55,7 +56,7 @@ def has_branch(arm: Arm, context: ArmContext) -> bool:
     return any(isinstance(config, PreskipConfig) for config in arm.configs(context))
 
 
-def _dtype_audit(prepared: Frozen) -> dict[str, Any]:
+def _dtype_audit(prepared: Frozen) -> DtypeAudit:
     """The untouched base in each dtype on what the arms are scored on, audited now or read from the run."""
     done = prepared.run.path / "controls" / "dtype-audit.json"
     if not done.is_file():
@@ -75,7 +76,7 @@ def _dtype_audit(prepared: Frozen) -> dict[str, Any]:
     return read_json(done)
 
 
-def _control(prepared: Frozen, arm: str, seed: int, name: str, **control: Any) -> list[dict[str, Any]]:
+def _control(prepared: Frozen, arm: str, seed: int, name: str, **control: Any) -> list[DepthRow]:
     """Depth rows of one control, trained now or read from the run."""
     cell: Cell = prepared.run.control(name, arm, seed)
     if cell.is_done:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from preskip.arms import REGISTRY, Arm
 from preskip.evaluate.paper import COLUMNS
+from preskip.runs.schema import Declared, Family, SetFacts
 from preskip.stats import ALPHA, DEFAULT_MARGINS
 
 # What is compared as it is: no reference arm, as long as there is another.
 PLAIN = ("none", "base")
 
 
-def declare_family(arms: Sequence[Arm], sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def declare_family(arms: Sequence[Arm], sets: Mapping[str, SetFacts]) -> Family:
     """The reference arm against the decisive others (`Arm.decisive`), on each set by its primary metric.
 
     The reference is `preskip` where it is compared, else the first arm that is not the plain model. The others are all
@@ -29,7 +29,7 @@ def declare_family(arms: Sequence[Arm], sets: Mapping[str, Mapping[str, Any]]) -
     reference = "preskip" if "preskip" in names else next(iter(names), None)
     others = [arm for arm in arms if arm.name != reference]
     others = [arm for arm in REGISTRY if arm.decisive and arm in others] or others
-    declared = [
+    declared: list[Declared] = [
         {"arm": reference, "reference": other.name, "set": name, "metric": described["primary"]}
         for other in others
         if reference is not None

@@ -19,19 +19,19 @@ from preskip.arms import ARMS, Arm, ArmContext, attention_paths, branch_paramete
 from preskip.arms.insert import Inserted, insert
 from preskip.assets import load_model, load_tokenizer, resolve_model
 from preskip.data.blocks import pack_blocks, scored_size
-from preskip.data.recorded import locate
-from preskip.data.splits import Splits, choose
+from preskip.data.splits import Splits, choose, locate
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
 from preskip.evaluate.published import recognise_published
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import LAST_WORD, load_corpora, local_data, prepare_heldout
-from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, Row, common_facts, started_in
+from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.progress import progress_bar, progress_display, spinner
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.runs.files import clear_disk_errors, sync_tree
+from preskip.runs.schema import AblationRow, ArmFacts, Facts, StepRow
 from preskip.train.distributed import Crew
 from preskip.train.frozen import TrainingSettings, train_frozen
 
@@ -59,7 +59,7 @@ class Frozen(Prepared):
     blocks: Callable[[int], np.ndarray]
 
     @classmethod
-    def prepare(cls, run: RunDirectory, config: ProbeConfig, quiet: bool, crew: Crew) -> tuple[Frozen, dict[str, Any]]:
+    def prepare(cls, run: RunDirectory, config: ProbeConfig, quiet: bool, crew: Crew) -> tuple[Frozen, Facts]:
         """See `Prepared.prepare`."""
         directory = started_in(run)
         corpora = load_corpora(config, directory, quiet, reserved=(LAST_WORD, *config.tasks))
@@ -127,7 +127,7 @@ class Frozen(Prepared):
         """See `Prepared.build`."""
         return insert(ARMS[arm], self.context, seed)
 
-    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[Row]:
+    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[StepRow]:
         """See `Prepared.fit`."""
         config = self.config
         own = TrainingSettings(
@@ -145,7 +145,7 @@ class Frozen(Prepared):
             built.save(cell.adapter)
             sync_tree(cell.adapter)
 
-    def summarise(self, arm: str, rows: list[Row]) -> dict[str, Any]:
+    def summarise(self, arm: str, rows: list[StepRow]) -> dict[str, Any]:
         """See `Prepared.summarise`."""
         return {
             "steps": len(rows),
@@ -159,7 +159,7 @@ class Frozen(Prepared):
         ablation = self._ablate(built, label) if depth and self.config.ablation_documents else []
         return {"kv_cache_bytes_per_token": cache_bytes(built.model), "depth": depth, "ablation": ablation}
 
-    def _ablate(self, built: Inserted, label: str) -> list[dict[str, Any]]:
+    def _ablate(self, built: Inserted, label: str) -> list[AblationRow]:
         """Loss change when one layer's skip or enrichment is switched off, on the beginnings of in-domain documents."""
         config, documents = self.config, self.heldout.texts[0].documents
         documents = choose(documents, config.ablation_documents, ABLATION_WORDS, config.split_seed)
@@ -212,7 +212,7 @@ def _training_blocks(config: ProbeConfig, splits: Splits, tokenizer: Any, quiet:
     return blocks_of
 
 
-def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig) -> dict[str, Any]:
+def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig) -> ArmFacts:
     """What run.json says of an arm; it is inserted once, so that an impossible one is found before training."""
     kept = ("r", "lora_alpha", "layers_to_transform", "skip_position", *asdict(context.settings))
     settings: dict[str, Any] = {}
@@ -228,7 +228,7 @@ def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig) -> dict[str, 
         "base_dtype": config.dtype,
         "adapter_dtype": "float32" if arm.trains else None,
         "compute_dtype": config.dtype,
-        "attn_implementation": context.base.config._attn_implementation,  # type: ignore[union-attr]
+        "attn_implementation": context.base.config._attn_implementation,  # type: ignore[union-attr, typeddict-item]
         "trainable_parameters": trainable,
         "forward_flops_per_token": flops,
         "settings": settings,

@@ -13,8 +13,7 @@ from preskip.data.blocks import Window
 from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem, build_items
 from preskip.data.local import LAMBADA_DEVELOPMENT, data_directory, lambada_development
-from preskip.data.recorded import locate
-from preskip.data.splits import Splits, choose, load_splits, slug
+from preskip.data.splits import Splits, choose, load_splits, locate, slug
 from preskip.data.tables import Limit
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import last_word_records, last_word_windows, score_sequences
@@ -24,6 +23,7 @@ from preskip.experiment.parse import parse_extent
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.progress import progress_bar
+from preskip.runs.schema import Domain, Record, SetFacts
 
 if TYPE_CHECKING:
     from preskip.evaluate.tasks import TaskSuite
@@ -40,7 +40,7 @@ class Scored(NamedTuple):
     splits: Splits
     documents: int
     words: int
-    domain: str
+    domain: Domain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +63,11 @@ class HeldOut:
     suite: TaskSuite | None = None
     paper: PaperItems | None = None
     development: list[TextSet] = field(default_factory=list)
-    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sets: dict[str, SetFacts] = field(default_factory=dict)
 
     def score(
         self, model: nn.Module, tokenizer: Any, label: str, *, batch_tokens: int | None, quiet: bool
-    ) -> list[dict[str, Any]]:
+    ) -> list[Record]:
         """One record per document and item of every evaluation set."""
         done = 0
 
@@ -86,7 +86,7 @@ class HeldOut:
             if self.suite is not None:
                 records += self.suite.score(model, **step(sizes[2]))
             if self.paper is not None:
-                records += paper_scores(model, self.paper, **step(sizes[3])).records
+                records += paper_scores(model, self.paper, **step(sizes[3]))
         return records
 
 
@@ -146,7 +146,8 @@ def require(config: Config, part: str, documents: Sequence[Document], least: int
 
 def prepare_documents(config: Config, corpora: Sequence[Scored], tokenizer: Any, context_length: int) -> HeldOut:
     """Choose and tokenise the held-out documents of every corpus."""
-    texts, sets = [], {}
+    texts: list[TextSet] = []
+    sets: dict[str, SetFacts] = {}
     for splits, count, words, domain in corpora:
         documents = choose(splits.heldout, count, words, config.split_seed)
         text = prepare_texts(slug(splits.name), documents, tokenizer, context_length=context_length)

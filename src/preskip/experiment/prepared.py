@@ -17,11 +17,11 @@ from preskip.experiment.heldout import Config, HeldOut
 from preskip.progress import progress_bar
 from preskip.runs import environment
 from preskip.runs.directory import Cell, RunDirectory
+from preskip.runs.schema import Facts, StepRow
 from preskip.train.distributed import Crew
 
 # Training text is shuffled in pieces of about this many characters, so that a short training sees many documents.
 PIECE_CHARACTERS = 4000
-Row = dict[str, Any]
 
 
 @dataclass(kw_only=True)
@@ -51,7 +51,7 @@ class Prepared(ABC):
 
     @classmethod
     @abstractmethod
-    def prepare(cls, run: RunDirectory, config: Any, quiet: bool, crew: Crew) -> tuple[Prepared, dict[str, Any]]:
+    def prepare(cls, run: RunDirectory, config: Any, quiet: bool, crew: Crew) -> tuple[Prepared, Facts]:
         """Make what the run needs, as far as it is not there yet.
 
         Returns:
@@ -75,7 +75,7 @@ class Prepared(ABC):
         """The model of an arm, its new weights drawn from the seed."""
 
     @abstractmethod
-    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[Row]:
+    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[StepRow]:
         """Train a built model.
 
         Args:
@@ -92,7 +92,7 @@ class Prepared(ABC):
         """Store the trained weights in a cell."""
 
     @abstractmethod
-    def summarise(self, arm: str, rows: list[Row]) -> dict[str, Any]:
+    def summarise(self, arm: str, rows: list[StepRow]) -> dict[str, Any]:
         """What cell.json says of a training."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Prepared(ABC):
     def train(
         self, built: Inserted, arm: str, seed: int, cell: Cell, label: str, *, rate: float | None = None,
         steps: int | None = None, **more: Any,
-    ) -> list[Row]:  # fmt: skip
+    ) -> list[StepRow]:  # fmt: skip
         """Train a built arm, with the other processes of the launch.
 
         Args:
@@ -136,7 +136,7 @@ def started_in(run: RunDirectory) -> Path:
     return Path(run.manifest.get("directory", "."))
 
 
-def common_facts(config: Config, splits: Any, *, tokens: int, wanted: int, documents: int) -> dict[str, Any]:
+def common_facts(config: Config, splits: Any, *, tokens: int, wanted: int, documents: int) -> Facts:
     """What run.json says of the training corpus, the environment and the seeds, whatever the kind.
 
     Args:

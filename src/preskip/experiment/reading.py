@@ -30,7 +30,7 @@ def reading_limit(config: PretrainConfig, tokens: int) -> Limit:
     )
 
 
-def amount_read(splits: Splits) -> dict[str, Any]:
+def amount_read(splits: Splits) -> Any:
     """What run.json says of how much was read."""
     documents = [*splits.training, *splits.development, *splits.heldout]
     return {

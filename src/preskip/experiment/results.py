@@ -8,33 +8,22 @@ from typing import Any
 import numpy as np
 
 from preskip.analysis.depth_results import by_seed
-from preskip.evaluate.arm_results import arm_results, finished_cells
 from preskip.evaluate.paper import COLUMNS, paper_columns
 from preskip.evaluate.published import paper_table
 from preskip.runs.directory import SCHEMA_VERSION, RunDirectory
 from preskip.runs.files import read_json, read_jsonl
-from preskip.stats import compare_arms, measured_power
+from preskip.runs.schema import ArmFacts, ArmResults, CellSummary, CurvePoint, Record, Results, RunKind, StepRow
+from preskip.stats import compare_arms, measured_power, summarise
 
-# What an arm's results repeat from run.json, and what they average over its cells, as far as its kind has it.
-ARM_FACTS = (
-    "budget",
-    "matched",
-    "deviation",
-    "parameters",
-    "non_embedding",
-    "forward_flops_per_token",
-    "training_flops",
-    "steps",
-    "tokens",
-    "base_dtype",
-    "adapter_dtype",
-    "compute_dtype",
-    "attn_implementation",
+# What an arm's results repeat from run.json, and average over the seeds, as far as the arm has it.
+FACTS = (
+    *("budget", "matched", "deviation", "parameters", "non_embedding", "forward_flops_per_token", "training_flops"),
+    *("steps", "tokens", "base_dtype", "adapter_dtype", "compute_dtype", "attn_implementation"),
 )
 MEANS = ("final_training_loss", "final_eval_loss", "seconds_per_step", "tokens_per_second", "mfu")
 
 
-def summarise_run(run: RunDirectory) -> dict[str, Any]:
+def summarise_run(run: RunDirectory) -> Results:
     """Compute results.json from the cells that are done.
 
     Args:
@@ -49,20 +38,12 @@ def summarise_run(run: RunDirectory) -> dict[str, Any]:
     facts, family = manifest["arms"], manifest["family"]
     summaries, items = finished_cells(run, list(facts), manifest["seeds"])
     comparisons = compare_arms(items, family, manifest["sets"]) if len(items) > 1 else []
-    results = {
+    kind: RunKind = {"kind": manifest["kind"]} if "kind" in manifest else {}
+    results: Results = {
         "schema_version": SCHEMA_VERSION,
-        **({"kind": manifest["kind"]} if "kind" in manifest else {}),
+        **kind,
         "sets": manifest["sets"],
-        "arms": {
-            arm: arm_results(
-                found,
-                items[arm],
-                facts[arm],
-                facts_kept=[key for key in ARM_FACTS if key in facts[arm]],
-                means=[key for key in MEANS if key in found[0]],
-            )
-            for arm, found in summaries.items()
-        },
+        "arms": {arm: arm_results(found, items[arm], facts[arm]) for arm, found in summaries.items()},
         "family": family,
         "comparisons": comparisons,
         "power": measured_power(comparisons, family),
@@ -71,8 +52,9 @@ def summarise_run(run: RunDirectory) -> dict[str, Any]:
     if ablation := by_seed(summaries, "ablation"):
         results["ablation"] = ablation
     caches = {arm: found[0].get("kv_cache_bytes_per_token") for arm, found in summaries.items()}
-    if caches.get("none") is not None and caches.get("preskip") is not None:
-        results["kv_cache"] = {"base_bytes": caches["none"], "arm_bytes": caches["preskip"], "per": "token"}
+    base, own = caches.get("none"), caches.get("preskip")
+    if base is not None and own is not None:
+        results["kv_cache"] = {"base_bytes": base, "arm_bytes": own, "per": "token"}
     if any(name in COLUMNS for name in manifest["sets"]):
         results["paper"] = {
             "columns": {arm: paper_columns(row for rows in own.values() for row in rows) for arm, own in items.items()},
@@ -90,7 +72,44 @@ def summarise_run(run: RunDirectory) -> dict[str, Any]:
     return results
 
 
-def _curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def finished_cells(
+    run: RunDirectory, arms: Sequence[str], seeds: Sequence[int]
+) -> tuple[dict[str, list[CellSummary]], dict[str, dict[int, list[Record]]]]:
+    """The content of cell.json by arm, and of items.jsonl by arm and seed, of the cells that are done.
+
+    Raises:
+        PreskipError: a file of one is damaged.
+    """
+    loaded = {arm: {seed: run.cell(arm, seed).load() for seed in seeds if run.cell(arm, seed).is_done} for arm in arms}
+    loaded = {arm: by_seed for arm, by_seed in loaded.items() if by_seed}
+    summaries = {arm: [summary for summary, _ in by_seed.values()] for arm, by_seed in loaded.items()}
+    return summaries, {arm: {seed: rows for seed, (_, rows) in by_seed.items()} for arm, by_seed in loaded.items()}
+
+
+def arm_results(summaries: Sequence[CellSummary], items: Mapping[int, list[Record]], facts: ArmFacts) -> ArmResults:
+    """One arm's entry of results.json.
+
+    Args:
+        summaries: content of cell.json of each seed.
+        items: records by seed.
+        facts: the arm's entry of run.json.
+    """
+    cells: Sequence[Mapping[str, Any]] = summaries
+    known: Mapping[str, Any] = facts
+    means = {key: [cell[key] for cell in cells if cell[key] is not None] for key in MEANS if key in cells[0]}
+    results: Any = {
+        "trainable_parameters": cells[0]["trainable_parameters"],
+        **{key: known[key] for key in FACTS if key in known},
+        "learning_rate": cells[0]["learning_rate"],
+        "seeds": [cell["seed"] for cell in cells],
+        "metrics": summarise(items),
+        **{key: float(np.mean(values)) if values else None for key, values in means.items()},
+        "peak_memory_bytes": max(cell["peak_memory_bytes"] for cell in cells),
+    }
+    return results
+
+
+def _curve(rows: Sequence[StepRow]) -> list[CurvePoint]:
     """The evaluations while training: step, tokens read by then, nats per token."""
     read = np.cumsum([row["tokens"] for row in rows])
     return [

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from preskip.analysis.depth_results import drop_documents, trends
+from preskip.analysis.depth_results import add_trends
 from preskip.arms import resolve_arms
 from preskip.arms.plan import Plan
 from preskip.errors import DivergedError, PreskipError
@@ -31,6 +31,7 @@ from preskip.progress import say, spinner
 from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
 from preskip.runs.directory import RunDirectory
 from preskip.runs.files import write_json
+from preskip.runs.schema import Facts, Results
 from preskip.stats import planned_power
 from preskip.train.distributed import Crew, share_batch
 from preskip.train.scratch import trackers
@@ -62,7 +63,7 @@ def finish_run(
     executor: str = "local",
     ray_address: str | None = None,
     show_plans: Callable[[dict[str, Plan]], None] = lambda plans: None,
-) -> dict[str, Any]:
+) -> Results:
     """Do, or finish, what the run's run.json says; under a launcher, as the main process of several that train.
 
     Args:
@@ -89,7 +90,7 @@ def finish_run(
         share_batch(config.batch_size, config.micro_batch)
         crew = Crew(config.device)
         prepared, facts = KINDS[own].prepare(run, config, quiet, crew)
-        check_same_inputs(run, facts, [part for part in ("model", "corpus", "tokenizer") if part in facts])
+        check_same_inputs(run, facts)
         facts["family"] = run.manifest.get("family", facts["family"])  # declared once, before any result
         facts |= note_other_environments(run, facts["environment"], quiet)
         if isinstance(prepared, Scratch):
@@ -108,12 +109,12 @@ def finish_run(
             for _, summary in summaries:
                 now.seconds["train"] += summary["train_seconds"]
                 now.seconds["evaluate"] += summary["evaluate_seconds"]
-        extra = run_controls(prepared) if isinstance(prepared, Frozen) else {}
+        extra: Any = run_controls(prepared) if isinstance(prepared, Frozen) else {}
         crew.dismiss()
         with spinner("comparing the arms", quiet=quiet):
-            results = summarise_run(run) | extra
-            results |= trends(results)
-            drop_documents(results)
+            results = summarise_run(run)
+            results |= extra
+            add_trends(results)
         write_json(run.path / "results.json", results)
         now.finish(results)
     return results
@@ -148,7 +149,7 @@ def _missing_cells(prepared: Prepared) -> list[tuple[str, int]]:
     return missing
 
 
-def _extent(facts: dict[str, Any]) -> str:
+def _extent(facts: Facts) -> str:
     """What is trained on and scored, in one line; a corpus that is read several times is worth knowing."""
     corpus = facts["corpus"]
     passes = corpus["training_passes"]
@@ -163,7 +164,7 @@ def _extent(facts: dict[str, Any]) -> str:
     )
 
 
-def _say_power(facts: dict[str, Any], quiet: bool) -> None:
+def _say_power(facts: Facts, quiet: bool) -> None:
     """What this run will be able to tell, before it costs anything."""
     said: dict[str, str] = {}
     for entry in planned_power(facts["sets"], len(facts["seeds"]), facts["family"]):

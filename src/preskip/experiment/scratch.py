@@ -31,19 +31,19 @@ from preskip.arms.shape import tokenizer_fields
 from preskip.data.blocks import pack_blocks
 from preskip.data.corpus import Document
 from preskip.data.packed import PackedText, open_blocks, write_packed
-from preskip.data.recorded import locate
-from preskip.data.splits import Splits
+from preskip.data.splits import Splits, locate
 from preskip.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
 from preskip.errors import PreskipError
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import HeldOut, load_corpora, prepare_documents, require
-from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, Row, common_facts, started_in
+from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.reading import CHARACTERS_PER_TOKEN, amount_read, reading_limit
 from preskip.progress import progress_bar, spinner
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.runs.files import clear_disk_errors, read_json, write_json
+from preskip.runs.schema import Facts, HeldOutSet, StepRow
 from preskip.train.distributed import Crew
 from preskip.train.scratch import ScratchSettings, train_scratch
 from preskip.train.speed import measured_peak
@@ -67,9 +67,7 @@ class Scratch(Prepared):
     development: np.ndarray
 
     @classmethod
-    def prepare(
-        cls, run: RunDirectory, config: PretrainConfig, quiet: bool, crew: Crew
-    ) -> tuple[Scratch, dict[str, Any]]:
+    def prepare(cls, run: RunDirectory, config: PretrainConfig, quiet: bool, crew: Crew) -> tuple[Scratch, Facts]:
         """See `Prepared.prepare`."""
         directory = started_in(run)
         limit = reading_limit(config, most_tokens(run, config))
@@ -102,12 +100,13 @@ class Scratch(Prepared):
             with clear_disk_errors(run.path):
                 np.save(data / "development.npy", development)
             heldout = prepare_documents(config, corpora, tokenizer, config.scoring_context)
-            stored = [
+            stored: list[HeldOutSet] = [
                 {"name": text.name, "documents": [{"id": d.id, "text": d.text} for d in text.documents]}
                 for text in heldout.texts
             ]
             write_json(data / "heldout.json", stored)
-        attention = config.attn_implementation or on_meta(first.config).config._attn_implementation  # type: ignore[union-attr]
+        meta: Any = on_meta(first.config)
+        attention = config.attn_implementation or meta.config._attn_implementation
         plain = plans.get("base", first).config
         wanted = max(plan.tokens for plan in plans.values())
         facts = common_facts(config, splits, tokens=packed.tokens, wanted=wanted, documents=packed.documents)
@@ -118,6 +117,17 @@ class Scratch(Prepared):
             "overrides": config.overrides,
             "vocab_size": len(tokenizer),
             "tokenizer": mark,
+        }
+        arms: dict[str, Any] = {
+            name: {
+                **plan.facts,
+                "learning_rate": config.rate(name),
+                "base_dtype": "float32",
+                "adapter_dtype": "float32",
+                "compute_dtype": config.dtype,
+                "attn_implementation": attention,
+            }
+            for name, plan in plans.items()
         }
         facts |= {
             "model": {
@@ -139,17 +149,7 @@ class Scratch(Prepared):
                 "vocab_size": len(tokenizer),
                 "sha256": mark,
             },
-            "arms": {
-                name: {
-                    **plan.facts,
-                    "learning_rate": config.rate(name),
-                    "base_dtype": "float32",
-                    "adapter_dtype": "float32",
-                    "compute_dtype": config.dtype,
-                    "attn_implementation": attention,
-                }
-                for name, plan in plans.items()
-            },
+            "arms": arms,
             "sets": heldout.sets,
             "family": declare_family(resolve_arms(config.arms, SCRATCH_ARMS), heldout.sets),
             "published": None,
@@ -194,7 +194,7 @@ class Scratch(Prepared):
         """See `Prepared.build`."""
         yield Inserted(model=build_model(self.config, self.plans[arm], seed))
 
-    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[Row]:
+    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[StepRow]:
         """See `Prepared.fit`."""
         config = self.config
         own = ScratchSettings(
@@ -226,7 +226,7 @@ class Scratch(Prepared):
             model.save_pretrained(cell.folder / "model")
             self.tokenizer.save_pretrained(cell.folder / "model")
 
-    def summarise(self, arm: str, rows: list[Row]) -> dict[str, Any]:
+    def summarise(self, arm: str, rows: list[StepRow]) -> dict[str, Any]:
         """See `Prepared.summarise`."""
         plan = self.plans[arm]
         evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]

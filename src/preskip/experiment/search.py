@@ -12,7 +12,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -24,6 +23,7 @@ from preskip.experiment.frozen import Frozen
 from preskip.progress import Advance, progress_bar
 from preskip.runs.directory import Cell
 from preskip.runs.files import read_json, write_json
+from preskip.runs.schema import Limits, Record, Search, Trial
 from preskip.stats import paired_ratio_difference
 
 # Half decades around the arm's default.
@@ -53,7 +53,7 @@ def tune(prepared: Frozen, execute: Execute) -> list[str]:
     return tuned
 
 
-def search_rate(prepared: Frozen, arm: str, base: list[dict[str, Any]]) -> dict[str, Any]:
+def search_rate(prepared: Frozen, arm: str, base: list[Record]) -> Search:
     """Find an arm's learning rate; finished trainings are not repeated.
 
     Args:
@@ -74,14 +74,14 @@ def search_rate(prepared: Frozen, arm: str, base: list[dict[str, Any]]) -> dict[
     default = ARMS[arm].learning_rate
     assert default is not None
     steps = [max(LEAST_STEPS, round(share * prepared.config.steps)) for share in RUNGS]
-    trials: dict[tuple[int, int], dict[str, Any]] = {}
+    trials: dict[tuple[int, int], Trial] = {}
 
     def trial(rung: int, power: int) -> float:
         if (rung, power) not in trials:
             rate = float(f"{default * 10 ** (power / 2):.3g}")
             trials[rung, power] = _trial(prepared, arm, folder, rung, steps[rung], rate, base)
         entry = trials[rung, power]
-        return math.inf if entry["diverged"] else entry["dev"]["in"]["value"]
+        return math.inf if entry["dev"] is None else entry["dev"]["in"]["value"]
 
     def extend(powers: list[int]) -> list[int]:
         """Try rates beyond the edge on the first rung for as long as the best one is there."""
@@ -110,7 +110,7 @@ def search_rate(prepared: Frozen, arm: str, base: list[dict[str, Any]]) -> dict[
     if math.isinf(trial(1, best)):
         raise PreskipError(f"arm {arm}: training diverged at its best learning rate: give a fixed --lr")
     trials[1, best]["kept"] = True
-    found = {
+    found: Search = {
         "default": default,
         "chosen": trials[1, best]["learning_rate"],
         "extended": any(power not in GRID for _, power in trials),
@@ -120,7 +120,7 @@ def search_rate(prepared: Frozen, arm: str, base: list[dict[str, Any]]) -> dict[
     return found
 
 
-def base_records(prepared: Frozen) -> list[dict[str, Any]]:
+def base_records(prepared: Frozen) -> list[Record]:
     """The untouched model's records of the development sets."""
     texts = prepared.heldout.development
     windows = sum(len(text.windows) for text in texts)
@@ -128,21 +128,22 @@ def base_records(prepared: Frozen) -> list[dict[str, Any]]:
         return _score(prepared, prepared.base, texts, advance)
 
 
-def _score(prepared: Frozen, model: nn.Module, texts: Sequence[TextSet], advance: Advance) -> list[dict[str, Any]]:
+def _score(prepared: Frozen, model: nn.Module, texts: Sequence[TextSet], advance: Advance) -> list[Record]:
     return score_texts(
         model, texts, prepared.tokenizer, batch_tokens=prepared.config.eval_batch_tokens, advance=advance
     )
 
 
-def _trial(
-    prepared: Frozen, arm: str, folder: Path, rung: int, steps: int, rate: float, base: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _trial(prepared: Frozen, arm: str, folder: Path, rung: int, steps: int, rate: float, base: list[Record]) -> Trial:
     cell = Cell(folder / f"rung-{rung}" / f"{rate:g}")
     done = cell.folder / "trial.json"
+    entry: Trial
     if done.is_file():
-        return {**read_json(done), "kept": False}
+        entry = read_json(done)
+        entry["kept"] = False
+        return entry
     seed = prepared.config.tune_seed
-    entry: dict[str, Any] = {
+    entry = {
         "rung": rung,
         "steps": steps,
         "learning_rate": rate,
@@ -171,9 +172,11 @@ def _trial(
     return entry
 
 
-def _difference(records: list[dict[str, Any]], base: list[dict[str, Any]], name: str) -> dict[str, float]:
+def _difference(records: list[Record], base: list[Record], name: str) -> Limits:
     """Bits per byte, arm minus base, over the documents of one set."""
-    own, other = ({row["id"]: row for row in rows if row["set"] == name} for rows in (records, base))
+    own, other = (
+        {row["id"]: row for row in rows if row["kind"] == "document" and row["set"] == name} for rows in (records, base)
+    )
     ids = sorted(own)
     interval = paired_ratio_difference(
         [own[id]["nll"] for id in ids], [other[id]["nll"] for id in ids], [own[id]["bytes"] for id in ids]

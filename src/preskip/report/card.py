@@ -19,9 +19,9 @@ from preskip.report.card_content import Card, Stored, make_card
 from preskip.report.card_usage import adapter_usage, hub_id, model_usage
 from preskip.report.load import load_json, short
 from preskip.report.lookup import is_pretraining
-from preskip.runs.adapters import ADAPTER_CONFIG, adapter_folders
 from preskip.runs.directory import RunDirectory
 from preskip.runs.files import read_json
+from preskip.runs.weights import ADAPTER_CONFIG, adapter_folders
 
 
 def write_cards(run: Path) -> list[Path]:

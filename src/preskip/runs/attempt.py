@@ -7,25 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from typing_extensions import Unpack
 
 from preskip.errors import PreskipError
 from preskip.progress import say
 from preskip.runs import environment
 from preskip.runs.directory import RunDirectory
+from preskip.runs.schema import SCHEMA_VERSION, Environment, Facts, Manifest, Results, Status
 from preskip.version import __version__
 
 
-def new_run(out: Path, config: Mapping[str, Any], command: Sequence[str], **more: Any) -> RunDirectory:
+def new_run(out: Path, config: Mapping[str, Any], command: Sequence[str], **facts: Unpack[Facts]) -> RunDirectory:
     """Create the run directory of a new run.
 
     Args:
         out: the run directory; must not exist.
         config: every option; its device and dtype are stored as resolved.
         command: the command line, for the record.
-        more: further entries of run.json.
+        facts: further entries of run.json.
 
     Raises:
         PreskipError: the path exists, or the device is not there; nothing has been written then.
@@ -34,9 +36,10 @@ def new_run(out: Path, config: Mapping[str, Any], command: Sequence[str], **more
         raise PreskipError(f"{out} exists already: choose another --out, or finish it with --resume {out}")
     device = environment.resolve_device(config["device"])
     dtype, _ = environment.resolve_dtype(config["dtype"], device)
-    manifest = {
+    manifest: Manifest = {
+        "schema_version": SCHEMA_VERSION,
         "preskip_version": __version__,
-        **more,
+        **facts,
         "status": "running",
         "created": _now(),
         "finished": None,
@@ -56,14 +59,14 @@ class Attempt:
 
     def __init__(self, run: RunDirectory) -> None:
         self.run, self.started = run, time.perf_counter()
-        self.earlier: dict[str, float] = run.manifest.get("timings", {})
+        self.earlier = run.manifest.get("timings", {})
         self.seconds: dict[str, float] = {}
 
     def elapsed(self) -> float:
         """Seconds since it began."""
         return time.perf_counter() - self.started
 
-    def finish(self, results: Mapping[str, Any]) -> None:
+    def finish(self, results: Results) -> None:
         """Record the end, the seconds of all attempts together, and the largest memory of any arm."""
         timings = self.seconds | {"total": self.elapsed()}
         self.run.update_manifest(
@@ -95,41 +98,41 @@ def attempt(run: RunDirectory) -> Iterator[Attempt]:
             raise
 
 
-def check_same_inputs(run: RunDirectory, facts: Mapping[str, Any], parts: Sequence[str]) -> None:
+def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
     """Cells of other inputs must not be compared with those still to come.
 
     Args:
         run: with the facts of its first attempt.
         facts: of this one.
-        parts: entries of both that hold a "sha256", e.g. "model"; the evaluation sets are compared anyway.
 
     Raises:
         PreskipError: a checksum, or what lm-eval makes of a task, differs.
     """
+    parts: tuple[Literal["model", "corpus", "tokenizer"], ...] = ("model", "corpus", "tokenizer")
     for part in parts:
-        before, now = run.manifest.get(part, {}).get("sha256"), facts[part]
-        if before is not None and before != now["sha256"]:
+        before, now = run.manifest.get(part), facts.get(part)
+        if before and now and before["sha256"] is not None and before["sha256"] != now["sha256"]:
             name = now.get("name") or now["source"]
             raise PreskipError(
-                f"{part} {name} has changed since this run began (its SHA-256 was {before[:12]}...): put the old one "
-                "back, or start a new run"
+                f"{part} {name} has changed since this run began (its SHA-256 was {before['sha256'][:12]}...): put the "
+                "old one back, or start a new run"
             )
     for name, described in run.manifest.get("sets", {}).items():
-        now = facts["sets"].get(name, {})
-        if described.get("lm_eval") != now.get("lm_eval"):
+        same = facts["sets"].get(name)
+        if described.get("lm_eval") != (same and same.get("lm_eval")):
             raise PreskipError(
                 f"the prompts of {name} have changed since this run began, as another version of lm-eval has others: "
                 "install the old one, or start a new run"
             )
-        if described["sha256"] != now.get("sha256"):
+        if described["sha256"] != (same and same["sha256"]):
             raise PreskipError(
                 f"the texts of the evaluation set {name} have changed since this run began: put the old ones back, or "
                 "start a new run"
             )
 
 
-def note_other_environments(run: RunDirectory, now: Mapping[str, Any], quiet: bool) -> dict[str, Any]:
-    """What is still to be computed equals an uninterrupted run to the bit only where it is computed alike: say so.
+def note_other_environments(run: RunDirectory, now: Environment, quiet: bool) -> Facts:
+    """Warn when the environment changed: what is still to be computed may differ in the last digits.
 
     Args:
         run: with the environment of its last attempt, and with those of the attempts before it.
@@ -139,25 +142,33 @@ def note_other_environments(run: RunDirectory, now: Mapping[str, Any], quiet: bo
     Returns:
         {"earlier_environments": the others in which parts of this run may have been computed} for run.json.
     """
-    before = run.manifest.get("environment", {})
+    before = run.manifest.get("environment")
+    if before is None:
+        return {"earlier_environments": []}
     changed = _changes(before, now)
     if changed:
-        words = "; ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
-        text = f"parts of this run were computed with {words}: last digits may differ from an uninterrupted run"
-        say(text, quiet=quiet)
-    others: list[dict[str, Any]] = []
+        say(
+            f"parts of this run were computed with {'; '.join(changed)}: last digits may differ from an uninterrupted "
+            "run",
+            quiet=quiet,
+        )
+    others: list[Environment] = []
     for known in (*run.manifest.get("earlier_environments", ()), before):
         if all(_changes(known, other) for other in (now, *others)):
             others.append(known)
     return {"earlier_environments": others}
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _changes(before: Environment, now: Environment) -> list[str]:
     """What differs of two environments; the same machine may have a little more or less memory each time."""
-    return [name for name in before if name != "memory_bytes" and before[name] != now.get(name)]
+    return [
+        f"{name} {value}, now {now.get(name)}"
+        for name, value in before.items()
+        if name != "memory_bytes" and value != now.get(name)
+    ]
 
 
-def _mark(run: RunDirectory, status: str) -> None:
+def _mark(run: RunDirectory, status: Status) -> None:
     """Record how a run ended; where even that cannot be written, the error that ended it matters more."""
     with suppress(PreskipError):
         run.update_manifest(status=status)

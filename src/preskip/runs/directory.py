@@ -21,28 +21,20 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Unpack
+
 from preskip.errors import PreskipError
 from preskip.runs.files import TEMPORARY, clear_disk_errors, read_json, read_jsonl, write_json
+from preskip.runs.schema import SCHEMA_VERSION, CellSummary, Facts, Manifest, Record, Status, check_version
 
-SCHEMA_VERSION = 2
 # What marks a folder of a run as done, its checkpoints as no longer needed.
 DONE = ("cell.json", "trial.json")
-# What the results need of every cell.json.
-SUMMARY_FIELDS = {
-    "seed",
-    "trainable_parameters",
-    "learning_rate",
-    "final_training_loss",
-    "seconds_per_step",
-    "peak_memory_bytes",
-    "depth",
-}
 
 
 @dataclass(frozen=True)
@@ -81,7 +73,7 @@ class Cell:
         """Whether the cell's training and evaluation are complete."""
         return self.summary.is_file()
 
-    def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def load(self) -> tuple[CellSummary, list[Record]]:
         """Return the summary and the items of a cell that is done.
 
         Raises:
@@ -89,7 +81,7 @@ class Cell:
         """
         try:
             summary, items = read_json(self.summary), read_jsonl(self.items)
-            missing = SUMMARY_FIELDS - set(summary if isinstance(summary, dict) else ())
+            missing = CellSummary.__required_keys__ - set(summary if isinstance(summary, dict) else ())
             if missing:
                 raise PreskipError(f"{self.summary} lacks {', '.join(sorted(missing))}")
         except PreskipError as error:
@@ -104,8 +96,8 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, manifest: dict[str, Any]) -> RunDirectory:
-        """Make a new run directory with its run.json, complete from the first moment.
+    def create(cls, path: Path, manifest: Mapping[str, Any]) -> RunDirectory:
+        """Make a new run directory with its run.json, complete from the first moment; the schema version is added.
 
         Raises:
             PreskipError: the path exists, or cannot be written.
@@ -138,10 +130,7 @@ class RunDirectory:
         """
         if not path.is_dir():
             raise PreskipError(f"{path} is not a run directory: it does not exist or is not a folder")
-        manifest = read_json(path / "run.json")
-        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-        if version != SCHEMA_VERSION:
-            raise PreskipError(f"{path} has schema version {version}, this preskip reads {SCHEMA_VERSION}")
+        check_version(path / "run.json", read_json(path / "run.json"))
         return cls(path)
 
     @contextmanager
@@ -177,13 +166,16 @@ class RunDirectory:
                 shutil.rmtree(checkpoints, ignore_errors=True)
 
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """The content of run.json."""
         return read_json(self.path / "run.json")
 
-    def update_manifest(self, **changes: Any) -> None:
-        """Change fields of run.json atomically."""
-        write_json(self.path / "run.json", {**self.manifest, **changes})
+    def update_manifest(
+        self, *, status: Status | None = None, finished: str | None = None, **changes: Unpack[Facts]
+    ) -> None:
+        """Change fields of run.json atomically; None leaves a field as it is."""
+        ended = {key: value for key, value in (("status", status), ("finished", finished)) if value is not None}
+        write_json(self.path / "run.json", {**self.manifest, **ended, **changes})
 
     @property
     def search(self) -> Path:

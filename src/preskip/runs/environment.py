@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.errors import PreskipError
+from preskip.runs.schema import Environment
 
 PACKAGES = (
     "torch",
@@ -95,12 +96,12 @@ def resolve_dtype(name: str, device: str) -> tuple[str, str]:
     return "float32", "the processor has no bfloat16 instructions"
 
 
-def describe(device: str) -> dict[str, Any]:
+def describe(device: str) -> Environment:
     """The `environment` of run.json."""
     import psutil
     import torch
 
-    return {
+    facts: Any = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor_name(),
@@ -110,3 +111,4 @@ def describe(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         **{package: version_of(package) for package in PACKAGES},
     }
+    return facts

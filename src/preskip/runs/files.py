@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,11 +118,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line atomically; see `write_json`."""
     rows = list(rows)
     for number, row in enumerate(rows, 1):
-        for key, value in (row | row.get("scores", {})).items():
+        for key, value in {**row, **row.get("scores", {})}.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise PreskipError(f"{path.name} line {number}: {key} is {value}: a result is not finite")
     write_text(path, "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows))
@@ -142,7 +142,7 @@ def read_json(path: Path) -> Any:
         raise PreskipError(f"{path} cannot be read: {error}") from None
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[Any]:
     """Read one JSON object per line.
 
     Raises:

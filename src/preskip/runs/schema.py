@@ -4,8 +4,6 @@ Learning rates are peaks, times seconds. `None` is JSON's null. A key that is `N
 not apply, or in files older than the key.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -204,8 +202,14 @@ class ArmFacts(TypedDict):
     mlp_width: NotRequired[int]
 
 
-class Facts(TypedDict, total=False):
-    """What run.json holds once a run is prepared."""
+class RunKind(TypedDict, total=False):
+    """Which command made a run."""
+
+    kind: Literal["pretrain"]  # left out of a run on a frozen model
+
+
+class Facts(RunKind, total=False):
+    """What run.json comes to hold as a run goes on."""
 
     model: ModelFacts
     corpus: CorpusFacts
@@ -219,6 +223,8 @@ class Facts(TypedDict, total=False):
     published: str | None  # name of the published model that the base is
     peak_flops: float  # from scratch: per second, what utilisation is held against
     peak_flops_source: str  # from scratch: "as given" or "measured matmul"
+    timings: dict[str, float]  # seconds by stage, and "total", over all attempts
+    peak_memory_bytes: int  # the largest of any arm
 
 
 class Manifest(Facts):
@@ -226,15 +232,12 @@ class Manifest(Facts):
 
     schema_version: int
     preskip_version: str
-    kind: NotRequired[Literal["pretrain"]]  # left out of a run on a frozen model
     status: Status
     created: str  # ISO 8601, UTC
     finished: str | None
     command: list[str]
     directory: str  # where it was started
     config: dict[str, Any]  # every option, device and dtype as resolved
-    timings: NotRequired[dict[str, float]]  # seconds by stage, and "total", over all attempts
-    peak_memory_bytes: NotRequired[int]  # the largest of any arm
 
 
 class HeldOutDocument(TypedDict):
@@ -572,11 +575,10 @@ class PaperResults(TypedDict):
 BySeed: TypeAlias = dict[str, list[DepthRow]]  # by training seed, as text
 
 
-class Results(TypedDict):
+class Results(RunKind):
     """results.json: what came out, from the finished cells alone."""
 
     schema_version: int
-    kind: NotRequired[Literal["pretrain"]]  # left out of a run on a frozen model
     sets: dict[str, SetFacts]
     arms: dict[str, ArmResults]
     family: Family
@@ -654,25 +656,50 @@ class Alignment(TypedDict):
 Token: TypeAlias = list[str | float]  # a token's text, and the change of its logit
 
 
-class ExplainedLayer(TypedDict):
-    """What one layer's branch does; None for what it lacks."""
+class Spectrum(TypedDict):
+    """Singular values of W_skip; None without a skip."""
+
+    spectrum: list[float] | None  # the largest, descending
+    effective_rank: float | None  # exp of the entropy of all of them over their sum; None for a matrix that is 0
+    stable_rank: float | None  # Σσ² / σ₁²; None for a matrix that is 0
+
+
+class LayerWeights(Spectrum):
+    """One layer's matrices; None for those it lacks."""
 
     layer: int
     up_norm: float | None
     down_norm: float | None
     skip_norm: float | None
     null: dict[str, dict[str, float]] | None  # low and high of the run's noise null, by norm
-    spectrum: list[float] | None  # largest singular values of W_skip, descending
-    effective_rank: float | None  # exp of the entropy of all singular values over their sum
-    stable_rank: float | None  # Σσ² / σ₁²
+
+
+class LayerSizes(TypedDict):
+    """How much one layer's branch does on text."""
+
     skip_to_attention: Limits | None
     enrichment: Limits | None
     skip_to_attention_wide: MetricValue | None  # at the level at which all layers hold at once
     alignment: Alignment
-    promoted: list[Token]  # by the mean skip output, the strongest first
+
+
+class PromotedTokens(TypedDict):
+    """The tokens whose logits a layer's mean skip output raises and lowers most, the strongest first."""
+
+    promoted: list[Token]
     demoted: list[Token]
-    entropy_change: Limits | None  # nats, with the enrichment minus without
-    sink_change: Limits | None  # weight on the first token, with the enrichment minus without
+
+
+class AttentionChanges(TypedDict):
+    """Attention with one layer's enrichment minus without it; None where it has none."""
+
+    entropy_change: Limits | None  # nats
+    sink_change: Limits | None  # weight on the first token
+
+
+class ExplainedLayer(LayerWeights, LayerSizes, PromotedTokens, AttentionChanges):
+    """What one layer's branch does."""
+
     ablation: dict[str, Limits | None] | None  # bits per byte off minus on, by "skip", "enrichment" and "both"
 
 
@@ -723,10 +750,9 @@ class Explanation(TypedDict):
     method: ExplainMethod
 
 
-class Explain(Explanation):
-    """explain.json."""
+class ExplainFacts(TypedDict):
+    """What is explained, and when."""
 
-    schema_version: int  # EXPLAIN_VERSION
     kind: Literal["explain"]
     preskip_version: str
     created: str  # ISO 8601, UTC
@@ -734,4 +760,10 @@ class Explain(Explanation):
     source: ExplainedSource
     model: ExplainedModel
     settings: dict[str, Any]  # of the branch
+
+
+class Explain(ExplainFacts, Explanation):
+    """explain.json."""
+
+    schema_version: int  # EXPLAIN_VERSION
     environment: Environment

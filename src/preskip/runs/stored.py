@@ -110,7 +110,8 @@ def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> 
             )
     if len(set(dtypes.values())) > 1:
         notes.append("the arms differ in dtype: part of a difference may be rounding")
-    family: Family = manifests[0].get("family", {}) if len(runs) == 1 else {}  # type: ignore[typeddict-item]
+    none: Any = {}  # several runs have declared nothing between them
+    family: Family = manifests[0].get("family", none) if len(runs) == 1 else none
     return StoredArms(items=items, sets=sets, family=family, notes=notes)
 
 

@@ -21,8 +21,6 @@ from preskip.attach import hidden_states_of, with_hidden_states
 from preskip.evaluate.likelihood import head_only_at
 from preskip.progress import Advance, no_progress
 
-MEASURES = ("entropy_change", "sink_change")
-
 
 @torch.inference_mode()
 def attention_changes(

@@ -15,7 +15,6 @@ from torch import nn
 
 from preskip.analysis.ablation import BOTH, PARTS, ablate, ablation_passes
 from preskip.analysis.branches import LiveBranch, live_branches, skip_weight
-from preskip.analysis.explain.attention import MEASURES as ATTENTION_MEASURES
 from preskip.analysis.explain.attention import attention_changes
 from preskip.analysis.explain.classes import Frequencies
 from preskip.analysis.explain.forward import Measured, Recorder, measure
@@ -31,6 +30,15 @@ from preskip.data.splits import choose
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import default_batch_tokens, document_windows
 from preskip.progress import Advance, no_progress
+from preskip.runs.schema import (
+    AttentionChanges,
+    ExplainedLayer,
+    ExplainedText,
+    Explanation,
+    LayerWeights,
+    Limits,
+    PromotedTokens,
+)
 
 # bar(description, units): shows one stage, and gives what to call as it goes on.
 Bar = Callable[[str, int], AbstractContextManager[Advance]]
@@ -86,7 +94,7 @@ def explain(
     reference: Iterable[str] | None = None,
     tokens: Path | None = None,
     bar: Bar | None = None,
-) -> dict[str, Any]:
+) -> Explanation:
     """Measure what the branches of a model do.
 
     Memory does not grow with the number of texts, but for a few sums per document and layer.
@@ -100,9 +108,6 @@ def explain(
         reference: texts that say how frequent each token is; None takes `texts`.
         tokens: where to write tokens.parquet; None for nowhere.
         bar: shows progress.
-
-    Returns:
-        {"texts", "layers", "classes", "documents", "timings", "method"}, as docs/explain.md says.
 
     Raises:
         PreskipError: no branch, several active adapters, no text, a text of fewer than 2 tokens, or a loss that is not
@@ -122,7 +127,7 @@ def explain(
             found = _read(model, tokenizer, texts, branches, extent, counted, reference, tokens, bar)
         with _timed(timings, "weights"):
             layers = [
-                _weights(branch) | found.sums.layer(index) | found.written(index, model, branch, tokenizer)
+                (_weights(branch), found.sums.layer(index), found.written(index, model, branch, tokenizer))
                 for index, branch in enumerate(branches)
             ]
         some = list(islice((text for text in texts if text.set == counted), extent.most))
@@ -132,11 +137,13 @@ def explain(
             ablation = _ablation(model, tokenizer, some[: extent.ablation_documents], extent, bar)
     finally:
         model.train(was_training)
-    for layer, changes in zip(layers, attention, strict=True):
-        layer |= changes | {"ablation": ablation.get(layer["layer"])}
+    explained: list[ExplainedLayer] = [
+        {**weights, **sizes, **written, **changes, "ablation": ablation.get(weights["layer"])}
+        for (weights, sizes, written), changes in zip(layers, attention, strict=True)
+    ]
     return {
         "texts": found.texts,
-        "layers": layers,
+        "layers": explained,
         "classes": found.sums.classes(),
         "documents": found.shown.documents,
         "timings": {name: round(seconds, 2) for name, seconds in timings.items()},
@@ -157,11 +164,11 @@ class _Found:
 
     sums: Sums
     shown: Shown
-    texts: list[dict[str, Any]]
+    texts: list[ExplainedText]
     recorder: Recorder
     frequencies: Frequencies
 
-    def written(self, index: int, model: nn.Module, branch: LiveBranch, tokenizer: Any) -> dict[str, Any]:
+    def written(self, index: int, model: nn.Module, branch: LiveBranch, tokenizer: Any) -> PromotedTokens:
         """The tokens that a layer's mean skip output promotes and demotes; none without a skip."""
         total = self.recorder.written[index]
         if total is None or not self.recorder.counted:
@@ -255,17 +262,17 @@ def _take(
     return nll[size] if len(nll) > size else None
 
 
-def _weights(branch: LiveBranch) -> dict[str, Any]:
+def _weights(branch: LiveBranch) -> LayerWeights:
     """Norms and spectrum of one layer's matrices; None for those it lacks."""
     ((_, linears),) = branch.active()
     skip = skip_weight(linears)
-    norms = {
-        f"{part}_norm": linears[part].weight.detach().float().norm().item() if part in linears else None
-        for part in ("up", "down")
-    }
+    up, down = (
+        linears[part].weight.detach().float().norm().item() if part in linears else None for part in ("up", "down")
+    )
     return {
         "layer": branch.layer,
-        **norms,
+        "up_norm": up,
+        "down_norm": down,
         "skip_norm": None if skip is None else skip.norm().item(),
         "null": None,
         **spectrum(skip),
@@ -274,10 +281,10 @@ def _weights(branch: LiveBranch) -> dict[str, Any]:
 
 def _attention(
     model: nn.Module, tokenizer: Any, texts: list[Text], branches: list[LiveBranch], extent: Extent, bar: Bar
-) -> list[dict[str, Any]]:
-    """entropy_change and sink_change of each layer."""
+) -> list[AttentionChanges]:
+    """How attention changes in each layer."""
     if not texts or not any("enrichment" in branch.parts for branch in branches):
-        return [dict.fromkeys(ATTENTION_MEASURES) for _ in branches]
+        return [{"entropy_change": None, "sink_change": None} for _ in branches]
     start = start_token(tokenizer)
     sequences = []
     for text in texts:
@@ -286,13 +293,14 @@ def _attention(
     with bar("attention patterns", len(sequences)) as advance:
         sums = attention_changes(model, branches, sequences, advance)
     return [
-        {name: interval(row[:, place], row[:, -1]) for place, name in enumerate(ATTENTION_MEASURES)} for row in sums
+        {"entropy_change": interval(row[:, 0], row[:, 2]), "sink_change": interval(row[:, 1], row[:, 2])}
+        for row in sums
     ]
 
 
 def _ablation(
     model: nn.Module, tokenizer: Any, texts: list[Text], extent: Extent, bar: Bar
-) -> dict[int, dict[str, Any]]:
+) -> dict[int, dict[str, Limits | None]]:
     """By layer, what each part and both together are worth; empty with fewer than 2 texts."""
     if len(texts) < 2:
         return {}
@@ -307,7 +315,7 @@ def _ablation(
     parts = (*PARTS, BOTH)
     with bar("ablate", ablation_passes(model, windows, extent.batch_tokens, parts)) as advance:
         rows = ablate(model, windows, owners, sizes, parts=parts, batch_tokens=extent.batch_tokens, advance=advance)
-    by_layer: dict[int, dict[str, Any]] = {}
+    by_layer: dict[int, dict[str, Limits | None]] = {}
     for row in rows:
         own = by_layer.setdefault(row["layer"], dict.fromkeys(parts))
         own[row["part"]] = {"value": row["difference"], "low": row["low"], "high": row["high"]}

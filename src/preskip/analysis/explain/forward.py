@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from preskip.analysis.branches import LiveBranch
 from preskip.attach import hidden_states_of
-from preskip.errors import DivergedError
-from preskip.evaluate.likelihood import token_scores
+from preskip.evaluate.likelihood import batches, token_scores
 
 # What is measured per layer and token: norms of the skip's output, of what it joins, of x̃ - x̂ and of x̂; cosines of the
 # skip's output with attention's and with the MLP's.
@@ -161,7 +160,7 @@ def measure(
         DivergedError: a log-likelihood is NaN or infinite.
     """
     device = next(model.parameters()).device
-    for batch in _batches(chunks, batch_tokens):
+    for batch in batches(chunks, batch_tokens, lambda chunk: len(chunk.ids)):
         lengths = torch.tensor([len(chunk.ids) for chunk in batch])
         ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)  # [B, T], padded behind
         counts = torch.zeros_like(ids, dtype=torch.bool)
@@ -205,21 +204,4 @@ def _length(x: torch.Tensor) -> torch.Tensor:
 def _nats(logits: torch.Tensor, targets: Sequence[int]) -> NDArray[np.float64]:
     """Nats of the token behind each position, in fp32."""
     wanted = torch.tensor(targets, dtype=torch.long, device=logits.device)
-    nats = token_scores(logits[: len(targets)], wanted)[0].numpy()
-    if not np.isfinite(nats).all():
-        raise DivergedError("the model's log-likelihood is NaN or infinite: try --dtype float32")
-    return nats
-
-
-def _batches(chunks: Iterable[Chunk[Owner]], batch_tokens: int) -> Iterator[list[Chunk[Owner]]]:
-    """Consecutive chunks that fit one pass."""
-    batch: list[Chunk[Owner]] = []
-    longest = 0
-    for chunk in chunks:
-        if batch and max(longest, len(chunk.ids)) * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch, longest = [], 0
-        batch.append(chunk)
-        longest = max(longest, len(chunk.ids))
-    if batch:
-        yield batch
+    return token_scores(logits[: len(targets)], wanted)[0].numpy()

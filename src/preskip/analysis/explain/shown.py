@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from preskip.analysis.explain.reading import Reading
+from preskip.runs.schema import ExplainedDocument
 
 
 class Shown:
@@ -18,13 +18,13 @@ class Shown:
         most_tokens: of all texts together; the text in which it is reached is cut there.
 
     Attributes:
-        documents: {"id", "title", "tokens", "bypass", "enrichment"} of each text; sizes by layer and token, rounded to
-            4 significant digits, None for a layer without the part and in place of all of them where none has it.
+        documents: one entry of the map per text; sizes are rounded to 4 significant digits, None for a layer without
+            the part and in place of all of them where none has it.
     """
 
     def __init__(self, most_tokens: int) -> None:
         self.left = most_tokens
-        self.documents: list[dict[str, Any]] = []
+        self.documents: list[ExplainedDocument] = []
         self._last: int | None = None
 
     def add(self, reading: Reading, first: int, bypass: NDArray[np.float32], enrichment: NDArray[np.float32]) -> bool:
@@ -39,14 +39,21 @@ class Shown:
         if self.left > 0 and bypass.shape[1]:
             if self._last != reading.index:
                 self._last = reading.index
-                empty = {"bypass": _start(bypass), "enrichment": _start(enrichment)}
-                self.documents.append({"id": reading.text.id, "title": reading.text.title, "tokens": [], **empty})
+                self.documents.append(
+                    {
+                        "id": reading.text.id,
+                        "title": reading.text.title,
+                        "tokens": [],
+                        "bypass": _start(bypass),
+                        "enrichment": _start(enrichment),
+                    }
+                )
             size = min(self.left, bypass.shape[1])
             document = self.documents[-1]
             document["tokens"] += reading.table.strings[first : first + size]
-            for name, values in (("bypass", bypass), ("enrichment", enrichment)):
-                if document[name] is not None:
-                    for row, new in zip(document[name], values[:, :size].tolist(), strict=True):
+            for rows, values in ((document["bypass"], bypass), (document["enrichment"], enrichment)):
+                if rows is not None:
+                    for row, new in zip(rows, values[:, :size].tolist(), strict=True):
                         row += [None if math.isnan(value) else float(f"{value:.4g}") for value in new]
             self.left -= size
         return self._last == reading.index

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+
+from preskip.runs.schema import Spectrum
 
 SHOWN = 64
 
 
-def spectrum(weight: torch.Tensor | None) -> dict[str, Any]:
-    """Singular values and two ranks of a matrix.
+def spectrum(weight: torch.Tensor | None) -> Spectrum:
+    """Singular values and two ranks of a matrix (the effective rank is that of Roy and Vetterli 2007).
 
     Args:
         weight: [out, in], or None.
-
-    Returns:
-        {"spectrum", "effective_rank", "stable_rank"}: the largest `SHOWN` singular values, descending; exp of the
-        entropy of all of them over their sum (Roy and Vetterli 2007); Σσ² / σ₁². All None without a matrix, the ranks
-        None for one that is 0.
     """
     if weight is None:
         return {"spectrum": None, "effective_rank": None, "stable_rank": None}
     values = torch.linalg.svdvals(weight.cpu()).double()
-    shown = {"spectrum": values[:SHOWN].tolist()}
+    shown = values[:SHOWN].tolist()
     if values[0] == 0:
-        return {**shown, "effective_rank": None, "stable_rank": None}
+        return {"spectrum": shown, "effective_rank": None, "stable_rank": None}
     shares = values / values.sum()
     return {
-        **shown,
+        "spectrum": shown,
         "effective_rank": torch.special.entr(shares).sum().exp().item(),
         "stable_rank": ((values / values[0]) ** 2).sum().item(),
     }

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from preskip.analysis.explain.classes import CLASSES
+from preskip.runs.schema import ExplainedClass, LayerSizes, Limits, MetricValue
 from preskip.stats import CONFIDENCE, bootstrap_ratio
 
 Array = NDArray[np.float64]
 SIZES = {"skip_to_attention": ("skip", "attention"), "enrichment": ("change", "input")}
 
 
-def interval(above: ArrayLike, below: ArrayLike, confidence: float = CONFIDENCE) -> dict[str, float] | None:
+def interval(above: ArrayLike, below: ArrayLike, confidence: float = CONFIDENCE) -> Limits | None:
     """Σ above / Σ below with its interval over documents.
 
     Args:
@@ -32,11 +32,11 @@ def interval(above: ArrayLike, below: ArrayLike, confidence: float = CONFIDENCE)
     if usable.sum() < 2:
         return None
     found = bootstrap_ratio(tops[usable], bottoms[usable], confidence=confidence)
-    limits = {"value": float(found.value), "low": float(found.low), "high": float(found.high)}
-    return limits if np.isfinite(list(limits.values())).all() else None
+    value, low, high = float(found.value), float(found.low), float(found.high)
+    return {"value": value, "low": low, "high": high} if np.isfinite([value, low, high]).all() else None
 
 
-def widened(above: ArrayLike, below: ArrayLike, count: int) -> dict[str, float] | None:
+def widened(above: ArrayLike, below: ArrayLike, count: int) -> MetricValue | None:
     """`interval` at the level 1 - 0.05 / count: `count` of them hold at once with 95 % (Bonferroni), so two that do not
     touch differ, however they were picked. The level is in "confidence".
     """
@@ -90,18 +90,19 @@ class Sums:
                 self._class_layers[key] = self._class_layers.get(key, 0.0) + summed
                 self._class_tokens[key] += int(chosen.sum())
 
-    def layer(self, index: int) -> dict[str, Any]:
+    def layer(self, index: int) -> LayerSizes:
         """Sizes and cosines of one layer with their intervals."""
         rows = self._documents.values()
 
         def of(name: str) -> list[float]:
             return [row[name][index] for row in rows]
 
-        def over(above: str, below: str) -> dict[str, float] | None:
+        def over(above: str, below: str) -> Limits | None:
             return interval(of(above), of(below))
 
         return {
-            **{name: over(*pair) for name, pair in SIZES.items()},
+            "skip_to_attention": over(*SIZES["skip_to_attention"]),
+            "enrichment": over(*SIZES["enrichment"]),
             "skip_to_attention_wide": widened(of("skip"), of("attention"), self.layers),
             "alignment": {
                 "attention": over("attention_cosine", "tokens"),
@@ -109,11 +110,11 @@ class Sums:
             },
         }
 
-    def classes(self) -> list[dict[str, Any]]:
+    def classes(self) -> list[ExplainedClass]:
         """A row per class that occurs, in the order of `CLASSES`; ratios of sums over all layers together."""
         keys = [(dimension, name) for dimension, names in CLASSES.items() for name in names]
         keys = [key for key in keys if self._class_tokens[key]]
-        rows = []
+        rows: list[ExplainedClass] = []
         for key in keys:
             skip, attention, change, x = np.stack(list(self._classes[key].values())).T  # [documents] each
             by_layer = self._class_layers[key]

@@ -10,11 +10,10 @@ import numpy as np
 from preskip.analysis.explain.reading import Text
 from preskip.data.corpus import EMBEDDED_CORPORA, Document
 from preskip.data.local import data_directory
-from preskip.data.recorded import locate
-from preskip.data.splits import choose, load_splits, load_texts
+from preskip.data.splits import choose, load_splits, load_texts, locate
 from preskip.errors import PreskipError
-from preskip.evaluate.trained import Source
 from preskip.runs.files import read_json
+from preskip.runs.weights import Source
 
 DEFAULT_CORPUS = "sotu"
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from preskip.adapter import base_model
 from preskip.analysis.branches import LiveBranch
+from preskip.runs.schema import PromotedTokens, Token
 
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "final_norm")
 MOST = 10
@@ -17,7 +18,7 @@ MOST = 10
 @torch.inference_mode()
 def promoted_tokens(
     model: nn.Module, branch: LiveBranch, written: torch.Tensor, tokenizer: Any, most: int = MOST
-) -> dict[str, list[list[Any]]]:
+) -> PromotedTokens:
     """The tokens whose logits a layer's mean skip output raises and lowers most, in the manner of the logit lens.
 
     Where attention's output and the skip pass a norm together before the residual sum (Gemma), so does it here. What
@@ -30,9 +31,6 @@ def promoted_tokens(
         written: the mean skip output, [d].
         tokenizer: to name the tokens.
         most: how many.
-
-    Returns:
-        {"promoted", "demoted"}: [token text, change of its logit], the strongest first.
     """
     base = base_model(model)
     head = base.get_output_embeddings()
@@ -47,11 +45,12 @@ def promoted_tokens(
         vectors = projection(vectors)
     logits = head(vectors)[0].float()
     change = (logits[0] - logits[1])[: len(tokenizer)]
-    named = {}
-    for name, sign in (("promoted", 1), ("demoted", -1)):
-        order = (sign * change).topk(min(most, len(change))).indices.tolist()
-        named[name] = [[token_text(token, tokenizer), change[token].item()] for token in order]
-    return named
+
+    def strongest(signed: torch.Tensor) -> list[Token]:
+        order = signed.topk(min(most, len(change))).indices.tolist()
+        return [[token_text(token, tokenizer), change[token].item()] for token in order]
+
+    return {"promoted": strongest(change), "demoted": strongest(-change)}
 
 
 def final_norm(parent: nn.Module) -> nn.Module | None:

@@ -1,20 +1,41 @@
-"""Trained weights with a branch, wherever they lie: a run's arm, an adapter folder, or a baked checkpoint."""
+"""Where trained weights lie: in a run's arm, in adapter folders (one, or several stacked), or a baked checkpoint."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from preskip.data.recorded import locate
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX
-from preskip.runs.adapters import ADAPTER_CONFIG, adapter_folders
 from preskip.runs.directory import RunDirectory
 from preskip.runs.files import read_json
+from preskip.runs.schema import Manifest, NullRun
 
+ADAPTER_CONFIG = "adapter_config.json"
 PEFT_TYPE = "PRESKIP"
+
+
+def adapter_folders(folder: Path) -> list[Path]:
+    """The saved adapters of a folder: itself, or those stacked in its sub-folders 1, 2, ..., first to last.
+
+    Args:
+        folder: as saved by PEFT's `save_pretrained`, or by `preskip.arms.insert.Inserted.save`.
+
+    Returns:
+        Folders with an adapter_config.json; none where there is no adapter.
+
+    Raises:
+        PreskipError: one of the stacked adapters is missing.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        return [folder]
+    numbers = {int(path.parent.name) for path in folder.glob(f"*/{ADAPTER_CONFIG}") if path.parent.name.isdecimal()}
+    missing = set(range(1, max(2, *numbers) + 1)) - numbers if numbers else set()
+    if missing:
+        raise PreskipError(f"adapter {folder} holds stacked adapters, but number {min(missing)} is missing")
+    return [folder / str(number) for number in sorted(numbers)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +50,7 @@ class Source:
         arm: name of the arm, in a run.
         seed: of its training, in a run.
         run: the run that the weights lie in, or None.
-        manifest: its run.json, or {}.
+        manifest: its run.json, or None.
     """
 
     kind: str
@@ -39,17 +60,17 @@ class Source:
     arm: str | None = None
     seed: int | None = None
     run: Path | None = None
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest | None = None
 
     @property
     def config(self) -> dict[str, Any]:
         """The options of the run, or {}."""
-        return self.manifest.get("config", {})
+        return self.manifest["config"] if self.manifest else {}
 
     @property
     def directory(self) -> Path:
         """Where the run was started."""
-        return Path(self.manifest.get("directory", "."))
+        return Path(self.manifest.get("directory", ".") if self.manifest else ".")
 
     @property
     def dtype(self) -> str:
@@ -58,12 +79,10 @@ class Source:
 
     @property
     def base(self) -> str | None:
-        """The model that the adapter was trained on, as far as it is known; a checkpoint's own folder."""
+        """The model that the adapter was trained on, as recorded and as far as known; a checkpoint's own folder."""
         if self.is_checkpoint:
             return str(self.weights)
-        if "model" in self.config:
-            return locate(self.config["model"], self.directory)
-        return _configs(self.weights)[0].get("base_model_name_or_path")
+        return self.config.get("model") or _configs(self.weights)[0].get("base_model_name_or_path")
 
     @property
     def others(self) -> list[str]:
@@ -71,7 +90,7 @@ class Source:
         return [] if self.is_checkpoint else [kind for kind in _types(self.weights) if kind != PEFT_TYPE]
 
     @property
-    def null(self) -> list[dict[str, Any]]:
+    def null(self) -> list[NullRun]:
         """The noise nulls of the arm, {"seed", "layers"}; none where the run has trained none."""
         path = None if self.run is None else self.run / "results.json"
         if path is None or self.arm is None or not path.is_file():
@@ -120,8 +139,9 @@ def _in_run(path: Path, arm: str | None, seed: int | None) -> Source:
     if not done:
         raise PreskipError(f"run {path} has no finished arm with a branch: finish it, or give another run")
     if arm is None:
-        declared = [row["arm"] for row in (manifest.get("family") or {}).get("declared") or []]
-        arm = next((name for name in [*declared, *manifest.get("arms", {}), *done] if name in done), "")
+        family = manifest.get("family")
+        declared = [row["arm"] for row in family["declared"]] if family else []
+        arm = next(name for name in [*declared, *(manifest.get("arms") or ()), *done] if name in done)
     if arm not in done:
         why = "has no branch" if any(path.glob(f"arms/{arm}/seed-*/cell.json")) else "is not finished"
         raise PreskipError(f"arm {arm} of {path} {why}: choose one of {', '.join(done)}")
