@@ -14,13 +14,13 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from preskip.progress import Advance, no_progress
+from preskip.runs.schema import StepRow
 from preskip.train.settings import CONTROLS, MAX_GRAD_NORM, SCHEDULE, WEIGHT_DECAY, TrainingSettings
 
 
@@ -101,9 +101,7 @@ def noise_seed(seed: int) -> int:
     return int(np.random.SeedSequence([seed, CONTROLS.index("noise")]).generate_state(1)[0])
 
 
-def train_on_noise(
-    model: nn.Module, settings: TrainingSettings, *, advance: Advance = no_progress
-) -> list[dict[str, Any]]:
+def train_on_noise(model: nn.Module, settings: TrainingSettings, *, advance: Advance = no_progress) -> list[StepRow]:
     """Train on gradients ~ N(0, 1) in place of the loss's: no text, no forward and no backward pass.
 
     AdamW, clipping and schedule are those of `train_frozen`; AdamW does not see the gradient's scale, so the noise's
@@ -128,7 +126,7 @@ def train_on_noise(
         SCHEDULE, optimizer, num_warmup_steps=settings.warmup_steps, num_training_steps=settings.steps
     )
     equal_step = EqualStep(model) if settings.equal_step else None
-    rows = []
+    rows: list[StepRow] = []
     for step in range(1, settings.steps + 1):
         started = time.perf_counter()
         for p in parameters:
@@ -139,7 +137,7 @@ def train_on_noise(
         optimizer.step()
         if equal_step is not None:
             equal_step.after_step()
-        row = {
+        row: StepRow = {
             "step": step,
             "loss": None,
             "learning_rate": schedule.get_last_lr()[0],
@@ -147,7 +145,9 @@ def train_on_noise(
             "tokens": 0,
             "seconds": round(time.perf_counter() - started, 4),
         }
-        rows.append(row if equal_step is None else row | {"step_ratio": dict(equal_step.ratios)})
+        if equal_step is not None:
+            row["step_ratio"] = dict(equal_step.ratios)
+        rows.append(row)
         schedule.step()
         advance(step, "noise")
     optimizer.zero_grad()

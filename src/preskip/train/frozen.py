@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
 from preskip.errors import PreskipError
 from preskip.progress import Advance, no_progress
-from preskip.runs.files import clear_disk_errors, write_jsonl
-from preskip.train.checkpoints import ResumableTrainer
+from preskip.runs.files import write_jsonl
+from preskip.runs.schema import StepRow
 from preskip.train.controls import EqualStep, train_on_noise
-from preskip.train.distributed import adapt_trainer, is_main, share_batch, shared_training, uses_fsdp
+from preskip.train.distributed import uses_fsdp
 from preskip.train.settings import MAX_GRAD_NORM, SCHEDULE, WEIGHT_DECAY, TrainingSettings
-from preskip.train.steps import BlockDataset, finite_step, stack_rows
-
-# The newest checkpoint, and one to fall back on where that is damaged.
-KEPT_CHECKPOINTS = 2
+from preskip.train.steps import BlockDataset, StepLog, fit
 
 
-class _StepLog(TrainerCallback):
-    """Writes train.jsonl, stops at the first loss or gradient that is not finite, and keeps the steps equal."""
+class _StepLog(StepLog):
+    """Writes train.jsonl with each checkpoint, and keeps the steps equal."""
 
-    def __init__(
-        self, path: Path, tokens_per_step: int, arm: str, advance: Advance, equal_step: EqualStep | None
-    ) -> None:
-        self.path, self.tokens, self.arm, self.advance = path, tokens_per_step, arm, advance
-        self.equal_step = equal_step
-        self.rows: list[dict[str, Any]] = []
-        self.started = time.perf_counter()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.rows = [logged["row"] for logged in state.log_history if "row" in logged]
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
+    def __init__(self, path: Path, equal_step: EqualStep | None, *args: Any) -> None:
+        super().__init__(*args)
+        self.path, self.equal_step = path, equal_step
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.equal_step is not None:
@@ -49,23 +33,11 @@ class _StepLog(TrainerCallback):
         if self.equal_step is not None:
             self.equal_step.after_step()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs or state.global_step == 0:
-            return
-        loss, norm = finite_step(logs, state.global_step, self.arm, "lower --lr or use --dtype float32")
-        row = {
-            "step": state.global_step,
-            "loss": loss,
-            "learning_rate": float(logs["learning_rate"]),
-            "grad_norm": norm,
-            "tokens": self.tokens,
-            "seconds": round(time.perf_counter() - self.started, 4),
-        }
+    def complete(self, row: StepRow, seconds: float, logs: dict[str, Any]) -> str:
+        """See `StepLog`."""
         if self.equal_step is not None:
             row["step_ratio"] = dict(self.equal_step.ratios)
-        self.rows.append(row)
-        state.log_history[-1]["row"] = row  # the checkpoint keeps it: the log cannot run ahead of the weights
-        self.advance(state.global_step, f"loss {loss:.3f}")
+        return ""
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -81,7 +53,7 @@ def train_frozen(
     checkpoints: Path,
     log: Path,
     advance: Advance = no_progress,
-) -> list[dict[str, Any]]:
+) -> list[StepRow]:
     """Train the parameters of `model` that require gradients; the rest stays frozen.
 
     An earlier, interrupted call with the same arguments is continued from its last good checkpoint, with the result of
@@ -112,51 +84,26 @@ def train_frozen(
         return rows
     if settings.equal_step and uses_fsdp():
         raise PreskipError("equal steps need whole weights, which FSDP does not keep: train them with DDP")
-    device = next(model.parameters()).device
-    micro_batch, accumulation = share_batch(settings.batch_size, settings.micro_batch_size)
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=settings.steps,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=settings.learning_rate,
+    if settings.gradient_checkpointing:
+        model.enable_input_require_grads()  # type: ignore[operator]
+    equal_step = EqualStep(model) if settings.equal_step else None
+    length = settings.steps * settings.batch_size
+    rows = fit(
+        model,
+        settings,
+        _StepLog(log, equal_step, arm, settings.batch_size * blocks.shape[1], advance),
+        BlockDataset(blocks, length, settings.seed, shuffled=settings.control == "shuffled"),
+        checkpoints=checkpoints,
+        log=log,
         lr_scheduler_type=SCHEDULE,
         warmup_steps=settings.warmup_steps,
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRAD_NORM,
         optim="adamw_torch",
-        train_sampling_strategy="sequential",
         logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=settings.save_steps,
-        save_total_limit=KEPT_CHECKPOINTS,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,  # what an arm trains takes part in every step
-        remove_unused_columns=False,
-        disable_tqdm=True,
         report_to=[],
     )
     if settings.gradient_checkpointing:
-        model.enable_input_require_grads()  # type: ignore[operator]
-    equal_step = EqualStep(model) if settings.equal_step else None
-    steps = _StepLog(log, settings.batch_size * blocks.shape[1], arm, advance, equal_step)
-    length = settings.steps * settings.batch_size
-    dataset = BlockDataset(blocks, length, settings.seed, shuffled=settings.control == "shuffled")
-    with shared_training(model) as trained:
-        trainer = ResumableTrainer(
-            model=trained, args=arguments, train_dataset=dataset, data_collator=stack_rows, callbacks=[steps]
-        )
-        trainer.remove_callback(PrinterCallback)
-        adapt_trainer(trainer)
-        with clear_disk_errors(checkpoints):
-            trainer.train(resume_from_checkpoint=True)
-    if settings.gradient_checkpointing:
         model.gradient_checkpointing_disable()  # type: ignore[operator]
-    if is_main():
-        write_jsonl(log, steps.rows)
-    return steps.rows
+    return rows

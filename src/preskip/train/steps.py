@@ -1,17 +1,28 @@
-"""What training a frozen model and training from scratch share: the order of blocks, batches, the check of a step."""
+"""What training a frozen model and training from scratch share: the order of blocks, the log, Trainer's arguments."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from preskip.errors import DivergedError
+from preskip.progress import Advance
+from preskip.runs.files import clear_disk_errors, write_jsonl
+from preskip.runs.schema import StepRow
+from preskip.train.checkpoints import ResumableTrainer
 from preskip.train.controls import shuffle_targets
+from preskip.train.distributed import adapt_trainer, is_main, share_batch, shared_training
+from preskip.train.settings import Settings
 
 
 class BlockDataset(Dataset):
@@ -45,22 +56,130 @@ def stack_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
-def finite_step(logs: Mapping[str, Any], step: int, arm: str, advice: str) -> tuple[float, float]:
-    """Loss (nats per token) and gradient norm of a step as Trainer logs them.
+class StepLog(TrainerCallback):
+    """The rows of train.jsonl, in the checkpoints too; stops at the first loss or gradient that is not finite.
 
     Args:
-        logs: of Trainer.
-        step: the optimiser step.
-        arm: name for the message.
-        advice: what to do where they are not finite.
+        arm: name for messages.
+        tokens_per_step: tokens of an optimiser step.
+        advance: progress, called as advance(step, note).
+    """
+
+    advice = "lower --lr or use --dtype float32"
+    # Whether a row's seconds count from the row before it, with what the loader takes between two steps.
+    counts_loading = False
+
+    def __init__(self, arm: str, tokens_per_step: int, advance: Advance) -> None:
+        self.arm, self.tokens_per_step, self.advance = arm, tokens_per_step, advance
+        self.rows: list[StepRow] = []
+        self.last_step = 0
+        self.mark: float | None = None  # when the steps of the next row began
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take back the rows that a checkpoint kept."""
+        self.rows = [entry["row"] for entry in state.log_history if "row" in entry]
+        self.last_step = self.rows[-1]["step"] if self.rows else 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Begin to count a row's seconds."""
+        self.mark = time.perf_counter() if self.mark is None else self.mark
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add a row."""
+        if not logs or "loss" not in logs or state.global_step == self.last_step or self.mark is None:
+            return
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise DivergedError(
+                f"arm {self.arm}: the loss is {loss} and the gradient norm {norm} at step {state.global_step}: "
+                f"{self.advice}; the last good checkpoint is kept"
+            )
+        now = time.perf_counter()
+        row: StepRow = {
+            "step": state.global_step,
+            "loss": loss,
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": norm,
+            "tokens": (state.global_step - self.last_step) * self.tokens_per_step,
+            "seconds": round(now - self.mark, 4),
+        }
+        note = f"loss {loss:.3f}{self.complete(row, now - self.mark, logs)}"
+        self.rows.append(row)
+        state.log_history[-1]["row"] = row  # the checkpoint keeps it: the log cannot run ahead of the weights
+        self.last_step, self.mark = state.global_step, now if self.counts_loading else None
+        self.advance(state.global_step, note)
+
+    def complete(self, row: StepRow, seconds: float, logs: dict[str, Any]) -> str:
+        """Add what this kind of training logs besides; gives what to show of it."""
+        return ""
+
+
+def fit(
+    model: nn.Module,
+    settings: Settings,
+    steps: StepLog,
+    dataset: BlockDataset,
+    *,
+    checkpoints: Path,
+    log: Path,
+    trainer: Callable[..., ResumableTrainer] = ResumableTrainer,
+    callbacks: Sequence[TrainerCallback] = (),
+    evaluation: Dataset | None = None,
+    **arguments: Any,
+) -> list[StepRow]:
+    """Train with Hugging Face `Trainer`, from the last whole checkpoint where there is one, and write the log.
+
+    Args:
+        model: its parameters that require gradients are trained.
+        settings: how.
+        steps: keeps the log.
+        dataset: sequences in training order.
+        checkpoints: folder for the trainer's checkpoints.
+        log: train.jsonl.
+        trainer: makes it.
+        callbacks: more of them.
+        evaluation: what is evaluated while training.
+        arguments: `TrainingArguments` beyond those that every training has.
 
     Raises:
-        DivergedError: one of them is not finite.
+        PreskipError: a loss that is not finite, a batch that cannot be shared out, or a full disk.
     """
-    loss, norm = float(logs["loss"]), float(logs.get("grad_norm") or 0.0)
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise DivergedError(
-            f"arm {arm}: the loss is {loss} and the gradient norm {norm} at step {step}: {advice}; the last good "
-            "checkpoint is kept"
+    device = next(model.parameters()).device
+    micro_batch, accumulation = share_batch(settings.batch_size, settings.micro_batch_size)
+    options = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=settings.steps,
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=settings.learning_rate,
+        train_sampling_strategy="sequential",
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_steps,
+        save_total_limit=settings.keep_checkpoints,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type == "cuda",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        **arguments,
+    )
+    with shared_training(model) as trained:
+        worker = trainer(
+            model=trained,
+            args=options,
+            train_dataset=dataset,
+            eval_dataset=evaluation,
+            data_collator=stack_rows,
+            callbacks=[steps, *callbacks],
         )
-    return loss, norm
+        worker.remove_callback(PrinterCallback)
+        adapt_trainer(worker)
+        with clear_disk_errors(checkpoints):
+            worker.train(resume_from_checkpoint=True)
+    if is_main():
+        write_jsonl(log, steps.rows)
+    return steps.rows
