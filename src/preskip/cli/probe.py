@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preskip.cli.options import Json, options_of
 from preskip.cli.runs import Course, Executor, OptionFile, Out, RayAddress, Resume, make_run
 from preskip.experiment.probe_options import ProbeConfig
+
+if TYPE_CHECKING:
+    from preskip.runs.schema import Results
 
 
 @options_of(ProbeConfig)
@@ -37,7 +40,7 @@ def _announcement(config: Mapping[str, Any], reason: str) -> list[str]:
     ]
 
 
-def _show(record: Mapping[str, Any], results: dict[str, Any], run: Path, page: Path | None) -> None:
+def _show(record: Mapping[str, Any], results: Results, run: Path, page: Path | None) -> None:
     from preskip.cli.audit import print_audit
     from preskip.cli.tables import print_claims, print_paper, print_results
 
