@@ -64,7 +64,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _anchored(config: Mapping[str, Any], kind: type[ExperimentConfig], directory: Path) -> dict[str, Any]:
-    from preskip.data.recorded import locate
+    from preskip.data.splits import locate
 
     known = about(kind)
     return {
