@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with _terminated_like_ctrl_c():
-            app(arguments)
+            app(arguments, console=Console())
     except (PreskipError, CycloptsError) as error:
         text = " ".join(_words(error).split())
         if "--json" in arguments:
