@@ -25,6 +25,7 @@ from tiny_model import save_tiny_llama, write_corpus
         (["eval", "m", "--dtype", "int8"], "--dtype 'int8' is unknown: choose one of auto, float32, bfloat16, float16"),
         (["explain", "x", "--words", "1"], "--words 1 is not possible: it must be at least 2"),
         (["pretrain", "--workers", "0"], "--workers 0 is not possible: it must be at least 1"),
+        (["probe", "--workers", "0"], "--workers 0 is not possible: it must be at least 1"),
         (["probe", "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
         (["probe", "--resume", "x", "--config", "y"], "--resume takes every option from the run: leave out config"),
     ],

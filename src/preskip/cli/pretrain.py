@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from preskip.cli.options import Json, flag, options_of
-from preskip.cli.runs import Course, Executor, OptionFile, Out, RayAddress, Resume, make_run
-from preskip.errors import PreskipError
+from preskip.cli.options import Json, options_of
+from preskip.cli.runs import Course, Executor, OptionFile, Out, RayAddress, Resume, Workers, make_run
 from preskip.experiment.pretrain_options import PretrainConfig
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 def pretrain(
     *,
     config: OptionFile = None,
-    workers: Annotated[int, flag("Processes that train arms and seeds side by side.", "Output", hint=int, least=1)] = 1,
+    workers: Workers = 1,
     executor: Executor = "local",
     ray_address: RayAddress = None,
     out: Out = None,
@@ -32,10 +31,6 @@ def pretrain(
 
     Without arguments it trains four arms of about a million weights on the embedded corpus.
     """
-    from preskip.train.distributed import world_size
-
-    if workers > 1 and (executor == "ray" or world_size() > 1):
-        raise PreskipError("--workers has its own processes: leave out --executor ray, torchrun or accelerate launch")
     course = Course(
         kind=PretrainConfig,
         announce=_announcement,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preskip.cli.options import Json, options_of
-from preskip.cli.runs import Course, Executor, OptionFile, Out, RayAddress, Resume, make_run
+from preskip.cli.runs import Course, Executor, OptionFile, Out, RayAddress, Resume, Workers, make_run
 from preskip.experiment.probe_options import ProbeConfig
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def probe(
     *,
     config: OptionFile = None,
+    workers: Workers = 1,
     executor: Executor = "local",
     ray_address: RayAddress = None,
     out: Out = None,
@@ -29,7 +30,14 @@ def probe(
 
     Without arguments it runs the embedded model on the embedded corpus, in a few minutes on two cores.
     """
-    course = Course(kind=ProbeConfig, announce=_announcement, show=_show, executor=executor, ray_address=ray_address)
+    course = Course(
+        kind=ProbeConfig,
+        announce=_announcement,
+        show=_show,
+        executor=executor,
+        ray_address=ray_address,
+        workers=workers,
+    )
     make_run(course, given, config=config, out=out, resume=resume, as_json=as_json)
 
 

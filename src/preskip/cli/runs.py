@@ -31,6 +31,7 @@ _COMPUTED = ("arms/*/*/*", "search/*/*", "controls/*")
 OptionFile = Annotated[
     Optional[Path], flag("Options as YAML or JSON, or another run's run.json; flags override them.", "Output")
 ]
+Workers = Annotated[int, flag("Processes that train arms and seeds side by side.", "Output", hint=int, least=1)]
 Executor = Annotated[str, flag("local, or ray: each arm and seed as a task of its own.", "Output")]
 RayAddress = Annotated[Optional[str], flag("Ray cluster, e.g. auto. Default: one on this machine.", "Output")]
 Out = Annotated[
@@ -83,8 +84,10 @@ def make_run(
         PreskipError: an option is wrong, or anything else that a user can mend.
     """
     from preskip.train.cluster import check_executor
-    from preskip.train.distributed import is_main, share_batch
+    from preskip.train.distributed import is_main, share_batch, world_size
 
+    if course.workers > 1 and (course.executor == "ray" or world_size() > 1):
+        raise PreskipError("--workers has its own processes: leave out --executor ray, torchrun or accelerate launch")
     if not is_main():
         _follow(course, given, config, resume)
         return
