@@ -1,9 +1,9 @@
-"""Gain at home against change abroad of every arm, a panel for each run and set abroad: the picture of docs/results.md.
+"""In-domain gain against out-of-domain change of every arm, a panel for each run and other set (docs/results.md).
 
     python benchmarks/results_figure.py docs/results.svg results/standard-wikitext2 results/standard-books
 
 From results.json alone. Every mark is an arm against the untouched model, with its 95 % intervals; the untouched model
-stands where the lines cross. Up and right is better.
+stands where the lines cross. Up and right is better. A filled mark is declared on both axes, a hollow one exploratory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from preskip.metrics import metric_named
 from preskip.report.frontier import planes
 from preskip.report.load import load_json
-from preskip.report.lookup import find, plain_arm, primary, trained_arms
+from preskip.report.lookup import find, is_declared, plain_arm, primary, trained_arms
 from preskip.report.static_figures import STYLE, WIDTH
 from preskip.report.verdicts import set_label
 
@@ -42,6 +42,11 @@ def differences(results: Mapping[str, Any], arm: str, set_name: str) -> tuple[fl
     return factor * entry["difference"], low, high
 
 
+def _declared(results: Mapping[str, Any], arm: str, set_name: str) -> bool:
+    entry = find(results, arm, plain_arm(results), set_name, primary(results, set_name))
+    return entry is not None and is_declared(entry)
+
+
 def _axis(results: Mapping[str, Any], set_name: str) -> str:
     about = metric_named(primary(results, set_name), results["sets"][set_name])
     gain = "bits per byte saved" if about.lower_is_better else f"{about.difference_unit.strip()} gained"
@@ -64,20 +69,22 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     with mpl.rc_context({**STYLE, "axes.grid": False, "svg.fonttype": "none", "font.family": "sans-serif"}):
         figure, grid = pyplot.subplots(len(runs), columns, figsize=(WIDTH + 1, 2.7 * len(runs)), squeeze=False)
         for row, results in zip(grid, runs, strict=True):
-            for axes, (home, abroad) in zip(row, planes(results), strict=False):
+            for axes, (own, other) in zip(row, planes(results), strict=False):
                 for place in (axes.axhline, axes.axvline):
                     place(0, color="#6b7280", linewidth=0.8, linestyle=(0, (3, 2)))
                 for arm in trained_arms(results):
-                    (x, *ends_x), (y, *ends_y) = (differences(results, arm, name) for name in (home, abroad))
+                    (x, *ends_x), (y, *ends_y) = (differences(results, arm, name) for name in (own, other))
                     colour, mark = LOOKS[arm]
+                    declared = all(_declared(results, arm, name) for name in (own, other))
                     spread = [[[x - ends_x[0]], [ends_x[1] - x]], [[y - ends_y[0]], [ends_y[1] - y]]]
                     axes.errorbar(
                         x, y, xerr=spread[0], yerr=spread[1], color=colour, marker=mark, markersize=6, linewidth=1.2,
-                        markeredgecolor="white", markeredgewidth=0.6, label=arm,
+                        markerfacecolor=colour if declared else "white", markeredgecolor=colour, markeredgewidth=1.2,
+                        label=arm,
                     )  # fmt: skip
-                axes.set_title(f"trained on {set_label(results['sets'], home)}")
-                axes.set_xlabel(_axis(results, home))
-                axes.set_ylabel(_axis(results, abroad))
+                axes.set_title(f"trained on {set_label(results['sets'], own)}")
+                axes.set_xlabel(_axis(results, own))
+                axes.set_ylabel(_axis(results, other))
         handles, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

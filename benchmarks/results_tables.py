@@ -2,8 +2,9 @@
 
     python benchmarks/results_tables.py results/standard-wikitext2
 
-The declared comparisons, each arm against the untouched model and against `preskip`, the rates that were searched, and
-the trends over depth, from results.json alone. tests/report/test_results_page.py holds the page to these tables.
+The arms, the comparisons declared before training with their p-values after Holm, the exploratory ones apart from them
+with raw p-values and marked verdicts, the rates that were searched, and the trends over depth, from results.json alone.
+tests/report/test_results_page.py holds the page to these tables.
 """
 
 from __future__ import annotations
@@ -21,20 +22,32 @@ from preskip.report.plots.plane import development
 from preskip.report.verdicts import MINUS, decimals, difference_text, nulls_text, number, p_text
 
 ARM = "preskip"
-DOMAINS = {"in": "home", "out": "abroad"}
+DOMAINS = {"in": "in-domain", "out": "out-of-domain"}
+# Behind every verdict word that rests on a raw p-value.
+EXPLORATORY = "†"
 Results = Mapping[str, Any]
 
 
 def tables(results: Results) -> Iterator[tuple[str, str]]:
     """Heading and Markdown of every table that the results have."""
+    yield "Arms", arms(results)
     yield "Declared", declared(results)
     for reference in (plain_arm(results), ARM):
         if reference in results["arms"]:
-            yield f"Against {reference}", against(results, reference)
+            yield f"Exploratory, against {reference}", exploratory(results, reference)
     if results.get("search"):
         yield "Searched rates", searched(results)
     if results.get("trend"):
         yield "Trends over depth", depth(results)
+
+
+def arms(results: Results) -> str:
+    """Every trained arm's size and learning rate."""
+    rows = []
+    for arm in trained_arms(results):
+        summary = results["arms"][arm]
+        rows.append((f"`{arm}`", _weights(summary), f"{summary['learning_rate']:g}"))
+    return _markdown(("arm", "weights", "lr"), rows)
 
 
 def declared(results: Results) -> str:
@@ -53,8 +66,8 @@ def declared(results: Results) -> str:
     return _markdown(("difference", "on", "[95 %]", "p after Holm", "verdict"), rows)
 
 
-def against(results: Results, reference: str) -> str:
-    """Every trained arm against one on each set's primary metric, with verdicts."""
+def exploratory(results: Results, reference: str) -> str:
+    """Every arm against one on each set's primary metric where that was not declared: raw p-values, marked verdicts."""
     sets = list(results["sets"])
     headings = [
         f"{name}, {metric_named(primary(results, name)).phrase} ({DOMAINS[results['sets'][name]['domain']]})"
@@ -63,17 +76,15 @@ def against(results: Results, reference: str) -> str:
     rows = []
     for arm in trained_arms(results):
         found = [find(results, arm, reference, name, primary(results, name)) for name in sets]
-        if arm != reference and any(found):
-            summary = results["arms"][arm]
-            cells = [f"{_difference(entry)} {entry['verdict']}" if entry else "–" for entry in found]
-            rows.append((f"`{arm}`", _weights(summary), f"{summary['learning_rate']:g}", *cells))
-    return _markdown(("arm", "weights", "lr", *headings), rows)
+        if arm != reference and any(entry and not is_declared(entry) for entry in found):
+            rows.append((f"`{arm}`", *map(_explored, found)))
+    return _markdown(("arm", *headings), rows)
 
 
 def searched(results: Results) -> str:
     """Every arm's rates of the search's last rung on development documents; the chosen one in bold."""
     rows = []
-    abroad = [
+    others = [
         name for name, entry in results["sets"].items() if entry["domain"] == "out" and entry["kind"] == "document"
     ]
     for arm, search in results["search"].items():
@@ -82,9 +93,9 @@ def searched(results: Results) -> str:
             if point["steps"] == longest and not point.get("diverged"):
                 rate = f"{point['learning_rate']:g}"
                 shown = f"**{rate}**" if point["learning_rate"] == search["chosen"] else rate
-                others = [point["dev"]["out"].get(name) for name in abroad]
-                rows.append((f"`{arm}`", shown, *map(_development, (development(point, "in"), *others))))
-    return _markdown(("arm", "lr", "home", *abroad), rows)
+                out = [point["dev"]["out"].get(name) for name in others]
+                rows.append((f"`{arm}`", shown, *map(_development, (development(point, "in"), *out))))
+    return _markdown(("arm", "lr", "in-domain", *others), rows)
 
 
 def depth(results: Results) -> str:
@@ -106,6 +117,15 @@ def depth(results: Results) -> str:
 def _difference(entry: Mapping[str, Any]) -> str:
     shown = difference_text(entry)
     return f"{shown['value']} {shown['interval']}"
+
+
+def _explored(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "–"
+    if is_declared(entry):
+        return "declared"
+    p = p_text(entry["p_value"])
+    return f"{_difference(entry)}, raw p {p if p.startswith('<') else f'= {p}'}, {entry['verdict']} {EXPLORATORY}"
 
 
 def _nulls(entry: Mapping[str, Any]) -> str:
