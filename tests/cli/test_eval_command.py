@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from preskip.cli.main import main
 from preskip.runs.schema import EvalResults, Record
 from tiny_model import save_tiny_llama, tiny_llama, write_corpus
 
-DOCS = Path(__file__).parents[2] / "docs" / "evaluation.md"
 FAST = ["--dtype", "float32", "--device", "cpu"]
 
 
@@ -149,25 +147,3 @@ def test_nan_is_a_failure_and_writes_nothing(call, inputs, tmp_path):
     assert code == 1
     assert "NaN" in stderr
     assert not (tmp_path / "out").exists()
-
-
-def test_the_documented_commands_run(inputs, monkeypatch, tmp_path, capsys):
-    """The examples of docs/evaluation.md, on the tiny model and data."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PRESKIP_DATA", str(inputs / "data"))
-    (tmp_path / "texts.jsonl").write_bytes((inputs / "texts.jsonl").read_bytes())
-    page = DOCS.read_text(encoding="utf-8")
-    commands = [line for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
-    assert len(commands) >= 3
-    for command in commands:
-        arguments = command.removeprefix("preskip ").split()
-        arguments[arguments.index("eval") + 1] = str(inputs / "model")
-        arguments = [str(inputs / "preskip") if argument == "my-adapter" else argument for argument in arguments]
-        arguments += ["--limit", "4"] if "--limit" not in arguments else []
-        with pytest.raises(SystemExit) as stop:
-            main([*arguments, "--device", "cpu"])
-        assert not stop.value.code, command
-    capsys.readouterr()
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        names = {"tokenizer": __import__("tiny_text").tiny_tokenizer(), "models": [tiny_llama(), tiny_llama()]}
-        exec(compile(block, str(DOCS), "exec"), names)

@@ -1,0 +1,59 @@
+"""The table of what works with which model family, made from the tests' zoo and the package: docs/capabilities.md.
+
+    python docs/capabilities.py
+
+Adapter: the family has a row in the zoo, on which every test of the adapter runs. Architecture and bake: its model type
+has a `preskip_<type>`. Serve: the package has a module for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import transformers
+
+from preskip.model_types import PREFIX, TYPES
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "capabilities.md"
+READS = {"text": "text", "seq2seq": "text, encoder-decoder", "image": "images", "image+text": "images and text"}
+HEAD = """# What works
+
+Every family here has a tiny model in the tests. At the default initialisation, disabled and unloaded,
+the adapted model's logits equal the base's exactly. Every self-attention of the text decoder gets one
+branch, or an error prints what matched. Made by `python docs/capabilities.py` from the code; a test
+holds this page to it.
+
+"""
+
+
+def families() -> dict[str, object]:
+    """The rows of tests/support/zoo.py."""
+    path = ROOT / "tests" / "support" / "zoo.py"
+    spec = importlib.util.spec_from_file_location("zoo", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.FAMILIES
+
+
+def page() -> str:
+    """The page's Markdown."""
+    serves = importlib.util.find_spec("preskip.serve") is not None
+    rows = ["| family | reads | adapter | architecture | bake | serve |", "|---|---|---|---|---|---|"]
+    for name, family in sorted(families().items()):
+        model_type = getattr(transformers, family.config).model_type
+        built_in = model_type in TYPES and family.kind == "text" and family.causal
+        rows.append(
+            f"| `{name}` | {READS[family.kind]} | yes | {f'`{PREFIX}{model_type}`' if built_in else '–'} | "
+            f"{'yes' if built_in else '–'} | {'yes' if serves and built_in else '–'} |"
+        )
+    served = "" if serves else "\nServing is not built yet: see [Serve](serve.md).\n"
+    return HEAD + "\n".join(rows) + "\n" + served
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
