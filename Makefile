@@ -11,7 +11,7 @@ WORKERS ?= logical
 # A file stays in one process; files with slow tests go first (tests/conftest.py).
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-fast coverage lint format oldest clean
+.PHONY: help install demo test test-fast coverage lint format oldest docs clean
 
 help:
 	@echo "make demo       insert Preskip into the embedded model, train, compare, write a report (minutes)"
@@ -19,6 +19,7 @@ help:
 	@echo "make test-fast  without the tests marked slow"
 	@echo "make coverage   the whole test suite, with the lines it does not reach (half as long again)"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation site in build/site, every warning an error"
 	@echo "make oldest     the test suite on the oldest supported peft and transformers"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -61,5 +62,13 @@ $(OLDEST): $(INSTALLED)
 oldest: $(OLDEST)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(SPREAD) -m "not slow" tests/test_branch.py tests/test_attach.py tests/adapter tests/architecture tests/train
 
+# The packages come from the index, the build itself reads nothing from the network.
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/$(PIP) -c constraints.txt -e ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .mypy_cache .coverage
+	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .mypy_cache .coverage build/site

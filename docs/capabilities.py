@@ -21,10 +21,10 @@ PAGE = ROOT / "docs" / "capabilities.md"
 READS = {"text": "text", "seq2seq": "text, encoder-decoder", "image": "images", "image+text": "images and text"}
 HEAD = """# What works
 
-Every family here has a tiny model in the tests. At the default initialisation, disabled and unloaded,
-the adapted model's logits equal the base's exactly. Every self-attention of the text decoder gets one
-branch, or an error prints what matched. Made by `python docs/capabilities.py` from the code; a test
-holds this page to it.
+Every family here has a tiny model in the tests. At the default initialisation, disabled and
+unloaded, the adapted model's logits equal the base's exactly. Every self-attention of the text
+decoder gets one branch, or an error prints what matched. Made by `python docs/capabilities.py` from
+the code; a test holds this page to it.
 
 """
 
