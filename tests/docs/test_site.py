@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -78,6 +80,20 @@ def test_the_readme_reads_anywhere():
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
     assert not [page.name for page in (ROOT / "docs").glob("*.md") if f" {page.name}\n" not in navigation]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_have_outputs_and_use_public_names(path):
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs
+    assert all(cell["execution_count"] == number for number, cell in enumerate(cells, start=1))
+    assert not re.search(r"/work/|/root/|/home/|/tmp/", json.dumps(outputs))
+    for node in ast.walk(ast.parse("\n".join("".join(cell["source"]) for cell in cells))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("preskip"):
+            for name in node.names:
+                assert f"::: {node.module}.{name.name}\n" in reference, f"{node.module}.{name.name}"
 
 
 @pytest.mark.slow
