@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMENT = re.compile(r"^<!-- (?:(embedded)|not run: (\S.+)) -->\s*$")
 SHELL = ("console", "bash", "sh", "shell")
+DATA = ("text", "yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,8 @@ def blocks(page: Path) -> list[Block]:
             continue
         if token.type == "fence":
             language = token.info.split()[0] if token.info else ""
-            assert language in ("python", "text", *SHELL), f"{page.name}:{token.map[0] + 1}: a block says what it is"
-            if language != "text":
+            assert language in ("python", *DATA, *SHELL), f"{page.name}:{token.map[0] + 1}: a block says what it is"
+            if language not in DATA:
                 embedded, reason = comment.groups() if comment else (None, None)
                 found.append(
                     Block(
