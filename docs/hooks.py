@@ -13,8 +13,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = ROOT / "src" / "preskip" / "runs" / "schema.py"
 TITLE = "# Stored files\n"
 INTRODUCTION = """
-Every stored file is JSON, or JSON in lines. This page is made from `src/preskip/runs/schema.py`. What `--json` prints
-is the content of the file that the command writes. The types below are named as there.
+Every stored file is JSON, or JSON in lines. This page is made from `src/preskip/runs/schema.py`; the types below are
+named as there.
+
+With `--json` a command prints one JSON document. A mistake is `{"error": ...}`.
+
+| command | prints |
+|---|---|
+| `preskip probe`, `preskip pretrain` | `run`, `report`, and all of [Results](#results) |
+| `preskip eval` | `out`, and all of [EvalResults](#evalresults) |
+| `preskip compare` | `family` ([Family](#family)), `notes`, `comparisons` ([Comparison](#comparison)) |
+| `preskip audit` | all of [DtypeAudit](#dtypeaudit) |
+| `preskip explain` | `out`, `page`, `figures`, and of [Explain](#explain) the layers and classes |
+| `preskip power` | `power`, `alpha`, `designs`: of each `metric`, `units`, `seeds`, `resolvable` and its deviations |
+| `preskip report` | `report`: the page's path |
+| `preskip bake` | `out`, `base`, `dtype`, `model_type`, `bytes`, `logits_difference` |
+| `preskip doctor` | `preskip`, `executable`, `problems`, `environment`, `devices`, `cache`, `missing` |
 
 """
 
