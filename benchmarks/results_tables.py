@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from preskip.metrics import metric_named
-from preskip.report.claims import MEASURES
 from preskip.report.load import load_json
-from preskip.report.lookup import find, is_declared, plain_arm, primary, trained_arms
-from preskip.report.plots.plane import development
-from preskip.report.verdicts import MINUS, decimals, difference_text, nulls_text, number, p_text
+from preskip.report.lookup import development, find, is_declared, metric_on, plain_arm, trained_arms
+from preskip.report.words.claims import MEASURES
+from preskip.report.words.verdicts import MINUS, decimals, difference_text, limits_text, nulls_text, number, p_text
+from preskip.runs.schema import Results
 
 ARM = "preskip"
 DOMAINS = {"in": "home", "out": "abroad"}
-Results = Mapping[str, Any]
 
 
 def tables(results: Results) -> Iterator[tuple[str, str]]:
@@ -57,12 +56,11 @@ def against(results: Results, reference: str) -> str:
     """Every trained arm against one on each set's primary metric, with verdicts."""
     sets = list(results["sets"])
     headings = [
-        f"{name}, {metric_named(primary(results, name)).phrase} ({DOMAINS[results['sets'][name]['domain']]})"
-        for name in sets
+        f"{name}, {metric_on(results, name).phrase} ({DOMAINS[results['sets'][name]['domain']]})" for name in sets
     ]
     rows = []
     for arm in trained_arms(results):
-        found = [find(results, arm, reference, name, primary(results, name)) for name in sets]
+        found = [find(results, arm, reference, name) for name in sets]
         if arm != reference and any(found):
             summary = results["arms"][arm]
             cells = [f"{_difference(entry)} {entry['verdict']}" if entry else "–" for entry in found]
@@ -93,7 +91,7 @@ def depth(results: Results) -> str:
         (
             f"`{arm}`",
             MEASURES[entry["measure"]],
-            f"{number(entry['rho'], 2, sign=True)} {_limits(entry['low'], entry['high'], 2)}",
+            f"{number(entry['rho'], 2, sign=True)} {limits_text(entry['low'], entry['high'], 2)}",
             "–" if entry["null_low"] is None else _nulls(entry),
             entry["verdict"],
         )
@@ -110,18 +108,14 @@ def _difference(entry: Mapping[str, Any]) -> str:
 
 def _nulls(entry: Mapping[str, Any]) -> str:
     own = nulls_text(entry)
-    return _limits(entry["null_low"], entry["null_high"], 2) + (f"; {own}" if own else "")
+    return limits_text(entry["null_low"], entry["null_high"], 2) + (f"; {own}" if own else "")
 
 
 def _development(value: Mapping[str, Any] | None) -> str:
     if value is None:
         return "–"
     places = decimals(value["low"], value["high"], 3)
-    return f"{number(value['value'], places, sign=True)} {_limits(value['low'], value['high'], places)}"
-
-
-def _limits(low: float, high: float, places: int) -> str:
-    return f"[{number(low, places, sign=True)}, {number(high, places, sign=True)}]"
+    return f"{number(value['value'], places, sign=True)} {limits_text(value['low'], value['high'], places)}"
 
 
 def _weights(summary: Mapping[str, Any]) -> str:

@@ -63,7 +63,7 @@ def test_norms_are_the_runs_and_the_null_is_its_band(place, explained):
 
 
 def test_figures_are_drawn_from_the_json_alone_and_the_same_each_time(place, explained, tmp_path):
-    from preskip.report.static_figures import save_figures
+    from preskip.report.explain.pictures import save_figures
 
     names = {
         f"{name}.{kind}" for name in ("depth", "ablation", "classes", "spectrum") for kind in ("svg", "pdf", "png")
@@ -75,7 +75,14 @@ def test_figures_are_drawn_from_the_json_alone_and_the_same_each_time(place, exp
             ElementTree.parse(path)
     bare = {**explained, "classes": []}
     bare["layers"] = [
-        {**row, "skip_to_attention": None, "skip_norm": None, "spectrum": None, "ablation": None}
+        {
+            **row,
+            "skip_to_attention": None,
+            "skip_norm": None,
+            "spectrum": None,
+            "ablation": None,
+            "effective_rank": None,
+        }
         for row in explained["layers"]
     ]
     assert {path.name for path in save_figures(bare, tmp_path / "bare")} == {"depth.svg", "depth.pdf", "depth.png"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from preskip.report.frontier import assess_plane, planes
+from preskip.report.words.frontier import assess_plane, planes
 
 
 def results(verdicts: dict[tuple[str, str], tuple[str, str]]) -> dict[str, Any]:

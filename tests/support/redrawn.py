@@ -83,7 +83,7 @@ def numbers(lines: list[str]) -> list[str]:
 def _statements(run: Path) -> Iterator[str]:
     from preskip.cli.tables import print_claims, print_paper, print_results
     from preskip.report import build_report, write_cards
-    from preskip.report.explain_page import build_explain_page
+    from preskip.report.explain.page import build_explain_page
 
     record, results = (json.loads((run / name).read_text()) for name in ("run.json", "results.json"))
     yield from _page("report.html", read(build_report(run)))

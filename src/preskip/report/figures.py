@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from preskip.metrics import metric_named
-from preskip.report.claims import MEASURES as TRENDS
-from preskip.report.frontier import assess_plane, planes
 from preskip.report.load import Curve
-from preskip.report.lookup import by_measure, trained_arms
+from preskip.report.lookup import by_measure, metric_on, trained_arms
 from preskip.report.plots import depth, forest, plane, search, training
-from preskip.report.verdicts import nulls_text, number, set_label
+from preskip.report.words.frontier import assess_plane, planes
+from preskip.report.words.verdicts import number, set_label
+from preskip.runs.schema import Results
 
 Figure = dict[str, Any]
 DEPTH_TITLES = {
@@ -21,7 +20,7 @@ DEPTH_TITLES = {
 PARTS = {"skip": "skip", "enrichment": "enrichment"}
 
 
-def make_figures(results: Mapping[str, Any], curves: Sequence[Curve]) -> list[Figure]:
+def make_figures(results: Results, curves: Sequence[Curve]) -> list[Figure]:
     """All figures of a run, in the page's order.
 
     Args:
@@ -47,7 +46,7 @@ def _figure(key: str, section: str, title: str, spec: Any, alt: str, *, note: st
     return {**shown, "alt": alt, "spec": spec}
 
 
-def _planes(results: Mapping[str, Any]) -> Iterator[Figure]:
+def _planes(results: Results) -> Iterator[Figure]:
     for home, abroad in planes(results):
         records = plane.plane_records(results, home, abroad)
         tested = [record for record in records if record["part"] == "test"]
@@ -65,7 +64,7 @@ def _planes(results: Mapping[str, Any]) -> Iterator[Figure]:
 
 
 def _plane(
-    results: Mapping[str, Any], records: Sequence[dict[str, Any]], home: str, abroad: str, section: str, words: str
+    results: Results, records: Sequence[dict[str, Any]], home: str, abroad: str, section: str, words: str
 ) -> Figure:
     """A plane in the section of one set abroad."""
     left_out = plane.outside(records)
@@ -86,10 +85,10 @@ def _places(records: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _forests(results: Mapping[str, Any]) -> Iterator[Figure]:
+def _forests(results: Results) -> Iterator[Figure]:
     for set_name, metric, entries in by_measure(results["comparisons"]):
-        about = metric_named(metric, results["sets"].get(set_name))
-        records = forest.forest_records(entries, results["sets"].get(set_name))
+        about = metric_on(results, set_name, metric)
+        records = forest.forest_records(entries, about)
         if not records:
             continue
         alt = "; ".join(
@@ -99,15 +98,15 @@ def _forests(results: Mapping[str, Any]) -> Iterator[Figure]:
             f"forest-{set_name}-{metric}",
             f"comparisons-{set_name}-{metric}",
             f"Paired differences, {about.phrase}",
-            forest.forest(records, metric),
+            forest.forest(records, about),
             alt,
             note="left of 0 is better" if about.lower_is_better else "right of 0 is better",
         )
 
 
-def _searches(results: Mapping[str, Any], arms: Sequence[str]) -> Iterator[Figure]:
+def _searches(results: Results, arms: Sequence[str]) -> Iterator[Figure]:
     found = results.get("search") or {}
-    records = {arm: search.search_records(found[arm], arm) for arm in arms if (found.get(arm) or {}).get("trace")}
+    records = {arm: search.search_records(found[arm], arm) for arm in arms if arm in found and found[arm]["trace"]}
     bounds = search.shared_bounds([record for rows in records.values() for record in rows])
     for arm, rows in records.items():
         best = [row for row in rows if row["chosen"] and row["value"] is not None]
@@ -126,7 +125,7 @@ def _searches(results: Mapping[str, Any], arms: Sequence[str]) -> Iterator[Figur
         )
 
 
-def _evaluations(results: Mapping[str, Any], arms: Sequence[str]) -> Iterator[Figure]:
+def _evaluations(results: Results, arms: Sequence[str]) -> Iterator[Figure]:
     records = training.evaluation_records(results.get("curves") or {})
     if not records:
         return
@@ -162,7 +161,7 @@ def _training(curves: Sequence[Curve], arms: Sequence[str]) -> Iterator[Figure]:
     )
 
 
-def _depth(results: Mapping[str, Any], arms: Sequence[str]) -> Iterator[Figure]:
+def _depth(results: Results, arms: Sequence[str]) -> Iterator[Figure]:
     profiles = results.get("depth") or {}
     for measure, title in DEPTH_TITLES.items():
         records = depth.depth_records(profiles, measure)
@@ -189,7 +188,7 @@ def _depth(results: Mapping[str, Any], arms: Sequence[str]) -> Iterator[Figure]:
                 )
 
 
-def _norms(results: Mapping[str, Any], arms: Sequence[str], arm: str) -> Iterator[Figure]:
+def _norms(results: Results, arms: Sequence[str], arm: str) -> Iterator[Figure]:
     """An arm's norm on its null bands, and beside it the same norm under equal steps."""
     if arm not in (results.get("depth") or {}):
         return
@@ -204,19 +203,19 @@ def _norms(results: Mapping[str, Any], arms: Sequence[str], arm: str) -> Iterato
             f"norm-{measure}-{arm}",
             "norms",
             f"{arm}: {depth.MEASURES[measure]}",
-            depth.norms(records, arms, measure, depth.top_of(records)),
+            depth.norms(records, arms, measure),
             _layers_in_words(learned, depth.MEASURES[measure])
             + (f"; null bands: {' and '.join(nulls)}" if nulls else "; no null band"),
             note="with null bands" if nulls else "no null band",
         )
-        equal = depth.depth_records({arm: (results.get("equal_step") or {}).get(arm) or {}}, measure)
+        equal = depth.depth_records({arm: (results.get("equal_step") or {}).get(arm, {})}, measure)
         if equal:
             rows = [{"part": "arm", **row} for row in equal]
             yield _figure(
                 f"equal-step-{measure}-{arm}",
                 "norms",
                 f"{arm}: {depth.MEASURES[measure]}",
-                depth.norms(rows, arms, measure, depth.top_of(rows)),
+                depth.norms(rows, arms, measure),
                 "With equal steps in every layer: " + _layers_in_words(equal, depth.MEASURES[measure]),
                 note="control: equal steps",
             )
@@ -230,25 +229,3 @@ def _layers_in_words(records: Sequence[Mapping[str, Any]], name: str) -> str:
         f"{name} for layers {first} to {last}; largest at layer {largest['layer']} "
         f"({largest['value']:.3g}, {largest['arm']}, seed {largest['seed']})"
     )
-
-
-def trend_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The trends over depth as table rows: arm, measure, rho, interval, null, seeds, verdict."""
-    return [
-        {
-            "arm": arm,
-            "measure": TRENDS.get(row["measure"], row["measure"]),
-            "rho": number(row["rho"], 2, sign=True),
-            "interval": _range(row.get("low"), row.get("high")),
-            "null": _range(row.get("null_low"), row.get("null_high")),
-            "own_nulls": nulls_text(row),
-            "seeds": str(row.get("seeds") or ""),
-            "verdict": row["verdict"],
-        }
-        for arm, rows in (results.get("trend") or {}).items()
-        for row in rows
-    ]
-
-
-def _range(low: float | None, high: float | None) -> str:
-    return "–" if low is None or high is None else f"[{number(low, 2, sign=True)}, {number(high, 2, sign=True)}]"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preskip.metrics import metric_named
-from preskip.report.lookup import PAPER, find, is_declared, is_pretraining, primary, resolvable, sets_of
-from preskip.report.verdicts import MINUS, amount, nulls_text, number, sentence, set_label
+from preskip.report.lookup import DOMAINS, PAPER, find, is_declared, is_pretraining, metric_on, resolvable, sets_of
+from preskip.report.words.verdicts import MINUS, amount, nulls_text, number, sentence, set_label
+from preskip.runs.schema import Manifest, Results, Trend
 
 ARM = "preskip"
 READING = {"better": "supported", "worse": "contradicted", "equivalent": "contradicted", "undecided": "undecided"}
@@ -46,7 +46,7 @@ Claim = dict[str, Any]
 Part = dict[str, Any]
 
 
-def assess(record: Mapping[str, Any], results: Mapping[str, Any]) -> list[Claim]:
+def assess(record: Manifest, results: Results) -> list[Claim]:
     """Hold the paper's claims, and the controls that decide how to read them, against one run.
 
     Args:
@@ -121,20 +121,20 @@ def _from_scratch(bench: _Bench) -> list[Claim]:
 class _Bench:
     """One run's stored results, read part by part."""
 
-    def __init__(self, record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    def __init__(self, record: Manifest, results: Results) -> None:
         self.record, self.results = record, results
 
     def compare(self, reference: str, set_name: str, *, equal_budget: bool = False) -> Part:
         """The part "preskip − reference" on a set's primary metric."""
         missing = [name for name in (ARM, reference) if name not in self.results["arms"]]
-        metric = primary(self.results, set_name)
-        title = f"{ARM} {MINUS} {reference}, {metric_named(metric).phrase} on {self.title(set_name)}"
+        where = f"{set_label(self.results['sets'], set_name)} ({DOMAINS[self.results['sets'][set_name]['domain']]})"
+        title = f"{ARM} {MINUS} {reference}, {metric_on(self.results, set_name).phrase} on {where}"
         if missing:
             return _missing(*(f"arm {name}" for name in missing), title=title)
         if equal_budget and not self.same_budget(reference):
             counts = " and ".join(f"{self.weights(name):,} ({name})" for name in (ARM, reference))
             return _missing(f"equal budgets (they train {counts} weights; --match params)", title=title)
-        entry = find(self.results, ARM, reference, set_name, metric)
+        entry = find(self.results, ARM, reference, set_name)
         if entry is None:
             return _missing(f"this comparison among its pairs ({title})", title=title)
         smallest, basis = resolvable(self.results, entry)
@@ -157,9 +157,7 @@ class _Bench:
         """The claim's two halves: bits per byte at home, and accuracy (LAMBADA where it was scored)."""
         home = sets_of(self.results, domain="in", kind="document")[:1]
         items = lambada or [
-            name
-            for name in sets_of(self.results, kind="item")
-            if not metric_named(primary(self.results, name), self.results["sets"][name]).lower_is_better
+            name for name in sets_of(self.results, kind="item") if not metric_on(self.results, name).lower_is_better
         ]
         parts = [self.compare("none", name) for name in home] or [_missing("an in-domain set of documents")]
         return parts + ([self.compare("none", name) for name in items] or [_missing("a set of items")])
@@ -204,24 +202,18 @@ class _Bench:
 
     def same_budget(self, reference: str) -> bool:
         """Whether both arms train (or compute) the same, as the run matched them."""
-        return all(self.budget(name) == "matched" for name in (ARM, reference))
-
-    def budget(self, arm: str) -> str | None:
-        """How an arm's budget was matched, as recorded."""
-        stored = self.results["arms"][arm].get("budget") or (self.record.get("arms") or {}).get(arm, {}).get("budget")
-        return None if stored is None else str(stored)
+        stored = self.record.get("arms") or {}
+        return all(
+            (self.results["arms"][arm].get("budget") or (arm in stored and stored[arm].get("budget"))) == "matched"
+            for arm in (ARM, reference)
+        )
 
     def weights(self, arm: str) -> int:
         """Trainable weights of an arm."""
         return int(self.results["arms"][arm]["trainable_parameters"])
 
-    def title(self, set_name: str) -> str:
-        """A set's name and whether it is at home or abroad."""
-        domain = {"in": "in-domain", "out": "out-of-domain"}[self.results["sets"][set_name]["domain"]]
-        return f"{set_label(self.results['sets'], set_name)} ({domain})"
 
-
-def trend_text(row: Mapping[str, Any]) -> str:
+def trend_text(row: Trend) -> str:
     """One trend over depth in words, with its interval and null band."""
     text = f"{MEASURES.get(row['measure'], row['measure'])}, rank correlation with depth {row['rho']:+.2f}"
     if row.get("low") is not None:
@@ -233,7 +225,7 @@ def trend_text(row: Mapping[str, Any]) -> str:
     return text.replace("-", MINUS) + f": {row['verdict']}"
 
 
-def _trend_part(row: Mapping[str, Any], later_worth: float | None) -> Part:
+def _trend_part(row: Trend, later_worth: float | None) -> Part:
     verdict, text = TREND[row["verdict"]], trend_text(row)
     if row["measure"] == "ablation_skip" and verdict == "supported" and later_worth is not None and later_worth <= 0:
         # From harmful to harmless is a rise, too, but no use of the skip.

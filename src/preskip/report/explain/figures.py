@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from preskip.report.explain.measures import ABLATIONS, ALIGNMENTS, SIZES, measured, value_text
 from preskip.report.plots import classes, depth, layers
-from preskip.report.plots.base import Spec
-from preskip.report.verdicts import decimals, number
+from preskip.report.plots.base import Record, Spec
+from preskip.runs.schema import Explain
 
 Figure = dict[str, Any]
-Explain = Mapping[str, Any]
-Interval = Mapping[str, float]
+Layers = Sequence[Any]  # of ExplainedLayer, read by the name of a measure
 
-SIZES = {
-    "skip_to_attention": ("Round attention: the skip", "‖skip‖ / ‖attention output‖"),
-    "enrichment": ("Into attention: the enrichment", "‖x̃ − x̂‖ / ‖x̂‖"),
-}
-ABLATIONS = {"skip": "skip off", "enrichment": "enrichment off", "both": "both off"}
 TITLES = [title for title, _ in SIZES.values()]
-ALIGNMENTS = {"attention": "attention", "mlp": "MLP"}
 CHANGES = {
     "entropy_change": ("Entropy of attention", "Δ entropy, nats", "above 0: it spreads wider"),
     "sink_change": ("Mass on the first token", "Δ mass on the first token", "above 0: more goes there"),
@@ -33,8 +27,7 @@ def explain_figures(explain: Explain) -> list[Figure]:
         Dictionaries with key (unique), section, title, note, alt (the figure in words) and spec.
     """
     return [
-        *_sizes(explain),
-        *_norms(explain),
+        *depth_figures(explain["layers"], explain["source"]),
         *_ablation(explain["layers"]),
         *_classes(explain),
         *_weights(explain["layers"]),
@@ -42,27 +35,28 @@ def explain_figures(explain: Explain) -> list[Figure]:
     ]
 
 
-def measured(layers: Sequence[Mapping[str, Any]], *path: str) -> list[tuple[int, Interval]]:
-    """(layer, interval) of every layer that has the measure."""
-    find = _at(*path)
-    return [(layer["layer"], found) for layer in layers for found in [find(layer)] if found is not None]
+def depth_figures(rows: Layers, source: Mapping[str, Any] | None = None) -> list[Figure]:
+    """Both sizes by layer, and the norms on their null bands.
+
+    Args:
+        rows: layers as in explain.json.
+        source: where the weights are from, as there.
+    """
+    return [*_sizes(rows), *_norms(rows, source or {})]
 
 
-def value_text(found: Interval, *, sign: bool = False) -> str:
-    """A value with its interval, such as "0.412 [0.380, 0.444]": two figures of the half width."""
-    places = decimals(found["low"], found["high"], 2)
-    value, low, high = (number(found[key], places, sign=sign) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+def interval_records(rows: Layers, series: Mapping[str, Sequence[str]]) -> list[Record]:
+    """One record per series and layer: value with its limits; layers without the measure are left out.
 
-
-def _at(*path: str) -> Callable[[Mapping[str, Any]], Interval | None]:
-    def find(layer: Mapping[str, Any]) -> Interval | None:
-        found: Any = layer
-        for key in path:
-            found = (found or {}).get(key)
-        return found
-
-    return find
+    Args:
+        rows: layers as in explain.json.
+        series: name → where the interval stands in a layer.
+    """
+    return [
+        {"series": name, "layer": layer, **{key: found[key] for key in ("value", "low", "high")}}
+        for name, path in series.items()
+        for layer, found in measured(rows, *path)
+    ]
 
 
 def _figure(key: str, section: str, title: str, spec: Spec, alt: str, *, note: str = "") -> Figure:
@@ -70,34 +64,28 @@ def _figure(key: str, section: str, title: str, spec: Spec, alt: str, *, note: s
     return {**shown, "alt": alt, "spec": spec}
 
 
-def _sizes(explain: Explain) -> Iterator[Figure]:
+def _sizes(rows: Layers) -> Iterator[Figure]:
     for measure, (title, axis) in SIZES.items():
-        records = layers.interval_records(explain["layers"], {title: _at(measure)})
+        records = interval_records(rows, {title: (measure,)})
         if records:
             yield _figure(
                 measure, "depth", title, layers.profile(records, axis, series=TITLES), _extremes(records, axis)
             )
 
 
-def _norms(explain: Explain) -> Iterator[Figure]:
-    arm = explain["source"].get("arm") or "branch"
+def _norms(rows: Layers, source: Mapping[str, Any]) -> Iterator[Figure]:
+    arm, seed = source.get("arm") or "branch", str(source.get("seed", ""))
     for measure in ("skip_norm", "down_norm"):
         learned = [
-            {
-                "part": "arm",
-                "arm": arm,
-                "seed": str(explain["source"].get("seed", "")),
-                "layer": row["layer"],
-                "value": row[measure],
-            }
-            for row in explain["layers"]
+            {"part": "arm", "arm": arm, "seed": seed, "layer": row["layer"], "value": row[measure]}
+            for row in rows
             if row.get(measure)
         ]
         if not learned:
             continue
         bands = [
             {"part": "null", "null": depth.NULLS["noise"], "layer": row["layer"], **row["null"][measure]}
-            for row in explain["layers"]
+            for row in rows
             if (row.get("null") or {}).get(measure)
         ]
         records = [*learned, *bands]
@@ -107,7 +95,7 @@ def _norms(explain: Explain) -> Iterator[Figure]:
             measure,
             "depth",
             f"Norm: {name}",
-            depth.norms(records, [arm], measure, depth.top_of(records)),
+            depth.norms(records, [arm], measure),
             f"{name}; largest at layer {top['layer']} ({top['value']:.3g}); "
             + ("with" if bands else "no")
             + " null band",
@@ -115,8 +103,8 @@ def _norms(explain: Explain) -> Iterator[Figure]:
         )
 
 
-def _ablation(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
-    parts = {part: layers.interval_records(rows, {title: _at("ablation", part)}) for part, title in ABLATIONS.items()}
+def _ablation(rows: Layers) -> Iterator[Figure]:
+    parts = {part: interval_records(rows, {title: ("ablation", part)}) for part, title in ABLATIONS.items()}
     limits = layers.bounds([record for records in parts.values() for record in records])
     for part, records in parts.items():
         if records:
@@ -150,7 +138,7 @@ def _classes(explain: Explain) -> Iterator[Figure]:
         )
 
 
-def _weights(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
+def _weights(rows: Layers) -> Iterator[Figure]:
     records = layers.spectrum_records(rows)
     if records:
         top = max(records, key=lambda record: record["value"])
@@ -168,9 +156,9 @@ def _weights(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
         yield _figure("ranks", "weights", "Ranks of W_skip", spec, _extremes(found, "Rank of W_skip"))
 
 
-def _directions(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
-    series = {f"with {words}": _at("alignment", key) for key, words in ALIGNMENTS.items()}
-    records = layers.interval_records(rows, series)
+def _directions(rows: Layers) -> Iterator[Figure]:
+    series = {f"with {words}": ("alignment", key) for key, words in ALIGNMENTS.items()}
+    records = interval_records(rows, series)
     if records:
         yield _figure(
             "alignment",
@@ -181,7 +169,7 @@ def _directions(rows: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
             note="above 0: the same way",
         )
     for key, (title, axis, note) in CHANGES.items():
-        records = layers.interval_records(rows, {title: _at(key)})
+        records = interval_records(rows, {title: (key,)})
         if records:
             spec = layers.profile(records, axis, form="+.5f")
             yield _figure(key.replace("_", "-"), "attention", title, spec, _extremes(records, axis), note=note)

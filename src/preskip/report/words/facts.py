@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from preskip.metrics import metric_named
-from preskip.report.lookup import is_declared, trained_arms
-from preskip.report.verdicts import amount, sentence, set_label, set_title
+from preskip.report.lookup import is_declared, primary, trained_arms
+from preskip.report.words.verdicts import amount, sentence, set_label, set_title
+from preskip.runs.schema import Manifest, Results
 
 FACT_VERSIONS = ("python", "torch", "transformers", "peft")
 
 
-def facts(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def facts(record: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
     """Groups of (label, value): model, corpus, machine and run; what run.json does not say is left out."""
-    model, corpus, environment = record["model"], record["corpus"], record["environment"]
+    model, corpus = record["model"], record["corpus"]
+    environment: Any = record["environment"]
     timings = record.get("timings") or {}
     groups: list[tuple[str, list[tuple[str, Any]]]] = [
         (
@@ -68,40 +70,18 @@ def facts(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     ]
 
 
-def _earlier(record: Mapping[str, Any]) -> str:
+def _earlier(record: Manifest) -> str:
     """The other machines, or versions, of the attempts before the last; empty where there were none."""
-    last = record["environment"]
+    last: Any = record["environment"]
+    others: Any = record.get("earlier_environments") or ()
     keys = ("device", "processor", "platform", *FACT_VERSIONS)
     told = [
-        ", ".join(str(other[key]) for key in keys if other.get(key) not in (None, last.get(key)))
-        for other in record.get("earlier_environments") or ()
+        ", ".join(str(other[key]) for key in keys if other.get(key) not in (None, last.get(key))) for other in others
     ]
     return "; ".join(dict.fromkeys(text for text in told if text))
 
 
-def set_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A row per evaluation set: title, domain, extent, how it is scored, source and checksum."""
-    rows = []
-    for name, entry in results["sets"].items():
-        extent = [_join(entry.get(unit), unit) for unit in ("documents", "items", "tokens", "bytes", "words")]
-        scored = f"context {entry['context_length']:,}" if entry.get("context_length") else ""
-        if entry.get("stride"):
-            scored += f", stride {entry['stride']:,}"
-        rows.append(
-            {
-                "title": set_title(results["sets"], name),
-                "key": name,
-                "domain": {"in": "in-domain", "out": "out-of-domain"}[entry["domain"]],
-                "extent": ", ".join(part for part in extent if part),
-                "scored": scored or "–",
-                "source": entry.get("source") or "–",
-                "sha256": entry.get("sha256") or "",
-            }
-        )
-    return rows
-
-
-def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def settings(record: Manifest) -> list[tuple[str, str]]:
     """(arm, its description and settings in words) of every arm that has any."""
     return [
         (name, _settings_text(arm))
@@ -110,7 +90,7 @@ def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def family_text(results: Mapping[str, Any]) -> str:
+def family_text(results: Results) -> str:
     """The family declared before training, its level and the margins of equivalence, in words."""
     family = results.get("family") or {}
     declared, alpha = len(family.get("declared") or ()), family.get("alpha", 0.05)
@@ -128,7 +108,7 @@ def family_text(results: Mapping[str, Any]) -> str:
     return text + (f" Margins of equivalence: {margins}." if margins else "")
 
 
-def declared_text(results: Mapping[str, Any]) -> str:
+def declared_text(results: Results) -> str:
     """What the comparisons declared before training decided, after correction, in sentences; "" where none was."""
     declared = [entry for entry in results["comparisons"] if is_declared(entry)]
     if not declared:
@@ -142,7 +122,7 @@ def declared_text(results: Mapping[str, Any]) -> str:
     return ". ".join([counted, *decided]) + "."
 
 
-def limits(record: Mapping[str, Any], results: Mapping[str, Any], seeds: int) -> list[str]:
+def limits(record: Manifest, results: Results, seeds: int) -> list[str]:
     """What this run cannot show, one sentence or two each.
 
     Args:
@@ -162,7 +142,7 @@ def limits(record: Mapping[str, Any], results: Mapping[str, Any], seeds: int) ->
         )
     found.append(_domain_limit(record, results))
     texts = [entry for entry in results["sets"].values() if entry["kind"] == "document"]
-    contexts = sorted({entry["context_length"] for entry in texts if entry.get("context_length")})
+    contexts = sorted({length for entry in texts if (length := entry.get("context_length"))})
     if contexts:
         found.append(
             f"Word perplexity and bits per byte hold for a context of {' and '.join(f'{n:,}' for n in contexts)} "
@@ -193,19 +173,19 @@ def limits(record: Mapping[str, Any], results: Mapping[str, Any], seeds: int) ->
     return found
 
 
-def _dtype_cost(results: Mapping[str, Any]) -> str:
+def _dtype_cost(results: Results) -> str:
     """What rounding alone does to the untouched base, by set, in the sets' primary measure."""
     names = {"bfloat16": "bf16 weights", "autocast": "bf16 autocast"}
     costs = [
         f"{names[entry['arm']]} {entry['difference']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}] "
         f"{metric_named(entry['metric']).phrase} on {set_label(results['sets'], entry['set'])} ({entry['verdict']})"
         for entry in results["dtype_audit"]["comparisons"]
-        if entry["metric"] == results["sets"].get(entry["set"], {}).get("primary", entry["metric"])
+        if entry["set"] not in results["sets"] or entry["metric"] == primary(results, entry["set"])
     ]
     return f"What the dtype alone does to the untouched model, against float32: {'; '.join(costs)}."
 
 
-def _domain_limit(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+def _domain_limit(record: Manifest, results: Results) -> str:
     model, corpus = record["model"]["name"], record["corpus"]["name"]
     abroad = [set_label(results["sets"], name) for name, e in results["sets"].items() if e["domain"] == "out"]
     text = f"One model ({model}) trained on one corpus ({corpus}). "
@@ -214,7 +194,7 @@ def _domain_limit(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     return text + "What helps on the text it was trained on may hurt on other text; this page measures only the former."
 
 
-def _rate_limit(results: Mapping[str, Any]) -> str:
+def _rate_limit(results: Results) -> str:
     arms, searched = trained_arms(results), set(results.get("search") or ())
     fixed = [arm for arm in arms if arm not in searched]
     if not fixed and arms:
@@ -233,7 +213,7 @@ def _rate_limit(results: Mapping[str, Any]) -> str:
     return "Learning rates were fixed, not tuned. Arms tuned to their best rates can rank differently."
 
 
-def _dtypes(record: Mapping[str, Any], results: Mapping[str, Any]) -> set[Any]:
+def _dtypes(record: Manifest, results: Results) -> set[Any]:
     found = {summary.get("base_dtype") for summary in results["arms"].values()} - {None}
     return found or {record["model"].get("dtype")} - {None}
 
