@@ -76,35 +76,28 @@ def depth_words(layers: Layers, trends: Sequence[Trend]) -> str:
         trends: the arm's rows of results.json's `trend`, of all its seeds together.
     """
     found = {row["measure"]: row for row in trends}
-    sentences = []
-    for key, what in SIZES.items():
-        points = [(row[key]["value"], row["layer"]) for row in layers if row[key]]
-        if points:
-            sentences.append(_sentence(what, points, found.get(key)))
-    points = [(row["skip_norm"], row["layer"]) for row in layers if row["skip_norm"] is not None]
-    if points:
-        sentences.append(_sentence(NORM, points, found.get("skip_norm"), _beside_noise(layers)))
+    points = {key: [(row[key]["value"], row["layer"]) for row in layers if row[key]] for key in SIZES}
+    norms = [(row["skip_norm"], row["layer"]) for row in layers if row["skip_norm"] is not None]
+    sentences = [_sentence(SIZES[key], own, found.get(key)) for key, own in points.items() if own]
+    if norms:
+        sentences.append(_sentence(NORM, norms, found.get("skip_norm"), _beside_noise(layers)))
     return " ".join(sentences)
 
 
-def _sentence(what: str, points: Sequence[tuple[float, int]], trend: Trend | None, more: str | None = None) -> str:
+def _sentence(what: str, points: Sequence[tuple[float, int]], trend: Trend | None, more: str = "") -> str:
     (low, first), (high, last) = min(points), max(points)
-    parts = [f"{what} by layer: from {low:.3g} in layer {first} to {high:.3g} in layer {last}"]
-    if more is not None:
-        parts.append(more)
+    parts = [f"{what} by layer: from {low:.3g} in layer {first} to {high:.3g} in layer {last}", more]
     if trend is not None:
         seeds = f"{trend['seeds']} seed{'s' if trend['seeds'] > 1 else ''}"
         parts.append(
             f"{TRENDS[trend['verdict']]} (rank correlation with depth {trend['rho']:+.2f}, 95 % interval "
             f"{trend['low']:+.2f} to {trend['high']:+.2f}, {seeds})"
         )
-    return "; ".join(parts) + "."
+    return "; ".join(filter(None, parts)) + "."
 
 
-def _beside_noise(layers: Layers) -> str | None:
+def _beside_noise(layers: Layers) -> str:
     """In how many layers the norm lies above what training on noise gives."""
     pairs = [(row["skip_norm"], row["null"]["skip_norm"]) for row in layers if row["null"]]
-    if not pairs:
-        return None
     above = sum(norm > band["high"] for norm, band in pairs)
-    return f"above the 95 % band of the noise null in {above} of {len(pairs)} layers"
+    return f"above the 95 % band of the noise null in {above} of {len(pairs)} layers" if pairs else ""

@@ -7,10 +7,9 @@ from typing import Any
 
 from preskip.report.explain.measures import ABLATIONS, ALIGNMENTS, SIZES, measured, value_text
 from preskip.report.plots import classes, depth, layers
-from preskip.report.plots.base import Record, Spec
+from preskip.report.plots.base import Figure, Record, Spec, figure
 from preskip.runs.schema import Explain
 
-Figure = dict[str, Any]
 Layers = Sequence[Any]  # of ExplainedLayer, read by the name of a measure
 
 TITLES = [title for title, _ in SIZES.values()]
@@ -59,18 +58,22 @@ def interval_records(rows: Layers, series: Mapping[str, Sequence[str]]) -> list[
     ]
 
 
-def _figure(key: str, section: str, title: str, spec: Spec, alt: str, *, note: str = "") -> Figure:
-    shown = {"key": f"explain-{key}", "section": f"explain-{section}", "title": title, "note": note}
-    return {**shown, "alt": alt, "spec": spec}
+def _figure(key: str, section: str, title: str, spec: Spec, alt: str, note: str = "") -> Figure:
+    return figure(f"explain-{key}", f"explain-{section}", title, spec, alt, note)
+
+
+def _profile(
+    key: str, section: str, title: str, axis: str, records: list[Record], note: str = "", name: str = "", **how: Any
+) -> list[Figure]:
+    """Lines by layer, where anything was measured."""
+    if not records:
+        return []
+    return [_figure(key, section, title, layers.profile(records, axis, **how), _extremes(records, name or axis), note)]
 
 
 def _sizes(rows: Layers) -> Iterator[Figure]:
-    for measure, (title, axis) in SIZES.items():
-        records = interval_records(rows, {title: (measure,)})
-        if records:
-            yield _figure(
-                measure, "depth", title, layers.profile(records, axis, series=TITLES), _extremes(records, axis)
-            )
+    for key, (title, axis) in SIZES.items():
+        yield from _profile(key, "depth", title, axis, interval_records(rows, {title: (key,)}), series=TITLES)
 
 
 def _norms(rows: Layers, source: Mapping[str, Any]) -> Iterator[Figure]:
@@ -91,16 +94,9 @@ def _norms(rows: Layers, source: Mapping[str, Any]) -> Iterator[Figure]:
         records = [*learned, *bands]
         name = depth.MEASURES[measure]
         top = max(learned, key=lambda row: row["value"])
-        yield _figure(
-            measure,
-            "depth",
-            f"Norm: {name}",
-            depth.norms(records, [arm], measure),
-            f"{name}; largest at layer {top['layer']} ({top['value']:.3g}); "
-            + ("with" if bands else "no")
-            + " null band",
-            note="with the band that noise gives" if bands else "no null band: a norm alone shows little",
-        )
+        words = f"{name}; largest at layer {top['layer']} ({top['value']:.3g}); {'with' if bands else 'no'} null band"
+        note = "with the band that noise gives" if bands else "no null band: a norm alone shows little"
+        yield _figure(measure, "depth", f"Norm: {name}", depth.norms(records, [arm], measure), words, note)
 
 
 def _ablation(rows: Layers) -> Iterator[Figure]:
@@ -108,14 +104,9 @@ def _ablation(rows: Layers) -> Iterator[Figure]:
     limits = layers.bounds([record for records in parts.values() for record in records])
     for part, records in parts.items():
         if records:
-            yield _figure(
-                f"ablation-{part}",
-                "ablation",
-                ABLATIONS[part].capitalize(),
-                layers.bars(records, "Δ bits per byte", limits, list(ABLATIONS.values())),
-                _extremes(records, "Bits per byte added"),
-                note="above 0 it helps; pale: unclear",
-            )
+            spec = layers.bars(records, "Δ bits per byte", limits, list(ABLATIONS.values()))
+            title, words = ABLATIONS[part].capitalize(), _extremes(records, "Bits per byte added")
+            yield _figure(f"ablation-{part}", "ablation", title, spec, words, "above 0 it helps; pale: unclear")
 
 
 def _classes(explain: Explain) -> Iterator[Figure]:
@@ -133,9 +124,8 @@ def _classes(explain: Explain) -> Iterator[Figure]:
         axis = SIZES["skip_to_attention"][1]
         top = max((record for record in records if record["value"] is not None), key=lambda record: record["value"])
         words = f"{axis} by class and layer; largest for {top['class']} at layer {top['layer']} ({top['value']:.3g})"
-        yield _figure(
-            "classes-by-layer", "by-layer", "The skip by class and layer", classes.by_layer(records, axis), words
-        )
+        spec = classes.by_layer(records, axis)
+        yield _figure("classes-by-layer", "by-layer", "The skip by class and layer", spec, words)
 
 
 def _weights(rows: Layers) -> Iterator[Figure]:
@@ -151,28 +141,18 @@ def _weights(rows: Layers) -> Iterator[Figure]:
         for row in rows
         if row.get(key) is not None
     ]
-    if found:
-        spec = layers.profile(found, "Rank of W_skip", series=list(ranks))
-        yield _figure("ranks", "weights", "Ranks of W_skip", spec, _extremes(found, "Rank of W_skip"))
+    yield from _profile("ranks", "weights", "Ranks of W_skip", "Rank of W_skip", found, series=list(ranks))
 
 
 def _directions(rows: Layers) -> Iterator[Figure]:
     series = {f"with {words}": ("alignment", key) for key, words in ALIGNMENTS.items()}
-    records = interval_records(rows, series)
-    if records:
-        yield _figure(
-            "alignment",
-            "alignment",
-            "Direction of the skip",
-            layers.profile(records, "Cosine", series=list(series), form="+.4f"),
-            _extremes(records, "Cosine of the skip's output"),
-            note="above 0: the same way",
-        )
+    records, name = interval_records(rows, series), "Cosine of the skip's output"
+    how = {"series": list(series), "form": "+.4f"}
+    title, note = "Direction of the skip", "above 0: the same way"
+    yield from _profile("alignment", "alignment", title, "Cosine", records, note, name, **how)
     for key, (title, axis, note) in CHANGES.items():
         records = interval_records(rows, {title: (key,)})
-        if records:
-            spec = layers.profile(records, axis, form="+.5f")
-            yield _figure(key.replace("_", "-"), "attention", title, spec, _extremes(records, axis), note=note)
+        yield from _profile(key.replace("_", "-"), "attention", title, axis, records, note, form="+.5f")
 
 
 def _extremes(records: Sequence[Mapping[str, Any]], name: str) -> str:

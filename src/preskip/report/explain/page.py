@@ -14,6 +14,7 @@ from preskip.report.explain.words import counted, extent, findings, limits
 from preskip.report.load import clear_errors, load_object
 from preskip.report.render import render, require_extra
 from preskip.report.tables import NONE, Cell, make_table, words
+from preskip.report.words.facts import Groups, fact_groups
 from preskip.report.words.verdicts import MINUS
 from preskip.runs.files import write_bytes
 from preskip.runs.schema import EXPLAIN_VERSION, Explain, ExplainedClass, ExplainedLayer, Results
@@ -26,6 +27,14 @@ CONTENTS = {
     "explain-writes": "What it writes",
     "explain-weights": "Matrix",
     "explain-directions": "Neighbours",
+}
+MODEL_FACTS = {
+    "Name": "name",
+    "Type": "type",
+    "Layers": "layers",
+    "Width": "hidden_size",
+    "Parameters": "parameters",
+    "Data type": "dtype",
 }
 MAP_MEASURES = {"bypass": "Round attention", "enrichment": "Into attention"}
 COLUMNS = {"skip_to_attention": "‖skip‖ / ‖attention‖", "enrichment": "‖x̃ − x̂‖ / ‖x̂‖"}
@@ -247,17 +256,10 @@ def _writes(rows: Sequence[ExplainedLayer]) -> list[dict[str, Any]]:
     ]
 
 
-def _facts(explain: Explain) -> list[tuple[str, list[tuple[str, str]]]]:
+def _facts(explain: Explain) -> Groups:
     model, sets = explain["model"], dict.fromkeys(entry["set"] for entry in explain["texts"])
     groups: dict[str, dict[str, Any]] = {
-        "Model": {
-            "Name": model["name"],
-            "Type": model.get("type"),
-            "Layers": model.get("layers"),
-            "Width": model.get("hidden_size"),
-            "Parameters": model.get("parameters"),
-            "Data type": model.get("dtype"),
-        },
+        "Model": {label: cast(Any, model).get(key) for label, key in MODEL_FACTS.items()},
         "Branch": explain.get("settings") or {},
         "Texts": {
             **{name.capitalize(): extent([e for e in explain["texts"] if e["set"] == name]) for name in sets},
@@ -269,19 +271,17 @@ def _facts(explain: Explain) -> list[tuple[str, list[tuple[str, str]]]]:
             **{f"seconds, {key}": value for key, value in (explain.get("timings") or {}).items()},
         },
     }
-    return [
-        (name, [(label, _text(value)) for label, value in entries.items() if value not in (None, "")])
-        for name, entries in groups.items()
-    ]
+    return fact_groups(groups, _text)
 
 
 def _method(method: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "Context": method.get("context_length"),
-        "Frequencies from": method.get("frequency_tokens") and f"{method['frequency_tokens']:,} tokens",
-        "Ablation over": method.get("ablation_documents") and f"{method['ablation_documents']:,} documents",
-        "Patterns over": method.get("attention_documents") and f"{method['attention_documents']:,} documents",
+    counts = {
+        "Frequencies from": ("frequency_tokens", "tokens"),
+        "Ablation over": ("ablation_documents", "documents"),
+        "Patterns over": ("attention_documents", "documents"),
     }
+    extents = {label: method.get(key) and f"{method[key]:,} {unit}" for label, (key, unit) in counts.items()}
+    return {"Context": method.get("context_length"), **extents}
 
 
 def _text(value: Any) -> str:

@@ -9,6 +9,7 @@ import altair as alt
 
 Record = dict[str, Any]
 Spec = dict[str, Any]
+Figure = dict[str, Any]
 
 COLOURS = 8  # in the style sheet: --arm-1 to --arm-8
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right", "triangle-left")
@@ -91,3 +92,8 @@ def specification(layers: Sequence[Any], *, height: int) -> Spec:
     spec.pop("$schema", None)  # an address, though nothing would load it
     spec.pop("config", None)  # the page's own
     return spec
+
+
+def figure(key: str, section: str, title: str, spec: Spec, alt: str, note: str = "") -> Figure:
+    """A specification with its unique key, the page's section, a title and note, and the figure in words."""
+    return {"key": key, "section": section, "title": title, "note": note, "alt": alt, "spec": spec}

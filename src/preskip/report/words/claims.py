@@ -60,61 +60,29 @@ def assess(record: Manifest, results: Results) -> list[Claim]:
         true difference the run finds with 80 % power), or None.
     """
     bench = _Bench(record, results)
-    if is_pretraining(results):
-        return _from_scratch(bench)
+    sets = list(results["sets"])
+    if is_pretraining(results):  # the paper never did: what its module would have to show, against each control
+        return [
+            _claim(f"scratch-{arm}", f"From scratch it beats {words} ({arm})", bench.against(arm, sets), arm != "base")
+            for arm, words in FROM_SCRATCH.items()
+        ]
     # The standard scoring (lambada_openai) before the paper's own (paper:lambada).
     lambada = [name for name in sets_of(results, kind="item") if "lambada" in name]
     lambada = sorted(lambada, key=lambda name: not name.startswith("lambada"))[:1]
-    texts = sets_of(results, kind="document")
-    everywhere = [name for name in results["sets"] if not name.startswith(PAPER)]
+    both = bench.against("none", lambada) + bench.against("lora", lambada, equal_budget=True)
+    texts = bench.against("none", sets_of(results, kind="document"))
+    sets = [name for name in sets if not name.startswith(PAPER)]
+    lora, preproj = (bench.against(arm, sets, equal_budget=True) for arm in ("lora", "preproj"))
+    controls = {arm: bench.against(arm, sets, equal_budget=arm != "skip") for arm in CONTROLS}
     return [
-        _claim(
-            "lambada",
-            "LAMBADA accuracy rises, also at equal budget",
-            [bench.compare("none", name) for name in lambada]
-            + [bench.compare("lora", name, equal_budget=True) for name in lambada]
-            or [_missing("the set lambada_openai")],
-        ),
-        _claim(
-            "perplexity",
-            "Perplexity falls",
-            [bench.compare("none", name) for name in texts] or [_missing("a set of documents")],
-        ),
-        _claim(
-            "better-than-lora",
-            "It is better than LoRA at equal budget",
-            [bench.compare("lora", name, equal_budget=True) for name in everywhere],
-        ),
-        _claim(
-            "skip-adds",
-            "The content skip adds to the pre-projection",
-            [bench.compare("preproj", name, equal_budget=True) for name in everywhere],
-        ),
+        _claim("lambada", "LAMBADA accuracy rises, also at equal budget", both or [_missing("the set lambada_openai")]),
+        _claim("perplexity", "Perplexity falls", texts or [_missing("a set of documents")]),
+        _claim("better-than-lora", "It is better than LoRA at equal budget", lora),
+        _claim("skip-adds", "The content skip adds to the pre-projection", preproj),
         _claim("together", "Comprehension and perplexity improve together", bench.together(lambada), together=True),
         _claim("depth", "Later layers bypass attention more", bench.trends()),
         _claim("cache", "The K/V cache does not grow", [bench.cache()]),
-        *(
-            _claim(
-                f"control-{arm}",
-                f"It beats {words} ({arm})",
-                [bench.compare(arm, name, equal_budget=arm != "skip") for name in everywhere],
-                kind="control",
-            )
-            for arm, words in CONTROLS.items()
-        ),
-    ]
-
-
-def _from_scratch(bench: _Bench) -> list[Claim]:
-    """The paper never trained from scratch: what its module would have to show there, against each control."""
-    return [
-        _claim(
-            f"scratch-{arm}",
-            f"From scratch it beats {words} ({arm})",
-            [bench.compare(arm, name) for name in bench.results["sets"]],
-            kind="claim" if arm == "base" else "control",
-        )
-        for arm, words in FROM_SCRATCH.items()
+        *(_claim(f"control-{arm}", f"It beats {CONTROLS[arm]} ({arm})", own, True) for arm, own in controls.items()),
     ]
 
 
@@ -123,6 +91,10 @@ class _Bench:
 
     def __init__(self, record: Manifest, results: Results) -> None:
         self.record, self.results = record, results
+
+    def against(self, reference: str, sets: Sequence[str], *, equal_budget: bool = False) -> list[Part]:
+        """The parts "preskip − reference", one per set."""
+        return [self.compare(reference, name, equal_budget=equal_budget) for name in sets]
 
     def compare(self, reference: str, set_name: str, *, equal_budget: bool = False) -> Part:
         """The part "preskip − reference" on a set's primary metric."""
@@ -143,24 +115,16 @@ class _Bench:
             text += " (not declared before training: exploratory, not corrected)"
         if reference != "none" and not self.same_budget(reference):
             text += f"; {reference} trains {self.weights(reference) / self.weights(ARM):.0%} of {ARM}'s weights"
-        return {
-            "title": title,
-            "verdict": READING[entry["verdict"]],
-            "evidence": text,
-            "entry": entry,
-            "resolvable": smallest,
-            "basis": basis,
-            "needs": [],
-        }
+        return _part(title, READING[entry["verdict"]], text, entry=entry, resolvable=smallest, basis=basis)
 
     def together(self, lambada: Sequence[str]) -> list[Part]:
         """The claim's two halves: bits per byte at home, and accuracy (LAMBADA where it was scored)."""
         home = sets_of(self.results, domain="in", kind="document")[:1]
-        items = lambada or [
+        items = [
             name for name in sets_of(self.results, kind="item") if not metric_on(self.results, name).lower_is_better
         ]
-        parts = [self.compare("none", name) for name in home] or [_missing("an in-domain set of documents")]
-        return parts + ([self.compare("none", name) for name in items] or [_missing("a set of items")])
+        parts = self.against("none", home) or [_missing("an in-domain set of documents")]
+        return parts + (self.against("none", items) or [_missing("a set of items")])
 
     def trends(self) -> list[Part]:
         """Every stored trend of the skip over depth; a norm counts only against a null band."""
@@ -193,12 +157,7 @@ class _Bench:
         base, arm = round(stored["base_bytes"]), round(stored["arm_bytes"])
         per = f" per {stored['per']}" if stored.get("per") else ""
         text = f"The cache holds {arm:,} bytes{per} with the branch and {base:,} without"
-        return {
-            "title": "bytes of the K/V cache",
-            "verdict": "supported" if arm <= base else "contradicted",
-            "evidence": text,
-            "needs": [],
-        }
+        return _part("bytes of the K/V cache", "supported" if arm <= base else "contradicted", text)
 
     def same_budget(self, reference: str) -> bool:
         """Whether both arms train (or compute) the same, as the run matched them."""
@@ -234,40 +193,35 @@ def _trend_part(row: Trend, later_worth: float | None) -> Part:
         text += f", but in the later half of the layers the loss does not rise without it (mean {cost} bits per byte)"
     if row["measure"] == "skip_norm" and row.get("null_low") is None:
         verdict, text = "undecided", text + ", but without a null band a norm shows little"
-    return {
-        "title": MEASURES.get(row["measure"], row["measure"]),
-        "verdict": verdict,
-        "evidence": text,
-        "difference": row["rho"],
-        "low": row.get("low"),
-        "high": row.get("high"),
-        "needs": [],
-    }
+    limits = {"difference": row["rho"], "low": row.get("low"), "high": row.get("high")}
+    return _part(MEASURES.get(row["measure"], row["measure"]), verdict, text, **limits)
+
+
+def _part(title: str, verdict: str, evidence: str, **more: Any) -> Part:
+    return {"title": title, "verdict": verdict, "evidence": evidence, "needs": [], **more}
 
 
 def _missing(*needs: str, title: str = "") -> Part:
     text = "Not measured in this run: needs " + " and ".join(needs)
-    return {"title": title, "verdict": "not measured", "evidence": text, "needs": list(needs)}
+    return _part(title, "not measured", text, needs=list(needs))
 
 
-def _claim(name: str, words: str, parts: Sequence[Part], *, kind: str = "claim", together: bool = False) -> Claim:
+def _claim(name: str, words: str, parts: Sequence[Part], control: bool = False, *, together: bool = False) -> Claim:
     verdict = combine([part["verdict"] for part in parts], together=together)
     measured = [part for part in parts if part["verdict"] != "not measured"]
     # What the verdict rests on: a part that reads as the whole does, else the first one measured.
     weight = next((part for part in measured if part["verdict"] == verdict), measured[0] if measured else {})
     entry = weight.get("entry") or weight
-    keys = ("set", "metric", "arm", "reference", "difference", "low", "high")
-    # An arm that is missing is named once, not once per set.
-    evidence = list(dict.fromkeys(part["evidence"] for part in parts))
     return {
         "id": name,
-        "kind": kind,
+        "kind": "control" if control else "claim",
         "claim": words,
         "verdict": verdict,
-        "evidence": ". ".join(evidence),
+        # An arm that is missing is named once, not once per set.
+        "evidence": ". ".join(dict.fromkeys(part["evidence"] for part in parts)),
         "parts": list(parts),
         "needs": list(dict.fromkeys(need for part in parts for need in part["needs"])),
-        **{key: entry.get(key) for key in keys},
+        **{key: entry.get(key) for key in ("set", "metric", "arm", "reference", "difference", "low", "high")},
         "resolvable": weight.get("resolvable"),
     }
 

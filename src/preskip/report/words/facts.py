@@ -2,71 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from preskip.metrics import metric_named
 from preskip.report.lookup import is_declared, primary, trained_arms
 from preskip.report.words.verdicts import amount, sentence, set_label, set_title
 from preskip.runs.schema import Manifest, Results
 
+Groups = list[tuple[str, list[tuple[str, str]]]]
 FACT_VERSIONS = ("python", "torch", "transformers", "peft")
 
 
-def facts(record: Manifest) -> list[tuple[str, list[tuple[str, str]]]]:
+def facts(record: Manifest) -> Groups:
     """Groups of (label, value): model, corpus, machine and run; what run.json does not say is left out."""
-    model, corpus = record["model"], record["corpus"]
-    environment: Any = record["environment"]
-    timings = record.get("timings") or {}
-    groups: list[tuple[str, list[tuple[str, Any]]]] = [
-        (
-            "Model",
-            [
-                ("Name", model["name"]),
-                ("Type", model.get("type")),
-                ("Parameters", _count(model.get("parameters"))),
-                ("Shape", _shape(model)),
-                ("Data type", model.get("dtype")),
-                ("Attention", model.get("attn_implementation")),
-                ("Source", model.get("source")),
-                ("SHA-256", model.get("sha256")),
-            ],
-        ),
-        (
-            "Training corpus",
-            [
-                ("Name", corpus["name"]),
-                ("Training", _training_text(corpus)),
-                ("Held out", _join(corpus.get("heldout_documents"), "documents")),
-                ("Source", corpus.get("source")),
-                ("SHA-256", corpus.get("sha256")),
-            ],
-        ),
-        (
-            "Machine",
-            [
-                ("Device", environment.get("device")),
-                ("Processor", environment.get("processor")),
-                ("Cores", _count(environment.get("cores"))),
-                ("Memory", bytes_text(environment.get("memory_bytes"))),
-                ("Platform", environment.get("platform")),
-                ("Versions", ", ".join(f"{key} {environment[key]}" for key in FACT_VERSIONS if environment.get(key))),
-                ("Parts computed on", _earlier(record)),
-                ("Peak memory", bytes_text(record.get("peak_memory_bytes"))),
-            ],
-        ),
-        (
-            "Run",
-            [
-                ("Seeds", ", ".join(str(seed) for seed in record["seeds"])),
-                ("Started", record["created"]),
-                ("Finished", record.get("finished")),
-                *((key.replace("_", " ").capitalize(), _seconds(value)) for key, value in timings.items()),
-            ],
-        ),
-    ]
+    model, corpus, environment = (cast(Any, record)[key] for key in ("model", "corpus", "environment"))
+    training = (_join(corpus.get(f"training_{unit}"), unit) for unit in ("documents", "tokens"))
+    shape = (_join(model.get("layers"), "layers"), _join(model.get("hidden_size"), "", "width "))
+    groups: dict[str, dict[str, Any]] = {
+        "Model": {
+            "Name": model["name"],
+            "Type": model.get("type"),
+            "Parameters": _join(model.get("parameters")),
+            "Shape": ", ".join(filter(None, shape)),
+            "Data type": model.get("dtype"),
+            "Attention": model.get("attn_implementation"),
+            "Source": model.get("source"),
+            "SHA-256": model.get("sha256"),
+        },
+        "Training corpus": {
+            "Name": corpus["name"],
+            "Training": ", ".join(filter(None, training)),
+            "Held out": _join(corpus.get("heldout_documents"), "documents"),
+            "Source": corpus.get("source"),
+            "SHA-256": corpus.get("sha256"),
+        },
+        "Machine": {
+            "Device": environment.get("device"),
+            "Processor": environment.get("processor"),
+            "Cores": _join(environment.get("cores")),
+            "Memory": bytes_text(environment.get("memory_bytes")),
+            "Platform": environment.get("platform"),
+            "Versions": ", ".join(f"{key} {environment[key]}" for key in FACT_VERSIONS if environment.get(key)),
+            "Parts computed on": _earlier(record),
+            "Peak memory": bytes_text(record.get("peak_memory_bytes")),
+        },
+        "Run": {
+            "Seeds": ", ".join(str(seed) for seed in record["seeds"]),
+            "Started": record["created"],
+            "Finished": record.get("finished"),
+            **{k.replace("_", " ").capitalize(): _seconds(v) for k, v in (record.get("timings") or {}).items()},
+        },
+    }
+    return fact_groups(groups)
+
+
+def fact_groups(groups: Mapping[str, Mapping[str, Any]], text: Callable[[Any], str] = str) -> Groups:
+    """Groups of (label, value in words), without what is not known."""
     return [
-        (name, [(label, str(value)) for label, value in rows if value not in (None, "", "–")]) for name, rows in groups
+        (name, [(label, text(value)) for label, value in entries.items() if value not in (None, "", "–")])
+        for name, entries in groups.items()
     ]
 
 
@@ -83,11 +78,11 @@ def _earlier(record: Manifest) -> str:
 
 def settings(record: Manifest) -> list[tuple[str, str]]:
     """(arm, its description and settings in words) of every arm that has any."""
-    return [
-        (name, _settings_text(arm))
-        for name, arm in record["arms"].items()
-        if arm.get("settings") or arm.get("description")
-    ]
+    texts = {}
+    for name, arm in record["arms"].items():
+        chosen = ", ".join(f"{key} = {value}" for key, value in (arm.get("settings") or {}).items())
+        texts[name] = "; ".join(filter(None, (arm.get("description"), chosen)))
+    return [(name, text) for name, text in texts.items() if text]
 
 
 def family_text(results: Results) -> str:
@@ -218,28 +213,8 @@ def _dtypes(record: Manifest, results: Results) -> set[Any]:
     return found or {record["model"].get("dtype")} - {None}
 
 
-def _settings_text(arm: Mapping[str, Any]) -> str:
-    chosen = ", ".join(f"{key} = {value}" for key, value in (arm.get("settings") or {}).items())
-    return "; ".join(part for part in (arm.get("description") or "", chosen) if part)
-
-
-def _count(value: Any) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def _join(value: Any, noun: str) -> str:
-    return "" if value is None else f"{value:,} {noun}"
-
-
-def _training_text(corpus: Mapping[str, Any]) -> str:
-    parts = [_join(corpus.get("training_documents"), "documents"), _join(corpus.get("training_tokens"), "tokens")]
-    return ", ".join(part for part in parts if part)
-
-
-def _shape(model: Mapping[str, Any]) -> str:
-    width = model.get("hidden_size")
-    parts = [_join(model.get("layers"), "layers"), "" if width is None else f"width {width:,}"]
-    return ", ".join(part for part in parts if part)
+def _join(value: int | None, noun: str = "", before: str = "") -> str:
+    return "" if value is None else f"{before}{value:,} {noun}".strip()
 
 
 def bytes_text(value: Any) -> str:
