@@ -1,4 +1,4 @@
-"""Gain at home against change abroad of every arm, a panel for each run and set abroad: the picture of docs/results.md.
+"""In-domain gain against out-of-domain change, a panel for each run and set: the picture of docs/results.md.
 
     python benchmarks/results_figure.py docs/results.svg results/standard-wikitext2 results/standard-books
 

@@ -15,13 +15,12 @@ from typing import Any
 
 from preskip.metrics import metric_named
 from preskip.report.load import load_json
-from preskip.report.lookup import development, find, is_declared, metric_on, plain_arm, trained_arms
+from preskip.report.lookup import DOMAINS, development, find, is_declared, metric_on, plain_arm, trained_arms
 from preskip.report.words.claims import MEASURES
 from preskip.report.words.verdicts import MINUS, decimals, difference_text, limits_text, nulls_text, number, p_text
 from preskip.runs.schema import Results
 
 ARM = "preskip"
-DOMAINS = {"in": "home", "out": "abroad"}
 
 
 def tables(results: Results) -> Iterator[tuple[str, str]]:
@@ -82,7 +81,7 @@ def searched(results: Results) -> str:
                 shown = f"**{rate}**" if point["learning_rate"] == search["chosen"] else rate
                 others = [point["dev"]["out"].get(name) for name in abroad]
                 rows.append((f"`{arm}`", shown, *map(_development, (development(point, "in"), *others))))
-    return _markdown(("arm", "lr", "home", *abroad), rows)
+    return _markdown(("arm", "lr", "in-domain", *abroad), rows)
 
 
 def depth(results: Results) -> str:

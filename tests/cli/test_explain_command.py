@@ -75,14 +75,7 @@ def test_figures_are_drawn_from_the_json_alone_and_the_same_each_time(place, exp
             ElementTree.parse(path)
     bare = {**explained, "classes": []}
     bare["layers"] = [
-        {
-            **row,
-            "skip_to_attention": None,
-            "skip_norm": None,
-            "spectrum": None,
-            "ablation": None,
-            "effective_rank": None,
-        }
+        {**row, "skip_to_attention": None, "skip_norm": None, "spectrum": None, "ablation": None}
         for row in explained["layers"]
     ]
     assert {path.name for path in save_figures(bare, tmp_path / "bare")} == {"depth.svg", "depth.pdf", "depth.png"}

@@ -130,7 +130,7 @@ def test_corners_that_are_not_drawn_are_not_named(results: dict[str, Any]) -> No
         {**row, "x": 1.0, "x_low": 0.9, "x_high": 1.1} for row in plane.plane_records(results, "wikitext2", "books")
     ]
     words = json.dumps(plane.plane(right, results, "wikitext2", "books"))
-    assert "better at home only" in words
+    assert "better in-domain only" in words
     assert "worse in both" not in words
 
 

@@ -35,7 +35,7 @@ def test_the_picture_is_that_of_the_stored_results():
     marks, words = drawn(figure.draw(runs))
     stored_marks, stored_words = drawn((ROOT / "docs" / "results.svg").read_text(encoding="utf-8"))
     assert words == stored_words
-    assert {"preskip", "lora", "trained on books", "Abroad: points of accuracy gained → better"} <= set(words)
+    assert {"preskip", "lora", "trained on books", "Out-of-domain: points of accuracy gained → better"} <= set(words)
     assert marks == pytest.approx(stored_marks, abs=0.5)
     # Seven arms in four panels, and in the legend; better is up and right.
     assert len(marks) == 2 * (4 * 7 + 7)

@@ -66,7 +66,8 @@ def _planes(results: Results) -> Iterator[Figure]:
 
 def _places(records: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(
-        f"{r['arm']} {number(r['x'], 4, sign=True)} at home, {number(r['y'], 4, sign=True)} abroad" for r in records
+        f"{r['arm']} {number(r['x'], 4, sign=True)} in-domain, {number(r['y'], 4, sign=True)} out-of-domain"
+        for r in records
     )
 
 

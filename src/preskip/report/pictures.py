@@ -59,6 +59,9 @@ def picture(
     channels = ("color", "fill", "stroke", "shape", "strokeDash")
     spec["resolve"] = {"scale": dict.fromkeys(channels, "shared" if shared else "independent")}
     svg = vl_convert.vegalite_to_svg(spec)
+    # Vega numbers clips and gradients on from one picture to the next.
+    for place, name in enumerate(dict.fromkeys(re.findall(r'id="((?:clip|gradient_)\d+)"', svg))):
+        svg = re.sub(rf"\b{name}\b", f"part-{place}", svg)
     found = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
     assert found
     size = f'width="{WIDTH}in" height="{WIDTH * float(found[2]) / float(found[1]):.4f}in"'

@@ -45,8 +45,8 @@ def adapter_usage(model: ModelFacts, dtype: str, types: Mapping[str | None, str]
     ]
     if None in types:
         return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, "PATH_OR_ID")'])
-    for folder, kind in types.items():
+    for folder in types:
         # PEFT keeps one table of names per base.
-        options = f'subfolder="{folder}", adapter_name="{kind.lower()}"'
+        options = f'subfolder="{folder}", adapter_name="part-{folder}"'
         lines.append(f'model = PeftModel.from_pretrained(base, "PATH_OR_ID", {options})')
     return "\n".join(lines)

@@ -139,7 +139,7 @@ def _weights(rows: Layers) -> Iterator[Figure]:
         {"series": name, "layer": row["layer"], "value": row[key], "low": row[key], "high": row[key]}
         for name, key in ranks.items()
         for row in rows
-        if row.get(key) is not None
+        if row.get("spectrum") and row.get(key) is not None
     ]
     yield from _profile("ranks", "weights", "Ranks of W_skip", "Rank of W_skip", found, series=list(ranks))
 

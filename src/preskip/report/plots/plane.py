@@ -1,6 +1,6 @@
-"""The plane of gain at home and change abroad: every arm over its learning rates, and where its test scores put it.
+"""The plane of in-domain gain and out-of-domain change: every arm over its learning rates, and its test scores.
 
-Both axes point the same way: right is better at home, up is better abroad.
+Both axes point the same way: right is better in-domain, up is better out-of-domain.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ STRENGTH = ((0.85, 0.3), (0.5, 0.12))
 DEVELOPMENT_TEXT = {"lambada_openai": "lambada_development"}
 # Words in the plane's corners: text, signs of x and y there, place, and how it is set.
 CORNERS: tuple[tuple[str, int, int, Any, Any, Any, int], ...] = (
-    ("better abroad only", -1, 1, 8, 10, "left", 0),
+    ("better out-of-domain only", -1, 1, 8, 10, "left", 0),
     ("better in both", 1, 1, "width", 10, "right", -6),
     ("worse in both", -1, -1, 8, "height", "left", 0),
-    ("better at home only", 1, -1, "width", "height", "right", -6),
+    ("better in-domain only", 1, -1, "width", "height", "right", -6),
 )
 
 
 def plane_records(results: Results, home: str, abroad: str) -> list[Record]:
     """Marks of one plane: part "test" (an arm's difference to `none` on both sets) and part "grid" (a point of its
-    learning-rate search on development documents, where those were scored abroad in bits per byte).
+    learning-rate search on development documents, where those were scored out-of-domain in bits per byte).
 
     Coordinates are benefits: x and y positive where the arm is better than the untouched model.
     """
@@ -98,8 +98,8 @@ def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -
     bounds = _bounds(records)
     x_scale, y_scale = (alt.Scale(domain=list(bounds[axis]), nice=True) for axis in ("x", "y"))
     ticks = alt.Axis(tickCount=8)
-    x = alt.X("x:Q", title=[f"At home: {titles[0][0]} → better", titles[0][1]], axis=ticks, scale=x_scale)
-    y = alt.Y("y:Q", title=[f"Abroad: {titles[1][0]} → better", titles[1][1]], axis=ticks, scale=y_scale)
+    x = alt.X("x:Q", title=[f"In-domain: {titles[0][0]} → better", titles[0][1]], axis=ticks, scale=x_scale)
+    y = alt.Y("y:Q", title=[f"Out-of-domain: {titles[1][0]} → better", titles[1][1]], axis=ticks, scale=y_scale)
     shade, mark = colour(arms, legend), shape(arms, legend)
     layers: list[Any] = [
         zero_line(source, "x"),
@@ -115,7 +115,7 @@ def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -
     if any(record["part"] == "grid" for record in records):
         grid = source.transform_filter("datum.part === 'grid'").encode(color=shade, x=x, y=y)
         about = tooltips({"arm:N": "arm", "learning_rate:Q": "learning rate", "steps:Q": "steps", "seed:N": "seed"})
-        about += tooltips({"x:Q": "at home (dev)", "y:Q": "abroad (dev)"}, "+.4f")
+        about += tooltips({"x:Q": "in-domain (dev)", "y:Q": "out-of-domain (dev)"}, "+.4f")
         # Earlier rungs trained for fewer steps: they stand back.
         strong, faint = (alt.condition("datum.last", alt.value(high), alt.value(low)) for high, low in STRENGTH)
         layers += [
@@ -131,8 +131,8 @@ def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -
         ]
     test = source.transform_filter("datum.part === 'test'").encode(color=shade, x=x, y=y)
     about = tooltips({"arm:N": "arm"})
-    about += tooltips({"x:Q": "at home", "x_low:Q": "from", "x_high:Q": "to"}, "+.4f")
-    about += tooltips({"y:Q": "abroad", "y_low:Q": "from", "y_high:Q": "to"}, "+.4f")
+    about += tooltips({"x:Q": "in-domain", "x_low:Q": "from", "x_high:Q": "to"}, "+.4f")
+    about += tooltips({"y:Q": "out-of-domain", "y_low:Q": "from", "y_high:Q": "to"}, "+.4f")
     layers += [
         test.mark_rule(strokeWidth=2).encode(x="x_low:Q", x2="x_high:Q"),
         test.mark_rule(strokeWidth=2).encode(y="y_low:Q", y2="y_high:Q"),

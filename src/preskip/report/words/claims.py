@@ -118,7 +118,7 @@ class _Bench:
         return _part(title, READING[entry["verdict"]], text, entry=entry, resolvable=smallest, basis=basis)
 
     def together(self, lambada: Sequence[str]) -> list[Part]:
-        """The claim's two halves: bits per byte at home, and accuracy (LAMBADA where it was scored)."""
+        """The claim's two halves: bits per byte in-domain, and accuracy (LAMBADA where it was scored)."""
         home = sets_of(self.results, domain="in", kind="document")[:1]
         items = [
             name for name in sets_of(self.results, kind="item") if not metric_on(self.results, name).lower_is_better

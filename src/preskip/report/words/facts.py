@@ -185,7 +185,7 @@ def _domain_limit(record: Manifest, results: Results) -> str:
     abroad = [set_label(results["sets"], name) for name, e in results["sets"].items() if e["domain"] == "out"]
     text = f"One model ({model}) trained on one corpus ({corpus}). "
     if abroad:
-        return text + f"What it does abroad is measured on {', '.join(abroad)} and may differ on other text."
+        return text + f"What it does out-of-domain is measured on {', '.join(abroad)} and may differ on other text."
     return text + "What helps on the text it was trained on may hurt on other text; this page measures only the former."
 
 

@@ -1,4 +1,4 @@
-"""The frontier of gain at home and harm abroad: which arms no other arm is shown to beat, from stored verdicts alone.
+"""The frontier of in-domain gain and out-of-domain harm: which arms no other is shown to beat, by stored verdicts.
 
 An arm dominates another when their direct paired comparisons find it better on one axis and better or equivalent on
 the other. Better on one axis while the other is undecided (or not compared) is not enough: the arm behind then stays
@@ -49,7 +49,7 @@ def assess_plane(results: Results, home: str, abroad: str) -> dict[str, Any]:
             reading = {at_home, far}
             if "better" not in reading or "worse" in reading:
                 continue
-            why = f"{rival} is {_words(at_home)} at home and {_words(far)} abroad"
+            why = f"{rival} is {_words(at_home)} in-domain and {_words(far)} out-of-domain"
             if reading <= {"better", "equivalent"}:
                 beaten.setdefault(arm, {})[rival] = why
             else:
