@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from preskip.metrics import metric_named
-from preskip.report.claims import MEASURES
 from preskip.report.load import load_json
-from preskip.report.lookup import find, is_declared, plain_arm, primary, trained_arms
-from preskip.report.plots.plane import development
-from preskip.report.verdicts import MINUS, decimals, difference_text, nulls_text, number, p_text
+from preskip.report.lookup import DOMAINS, development, find, is_declared, metric_on, plain_arm, trained_arms
+from preskip.report.words.claims import MEASURES
+from preskip.report.words.verdicts import MINUS, decimals, difference_text, limits_text, nulls_text, number, p_text
+from preskip.runs.schema import Results
 
 ARM = "preskip"
-DOMAINS = {"in": "in-domain", "out": "out-of-domain"}
 # Behind every verdict word that rests on a raw p-value.
 EXPLORATORY = "†"
-Results = Mapping[str, Any]
 
 
 def tables(results: Results) -> Iterator[tuple[str, str]]:
@@ -70,12 +68,11 @@ def exploratory(results: Results, reference: str) -> str:
     """Every arm against one on each set's primary metric where that was not declared: raw p-values, marked verdicts."""
     sets = list(results["sets"])
     headings = [
-        f"{name}, {metric_named(primary(results, name)).phrase} ({DOMAINS[results['sets'][name]['domain']]})"
-        for name in sets
+        f"{name}, {metric_on(results, name).phrase} ({DOMAINS[results['sets'][name]['domain']]})" for name in sets
     ]
     rows = []
     for arm in trained_arms(results):
-        found = [find(results, arm, reference, name, primary(results, name)) for name in sets]
+        found = [find(results, arm, reference, name) for name in sets]
         if arm != reference and any(entry and not is_declared(entry) for entry in found):
             rows.append((f"`{arm}`", *map(_explored, found)))
     return _markdown(("arm", *headings), rows)
@@ -84,7 +81,7 @@ def exploratory(results: Results, reference: str) -> str:
 def searched(results: Results) -> str:
     """Every arm's rates of the search's last rung on development documents; the chosen one in bold."""
     rows = []
-    others = [
+    abroad = [
         name for name, entry in results["sets"].items() if entry["domain"] == "out" and entry["kind"] == "document"
     ]
     for arm, search in results["search"].items():
@@ -93,9 +90,9 @@ def searched(results: Results) -> str:
             if point["steps"] == longest and not point.get("diverged"):
                 rate = f"{point['learning_rate']:g}"
                 shown = f"**{rate}**" if point["learning_rate"] == search["chosen"] else rate
-                out = [point["dev"]["out"].get(name) for name in others]
-                rows.append((f"`{arm}`", shown, *map(_development, (development(point, "in"), *out))))
-    return _markdown(("arm", "lr", "in-domain", *others), rows)
+                others = [point["dev"]["out"].get(name) for name in abroad]
+                rows.append((f"`{arm}`", shown, *map(_development, (development(point, "in"), *others))))
+    return _markdown(("arm", "lr", "in-domain", *abroad), rows)
 
 
 def depth(results: Results) -> str:
@@ -104,7 +101,7 @@ def depth(results: Results) -> str:
         (
             f"`{arm}`",
             MEASURES[entry["measure"]],
-            f"{number(entry['rho'], 2, sign=True)} {_limits(entry['low'], entry['high'], 2)}",
+            f"{number(entry['rho'], 2, sign=True)} {limits_text(entry['low'], entry['high'], 2)}",
             "–" if entry["null_low"] is None else _nulls(entry),
             entry["verdict"],
         )
@@ -130,18 +127,14 @@ def _explored(entry: Mapping[str, Any] | None) -> str:
 
 def _nulls(entry: Mapping[str, Any]) -> str:
     own = nulls_text(entry)
-    return _limits(entry["null_low"], entry["null_high"], 2) + (f"; {own}" if own else "")
+    return limits_text(entry["null_low"], entry["null_high"], 2) + (f"; {own}" if own else "")
 
 
 def _development(value: Mapping[str, Any] | None) -> str:
     if value is None:
         return "–"
     places = decimals(value["low"], value["high"], 3)
-    return f"{number(value['value'], places, sign=True)} {_limits(value['low'], value['high'], places)}"
-
-
-def _limits(low: float, high: float, places: int) -> str:
-    return f"[{number(low, places, sign=True)}, {number(high, places, sign=True)}]"
+    return f"{number(value['value'], places, sign=True)} {limits_text(value['low'], value['high'], places)}"
 
 
 def _weights(summary: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import pytest
 import preskip
 from preskip.metrics import DEFAULT_MARGINS, METRICS, Metric, metric_named
 from preskip.report.plots.forest import forest_records
-from preskip.report.rows import comparison_groups
+from preskip.report.tables import comparison_groups
 from preskip.stats.verdicts import verdict_of
 
 LOWER = ["bits_per_byte", "word_perplexity", "byte_perplexity", "perplexity", "nll", "loss"]
@@ -38,7 +38,7 @@ def test_the_verdict_and_the_page_say_the_same_direction(metric: str) -> None:
     assert metric_named(metric).lower_is_better == lower
     assert verdict_of(difference(metric)) == ("better" if lower else "worse")
     assert page(metric)["note"] == ("lower is better" if lower else "higher is better")
-    assert page(metric)["others"][0]["pair"] == ("a − b" if lower else "c − b")
+    assert page(metric)["others"].rows[0][0].text == ("a − b" if lower else "c − b")
 
 
 @pytest.mark.parametrize("metric", ["acc", "perplexity,strict", "bias"])
@@ -47,7 +47,8 @@ def test_what_lm_eval_states_of_a_set_goes_before_the_table(metric: str, higher:
     described = {"higher_is_better": {metric.split(",")[0]: higher, "other": not higher}}
     assert verdict_of(difference(metric), described=described) == ("worse" if higher else "better")
     assert page(metric, described)["note"] == ("higher is better" if higher else "lower is better")
-    drawn = forest_records([difference(metric, verdict="x"), difference(metric, arm="c", verdict="x")], described)
+    both = [difference(metric, verdict="x"), difference(metric, arm="c", verdict="x")]
+    drawn = forest_records(both, metric_named(metric, described))
     assert [record["pair"] for record in drawn] == ["a − b", "c − b"]
     # A set that states nothing of the metric leaves the table's word.
     assert metric_named(metric, {"higher_is_better": {"other": True}}) == metric_named(metric)
@@ -87,8 +88,9 @@ NEW_METRIC = """
     ),"""
 USED = """
 from preskip.cli.tables import _unit
+from preskip.metrics import metric_named
 from preskip.report.plots.forest import forest, forest_records
-from preskip.report.verdicts import sentence
+from preskip.report.words.verdicts import sentence
 from preskip.stats import compare_arms, planned_power
 
 def items(shift):
@@ -106,10 +108,10 @@ assert _unit("ece") == "ECE"
 (plan,) = planned_power(sets, 3, family("ece"))
 assert plan["design"]["seed_deviation"] == 0.01, plan
 assert abs(plan["design"]["unit_deviation"] - 0.2 * 0.5**0.5) < 1e-12, plan
-records = forest_records([entry])
+records = forest_records([entry], metric_named("ece"))
 assert abs(records[0]["difference"] + 5) < 1e-9, records
 assert records[0]["margin"] == 2.0, records
-assert "Difference, points" in str(forest(records, "ece"))
+assert "Difference, points" in str(forest(records, metric_named("ece")))
 assert planned_power(sets, 3, family("unknown")) == []
 """
 

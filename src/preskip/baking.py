@@ -21,7 +21,6 @@ from preskip.architecture.models import Architecture, architecture
 from preskip.attach import CHILD, find_sites
 from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
-from preskip.markdown import escape
 from preskip.model_types import TYPES
 from preskip.runs.files import clear_disk_errors
 from preskip.version import __version__
@@ -200,6 +199,8 @@ def short_card(baked: Any, source: str | None) -> str:
     """README.md of a checkpoint of which no more is known than what it is made of."""
     from huggingface_hub import ModelCardData
 
+    from preskip.model_card import LICENCE, REGISTERS, bullets, card_text, code_block, escape, loading
+
     is_hub_id = source and source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
     data = ModelCardData(
         base_model=source if is_hub_id else None, library_name="transformers", tags=["preskip", "text-generation"]
@@ -207,24 +208,13 @@ def short_card(baked: Any, source: str | None) -> str:
     count = sum(p.numel() for name, p in baked.named_parameters() if f".{CHILD}." in name)
     settings = branch_settings(baked.config)
     named = ", ".join(f"{field.name} {getattr(settings, field.name)}" for field in fields(BranchSettings))
-    return f"""---
-{data.to_yaml()}
----
-
-# {escape(source or baked.config.model_type)} with a pre-projection and a content skip
-
-`{baked.config.model_type}`: {escape(source or "a base model")} with the branches of a trained Preskip adapter
-(arXiv 2604.10791) built in, {count:,} weights beside the base's. Baked with preskip {__version__}.
-
-* Branch: {named}
-* Layers: {"all" if baked.config.preskip_layers is None else baked.config.preskip_layers}
-
-```python
-import preskip  # registers the architecture; or pass trust_remote_code=True
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID")
-```
-
-Licence: the base's licence covers its weights and may bind these; the branch adds none of its own.
-"""
+    layers = baked.config.preskip_layers
+    return card_text(
+        data,
+        f"# {escape(source or baked.config.model_type)} with a pre-projection and a content skip",
+        f"`{baked.config.model_type}`: {escape(source or 'a base model')} with the branches of a trained Preskip "
+        f"adapter (arXiv 2604.10791) built in, {count:,} weights beside the base's. Baked with preskip {__version__}.",
+        bullets([f"Branch: {named}", f"Layers: {'all' if layers is None else layers}"]),
+        code_block(loading(REGISTERS), "python"),
+        LICENCE,
+    )

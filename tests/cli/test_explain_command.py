@@ -63,7 +63,7 @@ def test_norms_are_the_runs_and_the_null_is_its_band(place, explained):
 
 
 def test_figures_are_drawn_from_the_json_alone_and_the_same_each_time(place, explained, tmp_path):
-    from preskip.report.static_figures import save_figures
+    from preskip.report.explain.pictures import save_figures
 
     names = {
         f"{name}.{kind}" for name in ("depth", "ablation", "classes", "spectrum") for kind in ("svg", "pdf", "png")

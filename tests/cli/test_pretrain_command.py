@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conforming import run_faults
 from preskip.cli.main import main
 from preskip.experiment.cell import run_cell
-from preskip.report.claims import assess
+from preskip.report.words.claims import assess
 from tiny_model import write_corpus
 
 TINY = ["--num-layers", "1", "--hidden-size", "32", "--heads", "2", "--kv-heads", "2", "--mlp-width", "64"]

@@ -20,7 +20,7 @@ from preskip.data.corpus import Document, load_corpus
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_windows, score_sequences
 from preskip.report import write_cards
-from preskip.report.card import baked_card
+from preskip.report.cards import baked_card
 from preskip.runs.directory import RunDirectory
 
 ARMS = ["preskip", "lora", "preproj+lora", "layernorm"]
@@ -153,11 +153,11 @@ def test_the_depth_figure_and_what_it_says_in_words(tmp_path):
     assert baked_card(run, "preskip", 77, "mine") is None
 
 
-def test_without_matplotlib_there_is_no_figure_and_no_link_to_one(tmp_path, monkeypatch):
+def test_without_the_extra_there_is_no_figure_and_no_link_to_one(tmp_path, monkeypatch):
     run = synthetic(tmp_path / "run")
     (card, _) = write_cards(run)
     assert (card.parent / "depth.png").is_file()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
     write_cards(run)
     assert not (card.parent / "depth.png").exists()
     assert "depth.png" not in card.read_text()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fixture_run import minimal_run, rich_run
-from preskip.report.claims import assess, combine
+from preskip.report.words.claims import assess, combine
 
 
 def load(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -184,6 +184,6 @@ def test_the_cache_is_judged_by_its_bytes(rich: tuple[dict[str, Any], dict[str, 
 
 
 def test_claims_need_no_torch() -> None:
-    code = "import sys, preskip.report.claims, preskip.cli.tables; print('torch' in sys.modules)"
+    code = "import sys, preskip.report.words.claims, preskip.cli.tables; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -18,10 +18,11 @@ from fixture_run import minimal_run
 from page_reader import Page, luminance, read
 from preskip.errors import PreskipError
 from preskip.report import build_report
-from preskip.report.explain_figures import explain_figures, value_text
-from preskip.report.explain_map import decimal, pack, sentence_starts
-from preskip.report.explain_page import build_explain_page, visible
-from preskip.report.explain_words import findings, layers_text, limits
+from preskip.report.explain.figures import explain_figures
+from preskip.report.explain.map import decimal, pack, sentence_starts
+from preskip.report.explain.measures import value_text
+from preskip.report.explain.page import build_explain_page, visible
+from preskip.report.explain.words import findings, layers_text, limits
 from preskip.report.render import TEMPLATES
 
 
@@ -108,7 +109,7 @@ def test_the_page_is_small_and_loads_nothing(usual: tuple[Path, dict[str, Any], 
     assert len(page.ids) == len(set(page.ids))
     assert set(json.loads(page.scripts["specs"])) <= set(page.ids)
     assert page.unlabelled == []
-    assert list(path.parent.glob(".explain-*")) == []
+    assert list(path.parent.glob(".explain*")) == []
 
 
 def test_the_figures_hold_the_stored_numbers(usual: tuple[Path, dict[str, Any], Page]) -> None:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from preskip.report.frontier import assess_plane, planes
+from preskip.report.words.frontier import assess_plane, planes
 
 
 def results(verdicts: dict[tuple[str, str], tuple[str, str]]) -> dict[str, Any]:
-    """Arms a, b, c; verdicts: (arm, reference) → (at home, abroad)."""
+    """Arms a, b, c; verdicts: (arm, reference) → (in-domain, out-of-domain)."""
     sets = {
         "home": {"domain": "in", "kind": "document", "title": "Home", "primary": "bits_per_byte"},
         "far": {"domain": "out", "kind": "item", "title": "Far", "primary": "acc"},
@@ -29,7 +29,7 @@ def results(verdicts: dict[tuple[str, str], tuple[str, str]]) -> dict[str, Any]:
     [
         # Better on one axis and equivalent on the other is enough; the stored direction does not matter.
         ({("a", "b"): ("better", "equivalent"), ("c", "a"): ("worse", "worse")}, ["a"], [], ["b", "c"]),
-        # Better at home and worse abroad is a trade, not a win.
+        # Better in-domain and worse out-of-domain is a trade, not a win.
         ({("a", "b"): ("better", "worse"), ("c", "b"): ("equivalent", "equivalent")}, ["a", "b", "c"], [], []),
         # Undecided on one axis leaves the place open; so does a comparison that was never made.
         ({("a", "b"): ("better", "undecided")}, ["a", "c"], ["b"], []),
@@ -48,7 +48,7 @@ def test_an_axis_that_was_not_compared_dominates_nobody() -> None:
     found = results({("a", "b"): ("better", "better")})
     found["comparisons"] = found["comparisons"][:1]
     plane = assess_plane(found, "home", "far")
-    assert plane["possible"] == {"b": "a is better at home and not compared abroad"}
+    assert plane["possible"] == {"b": "a is better in-domain and not compared out-of-domain"}
     assert plane["dominated"] == {}
 
 
@@ -57,8 +57,9 @@ def test_the_reason_names_a_rival_that_is_on_the_frontier() -> None:
     verdicts |= {("c", "b"): ("better", "better")}
     plane = assess_plane(results(verdicts), "home", "far")
     assert plane["sentence"] == (
-        "On the frontier of Home against Far (exploratory): a. Off it: b (a is better at home and better abroad); "
-        "c (a is better at home and better abroad)"
+        "On the frontier of Home against Far (exploratory): a. "
+        "Off it: b (a is better in-domain and better out-of-domain); "
+        "c (a is better in-domain and better out-of-domain)"
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fixture_run import minimal_run, rich_run
+from preskip.metrics import metric_named
 from preskip.report.figures import make_figures
 from preskip.report.load import load_curves
 from preskip.report.plots import base, depth, forest, plane, search, training
@@ -66,7 +67,7 @@ def test_all_figures_of_a_rich_and_a_minimal_run(rich: Path, results: dict[str, 
 
 def test_the_forest_draws_the_declared_pairs_in_order(results: dict[str, Any]) -> None:
     entries = [e for e in results["comparisons"] if (e["set"], e["metric"]) == ("lambada_openai", "acc")]
-    records = forest.forest_records(entries)
+    records = forest.forest_records(entries, metric_named("acc"))
     assert len(entries) == 36
     assert len(records) == 15
     against_none = [row["difference"] for row in records[:8]]
@@ -129,7 +130,7 @@ def test_corners_that_are_not_drawn_are_not_named(results: dict[str, Any]) -> No
         {**row, "x": 1.0, "x_low": 0.9, "x_high": 1.1} for row in plane.plane_records(results, "wikitext2", "books")
     ]
     words = json.dumps(plane.plane(right, results, "wikitext2", "books"))
-    assert "better at home only" in words
+    assert "better in-domain only" in words
     assert "worse in both" not in words
 
 

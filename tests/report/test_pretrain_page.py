@@ -1,11 +1,11 @@
 """What the report shows of a run from scratch: sizes, curves with bands, claims; by hand-made results."""
 
-from preskip.report.claims import assess
 from preskip.report.figures import make_figures
 from preskip.report.load import load_json
 from preskip.report.lookup import plain_arm
 from preskip.report.plots.training import evaluation_records
-from preskip.report.rows import scoreboard, size_rows
+from preskip.report.tables import scoreboard, size_table
+from preskip.report.words.claims import assess
 
 SETS = {"books": {"kind": "document", "domain": "in", "title": "books", "primary": "bits_per_byte"}}
 
@@ -66,13 +66,16 @@ def test_the_figure_says_its_last_values_in_words():
 
 
 def test_sizes_and_how_near_the_controls_come():
-    rows = {row["name"]: row for row in size_rows(RESULTS)}
-    assert rows["base-wide"]["matched"] == "parameters −0.04 %"
-    assert rows["base"]["matched"] == "–"
-    assert rows["preskip"]["weights"] == "1,538,432"
-    assert rows["preskip"]["training"] == "9.23"  # PFLOP: 6e9 · 1,538,432
-    assert (rows["preskip"]["flops"], rows["preskip"]["speed"], rows["preskip"]["mfu"]) == ("3.08 M", "4,321", "46%")
-    assert size_rows({**RESULTS, "kind": "probe"}) == []
+    table = size_table(RESULTS)
+    headings = [column.title for column in table.columns]
+    rows = {row[0].text: {name: cell.text for name, cell in zip(headings, row, strict=True)} for row in table.rows}
+    assert rows["base-wide"]["Matched to preskip"] == "parameters −0.04 %"
+    assert rows["base"]["Matched to preskip"] == "–"
+    own = rows["preskip"]
+    assert own["Weights"] == "1,538,432"
+    assert own["Training"] == "9.23"  # PFLOP: 6e9 · 1,538,432
+    assert (own["FLOPs per token"], own["Tokens per second"], own["Utilisation"]) == ("3.08 M", "4,321", "46%")
+    assert size_table({**RESULTS, "kind": "probe"}).rows == []
 
 
 def test_arms_are_held_against_the_plain_architecture():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from preskip.report import verdicts
+from preskip.report.words import verdicts
 
 SETS = {"held": {"title": "Held out"}, "words": {"title": "Words"}}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class Page(HTMLParser):
-    """Visible text, scripts by id, ids, links, and every attribute that could load something."""
+    """Visible text, pictures in words, scripts by id, ids, links, and every attribute that could load something."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -16,6 +16,7 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.links: list[str] = []
         self.loads: list[tuple[str, str]] = []
+        self.pictures: dict[str, str] = {}
         self.unlabelled: list[str] = []
         self.scripts: dict[str, str] = {}
         self._inside: str | None = None
@@ -28,8 +29,10 @@ class Page(HTMLParser):
             self.ids.append(str(given["id"]))
         if tag == "a":
             self.links.append(given.get("href") or "")
-        if given.get("role") == "img" and not given.get("aria-label"):
-            self.unlabelled.append(str(given.get("id")))
+        if given.get("role") == "img":
+            self.pictures[str(given.get("id"))] = given.get("aria-label") or ""
+            if not given.get("aria-label"):
+                self.unlabelled.append(str(given.get("id")))
         self._inside = (given.get("id") or f"script-{len(self.scripts)}") if tag == "script" else None
         if tag == "style":
             self._inside = "style"

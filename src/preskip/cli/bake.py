@@ -11,7 +11,7 @@ from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
-    from preskip.report.card_content import Card
+    from preskip.report.cards.content import Card
     from preskip.runs.weights import Source
 
 
@@ -80,7 +80,7 @@ def _card(source: Source, name: str) -> Card | None:
     """In place of the short card; None for an adapter from elsewhere, and where the run has no results yet."""
     if source.run is None or source.arm is None or source.seed is None:
         return None
-    from preskip.report.card import baked_card
+    from preskip.report.cards import baked_card
 
     return baked_card(source.run, source.arm, source.seed, name)
 

@@ -89,7 +89,7 @@ def _check_margins(names: Iterable[str], entries: Sequence[Mapping[str, Any]]) -
 def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes: Sequence[str]) -> None:
     from preskip.cli.wide import columns, print_wide
     from preskip.metrics import metric_named
-    from preskip.report.verdicts import MINUS, amount, difference_text, p_text, set_label
+    from preskip.report.words.verdicts import MINUS, amount, difference_text, p_text, set_label
 
     groups = dict.fromkeys((entry["set"], entry["metric"]) for entry in entries)
     corrected = any(entry["declared"] for entry in entries)

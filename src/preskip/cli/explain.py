@@ -64,8 +64,8 @@ def explain(
         from preskip.analysis.explain import Extent, explain
         from preskip.analysis.explain.texts import given_texts, heldout_texts
         from preskip.report import build_report
-        from preskip.report.explain_page import build_explain_page
-        from preskip.report.static_figures import check_folder, save_figures
+        from preskip.report.explain.page import build_explain_page
+        from preskip.report.explain.pictures import check_folder, save_figures
         from preskip.runs import environment
         from preskip.runs.files import clear_disk_errors, write_json
         from preskip.runs.schema import EXPLAIN_VERSION, Explain

@@ -134,7 +134,7 @@ def _row(
 def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> None:
     from preskip.cli.wide import columns, print_wide
     from preskip.metrics import metric_named
-    from preskip.report.verdicts import MINUS, amount
+    from preskip.report.words.verdicts import MINUS, amount
 
     measured = rows[0]["basis"] == "measured"
     asked = any("needed_units" in row for row in rows)

@@ -12,7 +12,7 @@ from preskip.experiment.pretrain_options import PretrainConfig
 
 if TYPE_CHECKING:
     from preskip.arms.plan import Plan
-    from preskip.runs.schema import Results
+    from preskip.runs.schema import Manifest, Results
 
 
 @options_of(PretrainConfig)
@@ -78,7 +78,7 @@ def _announcement(config: Mapping[str, Any], reason: str) -> list[str]:
     ]
 
 
-def _show(record: Mapping[str, Any], results: Results, run: Path, page: Path | None) -> None:
+def _show(record: Manifest, results: Results, run: Path, page: Path | None) -> None:
     from preskip.cli.tables import print_results
 
     print_results(results, run, page)

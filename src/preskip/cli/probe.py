@@ -11,7 +11,7 @@ from preskip.cli.runs import Course, Executor, OptionFile, Out, RayAddress, Resu
 from preskip.experiment.probe_options import ProbeConfig
 
 if TYPE_CHECKING:
-    from preskip.runs.schema import Results
+    from preskip.runs.schema import Manifest, Results
 
 
 @options_of(ProbeConfig)
@@ -48,7 +48,7 @@ def _announcement(config: Mapping[str, Any], reason: str) -> list[str]:
     ]
 
 
-def _show(record: Mapping[str, Any], results: Results, run: Path, page: Path | None) -> None:
+def _show(record: Manifest, results: Results, run: Path, page: Path | None) -> None:
     from preskip.cli.audit import print_audit
     from preskip.cli.tables import print_claims, print_paper, print_results
 

@@ -22,7 +22,7 @@ from preskip.experiment.presets import preset_options
 if TYPE_CHECKING:
     from preskip.experiment.options import ExperimentConfig
     from preskip.runs.directory import RunDirectory
-    from preskip.runs.schema import Results
+    from preskip.runs.schema import Manifest, Results
 
 Written = TypeVar("Written")
 # What a run computes lies in files this deep in its folders: cells, trials of the search, controls.
@@ -54,7 +54,7 @@ class Course:
 
     kind: type[ExperimentConfig]
     announce: Callable[[Mapping[str, Any], str], list[str]]
-    show: Callable[[Mapping[str, Any], Results, Path, Path | None], None]
+    show: Callable[[Manifest, Results, Path, Path | None], None]
     executor: str = "local"
     ray_address: str | None = None
     workers: int = 1

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from preskip.cli.wide import columns, print_wide
 from preskip.metrics import metric_named
-from preskip.report.claims import assess
-from preskip.report.frontier import assess_plane, planes
 from preskip.report.lookup import by_measure, is_declared, ordered, primary
-from preskip.report.rows import paper_rows
-from preskip.report.verdicts import (
+from preskip.report.tables import paper_table
+from preskip.report.words.claims import assess
+from preskip.report.words.frontier import assess_plane, planes
+from preskip.report.words.verdicts import (
     MINUS,
     difference_text,
     interval_text,
@@ -24,6 +24,7 @@ from preskip.report.verdicts import (
     set_label,
     set_title,
 )
+from preskip.runs.schema import Comparison, Manifest, Results
 
 MOST_ROWS = 48
 # Fewer comparisons than this are all shown, declared or not.
@@ -31,7 +32,7 @@ FEW = 12
 STYLES = {"better": "green", "supported": "green", "worse": "red", "contradicted": "red", "mixed": "yellow"}
 
 
-def print_results(results: Mapping[str, Any], run: Path, page: Path | None) -> None:
+def print_results(results: Results, run: Path, page: Path | None) -> None:
     """Print what a run found: a row per arm, the paired differences declared before training, the frontier.
 
     Args:
@@ -54,7 +55,7 @@ def print_results(results: Mapping[str, Any], run: Path, page: Path | None) -> N
     console.print(f"run: {run}" + (f"\nreport: {page}" if page else ""), highlight=False, soft_wrap=True)
 
 
-def print_claims(record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+def print_claims(record: Manifest, results: Results) -> None:
     """Print the paper's claims and the decisive controls, a line each, with this run's verdict.
 
     Args:
@@ -74,22 +75,18 @@ def print_claims(record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     print_wide(table)
 
 
-def print_paper(results: Mapping[str, Any]) -> None:
+def print_paper(results: Results) -> None:
     """Print the paper's own columns, each beside the paper's figure for this model; nothing without its scoring."""
-    paper = paper_rows(results)
-    if paper is None:
+    paper = paper_table(results)
+    if not paper.rows:
         return
-    table = columns("the paper's scoring", right=paper["columns"])
-    for row in paper["rows"]:
-        cells = [
-            f"{cell['value']} (paper {cell['published']})" if cell["published"] else cell["value"]
-            for cell in row["cells"]
-        ]
-        table.add_row(row["name"], *cells)
+    table = columns("the paper's scoring", right=[column.title for column in paper.columns[1:]])
+    for row in paper.rows:
+        table.add_row(*(f"{cell.text} (paper {cell.note})" if cell.note else cell.text for cell in row))
     print_wide(table)
 
 
-def _arms(results: Mapping[str, Any]) -> Table:
+def _arms(results: Results) -> Table:
     sets = list(results["sets"])
     headings = [f"{_short(results, name)}\n{_unit(primary(results, name))}" for name in sets]
     table = columns("arm", right=("weights", "lr", *headings, "s/step", "GiB"))
@@ -106,7 +103,7 @@ def _arms(results: Mapping[str, Any]) -> Table:
     return table
 
 
-def _shown(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _shown(results: Results) -> list[Comparison]:
     """The comparisons worth a line: all of a few, else those declared, else each arm against `none`; at most 48."""
     entries = results["comparisons"]
     if len(entries) > FEW:
@@ -120,7 +117,7 @@ def _shown(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list(entries[:MOST_ROWS])
 
 
-def _differences(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> Table:
+def _differences(results: Results, entries: Sequence[Comparison]) -> Table:
     corrected = any(entry.get("p_holm") is not None for entry in entries)
     figures = ("difference [interval]", "p (Holm)" if corrected else "p")
     table = columns("paired", right=figures, last="reading")
@@ -138,7 +135,7 @@ def _differences(results: Mapping[str, Any], entries: Sequence[Mapping[str, Any]
     return table
 
 
-def _scope(results: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> list[str]:
+def _scope(results: Results, shown: Sequence[Comparison]) -> list[str]:
     lines = []
     for name, entry in results["sets"].items():
         counts = [f"{entry[unit]:,} {unit}" for unit in ("documents", "items", "tokens") if entry.get(unit)]
@@ -152,7 +149,7 @@ def _scope(results: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> li
     return lines
 
 
-def _short(results: Mapping[str, Any], name: str) -> str:
+def _short(results: Results, name: str) -> str:
     """A set's name where it fits a column, else its key."""
     title = set_label(results["sets"], name)
     return title if len(title) <= 18 else name

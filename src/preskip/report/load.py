@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from preskip.errors import PreskipError
-from preskip.version import __version__
-
-SCHEMA_VERSION = 2
+from preskip.runs.schema import SCHEMA_VERSION, Manifest, Results, check_version
 
 
 class Curve(NamedTuple):
@@ -23,28 +22,34 @@ class Curve(NamedTuple):
     lines: list[dict[str, Any]]
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """Read run.json or results.json of schema version 2.
+def load_run(run: Path) -> tuple[Manifest, Results]:
+    """run.json and results.json; see `load_json`."""
+    return load_json(run / "run.json"), load_json(run / "results.json")
+
+
+def load_json(path: Path) -> Any:
+    """Read run.json or results.json.
 
     Raises:
         PreskipError: the file is missing, damaged, not finite somewhere, or of another schema version.
     """
-    remedy = f"finish the run with `preskip {_kind(path.parent)} --resume {shlex.quote(str(path.parent))}`"
     if not path.parent.is_dir():
         raise PreskipError(f"{path.parent} is not a directory: give a run directory of `preskip probe`")
+    remedy = f"finish the run with `{resume_command(path.parent)}`"
     return load_object(path, SCHEMA_VERSION, f"{remedy}, or give another run directory", remedy)
 
 
-def _kind(run: Path) -> str:
-    """The command that made a run, as far as run.json can be read: "probe" or "pretrain"."""
+def resume_command(run: Path) -> str:
+    """What finishes a run, by the kind that run.json states as far as it can be read."""
     try:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return "probe"
-    return "pretrain" if isinstance(record, dict) and record.get("kind") == "pretrain" else "probe"
+        record = None
+    kind = record.get("kind") if isinstance(record, dict) else None
+    return f"preskip {kind or 'probe'} --resume {shlex.quote(str(run))}"
 
 
-def load_object(path: Path, version: int, missing: str, damaged: str | None = None) -> dict[str, Any]:
+def load_object(path: Path, version: int, missing: str, damaged: str | None = None) -> Any:
     """Read a JSON object that states its schema version.
 
     Args:
@@ -58,27 +63,42 @@ def load_object(path: Path, version: int, missing: str, damaged: str | None = No
     """
     damaged = damaged or missing
     try:
-        text = path.read_text(encoding="utf-8")
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise PreskipError(f"{path} is missing: {missing}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PreskipError(f"{path} cannot be read ({short(error)}): check the file") from None
-    try:
-        value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise PreskipError(f"{path} is not valid JSON ({short(error)}): {damaged}") from None
     if not isinstance(value, dict):
         raise PreskipError(f"{path} holds a {type(value).__name__}, not an object: {damaged}")
-    found = value.get("schema_version")
-    if found != version:
-        raise PreskipError(
-            f"{path} has schema_version {found!r}, this preskip {__version__} reads {version}: "
-            "use the preskip version that wrote it"
-        )
+    check_version(path, value, version)
     return value
 
 
-def load_curves(run: Path, results: Mapping[str, Any]) -> list[Curve]:
+@contextmanager
+def clear_errors(run: Path, what: str, files: str = "run.json or results.json", remedy: str = "") -> Iterator[None]:
+    """Turn what a stored file lacks into one line.
+
+    Args:
+        run: the run directory, or the file.
+        what: who lacks it, such as "the report needs".
+        files: which files; "" where `run` is the file.
+        remedy: what to do, after a colon.
+
+    Raises:
+        PreskipError: in place of the error; its own kind passes through.
+    """
+    try:
+        yield
+    except PreskipError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
+        where = f"{run}: {files}" if files else str(run)
+        raise PreskipError(f"{where} lacks what {what} ({type(error).__name__}: {short(error)}){remedy}") from error
+
+
+def load_curves(run: Path, results: Results) -> list[Curve]:
     """The training log of every arm and seed that the results name; absent logs are left out.
 
     Raises:

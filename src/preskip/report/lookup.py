@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-Results = Mapping[str, Any]
+from preskip.metrics import Metric, metric_named
+from preskip.runs.schema import Comparison, Results, Search, Trial
+
 # Names of the sets that are scored by the paper's own protocol begin so.
 PAPER = "paper:"
+DOMAINS = {"in": "in-domain", "out": "out-of-domain"}
 OPPOSITE = {"better": "worse", "worse": "better"}
 # Two-sided 5 % and 80 % power: (1.960 + 0.842) / 1.960, from an interval's half width to a resolvable difference.
 RESOLVABLE_HALF_WIDTHS = 1.43
 
 
-def flipped(entry: Mapping[str, Any]) -> dict[str, Any]:
+def flipped(entry: Comparison) -> Comparison:
     """The same comparison seen from the other arm: signs, limits, gains and the verdict turned round."""
-    return {
+    turned = {
         **entry,
         "arm": entry["reference"],
         "reference": entry["arm"],
@@ -26,14 +29,18 @@ def flipped(entry: Mapping[str, Any]) -> dict[str, Any]:
         "lost": entry.get("gained"),
         "verdict": OPPOSITE.get(entry["verdict"], entry["verdict"]),
     }
+    return cast(Comparison, turned)
 
 
-def find(results: Results, arm: str, reference: str, set_name: str, metric: str) -> dict[str, Any] | None:
-    """The comparison arm − reference on a set and metric, turned round where it is stored the other way; or None."""
+def find(results: Results, arm: str, reference: str, set_name: str, metric: str = "") -> Comparison | None:
+    """The comparison arm − reference on a set and metric (default: its primary one), turned round where it is stored
+    the other way; or None.
+    """
+    metric = metric or primary(results, set_name)
     for entry in results["comparisons"]:
         if entry["set"] == set_name and entry["metric"] == metric:
             if (entry["arm"], entry["reference"]) == (arm, reference):
-                return dict(entry)
+                return entry
             if (entry["arm"], entry["reference"]) == (reference, arm):
                 return flipped(entry)
     return None
@@ -43,6 +50,12 @@ def primary(results: Results, set_name: str) -> str:
     """The metric that a set is judged by."""
     entry = results["sets"][set_name]
     return str(entry.get("primary") or ("bits_per_byte" if entry["kind"] == "document" else "acc"))
+
+
+def metric_on(results: Results, set_name: str, metric: str = "") -> Metric:
+    """How a metric (default: the primary one) is named and judged on a set."""
+    found = results["sets"].get(set_name)
+    return metric_named(metric or primary(results, set_name), cast(Mapping[str, Any] | None, found))
 
 
 def sets_of(results: Results, *, domain: str | None = None, kind: str | None = None) -> list[str]:
@@ -69,12 +82,12 @@ def plain_arm(results: Results) -> str:
     return "base" if is_pretraining(results) else "none"
 
 
-def is_declared(entry: Mapping[str, Any]) -> bool:
+def is_declared(entry: Comparison) -> bool:
     """Whether a comparison belongs to the family declared before training."""
     return bool(entry.get("declared"))
 
 
-def resolvable(results: Results, entry: Mapping[str, Any]) -> tuple[float, str]:
+def resolvable(results: Results, entry: Comparison) -> tuple[float, str]:
     """The smallest true difference that a comparison finds with 80 % power, and where that figure is from.
 
     Args:
@@ -93,18 +106,31 @@ def resolvable(results: Results, entry: Mapping[str, Any]) -> tuple[float, str]:
     return RESOLVABLE_HALF_WIDTHS * (entry["high"] - entry["low"]) / 2, "interval"
 
 
-def by_measure(comparisons: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, list[Mapping[str, Any]]]]:
+def by_measure(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, str, list[Comparison]]]:
     """(set, metric, comparisons) groups in the order in which they first appear."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str], list[Comparison]] = {}
     for entry in comparisons:
         groups.setdefault((entry["set"], entry["metric"]), []).append(entry)
     for (set_name, metric), entries in groups.items():
         yield set_name, metric, entries
 
 
-def ordered(entries: Sequence[Mapping[str, Any]], lower_is_better: bool) -> list[Mapping[str, Any]]:
+def ordered(entries: Sequence[Comparison], lower_is_better: bool) -> list[Comparison]:
     """Comparisons of one set and metric: against `none` first, then by reference, the best difference first."""
     references = list(dict.fromkeys(entry["reference"] for entry in entries))
     references.sort(key=lambda name: name != "none")
     sign = 1 if lower_is_better else -1
     return sorted(entries, key=lambda entry: (references.index(entry["reference"]), sign * entry["difference"]))
+
+
+def development(point: Trial, domain: str) -> Any:
+    """What a point of a search reached on development documents of the corpus ("in": an interval) or elsewhere ("out":
+    one per set); None where it diverged.
+    """
+    return None if point.get("diverged") else cast(dict[str, Any], point.get("dev") or {}).get(domain)
+
+
+def is_chosen(search: Search, point: Trial) -> bool:
+    """Whether a point of a search is the chosen learning rate at the last rung."""
+    last = max(other["rung"] for other in search["trace"])
+    return point["rung"] == last and point["learning_rate"] == search["chosen"]

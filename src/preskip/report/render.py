@@ -6,14 +6,11 @@ import base64
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preskip.errors import PreskipError
-from preskip.report.load import short
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -51,7 +48,7 @@ def render(
         content: values for the template; everything is escaped.
         figures: with key, section and spec.
         data: what "Download data" saves.
-        bypass_map: as from `preskip.report.explain_map.pack_map`, for a page that shows it.
+        bypass_map: as from `preskip.report.explain.map.pack_map`, for a page that shows it.
     """
     import jinja2
     from markupsafe import Markup
@@ -108,29 +105,3 @@ def _embedded(value: Any, markup: type[Markup]) -> Markup:
 def _script_hash(text: str) -> str:
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"
-
-
-def write_page(path: Path, html: str) -> Path:
-    """Write a page atomically, readable for everyone, and return its path.
-
-    Raises:
-        PreskipError: it cannot be written.
-    """
-    temporary = ""
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp", delete=False
-        ) as stream:
-            temporary = stream.name
-            stream.write(html)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # the temporary file is private; a report is there to be passed on
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise PreskipError(
-            f"{path} cannot be written ({short(error)}): free space or choose a writable folder"
-        ) from None
-    return path

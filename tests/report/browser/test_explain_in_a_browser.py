@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fixture_explain import STRANGE, write_explain
-from preskip.report.explain_page import build_explain_page
+from preskip.report.explain.page import build_explain_page
 from watched import Watched
 
 pytestmark = pytest.mark.slow

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from preskip.report.plots.base import Record, Spec, specification, tooltips
+import altair as alt
 
-DIMENSIONS = {
-    "frequency": "Frequency",
-    "position": "Place in the word",
-    "repeat": "Seen before",
-    "kind": "Kind",
-    "case": "Case",
-    "word": "Word",
-}
+from preskip.report.explain.measures import DIMENSIONS
+from preskip.report.plots.base import POINT, Record, Spec, chart, colour, specification, tooltips
+from preskip.runs.schema import ExplainedClass
+
 SEPARATOR = " · "  # a row's key: heading, or heading and class
 ROW = 24
 
 
-def class_rows(classes: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any] | None]]:
+def class_rows(classes: Sequence[ExplainedClass]) -> list[tuple[str, ExplainedClass | None]]:
     """The plot's rows from top to bottom: (key, class), with a heading (None) above each dimension's classes."""
-    rows: list[tuple[str, Mapping[str, Any] | None]] = []
+    rows: list[tuple[str, ExplainedClass | None]] = []
     for dimension in dict.fromkeys(entry["dimension"] for entry in classes):
         title = DIMENSIONS.get(dimension, str(dimension).capitalize())
         rows.append((title, None))
@@ -29,11 +25,11 @@ def class_rows(classes: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[
     return rows
 
 
-def class_records(classes: Sequence[Mapping[str, Any]], measure: str) -> list[Record]:
+def class_records(classes: Sequence[ExplainedClass], measure: str) -> list[Record]:
     """One record per row of the plot: value and limits of a measure, None for headings and what was not measured."""
     records = []
     for key, entry in class_rows(classes):
-        about = entry or {}
+        about: Any = entry or {}
         found = about.get(measure) or {}
         limits = {name: found.get(name) for name in ("value", "low", "high")}
         records.append(
@@ -50,23 +46,19 @@ def classes_plot(records: Sequence[Record], title: str, measures: Sequence[str])
         title: of the horizontal axis.
         measures: all measures in order, for the colour.
     """
-    import altair as alt
-
-    source = alt.Chart(alt.InlineData(values=list(records)))
-    shade = alt.Scale(domain=list(measures), range="category")
-    base = source.encode(y=_rows(records), color=alt.Color("measure:N", scale=shade, legend=None))
+    base = chart(records).encode(y=_rows(records), color=colour(measures, field="measure"))
     base = base.transform_filter("isValid(datum.value) || !isValid(datum.class)")
     about = tooltips({"class:N": "class"}) + tooltips({"tokens:Q": "tokens"}, ",")
     about += tooltips({"value:Q": title, "low:Q": "from", "high:Q": "to"}, ".4g")
     x = alt.X("low:Q", title=title, scale=alt.Scale(zero=True, nice=True), axis=alt.Axis(tickCount=5))
     layers = [
         base.mark_rule(strokeWidth=3, strokeCap="round", opacity=0.55).encode(x=x, x2="high:Q", tooltip=about),
-        base.mark_point(filled=True, size=80, opacity=1).encode(x="value:Q", tooltip=about),
+        base.mark_point(size=80, **POINT).encode(x="value:Q", tooltip=about),
     ]
-    return specification(alt.layer(*layers), height=ROW * len(records))
+    return specification(layers, height=ROW * len(records))
 
 
-def by_layer_records(classes: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> list[Record]:
+def by_layer_records(classes: Sequence[ExplainedClass], layers: Sequence[int]) -> list[Record]:
     """One record per class and layer."""
     return [
         {"row": key, "class": entry["class"] if entry else None, "layer": layer, "value": value}
@@ -77,38 +69,27 @@ def by_layer_records(classes: Sequence[Mapping[str, Any]], layers: Sequence[int]
 
 def by_layer(records: Sequence[Record], title: str) -> Spec:
     """Class by layer as a heat map."""
-    import altair as alt
-
     legend = alt.Legend(
         orient="top", direction="horizontal", gradientLength=150, gradientThickness=10, titleOrient="left"
     )
     about = tooltips({"class:N": "class", "layer:O": "layer"}) + tooltips({"value:Q": title}, ".4g")
     axis = alt.Axis(labelAngle=0, labelOverlap="greedy", ticks=False, domain=False)
-    chart = (
-        alt.Chart(alt.InlineData(values=list(records)))
+    scale = alt.Scale(range="heatmap", zero=True, interpolate="rgb")
+    shade = alt.Color("value:Q", title=title, scale=scale, legend=legend)
+    cells = (
+        chart(records)
         .mark_rect()
         .encode(
             y=_rows(records),
             x=alt.X("layer:O", title="Layer", axis=axis, scale=alt.Scale(paddingInner=0)),
-            color=alt.condition(
-                "isValid(datum.value)",
-                alt.Color(
-                    "value:Q",
-                    title=title,
-                    scale=alt.Scale(range="heatmap", zero=True, interpolate="rgb"),
-                    legend=legend,
-                ),
-                alt.value("transparent"),
-            ),
+            color=alt.condition("isValid(datum.value)", shade, alt.value("transparent")),
             tooltip=about,
         )
     )
-    return specification(chart, height=ROW * len({record["row"] for record in records}))
+    return specification([cells], height=ROW * len({record["row"] for record in records}))
 
 
 def _rows(records: Sequence[Record]) -> Any:
-    import altair as alt
-
     start = f"indexof(datum.value, '{SEPARATOR}')"
     heading = f"{start} < 0"
     weight = alt.condition(heading, alt.value("bold"), alt.value("normal"))

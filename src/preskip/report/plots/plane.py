@@ -1,18 +1,32 @@
-"""The plane of gain at home and change abroad: every arm over its learning rates, and where its test scores put it.
+"""The plane of in-domain gain and out-of-domain change: every arm over its learning rates, and its test scores.
 
-Both axes point the same way: right is better at home, up is better abroad.
+Both axes point the same way: right is better in-domain, up is better out-of-domain.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import altair as alt
+
 from preskip.metrics import Metric, metric_named
-from preskip.report.lookup import find, primary, trained_arms
-from preskip.report.plots.base import Record, Spec, arm_colour, arm_shape, once, specification, tooltips
-from preskip.report.verdicts import set_label
+from preskip.report.lookup import development, find, is_chosen, metric_on, primary, trained_arms
+from preskip.report.plots.base import (
+    POINT,
+    Record,
+    Spec,
+    chart,
+    colour,
+    once,
+    shape,
+    specification,
+    tooltips,
+    zero_line,
+)
+from preskip.report.words.verdicts import set_label
+from preskip.runs.schema import Results
 
 # Opacity of the last rung and of earlier ones: of lines and points, of their intervals.
 STRENGTH = ((0.85, 0.3), (0.5, 0.12))
@@ -20,40 +34,40 @@ STRENGTH = ((0.85, 0.3), (0.5, 0.12))
 DEVELOPMENT_TEXT = {"lambada_openai": "lambada_development"}
 # Words in the plane's corners: text, signs of x and y there, place, and how it is set.
 CORNERS: tuple[tuple[str, int, int, Any, Any, Any, int], ...] = (
-    ("better abroad only", -1, 1, 8, 10, "left", 0),
+    ("better out-of-domain only", -1, 1, 8, 10, "left", 0),
     ("better in both", 1, 1, "width", 10, "right", -6),
     ("worse in both", -1, -1, 8, "height", "left", 0),
-    ("better at home only", 1, -1, "width", "height", "right", -6),
+    ("better in-domain only", 1, -1, "width", "height", "right", -6),
 )
 
 
-def plane_records(results: Mapping[str, Any], home: str, abroad: str) -> list[Record]:
+def plane_records(results: Results, home: str, abroad: str) -> list[Record]:
     """Marks of one plane: part "test" (an arm's difference to `none` on both sets) and part "grid" (a point of its
-    learning-rate search on development documents, where those were scored abroad in bits per byte).
+    learning-rate search on development documents, where those were scored out-of-domain in bits per byte).
 
     Coordinates are benefits: x and y positive where the arm is better than the untouched model.
     """
-    metrics = (primary(results, home), primary(results, abroad))
-    x_metric, y_metric = (metric_named(primary(results, name), results["sets"][name]) for name in (home, abroad))
     records: list[Record] = []
     for arm in trained_arms(results):
-        at_home, far = (find(results, arm, "none", name, primary(results, name)) for name in (home, abroad))
+        at_home, far = (find(results, arm, "none", name) for name in (home, abroad))
         if at_home and far:
-            x, y = _benefit("x", at_home, x_metric), _benefit("y", far, y_metric)
+            x, y = _benefit("x", at_home, metric_on(results, home)), _benefit("y", far, metric_on(results, abroad))
             records.append({"part": "test", "arm": arm, **x, **y})
         # Losses of the search are in bits per byte; they cannot be drawn on an axis of another unit.
-        if set(metrics) == {"bits_per_byte"}:
+        if {primary(results, name) for name in (home, abroad)} == {"bits_per_byte"}:
             records += grid_records(results, arm, abroad)
     return records
 
 
-def grid_records(results: Mapping[str, Any], arm: str, abroad: str) -> list[Record]:
+def grid_records(results: Results, arm: str, abroad: str) -> list[Record]:
     """The points of one arm's learning-rate search that scored the set `abroad`, as benefits in bits per byte."""
-    search = (results.get("search") or {}).get(arm) or {}
+    search = (results.get("search") or {}).get(arm)
+    if not search:
+        return []
     about = metric_named("bits_per_byte")
-    last = max((point["rung"] for point in search.get("trace") or ()), default=0)
+    last = max((point["rung"] for point in search["trace"]), default=0)
     records: list[Record] = []
-    for point in search.get("trace") or ():
+    for point in search["trace"]:
         inside, outside = development(point, "in"), (development(point, "out") or {}).get(abroad)
         if not inside or not outside:
             continue
@@ -74,37 +88,22 @@ def grid_records(results: Mapping[str, Any], arm: str, abroad: str) -> list[Reco
     return records
 
 
-def development(point: Mapping[str, Any], domain: str) -> Any:
-    """What a point of a search reached on development documents at home ("in": an interval) or abroad ("out": one per
-    set); None where it diverged.
-    """
-    return None if point.get("diverged") else (point.get("dev") or {}).get(domain)
-
-
-def is_chosen(search: Mapping[str, Any], point: Mapping[str, Any]) -> bool:
-    """Whether a point of a search is the chosen learning rate at the last rung."""
-    last = max(other["rung"] for other in search["trace"])
-    return bool(point["rung"] == last and point["learning_rate"] == search["chosen"])
-
-
-def plane(records: Sequence[Record], results: Mapping[str, Any], home: str, abroad: str) -> Spec:
+def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -> Spec:
     """The plane as a specification; `records` as from `plane_records`."""
-    import altair as alt
-
     arms = trained_arms(results)
     shown = {record["arm"] for record in records}
     legend = alt.Legend(values=[arm for arm in arms if arm in shown], symbolType="circle", symbolSize=110)
-    source = alt.Chart(alt.InlineData(values=list(records)))
+    source = chart(records)
     titles = [_title(results, name) for name in (home, abroad)]
     bounds = _bounds(records)
     x_scale, y_scale = (alt.Scale(domain=list(bounds[axis]), nice=True) for axis in ("x", "y"))
     ticks = alt.Axis(tickCount=8)
-    x = alt.X("x:Q", title=[f"At home: {titles[0][0]} → better", titles[0][1]], axis=ticks, scale=x_scale)
-    y = alt.Y("y:Q", title=[f"Abroad: {titles[1][0]} → better", titles[1][1]], axis=ticks, scale=y_scale)
-    colour, shape = arm_colour(arms, legend), arm_shape(arms, legend)
+    x = alt.X("x:Q", title=[f"In-domain: {titles[0][0]} → better", titles[0][1]], axis=ticks, scale=x_scale)
+    y = alt.Y("y:Q", title=[f"Out-of-domain: {titles[1][0]} → better", titles[1][1]], axis=ticks, scale=y_scale)
+    shade, mark = colour(arms, legend), shape(arms, legend)
     layers: list[Any] = [
-        once(source).mark_rule(strokeWidth=1.25, strokeDash=[4, 3]).encode(x=alt.datum(0)),
-        once(source).mark_rule(strokeWidth=1.25, strokeDash=[4, 3]).encode(y=alt.datum(0)),
+        zero_line(source, "x"),
+        zero_line(source, "y"),
         *(
             once(source)
             .mark_text(align=align, baseline="top" if top == 10 else "bottom", fontSize=12, dx=shift)
@@ -114,9 +113,9 @@ def plane(records: Sequence[Record], results: Mapping[str, Any], home: str, abro
         ),
     ]
     if any(record["part"] == "grid" for record in records):
-        grid = source.transform_filter("datum.part === 'grid'").encode(color=colour, x=x, y=y)
+        grid = source.transform_filter("datum.part === 'grid'").encode(color=shade, x=x, y=y)
         about = tooltips({"arm:N": "arm", "learning_rate:Q": "learning rate", "steps:Q": "steps", "seed:N": "seed"})
-        about += tooltips({"x:Q": "at home (dev)", "y:Q": "abroad (dev)"}, "+.4f")
+        about += tooltips({"x:Q": "in-domain (dev)", "y:Q": "out-of-domain (dev)"}, "+.4f")
         # Earlier rungs trained for fewer steps: they stand back.
         strong, faint = (alt.condition("datum.last", alt.value(high), alt.value(low)) for high, low in STRENGTH)
         layers += [
@@ -125,21 +124,21 @@ def plane(records: Sequence[Record], results: Mapping[str, Any], home: str, abro
             grid.mark_line(strokeWidth=1.25, clip=True).encode(
                 detail=["rung:N", "seed:N", "last:N"], order="learning_rate:Q", opacity=strong
             ),
-            grid.mark_point(filled=True, size=26, clip=True).encode(shape=shape, tooltip=about, opacity=strong),
+            grid.mark_point(filled=True, size=26, clip=True).encode(shape=mark, tooltip=about, opacity=strong),
             grid.transform_filter("datum.chosen").mark_point(
                 size=150, strokeWidth=1.5, opacity=0.9, shape="circle", clip=True
             ),
         ]
-    test = source.transform_filter("datum.part === 'test'").encode(color=colour, x=x, y=y)
+    test = source.transform_filter("datum.part === 'test'").encode(color=shade, x=x, y=y)
     about = tooltips({"arm:N": "arm"})
-    about += tooltips({"x:Q": "at home", "x_low:Q": "from", "x_high:Q": "to"}, "+.4f")
-    about += tooltips({"y:Q": "abroad", "y_low:Q": "from", "y_high:Q": "to"}, "+.4f")
+    about += tooltips({"x:Q": "in-domain", "x_low:Q": "from", "x_high:Q": "to"}, "+.4f")
+    about += tooltips({"y:Q": "out-of-domain", "y_low:Q": "from", "y_high:Q": "to"}, "+.4f")
     layers += [
         test.mark_rule(strokeWidth=2).encode(x="x_low:Q", x2="x_high:Q"),
         test.mark_rule(strokeWidth=2).encode(y="y_low:Q", y2="y_high:Q"),
-        test.mark_point(filled=True, size=210, opacity=1).encode(shape=shape, tooltip=about),
+        test.mark_point(size=210, **POINT).encode(shape=mark, tooltip=about),
     ]
-    return specification(alt.layer(*layers), height=440)
+    return specification(layers, height=440)
 
 
 def outside(records: Sequence[Record]) -> int:
@@ -169,7 +168,7 @@ def _bounds(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
     return {axis: (min(own), max(own)) for axis, own in every.items()}
 
 
-def _benefit(axis: str, entry: Mapping[str, Any], about: Metric) -> Record:
+def _benefit(axis: str, entry: Any, about: Metric) -> Record:
     """A difference and its limits as a benefit in shown units: positive is better."""
     value = entry["difference"] if "difference" in entry else entry["value"]
     limits = (value, entry["low"], entry["high"])
@@ -178,10 +177,10 @@ def _benefit(axis: str, entry: Mapping[str, Any], about: Metric) -> Record:
     return {axis: best, f"{axis}_low": min(low, high), f"{axis}_high": max(low, high)}
 
 
-def _title(results: Mapping[str, Any], name: str) -> tuple[str, str]:
+def _title(results: Results, name: str) -> tuple[str, str]:
     if name not in results["sets"]:
         return "bits per byte saved", f"{name}, scored by the search only"
-    about = metric_named(primary(results, name), results["sets"][name])
+    about = metric_on(results, name)
     unit = about.difference_unit.strip()
     words = f"{unit} of {about.phrase}" if unit else about.phrase
     return f"{words} {'saved' if about.lower_is_better else 'gained'}", set_label(results["sets"], name)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from preskip.report.plots.base import Record, Spec, arm_colour, once, specification, tooltips
-from preskip.report.plots.plane import development, is_chosen
+import altair as alt
+
+from preskip.report.lookup import development, is_chosen
+from preskip.report.plots.base import POINT, Record, Spec, chart, colour, specification, tooltips, value_axis, zero_line
+from preskip.runs.schema import Search
 
 
-def search_records(search: Mapping[str, Any], arm: str) -> list[Record]:
+def search_records(search: Search, arm: str) -> list[Record]:
     """One record per trained point: its rung and seed, the learning rate, the difference to the untouched model on
     development documents in bits per byte (None where it diverged).
     """
@@ -19,15 +21,13 @@ def search_records(search: Mapping[str, Any], arm: str) -> list[Record]:
             "rung": f"{point['steps']} steps",
             "seed": str(point["seed"]),
             "learning_rate": point["learning_rate"],
-            "value": inside["value"] if inside else None,
-            "low": inside.get("low") if inside else None,
-            "high": inside.get("high") if inside else None,
+            **{limit: inside.get(limit) for limit in ("value", "low", "high")},
             "kept": "kept" if point.get("kept") else "dropped",
             "chosen": is_chosen(search, point),
             "diverged": bool(point.get("diverged")),
         }
         for point in search["trace"]
-        for inside in [development(point, "in")]
+        for inside in [development(point, "in") or {}]
     ]
 
 
@@ -39,16 +39,14 @@ def search(records: Sequence[Record], arms: Sequence[str], bounds: tuple[float, 
         arms: all trained arms, for the colour.
         bounds: limits of the vertical axis, shared by the arms so that their plots compare.
     """
-    import altair as alt
-
-    source = alt.Chart(alt.InlineData(values=list(records)))
+    source = chart(records)
     x = alt.X(
         "learning_rate:Q",
         title="Learning rate",
         scale=alt.Scale(type="log", nice=False, padding=14),
         axis=alt.Axis(grid=False, format=".1~e", values=sorted({record["learning_rate"] for record in records})),
     )
-    y = alt.Y("value:Q", title="Δ bits per byte, dev", scale=alt.Scale(domain=list(bounds), clamp=True, nice=False))
+    y = value_axis("value", "Δ bits per byte, dev", domain=list(bounds), clamp=True, nice=False, zero=alt.Undefined)
     about = tooltips({"rung:N": "rung", "seed:N": "seed", "learning_rate:Q": "learning rate", "kept:N": "after it"})
     about += tooltips({"value:Q": "difference", "low:Q": "low", "high:Q": "high"}, "+.4f")
     order = list(dict.fromkeys(record["rung"] for record in records))
@@ -58,13 +56,13 @@ def search(records: Sequence[Record], arms: Sequence[str], bounds: tuple[float, 
         scale=alt.Scale(domain=order, range=rung_dashes(len(order))),
         legend=alt.Legend(symbolSize=130, labelFontSize=11, columns=4, symbolStrokeColor="#888888"),
     )
-    base = source.encode(x=x, color=arm_colour(arms))
+    base = source.encode(x=x, color=colour(arms))
     trained = base.transform_filter("!datum.diverged")
     layers = [
-        once(source).mark_rule(strokeWidth=1, strokeDash=[4, 3]).encode(y=alt.datum(0)),
+        zero_line(source),
         trained.mark_rule(strokeWidth=1.5, opacity=0.45).encode(y=alt.Y("low:Q"), y2="high:Q"),
         trained.mark_line(strokeWidth=1.75).encode(y=y, strokeDash=dash, detail="seed:N"),
-        trained.mark_point(filled=True, size=32, opacity=1).encode(y=y, tooltip=about),
+        trained.mark_point(size=32, **POINT).encode(y=y, tooltip=about),
     ]
     if any(record["chosen"] and not record["diverged"] for record in records):
         chosen = trained.transform_filter("datum.chosen")
@@ -73,7 +71,7 @@ def search(records: Sequence[Record], arms: Sequence[str], bounds: tuple[float, 
         diverged = base.transform_filter("datum.diverged")
         cross = diverged.mark_text(text="✕", fontSize=14, fontWeight="bold", dy=16)
         layers.append(cross.encode(y=alt.value(0), tooltip=about[:3]))
-    return specification(alt.layer(*layers), height=190)
+    return specification(layers, height=190)
 
 
 def rung_dashes(count: int) -> list[list[int]]:

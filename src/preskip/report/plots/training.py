@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preskip.report.plots.base import Record, Spec, arm_colour, arm_dash, specification, tooltips
+import altair as alt
+
+from preskip.report.plots.base import Record, Spec, chart, colour, dash, specification, tooltips, value_axis
+from preskip.runs.schema import CurvePoint
 
 POINT_BUDGET = 12_000  # training points in the whole page: about 1 MB
 POINTS_PER_CURVE = 600
@@ -38,7 +41,7 @@ def training_records(curves: Sequence[tuple[str, str, Sequence[Mapping[str, Any]
     return records
 
 
-def evaluation_records(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> list[Record]:
+def evaluation_records(curves: Mapping[str, Mapping[str, Sequence[CurvePoint]]]) -> list[Record]:
     """Loss on development documents by tokens read: mean, lowest and highest over the seeds of each arm.
 
     Args:
@@ -67,26 +70,21 @@ def evaluation_records(curves: Mapping[str, Mapping[str, Sequence[Mapping[str, A
 
 def evaluation(records: Sequence[Record], arms: Sequence[str]) -> Spec:
     """Loss on development documents by tokens read: a line for the mean over seeds, a band from lowest to highest."""
-    import altair as alt
-
     legend = alt.Legend(symbolOpacity=1)
-    scale = alt.Scale(zero=False, nice=True)
-    base = alt.Chart(alt.InlineData(values=list(records))).encode(
+    base = chart(records).encode(
         x=alt.X("tokens:Q", title="Training tokens", axis=alt.Axis(grid=False, tickCount=6, format="~s")),
-        color=arm_colour(arms, legend),
+        color=colour(arms, legend),
     )
-    band = base.mark_area(opacity=0.2, clip=True).encode(
-        y=alt.Y("low:Q", title="Loss on development documents, nats per token", scale=scale), y2="high:Q"
+    low, mean = (
+        value_axis(field, "Loss on development documents, nats per token", zero=False) for field in ("low", "mean")
     )
-    line = base.mark_line(strokeWidth=2, opacity=0.9).encode(
-        y=alt.Y("mean:Q", title="Loss on development documents, nats per token", scale=scale),
-        strokeDash=arm_dash(arms, legend),
-        tooltip=[
-            *tooltips({"arm:N": "arm", "tokens:Q": "tokens"}, ","),
-            *tooltips({"mean:Q": "mean", "low:Q": "lowest", "high:Q": "highest"}, ".4f"),
-        ],
-    )
-    return specification(alt.layer(band, line), height=320)
+    about = tooltips({"arm:N": "arm", "tokens:Q": "tokens"}, ",")
+    about += tooltips({"mean:Q": "mean", "low:Q": "lowest", "high:Q": "highest"}, ".4f")
+    layers = [
+        base.mark_area(opacity=0.2, clip=True).encode(y=low, y2="high:Q"),
+        base.mark_line(strokeWidth=2, opacity=0.9).encode(y=mean, strokeDash=dash(arms, legend), tooltip=about),
+    ]
+    return specification(layers, height=320)
 
 
 def smoothed(losses: Sequence[float | None]) -> list[float | None]:
@@ -103,30 +101,16 @@ def smoothed(losses: Sequence[float | None]) -> list[float | None]:
 
 def training(records: Sequence[Record], arms: Sequence[str]) -> Spec:
     """Training loss by step: thin raw lines (for up to four arms), strong smoothed ones, one line per seed."""
-    import altair as alt
-
     legend = alt.Legend(symbolOpacity=1)
-    base = alt.Chart(alt.InlineData(values=list(records))).encode(
+    base = chart(records).encode(
         x=alt.X("step:Q", title="Optimiser step", axis=alt.Axis(grid=False, tickCount=6, format="d")),
-        color=arm_colour(arms, legend),
+        color=colour(arms, legend),
         detail="seed:N",
     )
-    scale = alt.Scale(zero=False, nice=True)
-    layers = []
+    raw, smooth = (value_axis(field, "Loss, nats per token", zero=False) for field in ("loss", "smoothed"))
+    about = tooltips({"arm:N": "arm", "seed:N": "seed", "step:Q": "step"})
+    about += tooltips({"loss:Q": "loss", "smoothed:Q": "smoothed"}, ".4f")
+    layers = [base.mark_line(strokeWidth=2, opacity=0.9).encode(y=smooth, strokeDash=dash(arms, legend), tooltip=about)]
     if len({record["arm"] for record in records}) <= 4:  # more of them hide what they should show
-        layers.append(
-            base.mark_line(strokeWidth=1, opacity=0.35, clip=True).encode(
-                y=alt.Y("loss:Q", title="Loss, nats per token", scale=scale)
-            )
-        )
-    layers.append(
-        base.mark_line(strokeWidth=2, opacity=0.9).encode(
-            y=alt.Y("smoothed:Q", title="Loss, nats per token", scale=scale),
-            strokeDash=arm_dash(arms, legend),
-            tooltip=[
-                *tooltips({"arm:N": "arm", "seed:N": "seed", "step:Q": "step"}),
-                *tooltips({"loss:Q": "loss", "smoothed:Q": "smoothed"}, ".4f"),
-            ],
-        )
-    )
-    return specification(alt.layer(*layers), height=320)
+        layers.insert(0, base.mark_line(strokeWidth=1, opacity=0.35, clip=True).encode(y=raw))
+    return specification(layers, height=320)

@@ -1,7 +1,7 @@
 // The bypass map: unpacks the numbers, shows a text shaded by one layer or as a heat map of all, answers to pointer and keys.
 (function () {
   "use strict";
-  const id = (name) => document.getElementById(name);
+  const id = (name) => document.getElementById(name), { make } = preskip;
   const map = JSON.parse(id("map").textContent);
   const layers = map.layers.length;
   const NONE = -128;
@@ -121,18 +121,10 @@
     const step = Math.ceil(18 / size.height);
     labels.replaceChildren(...map.layers.flatMap((name, i) => {
       if (i % step) return [];
-      const label = document.createElement("span");
-      label.textContent = name;
-      label.style.top = (layers - 1 - i + 0.5) * size.height + "px";
-      return [label];
+      return [make("span", { textContent: name, style: `top:${(layers - 1 - i + 0.5) * size.height}px` })];
     }));
     labels.style.height = canvas.style.height;
-    heat.querySelector(".heat-words").replaceChildren(...(size.width < 15 ? [] : text().tokens.slice(from, to).map((token) => {
-      const word = document.createElement("span");
-      word.textContent = spoken(token);
-      word.style.width = size.width + "px";
-      return word;
-    })));
+    heat.querySelector(".heat-words").replaceChildren(...(size.width < 15 ? [] : text().tokens.slice(from, to).map((token) => make("span", { textContent: spoken(token), style: `width:${size.width}px` }))));
   }
   function pixels(from, to) {
     const image = new ImageData(to - from, layers);
@@ -186,12 +178,9 @@
     const { tokens } = text();
     id("map-token").textContent = spoken(tokens[state.token]);
     id("map-place").textContent = `token ${state.token + 1} of ${tokens.length}, layer ${map.layers[state.layer]}`;
-    const before = document.createElement("span"), middle = document.createElement("b"), after = document.createElement("span");
     const flat = (from, to) => tokens.slice(Math.max(0, from), to).join("").replace(/\s+/g, " ");
-    before.textContent = "…" + flat(state.token - 6, state.token);
-    middle.textContent = flat(state.token, state.token + 1);
-    after.textContent = flat(state.token + 1, state.token + 7) + "…";
-    id("map-context").replaceChildren(before, middle, after);
+    const parts = [["span", "…" + flat(state.token - 6, state.token)], ["b", flat(state.token, state.token + 1)], ["span", flat(state.token + 1, state.token + 7) + "…"]];
+    id("map-context").replaceChildren(...parts.map(([tag, textContent]) => make(tag, { textContent })));
     const rows = Object.keys(measures).map((measure) => [measure, NAMES[measure], shown(at(measure, state.token, state.layer))]);
     const mine = at(state.measure, state.token, state.layer);
     if (mine !== null) {
@@ -200,12 +189,9 @@
       rows.push(["rank", "Higher than", Math.round((100 * less) / tokens.length) + " % of this text"]);
     }
     id("map-values").replaceChildren(...rows.map(([key, name, value]) => {
-      const row = document.createElement("div"), term = document.createElement("dt"), number = document.createElement("dd");
-      term.textContent = name;
-      number.textContent = value;
+      const row = make("div", { className: key === state.measure ? "chosen" : "" }), number = make("dd", { textContent: value });
       number.dataset.value = key;
-      if (key === state.measure) row.className = "chosen";
-      row.append(term, number);
+      row.append(make("dt", { textContent: name }), number);
       return row;
     }));
     const values = map.layers.map((_, layer) => at(state.measure, state.token, layer));
@@ -243,7 +229,7 @@
     state.text = (index + map.documents.length) % map.documents.length;
     id("map-document").value = state.text;
     const { tokens, sentences } = text();
-    const option = (value, words) => { const made = document.createElement("option"); made.value = value; made.textContent = words; return made; };
+    const option = (value, words) => make("option", { value, textContent: words });
     id("map-sentence").replaceChildren(option(-1, `Whole text, ${tokens.length} tokens`), ...sentences.map((start, i) => {
       const words = tokens.slice(start, Math.min(start + 14, sentences[i + 1] ?? tokens.length)).join("").replace(/\s+/g, " ").trim();
       return option(i, `${i + 1}. ${words.slice(0, 56)}${words.length > 56 ? "…" : ""}`);
@@ -313,9 +299,7 @@
   function drawing() {
     const [from, to] = range();
     const count = to - from, cell = count > 150 ? 4 : 18, tall = 14, left = 44, top = 34, named = cell > 10 ? 96 : 24;
-    const image = document.createElement("canvas");
-    image.width = count;
-    image.height = layers;
+    const image = make("canvas", { width: count, height: layers });
     image.getContext("2d").putImageData(pixels(from, to), 0, 0);
     const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink"), ground = style.getPropertyValue("--surface");
     const escape = (words) => words.replace(/[&<>"\u0000-\u001f]/g, (sign) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[sign] || "\ufffd");
@@ -333,9 +317,7 @@
     if (kind === "svg") return preskip.save(name, svg, "image/svg+xml");
     const picture = new Image();
     picture.onload = () => {
-      const target = document.createElement("canvas");
-      target.width = 2 * width;
-      target.height = 2 * height;
+      const target = make("canvas", { width: 2 * width, height: 2 * height });
       target.getContext("2d").drawImage(picture, 0, 0, 2 * width, 2 * height);
       target.toBlob((blob) => preskip.save(name, blob, "image/png"), "image/png");
     };

@@ -1,5 +1,5 @@
 // Theme, plots, sorting, saving. Runs once, after the page and the Vega bundle; sends nothing anywhere.
-const preskip = {}; // what the page's scripts share: save, say, csv, complete, ready
+const preskip = {}; // what the page's scripts share: make, save, say, csv, complete, ready
 (function () {
   "use strict";
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
@@ -8,20 +8,18 @@ const preskip = {}; // what the page's scripts share: save, say, csv, complete, 
   const live = document.getElementById("live");
   const views = {};
   const say = (text) => { live.textContent = text; };
+  const make = (tag, more) => Object.assign(document.createElement(tag), more);
 
   function save(name, content, type) {
     const url = URL.createObjectURL(new Blob([content], { type: type }));
-    const link = document.createElement("a");
-    link.href = url;
-    link.download = name;
+    const link = make("a", { href: url, download: name });
     document.body.append(link);
     link.click();
     link.remove();
     setTimeout(() => URL.revokeObjectURL(url), 10000);
     say("Saved " + name);
   }
-  preskip.save = save;
-  preskip.say = say;
+  Object.assign(preskip, { save, say, make });
   preskip.complete = (data) => data; // the map's script puts back what it holds
 
   // Rows of records as comma-separated values (RFC 4180), the columns in the order in which they appear.
@@ -137,8 +135,7 @@ const preskip = {}; // what the page's scripts share: save, say, csv, complete, 
   for (const table of document.querySelectorAll("table.sortable")) {
     const headings = Array.from(table.tHead.rows[table.tHead.rows.length - 1].cells); // above it stand the names of groups
     headings.forEach((heading, column) => {
-      const button = document.createElement("button");
-      button.type = "button";
+      const button = make("button", { type: "button" });
       const words = Array.from(heading.childNodes).filter((node) => node.nodeName !== "SMALL");
       heading.prepend(button);
       button.append(...words);

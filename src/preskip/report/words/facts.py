@@ -2,115 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from preskip.metrics import metric_named
-from preskip.report.lookup import is_declared, trained_arms
-from preskip.report.verdicts import amount, sentence, set_label, set_title
+from preskip.report.lookup import is_declared, primary, trained_arms
+from preskip.report.words.verdicts import amount, sentence, set_label, set_title
+from preskip.runs.schema import Manifest, Results
 
+Groups = list[tuple[str, list[tuple[str, str]]]]
 FACT_VERSIONS = ("python", "torch", "transformers", "peft")
 
 
-def facts(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def facts(record: Manifest) -> Groups:
     """Groups of (label, value): model, corpus, machine and run; what run.json does not say is left out."""
-    model, corpus, environment = record["model"], record["corpus"], record["environment"]
-    timings = record.get("timings") or {}
-    groups: list[tuple[str, list[tuple[str, Any]]]] = [
-        (
-            "Model",
-            [
-                ("Name", model["name"]),
-                ("Type", model.get("type")),
-                ("Parameters", _count(model.get("parameters"))),
-                ("Shape", _shape(model)),
-                ("Data type", model.get("dtype")),
-                ("Attention", model.get("attn_implementation")),
-                ("Source", model.get("source")),
-                ("SHA-256", model.get("sha256")),
-            ],
-        ),
-        (
-            "Training corpus",
-            [
-                ("Name", corpus["name"]),
-                ("Training", _training_text(corpus)),
-                ("Held out", _join(corpus.get("heldout_documents"), "documents")),
-                ("Source", corpus.get("source")),
-                ("SHA-256", corpus.get("sha256")),
-            ],
-        ),
-        (
-            "Machine",
-            [
-                ("Device", environment.get("device")),
-                ("Processor", environment.get("processor")),
-                ("Cores", _count(environment.get("cores"))),
-                ("Memory", bytes_text(environment.get("memory_bytes"))),
-                ("Platform", environment.get("platform")),
-                ("Versions", ", ".join(f"{key} {environment[key]}" for key in FACT_VERSIONS if environment.get(key))),
-                ("Parts computed on", _earlier(record)),
-                ("Peak memory", bytes_text(record.get("peak_memory_bytes"))),
-            ],
-        ),
-        (
-            "Run",
-            [
-                ("Seeds", ", ".join(str(seed) for seed in record["seeds"])),
-                ("Started", record["created"]),
-                ("Finished", record.get("finished")),
-                *((key.replace("_", " ").capitalize(), _seconds(value)) for key, value in timings.items()),
-            ],
-        ),
-    ]
+    model, corpus, environment = (cast(Any, record)[key] for key in ("model", "corpus", "environment"))
+    training = (_join(corpus.get(f"training_{unit}"), unit) for unit in ("documents", "tokens"))
+    shape = (_join(model.get("layers"), "layers"), _join(model.get("hidden_size"), "", "width "))
+    groups: dict[str, dict[str, Any]] = {
+        "Model": {
+            "Name": model["name"],
+            "Type": model.get("type"),
+            "Parameters": _join(model.get("parameters")),
+            "Shape": ", ".join(filter(None, shape)),
+            "Data type": model.get("dtype"),
+            "Attention": model.get("attn_implementation"),
+            "Source": model.get("source"),
+            "SHA-256": model.get("sha256"),
+        },
+        "Training corpus": {
+            "Name": corpus["name"],
+            "Training": ", ".join(filter(None, training)),
+            "Held out": _join(corpus.get("heldout_documents"), "documents"),
+            "Source": corpus.get("source"),
+            "SHA-256": corpus.get("sha256"),
+        },
+        "Machine": {
+            "Device": environment.get("device"),
+            "Processor": environment.get("processor"),
+            "Cores": _join(environment.get("cores")),
+            "Memory": bytes_text(environment.get("memory_bytes")),
+            "Platform": environment.get("platform"),
+            "Versions": ", ".join(f"{key} {environment[key]}" for key in FACT_VERSIONS if environment.get(key)),
+            "Parts computed on": _earlier(record),
+            "Peak memory": bytes_text(record.get("peak_memory_bytes")),
+        },
+        "Run": {
+            "Seeds": ", ".join(str(seed) for seed in record["seeds"]),
+            "Started": record["created"],
+            "Finished": record.get("finished"),
+            **{k.replace("_", " ").capitalize(): _seconds(v) for k, v in (record.get("timings") or {}).items()},
+        },
+    }
+    return fact_groups(groups)
+
+
+def fact_groups(groups: Mapping[str, Mapping[str, Any]], text: Callable[[Any], str] = str) -> Groups:
+    """Groups of (label, value in words), without what is not known."""
     return [
-        (name, [(label, str(value)) for label, value in rows if value not in (None, "", "–")]) for name, rows in groups
+        (name, [(label, text(value)) for label, value in entries.items() if value not in (None, "", "–")])
+        for name, entries in groups.items()
     ]
 
 
-def _earlier(record: Mapping[str, Any]) -> str:
+def _earlier(record: Manifest) -> str:
     """The other machines, or versions, of the attempts before the last; empty where there were none."""
-    last = record["environment"]
+    last: Any = record["environment"]
+    others: Any = record.get("earlier_environments") or ()
     keys = ("device", "processor", "platform", *FACT_VERSIONS)
     told = [
-        ", ".join(str(other[key]) for key in keys if other.get(key) not in (None, last.get(key)))
-        for other in record.get("earlier_environments") or ()
+        ", ".join(str(other[key]) for key in keys if other.get(key) not in (None, last.get(key))) for other in others
     ]
     return "; ".join(dict.fromkeys(text for text in told if text))
 
 
-def set_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A row per evaluation set: title, domain, extent, how it is scored, source and checksum."""
-    rows = []
-    for name, entry in results["sets"].items():
-        extent = [_join(entry.get(unit), unit) for unit in ("documents", "items", "tokens", "bytes", "words")]
-        scored = f"context {entry['context_length']:,}" if entry.get("context_length") else ""
-        if entry.get("stride"):
-            scored += f", stride {entry['stride']:,}"
-        rows.append(
-            {
-                "title": set_title(results["sets"], name),
-                "key": name,
-                "domain": {"in": "in-domain", "out": "out-of-domain"}[entry["domain"]],
-                "extent": ", ".join(part for part in extent if part),
-                "scored": scored or "–",
-                "source": entry.get("source") or "–",
-                "sha256": entry.get("sha256") or "",
-            }
-        )
-    return rows
-
-
-def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def settings(record: Manifest) -> list[tuple[str, str]]:
     """(arm, its description and settings in words) of every arm that has any."""
-    return [
-        (name, _settings_text(arm))
-        for name, arm in record["arms"].items()
-        if arm.get("settings") or arm.get("description")
-    ]
+    texts = {}
+    for name, arm in record["arms"].items():
+        chosen = ", ".join(f"{key} = {value}" for key, value in (arm.get("settings") or {}).items())
+        texts[name] = "; ".join(filter(None, (arm.get("description"), chosen)))
+    return [(name, text) for name, text in texts.items() if text]
 
 
-def family_text(results: Mapping[str, Any]) -> str:
+def family_text(results: Results) -> str:
     """The family declared before training, its level and the margins of equivalence, in words."""
     family = results.get("family") or {}
     declared, alpha = len(family.get("declared") or ()), family.get("alpha", 0.05)
@@ -128,7 +103,7 @@ def family_text(results: Mapping[str, Any]) -> str:
     return text + (f" Margins of equivalence: {margins}." if margins else "")
 
 
-def declared_text(results: Mapping[str, Any]) -> str:
+def declared_text(results: Results) -> str:
     """What the comparisons declared before training decided, after correction, in sentences; "" where none was."""
     declared = [entry for entry in results["comparisons"] if is_declared(entry)]
     if not declared:
@@ -142,7 +117,7 @@ def declared_text(results: Mapping[str, Any]) -> str:
     return ". ".join([counted, *decided]) + "."
 
 
-def limits(record: Mapping[str, Any], results: Mapping[str, Any], seeds: int) -> list[str]:
+def limits(record: Manifest, results: Results, seeds: int) -> list[str]:
     """What this run cannot show, one sentence or two each.
 
     Args:
@@ -162,7 +137,7 @@ def limits(record: Mapping[str, Any], results: Mapping[str, Any], seeds: int) ->
         )
     found.append(_domain_limit(record, results))
     texts = [entry for entry in results["sets"].values() if entry["kind"] == "document"]
-    contexts = sorted({entry["context_length"] for entry in texts if entry.get("context_length")})
+    contexts = sorted({length for entry in texts if (length := entry.get("context_length"))})
     if contexts:
         found.append(
             f"Word perplexity and bits per byte hold for a context of {' and '.join(f'{n:,}' for n in contexts)} "
@@ -193,28 +168,28 @@ def limits(record: Mapping[str, Any], results: Mapping[str, Any], seeds: int) ->
     return found
 
 
-def _dtype_cost(results: Mapping[str, Any]) -> str:
+def _dtype_cost(results: Results) -> str:
     """What rounding alone does to the untouched base, by set, in the sets' primary measure."""
     names = {"bfloat16": "bf16 weights", "autocast": "bf16 autocast"}
     costs = [
         f"{names[entry['arm']]} {entry['difference']:+.4f} [{entry['low']:+.4f}, {entry['high']:+.4f}] "
         f"{metric_named(entry['metric']).phrase} on {set_label(results['sets'], entry['set'])} ({entry['verdict']})"
         for entry in results["dtype_audit"]["comparisons"]
-        if entry["metric"] == results["sets"].get(entry["set"], {}).get("primary", entry["metric"])
+        if entry["set"] not in results["sets"] or entry["metric"] == primary(results, entry["set"])
     ]
     return f"What the dtype alone does to the untouched model, against float32: {'; '.join(costs)}."
 
 
-def _domain_limit(record: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+def _domain_limit(record: Manifest, results: Results) -> str:
     model, corpus = record["model"]["name"], record["corpus"]["name"]
     abroad = [set_label(results["sets"], name) for name, e in results["sets"].items() if e["domain"] == "out"]
     text = f"One model ({model}) trained on one corpus ({corpus}). "
     if abroad:
-        return text + f"What it does abroad is measured on {', '.join(abroad)} and may differ on other text."
+        return text + f"What it does out-of-domain is measured on {', '.join(abroad)} and may differ on other text."
     return text + "What helps on the text it was trained on may hurt on other text; this page measures only the former."
 
 
-def _rate_limit(results: Mapping[str, Any]) -> str:
+def _rate_limit(results: Results) -> str:
     arms, searched = trained_arms(results), set(results.get("search") or ())
     fixed = [arm for arm in arms if arm not in searched]
     if not fixed and arms:
@@ -233,33 +208,13 @@ def _rate_limit(results: Mapping[str, Any]) -> str:
     return "Learning rates were fixed, not tuned. Arms tuned to their best rates can rank differently."
 
 
-def _dtypes(record: Mapping[str, Any], results: Mapping[str, Any]) -> set[Any]:
+def _dtypes(record: Manifest, results: Results) -> set[Any]:
     found = {summary.get("base_dtype") for summary in results["arms"].values()} - {None}
     return found or {record["model"].get("dtype")} - {None}
 
 
-def _settings_text(arm: Mapping[str, Any]) -> str:
-    chosen = ", ".join(f"{key} = {value}" for key, value in (arm.get("settings") or {}).items())
-    return "; ".join(part for part in (arm.get("description") or "", chosen) if part)
-
-
-def _count(value: Any) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def _join(value: Any, noun: str) -> str:
-    return "" if value is None else f"{value:,} {noun}"
-
-
-def _training_text(corpus: Mapping[str, Any]) -> str:
-    parts = [_join(corpus.get("training_documents"), "documents"), _join(corpus.get("training_tokens"), "tokens")]
-    return ", ".join(part for part in parts if part)
-
-
-def _shape(model: Mapping[str, Any]) -> str:
-    width = model.get("hidden_size")
-    parts = [_join(model.get("layers"), "layers"), "" if width is None else f"width {width:,}"]
-    return ", ".join(part for part in parts if part)
+def _join(value: int | None, noun: str = "", before: str = "") -> str:
+    return "" if value is None else f"{before}{value:,} {noun}".strip()
 
 
 def bytes_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The frontier of gain at home and harm abroad: which arms no other arm is shown to beat, from stored verdicts alone.
+"""The frontier of in-domain gain and out-of-domain harm: which arms no other is shown to beat, by stored verdicts.
 
 An arm dominates another when their direct paired comparisons find it better on one axis and better or equivalent on
 the other. Better on one axis while the other is undecided (or not compared) is not enough: the arm behind then stays
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preskip.report.lookup import PAPER, find, primary, sets_of
-from preskip.report.verdicts import set_label
+from preskip.report.lookup import PAPER, find, sets_of
+from preskip.report.words.verdicts import set_label
+from preskip.runs.schema import Results
 
 
-def planes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def planes(results: Results) -> list[tuple[str, str]]:
     """(in-domain set, out-of-domain set) of every plane: the first in-domain set of documents (else of items) against
     each out-of-domain set; empty without one of either. The paper's own scoring is no plane of its own: its items are
     in lm-eval's tasks, too.
@@ -24,7 +25,7 @@ def planes(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(home[0], name) for name in abroad] if home else []
 
 
-def assess_plane(results: Mapping[str, Any], home: str, abroad: str) -> dict[str, Any]:
+def assess_plane(results: Results, home: str, abroad: str) -> dict[str, Any]:
     """Place every arm with regard to the frontier of one plane.
 
     Args:
@@ -48,7 +49,7 @@ def assess_plane(results: Mapping[str, Any], home: str, abroad: str) -> dict[str
             reading = {at_home, far}
             if "better" not in reading or "worse" in reading:
                 continue
-            why = f"{rival} is {_words(at_home)} at home and {_words(far)} abroad"
+            why = f"{rival} is {_words(at_home)} in-domain and {_words(far)} out-of-domain"
             if reading <= {"better", "equivalent"}:
                 beaten.setdefault(arm, {})[rival] = why
             else:
@@ -66,8 +67,8 @@ def _best_reason(rivals: Mapping[str, str], on: Sequence[str]) -> str:
     return next((why for rival, why in rivals.items() if rival in on), next(iter(rivals.values())))
 
 
-def _verdict(results: Mapping[str, Any], arm: str, reference: str, set_name: str) -> str:
-    entry = find(results, arm, reference, set_name, primary(results, set_name))
+def _verdict(results: Results, arm: str, reference: str, set_name: str) -> str:
+    entry = find(results, arm, reference, set_name)
     return entry["verdict"] if entry else "not compared"
 
 
@@ -75,7 +76,7 @@ def _words(verdict: str) -> str:
     return {"equivalent": "equal within the margin"}.get(verdict, verdict)
 
 
-def _sentences(results: Mapping[str, Any], plane: Mapping[str, Any]) -> list[str]:
+def _sentences(results: Results, plane: Mapping[str, Any]) -> list[str]:
     where = f"{set_label(results['sets'], plane['home'])} against {set_label(results['sets'], plane['abroad'])}"
     where += " (exploratory)"
     if not plane["dominated"] and not plane["possible"]:

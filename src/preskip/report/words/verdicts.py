@@ -10,21 +10,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preskip.metrics import metric_named
+from preskip.runs.schema import Comparison, SetFacts, Trend
 
 MINUS = "−"
 
 
-def set_title(sets: Mapping[str, Mapping[str, Any]], key: str) -> str:
+def set_title(sets: Mapping[str, SetFacts], key: str) -> str:
     """The title of an evaluation set, or its key if it has none."""
-    return str(sets.get(key, {}).get("title") or key)
+    return (key in sets and sets[key].get("title")) or key
 
 
-def set_label(sets: Mapping[str, Mapping[str, Any]], key: str) -> str:
+def set_label(sets: Mapping[str, SetFacts], key: str) -> str:
     """What a set is called in sentences and figures: a task of lm-eval by its name, a corpus without what part it is.
 
     The set's full title stands where the sets are listed.
     """
-    if sets.get(key, {}).get("lm_eval"):
+    if key in sets and sets[key].get("lm_eval"):
         return key
     return set_title(sets, key).removesuffix(", held-out documents")
 
@@ -53,12 +54,19 @@ def p_text(p: float | None) -> str:
     return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
 
 
-def nulls_text(trend: Mapping[str, Any]) -> str:
+def nulls_text(trend: Trend) -> str:
     """The ρ of each of a norm's nulls, such as "noise +0.21, −0.16; shuffled +0.87"; "" where it has none."""
     return "; ".join(
         f"{name} {', '.join(number(rho, 2, sign=True) for rho in rhos)}"
         for name, rhos in (trend.get("nulls") or {}).items()
     )
+
+
+def limits_text(low: float | None, high: float | None, places: int, *, sign: bool = True) -> str:
+    """An interval, such as "[−0.057, +0.047]"; "–" for none."""
+    if low is None or high is None:
+        return "–"
+    return f"[{number(low, places, sign=sign)}, {number(high, places, sign=sign)}]"
 
 
 def difference_text(comparison: Mapping[str, Any]) -> dict[str, str]:
@@ -68,7 +76,7 @@ def difference_text(comparison: Mapping[str, Any]) -> dict[str, str]:
     places = decimals(low, high, metric.minimum_decimals)
     return {
         "value": number(value, places, sign=True),
-        "interval": f"[{number(low, places, sign=True)}, {number(high, places, sign=True)}]",
+        "interval": limits_text(low, high, places),
         "unit": metric.difference_unit,
     }
 
@@ -84,10 +92,7 @@ def interval_text(key: str, metric_value: Mapping[str, Any] | None) -> dict[str,
         return {"value": number(value, metric.minimum_decimals) + metric.unit, "interval": ""}
     low, high = metric.factor * low, metric.factor * high
     places = decimals(low, high, metric.minimum_decimals)
-    return {
-        "value": number(value, places) + metric.unit,
-        "interval": f"[{number(low, places)}, {number(high, places)}]",
-    }
+    return {"value": number(value, places) + metric.unit, "interval": limits_text(low, high, places, sign=False)}
 
 
 def amount(metric_key: str, size: float) -> str:
@@ -98,7 +103,7 @@ def amount(metric_key: str, size: float) -> str:
     return number(shown, places) + metric.difference_unit
 
 
-def sentence(comparison: Mapping[str, Any], sets: Mapping[str, Mapping[str, Any]]) -> str:
+def sentence(comparison: Comparison, sets: Mapping[str, SetFacts]) -> str:
     """One comparison in plain words, such as "preskip lowers bits per byte on WikiText-2 by 0.052 [0.047, 0.058]
     against none".
 
@@ -120,16 +125,16 @@ def sentence(comparison: Mapping[str, Any], sets: Mapping[str, Mapping[str, Any]
     near, far = sorted((abs(low), abs(high)))
     return (
         f"{arm} {'raises' if value > 0 else 'lowers'} {where} by {number(abs(value), places)} "
-        f"[{number(near, places)}, {number(far, places)}]{metric.difference_unit} against {reference}"
+        f"{limits_text(near, far, places, sign=False)}{metric.difference_unit} against {reference}"
     )
 
 
-def _margin(comparison: Mapping[str, Any]) -> str:
+def _margin(comparison: Comparison) -> str:
     margin = comparison.get("margin")
     return "the margin" if margin is None else f"±{amount(comparison['metric'], margin)}"
 
 
-def _why_undecided(comparison: Mapping[str, Any]) -> str:
+def _why_undecided(comparison: Comparison) -> str:
     if comparison["low"] <= 0 <= comparison["high"]:
         wide = f" and reaches beyond {_margin(comparison)}" if comparison.get("margin") is not None else ""
         return f"an interval that includes 0{wide}"
@@ -138,7 +143,7 @@ def _why_undecided(comparison: Mapping[str, Any]) -> str:
     return f"but p is {p_text(comparison.get('p_value'))}"
 
 
-def scope(comparisons: Sequence[Mapping[str, Any]], seeds: int) -> str:
+def scope(comparisons: Sequence[Comparison], seeds: int) -> str:
     """What the intervals cover: items and documents alone, or training randomness too.
 
     Args:

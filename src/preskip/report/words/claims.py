@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from preskip.metrics import metric_named
-from preskip.report.lookup import PAPER, find, is_declared, is_pretraining, primary, resolvable, sets_of
-from preskip.report.verdicts import MINUS, amount, nulls_text, number, sentence, set_label
+from preskip.report.lookup import DOMAINS, PAPER, find, is_declared, is_pretraining, metric_on, resolvable, sets_of
+from preskip.report.words.verdicts import MINUS, amount, nulls_text, number, sentence, set_label
+from preskip.runs.schema import Manifest, Results, Trend
 
 ARM = "preskip"
 READING = {"better": "supported", "worse": "contradicted", "equivalent": "contradicted", "undecided": "undecided"}
@@ -46,7 +46,7 @@ Claim = dict[str, Any]
 Part = dict[str, Any]
 
 
-def assess(record: Mapping[str, Any], results: Mapping[str, Any]) -> list[Claim]:
+def assess(record: Manifest, results: Results) -> list[Claim]:
     """Hold the paper's claims, and the controls that decide how to read them, against one run.
 
     Args:
@@ -60,81 +60,53 @@ def assess(record: Mapping[str, Any], results: Mapping[str, Any]) -> list[Claim]
         true difference the run finds with 80 % power), or None.
     """
     bench = _Bench(record, results)
-    if is_pretraining(results):
-        return _from_scratch(bench)
+    sets = list(results["sets"])
+    if is_pretraining(results):  # the paper never did: what its module would have to show, against each control
+        return [
+            _claim(f"scratch-{arm}", f"From scratch it beats {words} ({arm})", bench.against(arm, sets), arm != "base")
+            for arm, words in FROM_SCRATCH.items()
+        ]
     # The standard scoring (lambada_openai) before the paper's own (paper:lambada).
     lambada = [name for name in sets_of(results, kind="item") if "lambada" in name]
     lambada = sorted(lambada, key=lambda name: not name.startswith("lambada"))[:1]
-    texts = sets_of(results, kind="document")
-    everywhere = [name for name in results["sets"] if not name.startswith(PAPER)]
+    both = bench.against("none", lambada) + bench.against("lora", lambada, equal_budget=True)
+    texts = bench.against("none", sets_of(results, kind="document"))
+    sets = [name for name in sets if not name.startswith(PAPER)]
+    lora, preproj = (bench.against(arm, sets, equal_budget=True) for arm in ("lora", "preproj"))
+    controls = {arm: bench.against(arm, sets, equal_budget=arm != "skip") for arm in CONTROLS}
     return [
-        _claim(
-            "lambada",
-            "LAMBADA accuracy rises, also at equal budget",
-            [bench.compare("none", name) for name in lambada]
-            + [bench.compare("lora", name, equal_budget=True) for name in lambada]
-            or [_missing("the set lambada_openai")],
-        ),
-        _claim(
-            "perplexity",
-            "Perplexity falls",
-            [bench.compare("none", name) for name in texts] or [_missing("a set of documents")],
-        ),
-        _claim(
-            "better-than-lora",
-            "It is better than LoRA at equal budget",
-            [bench.compare("lora", name, equal_budget=True) for name in everywhere],
-        ),
-        _claim(
-            "skip-adds",
-            "The content skip adds to the pre-projection",
-            [bench.compare("preproj", name, equal_budget=True) for name in everywhere],
-        ),
+        _claim("lambada", "LAMBADA accuracy rises, also at equal budget", both or [_missing("the set lambada_openai")]),
+        _claim("perplexity", "Perplexity falls", texts or [_missing("a set of documents")]),
+        _claim("better-than-lora", "It is better than LoRA at equal budget", lora),
+        _claim("skip-adds", "The content skip adds to the pre-projection", preproj),
         _claim("together", "Comprehension and perplexity improve together", bench.together(lambada), together=True),
         _claim("depth", "Later layers bypass attention more", bench.trends()),
         _claim("cache", "The K/V cache does not grow", [bench.cache()]),
-        *(
-            _claim(
-                f"control-{arm}",
-                f"It beats {words} ({arm})",
-                [bench.compare(arm, name, equal_budget=arm != "skip") for name in everywhere],
-                kind="control",
-            )
-            for arm, words in CONTROLS.items()
-        ),
-    ]
-
-
-def _from_scratch(bench: _Bench) -> list[Claim]:
-    """The paper never trained from scratch: what its module would have to show there, against each control."""
-    return [
-        _claim(
-            f"scratch-{arm}",
-            f"From scratch it beats {words} ({arm})",
-            [bench.compare(arm, name) for name in bench.results["sets"]],
-            kind="claim" if arm == "base" else "control",
-        )
-        for arm, words in FROM_SCRATCH.items()
+        *(_claim(f"control-{arm}", f"It beats {CONTROLS[arm]} ({arm})", own, True) for arm, own in controls.items()),
     ]
 
 
 class _Bench:
     """One run's stored results, read part by part."""
 
-    def __init__(self, record: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    def __init__(self, record: Manifest, results: Results) -> None:
         self.record, self.results = record, results
+
+    def against(self, reference: str, sets: Sequence[str], *, equal_budget: bool = False) -> list[Part]:
+        """The parts "preskip − reference", one per set."""
+        return [self.compare(reference, name, equal_budget=equal_budget) for name in sets]
 
     def compare(self, reference: str, set_name: str, *, equal_budget: bool = False) -> Part:
         """The part "preskip − reference" on a set's primary metric."""
         missing = [name for name in (ARM, reference) if name not in self.results["arms"]]
-        metric = primary(self.results, set_name)
-        title = f"{ARM} {MINUS} {reference}, {metric_named(metric).phrase} on {self.title(set_name)}"
+        where = f"{set_label(self.results['sets'], set_name)} ({DOMAINS[self.results['sets'][set_name]['domain']]})"
+        title = f"{ARM} {MINUS} {reference}, {metric_on(self.results, set_name).phrase} on {where}"
         if missing:
             return _missing(*(f"arm {name}" for name in missing), title=title)
         if equal_budget and not self.same_budget(reference):
             counts = " and ".join(f"{self.weights(name):,} ({name})" for name in (ARM, reference))
             return _missing(f"equal budgets (they train {counts} weights; --match params)", title=title)
-        entry = find(self.results, ARM, reference, set_name, metric)
+        entry = find(self.results, ARM, reference, set_name)
         if entry is None:
             return _missing(f"this comparison among its pairs ({title})", title=title)
         smallest, basis = resolvable(self.results, entry)
@@ -143,26 +115,16 @@ class _Bench:
             text += " (not declared before training: exploratory, not corrected)"
         if reference != "none" and not self.same_budget(reference):
             text += f"; {reference} trains {self.weights(reference) / self.weights(ARM):.0%} of {ARM}'s weights"
-        return {
-            "title": title,
-            "verdict": READING[entry["verdict"]],
-            "evidence": text,
-            "entry": entry,
-            "resolvable": smallest,
-            "basis": basis,
-            "needs": [],
-        }
+        return _part(title, READING[entry["verdict"]], text, entry=entry, resolvable=smallest, basis=basis)
 
     def together(self, lambada: Sequence[str]) -> list[Part]:
-        """The claim's two halves: bits per byte at home, and accuracy (LAMBADA where it was scored)."""
+        """The claim's two halves: bits per byte in-domain, and accuracy (LAMBADA where it was scored)."""
         home = sets_of(self.results, domain="in", kind="document")[:1]
-        items = lambada or [
-            name
-            for name in sets_of(self.results, kind="item")
-            if not metric_named(primary(self.results, name), self.results["sets"][name]).lower_is_better
+        items = [
+            name for name in sets_of(self.results, kind="item") if not metric_on(self.results, name).lower_is_better
         ]
-        parts = [self.compare("none", name) for name in home] or [_missing("an in-domain set of documents")]
-        return parts + ([self.compare("none", name) for name in items] or [_missing("a set of items")])
+        parts = self.against("none", home) or [_missing("an in-domain set of documents")]
+        return parts + (self.against("none", items) or [_missing("a set of items")])
 
     def trends(self) -> list[Part]:
         """Every stored trend of the skip over depth; a norm counts only against a null band."""
@@ -195,33 +157,22 @@ class _Bench:
         base, arm = round(stored["base_bytes"]), round(stored["arm_bytes"])
         per = f" per {stored['per']}" if stored.get("per") else ""
         text = f"The cache holds {arm:,} bytes{per} with the branch and {base:,} without"
-        return {
-            "title": "bytes of the K/V cache",
-            "verdict": "supported" if arm <= base else "contradicted",
-            "evidence": text,
-            "needs": [],
-        }
+        return _part("bytes of the K/V cache", "supported" if arm <= base else "contradicted", text)
 
     def same_budget(self, reference: str) -> bool:
         """Whether both arms train (or compute) the same, as the run matched them."""
-        return all(self.budget(name) == "matched" for name in (ARM, reference))
-
-    def budget(self, arm: str) -> str | None:
-        """How an arm's budget was matched, as recorded."""
-        stored = self.results["arms"][arm].get("budget") or (self.record.get("arms") or {}).get(arm, {}).get("budget")
-        return None if stored is None else str(stored)
+        stored = self.record.get("arms") or {}
+        return all(
+            (self.results["arms"][arm].get("budget") or (arm in stored and stored[arm].get("budget"))) == "matched"
+            for arm in (ARM, reference)
+        )
 
     def weights(self, arm: str) -> int:
         """Trainable weights of an arm."""
         return int(self.results["arms"][arm]["trainable_parameters"])
 
-    def title(self, set_name: str) -> str:
-        """A set's name and whether it is at home or abroad."""
-        domain = {"in": "in-domain", "out": "out-of-domain"}[self.results["sets"][set_name]["domain"]]
-        return f"{set_label(self.results['sets'], set_name)} ({domain})"
 
-
-def trend_text(row: Mapping[str, Any]) -> str:
+def trend_text(row: Trend) -> str:
     """One trend over depth in words, with its interval and null band."""
     text = f"{MEASURES.get(row['measure'], row['measure'])}, rank correlation with depth {row['rho']:+.2f}"
     if row.get("low") is not None:
@@ -233,7 +184,7 @@ def trend_text(row: Mapping[str, Any]) -> str:
     return text.replace("-", MINUS) + f": {row['verdict']}"
 
 
-def _trend_part(row: Mapping[str, Any], later_worth: float | None) -> Part:
+def _trend_part(row: Trend, later_worth: float | None) -> Part:
     verdict, text = TREND[row["verdict"]], trend_text(row)
     if row["measure"] == "ablation_skip" and verdict == "supported" and later_worth is not None and later_worth <= 0:
         # From harmful to harmless is a rise, too, but no use of the skip.
@@ -242,40 +193,35 @@ def _trend_part(row: Mapping[str, Any], later_worth: float | None) -> Part:
         text += f", but in the later half of the layers the loss does not rise without it (mean {cost} bits per byte)"
     if row["measure"] == "skip_norm" and row.get("null_low") is None:
         verdict, text = "undecided", text + ", but without a null band a norm shows little"
-    return {
-        "title": MEASURES.get(row["measure"], row["measure"]),
-        "verdict": verdict,
-        "evidence": text,
-        "difference": row["rho"],
-        "low": row.get("low"),
-        "high": row.get("high"),
-        "needs": [],
-    }
+    limits = {"difference": row["rho"], "low": row.get("low"), "high": row.get("high")}
+    return _part(MEASURES.get(row["measure"], row["measure"]), verdict, text, **limits)
+
+
+def _part(title: str, verdict: str, evidence: str, **more: Any) -> Part:
+    return {"title": title, "verdict": verdict, "evidence": evidence, "needs": [], **more}
 
 
 def _missing(*needs: str, title: str = "") -> Part:
     text = "Not measured in this run: needs " + " and ".join(needs)
-    return {"title": title, "verdict": "not measured", "evidence": text, "needs": list(needs)}
+    return _part(title, "not measured", text, needs=list(needs))
 
 
-def _claim(name: str, words: str, parts: Sequence[Part], *, kind: str = "claim", together: bool = False) -> Claim:
+def _claim(name: str, words: str, parts: Sequence[Part], control: bool = False, *, together: bool = False) -> Claim:
     verdict = combine([part["verdict"] for part in parts], together=together)
     measured = [part for part in parts if part["verdict"] != "not measured"]
     # What the verdict rests on: a part that reads as the whole does, else the first one measured.
     weight = next((part for part in measured if part["verdict"] == verdict), measured[0] if measured else {})
     entry = weight.get("entry") or weight
-    keys = ("set", "metric", "arm", "reference", "difference", "low", "high")
-    # An arm that is missing is named once, not once per set.
-    evidence = list(dict.fromkeys(part["evidence"] for part in parts))
     return {
         "id": name,
-        "kind": kind,
+        "kind": "control" if control else "claim",
         "claim": words,
         "verdict": verdict,
-        "evidence": ". ".join(evidence),
+        # An arm that is missing is named once, not once per set.
+        "evidence": ". ".join(dict.fromkeys(part["evidence"] for part in parts)),
         "parts": list(parts),
         "needs": list(dict.fromkeys(need for part in parts for need in part["needs"])),
-        **{key: entry.get(key) for key in keys},
+        **{key: entry.get(key) for key in ("set", "metric", "arm", "reference", "difference", "low", "high")},
         "resolvable": weight.get("resolvable"),
     }
 

@@ -6,22 +6,22 @@ branch to show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-from preskip.errors import PreskipError
-from preskip.markdown import escape
+from preskip.model_card import REGISTERS, card_text, escape, loading
 from preskip.model_types import PREFIX
-from preskip.report.card_content import Card, Stored, make_card
-from preskip.report.card_usage import adapter_usage, hub_id, model_usage
-from preskip.report.load import load_json, short
+from preskip.report.cards.content import Card, make_card
+from preskip.report.cards.usage import adapter_usage, hub_id
+from preskip.report.load import clear_errors, load_run
 from preskip.report.lookup import is_pretraining
 from preskip.runs.directory import RunDirectory
 from preskip.runs.files import read_json
+from preskip.runs.schema import Manifest, Results
 from preskip.runs.weights import ADAPTER_CONFIG, adapter_folders
+
+WHAT = "a model card needs"
 
 
 def write_cards(run: Path) -> list[Path]:
@@ -38,9 +38,9 @@ def write_cards(run: Path) -> list[Path]:
     Raises:
         PreskipError: a file is missing, damaged or of another version, or a card cannot be written.
     """
-    record, results = load_json(run / "run.json"), load_json(run / "results.json")
+    record, results = load_run(run)
     write = _write_scratch_card if is_pretraining(results) else _write_adapter_card
-    with _clear_errors(run):
+    with clear_errors(run, WHAT):
         cells = [(arm, seed) for arm, found in results["arms"].items() for seed in found["seeds"]]
         cards = [write(run, record, results, arm, seed) for arm, seed in cells]
     return [card for card in cards if card is not None]
@@ -60,29 +60,15 @@ def baked_card(run: Path, arm: str, seed: int, name: str) -> Card | None:
     """
     if not (run / "results.json").is_file():
         return None
-    record, results = load_json(run / "run.json"), load_json(run / "results.json")
-    with _clear_errors(run):
+    record, results = load_run(run)
+    with clear_errors(run, WHAT):
         if arm not in results["arms"] or seed not in results["arms"][arm]["seeds"]:
             return None
-        usage = model_usage("registers the architecture; or pass trust_remote_code=True")
-        return make_card(record, results, arm, seed, kind="baked", name=name, usage=usage)
+        return make_card(record, results, arm, seed, kind="baked", name=name, usage=loading(REGISTERS))
 
 
-@contextmanager
-def _clear_errors(run: Path) -> Iterator[None]:
-    try:
-        yield
-    except PreskipError:
-        raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise PreskipError(
-            f"{run}: run.json or results.json lacks what a model card needs ({type(error).__name__}: {short(error)})"
-        ) from error
-
-
-def _write_adapter_card(run: Path, record: Stored, results: Stored, arm: str, seed: int) -> Path | None:
-    folder = RunDirectory(run).cell(arm, seed).adapter
-    name = _name(record, arm, seed)
+def _write_adapter_card(run: Path, record: Manifest, results: Results, arm: str, seed: int) -> Path | None:
+    folder, name = RunDirectory(run).cell(arm, seed).adapter, _name(record, arm, seed)
     parts = adapter_folders(folder)
     if not parts:
         return None
@@ -94,27 +80,23 @@ def _write_adapter_card(run: Path, record: Stored, results: Stored, arm: str, se
     return make_card(record, results, arm, seed, kind="adapter", name=name, usage=usage).write(folder)
 
 
-def _write_scratch_card(run: Path, record: Stored, results: Stored, arm: str, seed: int) -> Path | None:
-    folder = RunDirectory(run).cell(arm, seed).folder / "model"
+def _write_scratch_card(run: Path, record: Manifest, results: Results, arm: str, seed: int) -> Path | None:
+    folder, name = RunDirectory(run).cell(arm, seed).folder / "model", _name(record, arm, seed)
     if not (folder / "config.json").is_file():
         return None
     has_branch = read_json(folder / "config.json")["model_type"].startswith(PREFIX)
-    usage = model_usage("registers the architecture" if has_branch else None)
-    name = _name(record, arm, seed)
+    usage = loading("registers the architecture" if has_branch else None)
     return make_card(record, results, arm, seed, kind="scratch", name=name, usage=usage).write(folder)
 
 
-def _name(record: Stored, arm: str, seed: int) -> str:
+def _name(record: Manifest, arm: str, seed: int) -> str:
     return f"{Path(record['model']['name']).name or 'model'}-{arm}-seed-{seed}"
 
 
-def _part_card(record: Stored, name: str, part: str, count: int) -> str:
-    data = ModelCardData(base_model=hub_id(record["model"]), library_name="peft", tags=["preskip", "adapter"])
-    return f"""---
-{data.to_yaml()}
----
-
-# {escape(name)}, part {part} of {count}
-
-The {count} adapters are stacked on one base: [the card of the whole](../README.md) says how, and what was measured.
-"""
+def _part_card(record: Manifest, name: str, part: str, count: int) -> str:
+    return card_text(
+        ModelCardData(base_model=hub_id(record["model"]), library_name="peft", tags=["preskip", "adapter"]),
+        f"# {escape(name)}, part {part} of {count}",
+        f"The {count} adapters are stacked on one base: [the card of the whole](../README.md) says how, and what was "
+        "measured.",
+    )

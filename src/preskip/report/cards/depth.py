@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
+from preskip.runs.schema import Results, Trend
 from preskip.stats.trends import null_band
 
-DPI = 200
+DPI = 170
 SIZES = {
     "skip_to_attention": "Size of the skip over that of attention",
     "enrichment": "Size of the enrichment over that of what attention read before",
@@ -24,18 +24,13 @@ TRENDS = {
 Layers = Sequence[Mapping[str, Any]]
 
 
-def depth_layers(results: Mapping[str, Any], arm: str, seed: int) -> list[dict[str, Any]]:
-    """The stored depth profile in the form that `preskip.report.static_figures.depth` draws.
-
-    Args:
-        results: content of results.json.
-        arm: the arm.
-        seed: its training seed.
+def depth_layers(results: Results, arm: str, seed: int) -> list[dict[str, Any]]:
+    """The stored depth profile in the form of explain.json's layers.
 
     Returns:
         One row per layer with a branch; none where the arm has no branch or nothing of it was measured.
     """
-    rows = (results.get("depth") or {}).get(arm, {}).get(str(seed)) or []
+    rows: Any = (results.get("depth") or {}).get(arm, {}).get(str(seed)) or []
     noise = ((results.get("nulls") or {}).get("noise") or {}).get(arm) or ()
     bands = {row["layer"]: row for row in null_band(noise)}
     has_skip = any(row["skip_norm"] for row in rows)
@@ -61,23 +56,19 @@ def _interval(row: Mapping[str, Any], key: str) -> dict[str, float] | None:
 
 
 def depth_picture(layers: Layers) -> bytes | None:
-    """The figure as PNG; None without layers, or where matplotlib is not installed."""
+    """The figure as PNG; None without layers, or where the extra `report` is not installed."""
     try:
-        import matplotlib as mpl
+        import altair  # noqa: F401
+        import vl_convert  # noqa: F401
     except ImportError:
         return None
-    from preskip.report.static_figures import STYLE, depth
+    from preskip.report.explain.figures import depth_figures
+    from preskip.report.pictures import picture, to_png
 
-    with mpl.rc_context(STYLE):
-        figure = depth({"layers": layers}) if layers else None
-        if figure is None:
-            return None
-        content = BytesIO()
-        figure.savefig(content, format="png", dpi=DPI)
-    return content.getvalue()
+    return to_png(picture(depth_figures(layers), columns=3), DPI) if layers else None
 
 
-def depth_words(layers: Layers, trends: Sequence[Mapping[str, Any]]) -> str:
+def depth_words(layers: Layers, trends: Sequence[Trend]) -> str:
     """What the figure shows, for those who do not see it.
 
     Args:
@@ -85,37 +76,28 @@ def depth_words(layers: Layers, trends: Sequence[Mapping[str, Any]]) -> str:
         trends: the arm's rows of results.json's `trend`, of all its seeds together.
     """
     found = {row["measure"]: row for row in trends}
-    sentences = []
-    for key, what in SIZES.items():
-        points = [(row[key]["value"], row["layer"]) for row in layers if row[key]]
-        if points:
-            sentences.append(_sentence(what, points, found.get(key)))
-    points = [(row["skip_norm"], row["layer"]) for row in layers if row["skip_norm"] is not None]
-    if points:
-        sentences.append(_sentence(NORM, points, found.get("skip_norm"), _beside_noise(layers)))
+    points = {key: [(row[key]["value"], row["layer"]) for row in layers if row[key]] for key in SIZES}
+    norms = [(row["skip_norm"], row["layer"]) for row in layers if row["skip_norm"] is not None]
+    sentences = [_sentence(SIZES[key], own, found.get(key)) for key, own in points.items() if own]
+    if norms:
+        sentences.append(_sentence(NORM, norms, found.get("skip_norm"), _beside_noise(layers)))
     return " ".join(sentences)
 
 
-def _sentence(
-    what: str, points: Sequence[tuple[float, int]], trend: Mapping[str, Any] | None, more: str | None = None
-) -> str:
+def _sentence(what: str, points: Sequence[tuple[float, int]], trend: Trend | None, more: str = "") -> str:
     (low, first), (high, last) = min(points), max(points)
-    parts = [f"{what} by layer: from {low:.3g} in layer {first} to {high:.3g} in layer {last}"]
-    if more is not None:
-        parts.append(more)
+    parts = [f"{what} by layer: from {low:.3g} in layer {first} to {high:.3g} in layer {last}", more]
     if trend is not None:
         seeds = f"{trend['seeds']} seed{'s' if trend['seeds'] > 1 else ''}"
         parts.append(
             f"{TRENDS[trend['verdict']]} (rank correlation with depth {trend['rho']:+.2f}, 95 % interval "
             f"{trend['low']:+.2f} to {trend['high']:+.2f}, {seeds})"
         )
-    return "; ".join(parts) + "."
+    return "; ".join(filter(None, parts)) + "."
 
 
-def _beside_noise(layers: Layers) -> str | None:
+def _beside_noise(layers: Layers) -> str:
     """In how many layers the norm lies above what training on noise gives."""
     pairs = [(row["skip_norm"], row["null"]["skip_norm"]) for row in layers if row["null"]]
-    if not pairs:
-        return None
     above = sum(norm > band["high"] for norm, band in pairs)
-    return f"above the 95 % band of the noise null in {above} of {len(pairs)} layers"
+    return f"above the 95 % band of the noise null in {above} of {len(pairs)} layers" if pairs else ""

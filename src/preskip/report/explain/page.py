@@ -5,19 +5,20 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote
 
-from preskip.errors import PreskipError
-from preskip.report.explain_figures import ABLATIONS, ALIGNMENTS, SIZES, Interval, explain_figures, measured, value_text
-from preskip.report.explain_map import pack_map
-from preskip.report.explain_words import counted, extent, findings, limits
-from preskip.report.load import load_object, short
-from preskip.report.plots.classes import DIMENSIONS
-from preskip.report.render import render, require_extra, write_page
-from preskip.report.verdicts import MINUS
+from preskip.report.explain.map import pack_map
+from preskip.report.explain.measures import ABLATIONS, ALIGNMENTS, DIMENSIONS, SIZES, Interval, at, measured, value_text
+from preskip.report.explain.words import counted, extent, findings, limits
+from preskip.report.load import clear_errors, load_object
+from preskip.report.render import render, require_extra
+from preskip.report.tables import NONE, Cell, make_table, words
+from preskip.report.words.facts import Groups, fact_groups
+from preskip.report.words.verdicts import MINUS
+from preskip.runs.files import write_bytes
+from preskip.runs.schema import EXPLAIN_VERSION, Explain, ExplainedClass, ExplainedLayer, Results
 
-SCHEMA_VERSION = 1
 CONTENTS = {
     "explain-depth": "By layer",
     "explain-ablation": "Ablation",
@@ -27,9 +28,24 @@ CONTENTS = {
     "explain-weights": "Matrix",
     "explain-directions": "Neighbours",
 }
+MODEL_FACTS = {
+    "Name": "name",
+    "Type": "type",
+    "Layers": "layers",
+    "Width": "hidden_size",
+    "Parameters": "parameters",
+    "Data type": "dtype",
+}
 MAP_MEASURES = {"bypass": "Round attention", "enrichment": "Into attention"}
+COLUMNS = {"skip_to_attention": "‖skip‖ / ‖attention‖", "enrichment": "‖x̃ − x̂‖ / ‖x̂‖"}
+PLAIN = {
+    "skip_norm": "‖W_skip‖",
+    "down_norm": "‖W_down‖",
+    "up_norm": "‖W_up‖",
+    "effective_rank": "effective rank",
+    "stable_rank": "stable rank",
+}
 SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
-NOT_MEASURED = {"sort": None, "value": "–", "interval": ""}
 
 
 class Section(NamedTuple):
@@ -37,7 +53,7 @@ class Section(NamedTuple):
 
     content: dict[str, Any]
     figures: list[dict[str, Any]]
-    data: dict[str, Any]  # explain.json without the numbers of the map, which stand in bypass_map
+    data: Any  # explain.json without the numbers of the map, which stand in bypass_map
     bypass_map: dict[str, Any] | None
 
 
@@ -66,19 +82,16 @@ def build_explain_page(folder: Path) -> Path:
         "explain": section.content,
     }
     html = render("explain_page.html.j2", content, section.figures, explain, section.bypass_map)
-    return write_page(folder / "explain.html", html)
+    write_bytes(folder / "explain.html", html.encode(), mode=0o644)  # a page is there to be passed on
+    return folder / "explain.html"
 
 
-def load_explain(path: Path) -> dict[str, Any]:
-    """Read explain.json.
-
-    Raises:
-        PreskipError: the file is missing, damaged, not finite somewhere, or of another schema version.
-    """
-    return load_object(path, SCHEMA_VERSION, "write it with `preskip explain`")
+def load_explain(path: Path) -> Explain:
+    """Read explain.json; see `preskip.report.load.load_object`."""
+    return load_object(path, EXPLAIN_VERSION, "write it with `preskip explain`")
 
 
-def find_explains(run: Path, results: Mapping[str, Any]) -> dict[Path, dict[str, Any]]:
+def find_explains(run: Path, results: Results) -> dict[Path, Explain]:
     """What was explained of a run's arms: path of explain.json → content, in the order of the arms and seeds.
 
     Raises:
@@ -87,23 +100,24 @@ def find_explains(run: Path, results: Mapping[str, Any]) -> dict[Path, dict[str,
     arms = list(results["arms"])
     found = {path: load_explain(path) for path in sorted(run.glob("explain/*/explain.json"))}
 
-    def place(item: tuple[Path, Mapping[str, Any]]) -> tuple[int, int, str]:
-        source = item[1].get("source") or {}
+    def place(item: tuple[Path, Explain]) -> tuple[int, int, str]:
+        source: Any = item[1].get("source") or {}
         arm = source.get("arm")
         return arms.index(arm) if arm in arms else len(arms), int(source.get("seed") or 0), str(item[0])
 
     return dict(sorted(found.items(), key=place))
 
 
-def explain_section(explains: Mapping[Path, Mapping[str, Any]]) -> Section:
+def explain_section(explains: Mapping[Path, Explain]) -> Section:
     """The section of the first of several explain.json, with links to the pages of the others.
 
     Raises:
         PreskipError: the file lacks what the page needs.
     """
-    path, explain = next(iter(explains.items()))
-    others = list(explains.items())[1:]
-    try:
+    from preskip.report.explain.figures import explain_figures
+
+    (path, explain), *others = explains.items()
+    with clear_errors(path, "the page needs", "", ": run `preskip explain` again to write it anew"):
         documents = explain["documents"]
         indices = [row["layer"] for row in explain["layers"]]
         bypass_map = pack_map(documents, indices) if documents else None
@@ -115,20 +129,13 @@ def explain_section(explains: Mapping[Path, Mapping[str, Any]]) -> Section:
             (_source(other), quote(f"explain/{place.parent.name}/explain.html")) for place, other in others
         ]
         data = {key: value for key, value in explain.items() if key != "documents"}
-    except PreskipError:
-        raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
-        raise PreskipError(
-            f"{path} lacks what the page needs ({type(error).__name__}: {short(error)}): "
-            "run `preskip explain` again to write it anew"
-        ) from error
     return Section(content, figures, data, bypass_map)
 
 
 def _content(
-    explain: Mapping[str, Any], figures: Sequence[Mapping[str, Any]], bypass_map: Mapping[str, Any] | None
+    explain: Explain, figures: Sequence[Mapping[str, Any]], bypass_map: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    rows, classes = explain["layers"], explain.get("classes") or []
+    rows = explain["layers"]
     writes = _writes(rows)
     drawn = {figure["section"] for figure in figures}
     drawn |= {"explain-map"} if bypass_map else set()
@@ -143,12 +150,18 @@ def _content(
         "findings": findings(explain),
         "extent": extent(counted(explain)),
         "has_null": any(row.get("null") for row in rows),
-        "columns": list(columns),
-        "rows": [
-            {"layer": row["layer"], "cells": list(cells)}
-            for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True)
-        ],
-        "classes": [_class_row(entry) for entry in classes],
+        "layers": make_table(
+            "Numbers by layer",
+            ("Layer", *columns),
+            [[row["layer"], *cells] for row, cells in zip(rows, zip(*columns.values(), strict=True), strict=True)],
+            "Every measure of every layer; the headings sort the table.",
+        ),
+        "classes": make_table(
+            "Classes of tokens",
+            (words("Class"), words("Divides by"), "Tokens", *COLUMNS.values()),
+            [_class_row(entry) for entry in explain.get("classes") or ()],
+            "Every class of tokens; the headings sort the table.",
+        ),
         "writes": writes,
         "legend": " ".join(f"{sign} is a {name}." for sign, name in (("␣", "space"), ("⏎", "line break"))),
         "map_titles": [document["title"] for document in explain["documents"]],
@@ -170,23 +183,23 @@ def visible(token: str) -> str:
     return "".join(SIGNS.get(character, character) for character in token) or "∅"
 
 
-def _title(explain: Mapping[str, Any]) -> str:
+def _title(explain: Explain) -> str:
     return f"{explain['model']['name']}: {_source(explain)}"
 
 
-def _source(explain: Mapping[str, Any]) -> str:
+def _source(explain: Explain) -> str:
     source = explain["source"]
     if source.get("arm") is None:
         return str(source["name"])
     return f"{source['arm']}, seed {source['seed']}" if source.get("seed") is not None else str(source["arm"])
 
 
-def _about(explain: Mapping[str, Any]) -> str:
+def _about(explain: Explain) -> str:
     kinds = {"run": "run", "adapter": "adapter", "baked": "baked checkpoint"}
     return f"{kinds.get(explain['source']['kind'], explain['source']['kind'])} {explain['source']['name']}"
 
 
-def _start(rows: Sequence[Mapping[str, Any]]) -> int:
+def _start(rows: Sequence[ExplainedLayer]) -> int:
     """The layer that the map opens with: where most goes round attention, or the most enriched one."""
     for measure in SIZES:
         sizes = measured(rows, measure)
@@ -196,77 +209,57 @@ def _start(rows: Sequence[Mapping[str, Any]]) -> int:
     return 0
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _columns(rows: Sequence[ExplainedLayer]) -> dict[str, list[Cell]]:
     """Heading → the cells of all layers; columns without any number are left out."""
-    columns = {
-        "‖skip‖ / ‖attention‖": [_cell(row["skip_to_attention"]) for row in rows],
-        "‖x̃ − x̂‖ / ‖x̂‖": [_cell(row["enrichment"]) for row in rows],
-        **{
-            f"Δ bits per byte, {words}": [_cell((row.get("ablation") or {}).get(part), sign=True) for row in rows]
-            for part, words in ABLATIONS.items()
-        },
-        **{
-            words: [_plain(row[key]) for row in rows]
-            for key, words in (
-                ("skip_norm", "‖W_skip‖"),
-                ("down_norm", "‖W_down‖"),
-                ("up_norm", "‖W_up‖"),
-                ("effective_rank", "effective rank"),
-                ("stable_rank", "stable rank"),
-            )
-        },
-        **{
-            f"cosine with {words}": [_cell((row["alignment"] or {}).get(key), sign=True) for row in rows]
-            for key, words in ALIGNMENTS.items()
-        },
-        "Δ entropy, nats": [_cell(row["entropy_change"], sign=True) for row in rows],
-        "Δ mass on the first token": [_cell(row["sink_change"], sign=True) for row in rows],
-    }
-    return {name: cells for name, cells in columns.items() if any(cell["sort"] is not None for cell in cells)}
+    intervals = {title: [_cell(at(key)(row)) for row in rows] for key, title in COLUMNS.items()}
+    norms = {title: [_plain(at(key)(row)) for row in rows] for key, title in PLAIN.items()}
+    costs, changes = (
+        {title: [_cell(at(*path)(row), sign=True) for row in rows] for title, path in paths.items()}
+        for paths in (
+            {f"Δ bits per byte, {title}": ("ablation", part) for part, title in ABLATIONS.items()},
+            {
+                **{f"cosine with {title}": ("alignment", key) for key, title in ALIGNMENTS.items()},
+                "Δ entropy, nats": ("entropy_change",),
+                "Δ mass on the first token": ("sink_change",),
+            },
+        )
+    )
+    columns = {**intervals, **costs, **norms, **changes}
+    return {name: cells for name, cells in columns.items() if any(cell.sort is not None for cell in cells)}
 
 
-def _cell(found: Interval | None, *, sign: bool = False) -> dict[str, Any]:
+def _cell(found: Interval | None, *, sign: bool = False) -> Cell:
     if found is None:
-        return NOT_MEASURED
+        return Cell(NONE, sort=None)
     value, interval = value_text(found, sign=sign).split(" ", 1)
-    return {"sort": found["value"], "value": value, "interval": interval}
+    return Cell(value, interval, found["value"])
 
 
-def _plain(value: float | None) -> dict[str, Any]:
-    return NOT_MEASURED if value is None else {"sort": value, "value": f"{value:.3g}", "interval": ""}
+def _plain(value: float | None) -> Cell:
+    return Cell(NONE if value is None else f"{value:.3g}", sort=value)
 
 
-def _class_row(entry: Mapping[str, Any]) -> dict[str, Any]:
-    tokens = {"sort": entry["tokens"], "value": f"{entry['tokens']:,}", "interval": ""}
-    return {
-        "name": entry["class"],
-        "dimension": DIMENSIONS.get(entry["dimension"], entry["dimension"]).lower(),
-        "cells": [tokens, *(_cell(entry.get(measure)) for measure in SIZES)],
-    }
+def _class_row(entry: ExplainedClass) -> list[Any]:
+    dimension = DIMENSIONS.get(entry["dimension"], entry["dimension"]).lower()
+    tokens = Cell(f"{entry['tokens']:,}", sort=entry["tokens"])
+    return [entry["class"], dimension, tokens, *(_cell(cast(Any, entry).get(measure)) for measure in SIZES)]
 
 
-def _writes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    def words(pairs: Sequence[tuple[str, float]] | None) -> list[dict[str, str]]:
+def _writes(rows: Sequence[ExplainedLayer]) -> list[dict[str, Any]]:
+    def spelled(pairs: Sequence[Any] | None) -> list[dict[str, str]]:
         return [{"text": visible(text), "value": f"{value:+.3g}".replace("-", MINUS)} for text, value in pairs or ()]
 
     return [
-        {"layer": row["layer"], "promoted": words(row.get("promoted")), "demoted": words(row.get("demoted"))}
+        {"layer": row["layer"], "promoted": spelled(row.get("promoted")), "demoted": spelled(row.get("demoted"))}
         for row in rows
         if row.get("promoted") or row.get("demoted")
     ]
 
 
-def _facts(explain: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _facts(explain: Explain) -> Groups:
     model, sets = explain["model"], dict.fromkeys(entry["set"] for entry in explain["texts"])
     groups: dict[str, dict[str, Any]] = {
-        "Model": {
-            "Name": model["name"],
-            "Type": model.get("type"),
-            "Layers": model.get("layers"),
-            "Width": model.get("hidden_size"),
-            "Parameters": model.get("parameters"),
-            "Data type": model.get("dtype"),
-        },
+        "Model": {label: cast(Any, model).get(key) for label, key in MODEL_FACTS.items()},
         "Branch": explain.get("settings") or {},
         "Texts": {
             **{name.capitalize(): extent([e for e in explain["texts"] if e["set"] == name]) for name in sets},
@@ -278,19 +271,17 @@ def _facts(explain: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]
             **{f"seconds, {key}": value for key, value in (explain.get("timings") or {}).items()},
         },
     }
-    return [
-        (name, [(label, _text(value)) for label, value in entries.items() if value not in (None, "")])
-        for name, entries in groups.items()
-    ]
+    return fact_groups(groups, _text)
 
 
 def _method(method: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "Context": method.get("context_length"),
-        "Frequencies from": method.get("frequency_tokens") and f"{method['frequency_tokens']:,} tokens",
-        "Ablation over": method.get("ablation_documents") and f"{method['ablation_documents']:,} documents",
-        "Patterns over": method.get("attention_documents") and f"{method['attention_documents']:,} documents",
+    counts = {
+        "Frequencies from": ("frequency_tokens", "tokens"),
+        "Ablation over": ("ablation_documents", "documents"),
+        "Patterns over": ("attention_documents", "documents"),
     }
+    extents = {label: method.get(key) and f"{method[key]:,} {unit}" for label, (key, unit) in counts.items()}
+    return {"Context": method.get("context_length"), **extents}
 
 
 def _text(value: Any) -> str:

@@ -10,19 +10,18 @@ from typing import Any, Literal
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from preskip.markdown import code_block, escape, table
 from preskip.metrics import metric_named
-from preskip.report.card_figure import depth_layers, depth_picture, depth_words
-from preskip.report.card_usage import hub_id
-from preskip.report.facts import family_text, limits
+from preskip.model_card import LICENCE, bullets, card_text, code_block, escape, table
+from preskip.report.cards.depth import depth_layers, depth_picture, depth_words
+from preskip.report.cards.usage import hub_id
 from preskip.report.lookup import flipped, is_pretraining, trained_arms
-from preskip.report.verdicts import set_title
+from preskip.report.words.facts import family_text, limits
+from preskip.report.words.verdicts import set_title
 from preskip.runs.files import clear_disk_errors, write_bytes
+from preskip.runs.schema import ArmResults, Manifest, Metrics, Results, SetFacts
 
 FIGURE = "depth.png"
-LICENCE = "Licence: the base's licence covers its weights and may bind these; the training adds none of its own."
 Kind = Literal["adapter", "baked", "scratch"]
-Stored = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class Card:
         return folder / "README.md"
 
 
-def make_card(record: Stored, results: Stored, arm: str, seed: int, *, kind: Kind, name: str, usage: str) -> Card:
+def make_card(record: Manifest, results: Results, arm: str, seed: int, *, kind: Kind, name: str, usage: str) -> Card:
     """The card of one trained arm and seed: how it was trained, what was measured with intervals, what it cannot show.
 
     Args:
@@ -70,30 +69,22 @@ def make_card(record: Stored, results: Stored, arm: str, seed: int, *, kind: Kin
     figure = depth_picture(layers)
     seeds = len(found["seeds"])
     most = max(len(results["arms"][other]["seeds"]) for other in trained_arms(results))
-    comparisons = [
-        row if row["arm"] == arm else flipped(row)
-        for row in results["comparisons"]
-        if arm in (row["arm"], row["reference"])
-    ]
     sections = [
         f"# {escape(name)}",
         _what(record, found, arm, kind, has_branch=bool(layers)),
         code_block(usage, "python"),
         "## Training",
-        "\n".join(f"* {line}" for line in _training(record, results, arm, seed)),
+        bullets(_training(record, results, arm, seed)),
         "Command:",
         code_block(shlex.join(record["command"]), "console"),
         "## Measured",
         f"Over {seeds} training {'seeds' if seeds > 1 else 'seed: intervals cover items only'}; 95 % intervals.",
         table(("text or task", "measure", "value"), _value_rows(found["metrics"], sets)),
     ]
-    if comparisons:
+    if differences := _difference_rows(results, arm):
         sections += [
             f"Paired differences on the same items, this minus the other. {escape(family_text(results))}",
-            table(
-                ("against", "text or task", "measure", "difference", "declared", "verdict"),
-                _difference_rows(comparisons, sets),
-            ),
+            table(("against", "text or task", "measure", "difference", "declared", "verdict"), differences),
         ]
     if figure is not None:
         words = escape(depth_words(layers, (results.get("trend") or {}).get(arm) or ()))
@@ -102,13 +93,13 @@ def make_card(record: Stored, results: Stored, arm: str, seed: int, *, kind: Kin
             f"![{words}]({FIGURE})",
             f"Seed {seed}; bands are 95 % over documents, a grey one is what training on noise gives.",
         ]
-    sections += ["## Limits", "\n".join(f"* {escape(line)}" for line in limits(record, results, most))]
+    sections += ["## Limits", bullets([escape(line) for line in limits(record, results, most)])]
     if kind != "scratch":
         sections.append(LICENCE)
-    return Card(text=f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n", figure=figure)
+    return Card(text=card_text(data, *sections), figure=figure)
 
 
-def _what(record: Stored, found: Stored, arm: str, kind: Kind, *, has_branch: bool) -> str:
+def _what(record: Manifest, found: ArmResults, arm: str, kind: Kind, *, has_branch: bool) -> str:
     model, description = record["model"], escape(record["arms"][arm]["description"])
     paper = "; arXiv 2604.10791" if has_branch else ""
     weights = f"{found['trainable_parameters']:,} trained weights{paper}"
@@ -123,7 +114,7 @@ def _what(record: Stored, found: Stored, arm: str, kind: Kind, *, has_branch: bo
     return f"{base} with {description} ({weights}), {form} with preskip {version}."
 
 
-def _training(record: Stored, results: Stored, arm: str, seed: int) -> list[str]:
+def _training(record: Manifest, results: Results, arm: str, seed: int) -> list[str]:
     found, config, corpus = results["arms"][arm], record["config"], record["corpus"]
     text = f"Text: {escape(corpus['name'])} ({escape(corpus['source'])}), {corpus['training_tokens']:,} tokens"
     steps = found["steps"] if "steps" in found else config["steps"]
@@ -138,7 +129,7 @@ def _training(record: Stored, results: Stored, arm: str, seed: int) -> list[str]
     return [*lines, f"Base weights {found['base_dtype']} and frozen, trained weights {found['adapter_dtype']}"]
 
 
-def _eval_results(metrics: Stored, sets: Stored) -> Iterator[EvalResult]:
+def _eval_results(metrics: Metrics, sets: Mapping[str, SetFacts]) -> Iterator[EvalResult]:
     for name, values in metrics.items():
         for metric, value in values.items():
             yield EvalResult(
@@ -151,7 +142,7 @@ def _eval_results(metrics: Stored, sets: Stored) -> Iterator[EvalResult]:
             )
 
 
-def _value_rows(metrics: Stored, sets: Stored) -> list[tuple[str, ...]]:
+def _value_rows(metrics: Metrics, sets: Mapping[str, SetFacts]) -> list[tuple[str, ...]]:
     return [
         (set_title(sets, name), _measure(metric, sets.get(name)), _interval(value["value"], value))
         for name, values in metrics.items()
@@ -159,7 +150,8 @@ def _value_rows(metrics: Stored, sets: Stored) -> list[tuple[str, ...]]:
     ]
 
 
-def _difference_rows(comparisons: list[dict[str, Any]], sets: Stored) -> list[tuple[str, ...]]:
+def _difference_rows(results: Results, arm: str) -> list[tuple[str, ...]]:
+    sets = results["sets"]
     return [
         (
             row["reference"],
@@ -169,16 +161,18 @@ def _difference_rows(comparisons: list[dict[str, Any]], sets: Stored) -> list[tu
             "yes" if row.get("declared") else "no",
             row["verdict"],
         )
-        for row in comparisons
+        for entry in results["comparisons"]
+        if arm in (entry["arm"], entry["reference"])
+        for row in [entry if entry["arm"] == arm else flipped(entry)]
     ]
 
 
-def _measure(key: str, described: Stored | None) -> str:
+def _measure(key: str, described: SetFacts | None) -> str:
     metric = metric_named(key, described)
     return f"{metric.phrase} ({metric.direction})"
 
 
-def _interval(value: float, bounds: Stored, sign: str = "") -> str:
+def _interval(value: float, bounds: Mapping[str, Any], sign: str = "") -> str:
     low, high = bounds.get("low"), bounds.get("high")
     shown = f"{value:{sign}.4f}"
     return shown if low is None or high is None else f"{shown} [{low:{sign}.4f}, {high:{sign}.4f}]"

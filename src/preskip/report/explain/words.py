@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from preskip.report.explain_figures import Interval, measured, value_text
-from preskip.report.plots.classes import DIMENSIONS
+from preskip.report.explain.measures import DIMENSIONS, Interval, measured, value_text
+from preskip.runs.schema import Explain
 
-Explain = Mapping[str, Any]
 MOST_CONTRASTS = 3
 NOT_COMPARED = "no intervals are known that hold for all at once."
 # Position in the word, of a few documents: what an interval over documents is worth.
@@ -40,7 +39,7 @@ def limits(explain: Explain) -> list[str]:
         + (": with so few they are known only roughly." if len(texts) < FEW_DOCUMENTS else ".")
         + " They say how a figure varies with the text, and nothing about another training seed."
     ]
-    method = explain.get("method") or {}
+    method: Any = explain.get("method") or {}
     fewer = [
         f"{words} the first {method[key]}"
         for key, words in (
@@ -69,14 +68,14 @@ def limits(explain: Explain) -> list[str]:
     return found
 
 
-def counted(explain: Explain) -> list[Mapping[str, Any]]:
+def counted(explain: Explain) -> list[Any]:
     """The texts that the statistics are of: the held-out ones, or the given ones where there are no others."""
     sets = [entry["set"] for entry in explain["texts"]]
     chosen = "held-out" if "held-out" in sets else "given"
     return [entry for entry in explain["texts"] if entry["set"] == chosen]
 
 
-def extent(texts: Sequence[Mapping[str, Any]]) -> str:
+def extent(texts: Sequence[Any]) -> str:
     """Number of texts and tokens in words."""
     plural = "" if len(texts) == 1 else "s"
     return f"{len(texts):,} document{plural}, {sum(entry['tokens'] for entry in texts):,} tokens"
@@ -109,13 +108,13 @@ def _ratio(entry: Mapping[str, Any]) -> float:
     return entry["skip_to_attention"]["value"]
 
 
-def _at_once(entries: Sequence[Mapping[str, Any]], what: str) -> str:
+def _at_once(entries: Sequence[Any], what: str) -> str:
     """The intervals by which they are compared."""
     level = next((wide["confidence"] for e in entries if (wide := e.get("skip_to_attention_wide"))), None)
     return f"intervals of {100 * level:.2f} %, wide enough for all {len(entries)} {what} at once," if level else ""
 
 
-def _where(rows: Sequence[Mapping[str, Any]]) -> str:
+def _where(rows: Sequence[Any]) -> str:
     sizes = [row for row in rows if row["skip_to_attention"] is not None]
     if not sizes:
         return ""
@@ -132,7 +131,7 @@ def _where(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{text} The two do not stand apart: " + (f"{at_once} overlap." if at_once else NOT_COMPARED)
 
 
-def _which(classes: Sequence[Mapping[str, Any]]) -> str:
+def _which(classes: Sequence[Any]) -> str:
     sized = [entry for entry in classes if entry.get("skip_to_attention")]
     dimensions = [[e for e in sized if e["dimension"] == name] for name in dict.fromkeys(e["dimension"] for e in sized)]
     if not any(len(inside) > 1 for inside in dimensions):
@@ -155,7 +154,7 @@ def _which(classes: Sequence[Mapping[str, Any]]) -> str:
     return f"The ratio of skip to attention differs most by {'; by '.join(parts)}. Here {at_once} do not touch."
 
 
-def _contrast(pair: Sequence[Mapping[str, Any]]) -> float:
+def _contrast(pair: Sequence[Any]) -> float:
     low, high = pair
     return _ratio(high) / max(1e-12, _ratio(low))
 
@@ -174,7 +173,7 @@ def _worth(rows: Sequence[tuple[int, Interval]], part: str) -> str:
     return text + (f", and includes it in {rest}." if rest else ".")
 
 
-def _norms(rows: Sequence[Mapping[str, Any]]) -> str:
+def _norms(rows: Sequence[Any]) -> str:
     banded = [row for row in rows if (row.get("null") or {}).get("skip_norm") and row.get("skip_norm") is not None]
     if not banded:
         return ""
@@ -194,7 +193,7 @@ def _signs(found: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[int, int, 
     return above, sum(interval["high"] < 0 for _, interval in found), layer, most
 
 
-def _direction(rows: Sequence[Mapping[str, Any]]) -> str:
+def _direction(rows: Sequence[Any]) -> str:
     parts = []
     for key, words in (("attention", "attention's output"), ("mlp", "the MLP's output")):
         found = measured(rows, "alignment", key)
@@ -207,7 +206,7 @@ def _direction(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"The skip's output: {'; '.join(parts)}." if parts else ""
 
 
-def _attention(rows: Sequence[Mapping[str, Any]]) -> str:
+def _attention(rows: Sequence[Any]) -> str:
     parts = []
     for key, up, down, unit in (
         ("entropy_change", "spreads attention wider", "sharpens it", " nats"),
@@ -223,7 +222,7 @@ def _attention(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"The enrichment {'; it '.join(parts)}." if parts else ""
 
 
-def _rank(rows: Sequence[Mapping[str, Any]], width: int | None) -> str:
+def _rank(rows: Sequence[Any], width: int | None) -> str:
     ranks = [(row["layer"], row["effective_rank"]) for row in rows if row.get("effective_rank") is not None]
     if not ranks:
         return ""

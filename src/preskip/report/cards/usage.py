@@ -1,15 +1,15 @@
-"""What a model card says of its base and of how to load what it is of."""
+"""How an adapter is loaded, and on which base."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from preskip.model_types import PREFIX
+from preskip.runs.schema import ModelFacts
 
 
-def hub_id(model: Mapping[str, Any]) -> str | None:
+def hub_id(model: ModelFacts) -> str | None:
     """The Hub id of a run's base, or None for one from elsewhere.
 
     Args:
@@ -19,9 +19,7 @@ def hub_id(model: Mapping[str, Any]) -> str | None:
     return name if model.get("source") == f"Hugging Face Hub {name}" else None
 
 
-def adapter_usage(
-    model: Mapping[str, Any], dtype: str, types: Mapping[str | None, str], trust_remote_code: bool
-) -> str:
+def adapter_usage(model: ModelFacts, dtype: str, types: Mapping[str | None, str], trust_remote_code: bool) -> str:
     """Code that loads a base and puts an adapter on it.
 
     Args:
@@ -47,24 +45,8 @@ def adapter_usage(
     ]
     if None in types:
         return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, "PATH_OR_ID")'])
-    for folder, kind in types.items():
+    for folder in types:
         # PEFT keeps one table of names per base.
-        options = f'subfolder="{folder}", adapter_name="{kind.lower()}"'
+        options = f'subfolder="{folder}", adapter_name="part-{folder}"'
         lines.append(f'model = PeftModel.from_pretrained(base, "PATH_OR_ID", {options})')
     return "\n".join(lines)
-
-
-def model_usage(registers: str | None) -> str:
-    """Code that loads a whole checkpoint.
-
-    Args:
-        registers: a comment on `import preskip`, for an architecture that transformers does not know; None otherwise.
-    """
-    return "\n".join(
-        [
-            *([f"import preskip  # {registers}"] if registers else []),
-            "from transformers import AutoModelForCausalLM",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID")',
-        ]
-    )

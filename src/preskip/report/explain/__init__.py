@@ -1,0 +1,1 @@
+"""What `preskip explain` measured: its page, and its section of the report."""

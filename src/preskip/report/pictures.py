@@ -1,0 +1,109 @@
+"""Charts of the page as pictures for paper: side by side, 6.75 inches wide, as SVG, PDF or PNG."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+WIDTH = 6.75  # inches: both columns of a page
+LAYOUT = 900  # the same in pixels as charts are laid out, so that 15 of them are 8 points
+PANEL_MARGIN = 70  # pixels beside a chart, for its axis
+INK, GREY = "#111827", "#6b7280"
+# Okabe and Ito's palette, which colour-blind readers tell apart.
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1f2937", GREY]
+TEXT = {"labelColor": INK, "titleColor": INK, "labelFontSize": 13}
+CONFIG = {
+    "aria": False,
+    "background": "white",
+    "font": "DejaVu Sans, sans-serif",
+    "view": {"stroke": None},
+    "title": {"fontSize": 15, "anchor": "start", "color": INK, "offset": 10},
+    "axis": {**TEXT, "titleFontSize": 14, "titleFontWeight": "normal", "gridColor": "#e5e7eb", "domainColor": INK}
+    | {"tickColor": INK, "labelOverlap": True, "labelFlush": False},
+    "legend": {**TEXT, "orient": "top", "titleFontSize": 13, "symbolType": "stroke", "symbolStrokeWidth": 2.5},
+    "style": {"strong": {"stroke": INK}},
+    "point": {"stroke": "white", "strokeWidth": 1},  # marks that overlap stay apart
+    "rule": {"color": GREY},
+    "text": {"color": GREY},
+    "range": {
+        "category": COLOURS,
+        "ordinal": [COLOURS[2], COLOURS[1], COLOURS[0], GREY],
+        "ramp": ["#00224e", "#7d7c78", "#fee838"],
+        "heatmap": ["#f7fbff", "#6baed6", "#08306b"],
+    },
+}
+
+
+def picture(
+    figures: Sequence[Mapping[str, Any]], *, columns: int = 2, height: int | None = None, shared: bool = False
+) -> str:
+    """Charts as one SVG, the same for the same charts.
+
+    Args:
+        figures: with title and spec, as the page's.
+        columns: charts in a row.
+        height: of each chart in pixels of 900 in 6.75 inches; None for its own.
+        shared: whether one legend stands for all of them.
+    """
+    import vl_convert
+    from altair import SCHEMA_URL
+
+    columns = min(columns, len(figures))
+    width = LAYOUT / columns - PANEL_MARGIN
+    panels = [
+        {**_shown(figure["spec"]), "title": figure["title"], "width": width, **({"height": height} if height else {})}
+        for figure in figures
+    ]
+    spec = {"$schema": SCHEMA_URL, "concat": panels, "columns": columns, "spacing": 24, "config": CONFIG}
+    channels = ("color", "fill", "stroke", "shape", "strokeDash")
+    spec["resolve"] = {"scale": dict.fromkeys(channels, "shared" if shared else "independent")}
+    svg = vl_convert.vegalite_to_svg(spec)
+    # Vega numbers clips and gradients on from one picture to the next.
+    for place, name in enumerate(dict.fromkeys(re.findall(r'id="((?:clip|gradient_)\d+)"', svg))):
+        svg = re.sub(rf"\b{name}\b", f"part-{place}", svg)
+    found = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
+    assert found
+    size = f'width="{WIDTH}in" height="{WIDTH * float(found[2]) / float(found[1]):.4f}in"'
+    return svg.replace(found[0], size, 1)
+
+
+def _shown(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what only a pointer finds."""
+    return {**spec, "layer": [layer for layer in spec["layer"] if layer["mark"].get("opacity") != 0]}
+
+
+def to_png(svg: str, dpi: int = 300) -> bytes:
+    """A picture as PNG with so many pixels per inch."""
+    import vl_convert
+
+    return vl_convert.svg_to_png(svg, ppi=dpi * 72 / 96)  # it takes an SVG's inch of 96 pixels for 96 points
+
+
+def to_pdf(svg: str) -> bytes:
+    """A picture as PDF, the same for the same picture: svg2pdf orders its objects by chance, here each stands behind
+    the first that refers to it.
+    """
+    import vl_convert
+
+    entry = rb"\s+/\w+ \d+ 0 R"
+    pdf = vl_convert.svg_to_pdf(svg)
+    pdf = re.sub(b"(?:%s)+" % entry, lambda found: b"".join(sorted(re.findall(entry, found[0]))), pdf)
+    objects = dict(re.findall(rb"\n(\d+) 0 obj\n(.*?\nendobj)(?=\n)", pdf, re.DOTALL))
+    trailer = re.findall(rb"trailer\n(.*?)startxref", pdf, re.DOTALL)[-1]
+    order = re.findall(rb"(\d+) 0 R", trailer)
+    for number in order:  # it grows
+        refers = re.findall(rb"(\d+) 0 R", objects[number].partition(b"stream\n")[0])
+        order += [other for other in dict.fromkeys(refers) if other not in order]
+    places = {old: b"%d 0 R" % new for new, old in enumerate(order, 1)}
+
+    def renumbered(text: bytes) -> bytes:
+        return re.sub(rb"(\d+) 0 R", lambda found: places[found[1]], text)
+
+    content, offsets = pdf[: pdf.index(b"\n\n") + 1], [b"0000000000 65535 f\r\n"]
+    for new, old in enumerate(order, 1):
+        head, stream, data = objects[old].partition(b"stream\n")
+        offsets.append(b"%010d 00000 n\r\n" % len(content))
+        content += b"%d 0 obj\n" % new + renumbered(head) + stream + data + b"\n"
+    table = b"xref\n0 %d\n" % len(offsets) + b"".join(offsets)
+    return content + table + b"trailer\n" + renumbered(trailer) + b"startxref\n%d\n%%%%EOF" % len(content)

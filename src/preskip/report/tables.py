@@ -1,0 +1,370 @@
+"""The page's tables: arms by evaluation set, costs, comparisons, the search, power, trends; headings and cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from preskip.report.lookup import (
+    DOMAINS,
+    by_measure,
+    development,
+    find,
+    is_declared,
+    is_pretraining,
+    metric_on,
+    ordered,
+    plain_arm,
+    primary,
+    resolvable,
+)
+from preskip.report.words.claims import MEASURES
+from preskip.report.words.facts import bytes_text
+from preskip.report.words.verdicts import (
+    MINUS,
+    amount,
+    difference_text,
+    interval_text,
+    limits_text,
+    nulls_text,
+    number,
+    p_text,
+    set_label,
+    set_title,
+)
+from preskip.runs.schema import ArmResults, Comparison, Manifest, Results
+
+PAPER_COLUMNS = {
+    "paper:lambada": "LAMBADA",
+    "paper:hellaswag": "HellaSwag",
+    "paper:arc_easy": "ARC-Easy",
+    "paper:wikitext": 'the paper\'s "PPL"',
+}
+BUDGETS = {"matched": "equal budget", "smaller": "smaller", "floor": "floor, unmatched", "ceiling": "ceiling"}
+NONE = "–"
+
+
+class Column(NamedTuple):
+    """A heading; a column of numbers is set to the right and sorted by size."""
+
+    title: str
+    note: str = ""
+    number: bool = True
+    wrap: bool = False
+
+
+class Cell(NamedTuple):
+    """What stands in a table: its text, what stands small below, what it sorts by, or a verdict's badge."""
+
+    text: str
+    note: str = ""
+    sort: float | str | None = ""  # "": by its text; None: last
+    badge: bool = False
+
+
+class Table(NamedTuple):
+    """A table under its heading; a row's first cell names it."""
+
+    label: str
+    columns: list[Column]
+    rows: list[list[Cell]]
+    caption: str
+
+
+def words(title: str, note: str = "", *, wrap: bool = False) -> Column:
+    """A column of words."""
+    return Column(title, note, number=False, wrap=wrap)
+
+
+def make_table(label: str, columns: Iterable[Column | str], rows: Iterable[Sequence[Any]], caption: str = "") -> Table:
+    """A table whose cells may be plain values; of columns a plain text heads numbers."""
+    shown = [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in rows]
+    return Table(label, [c if isinstance(c, Column) else Column(c) for c in columns], shown, caption or label)
+
+
+def measured(sort: float | None, shown: dict[str, str] | None) -> Cell:
+    """A value with its interval below it; a dash where there is none."""
+    return Cell(NONE, sort=None) if shown is None else Cell(shown["value"], shown["interval"], sort)
+
+
+def arm_columns(results: Results) -> list[dict[str, Any]]:
+    """A column group per evaluation set: title, domain, and its metrics (key, name, note), the primary one first."""
+    groups = []
+    for name, entry in results["sets"].items():
+        found = dict.fromkeys(
+            metric for summary in results["arms"].values() for metric in summary["metrics"].get(name) or {}
+        )
+        keys = sorted(found, key=lambda key: key != primary(results, name))
+        metrics = [(key, metric_on(results, name, key)) for key in keys]
+        if metrics:
+            groups.append(
+                {
+                    "key": name,
+                    "title": set_label(results["sets"], name),
+                    "domain": DOMAINS[entry["domain"]],
+                    "metrics": [{"key": key, "name": about.name, "note": about.direction} for key, about in metrics],
+                }
+            )
+    return groups
+
+
+def arm_rows(results: Results, record: Manifest, groups: Sequence[Any]) -> list[dict[str, Any]]:
+    """A row per arm: its weights and learning rate, then every metric of every set."""
+    rows = []
+    for name, summary in results["arms"].items():
+        about: Any = record["arms"].get(name, {})
+        weights, rate = summary["trainable_parameters"], summary.get("learning_rate")
+        budget = BUDGETS.get(str(summary.get("budget") or about.get("budget")), "")
+        cells = [Cell(number(weights, 0), budget, weights), Cell(NONE if rate is None else f"{rate:g}", sort=rate)]
+        for group in groups:
+            for metric in group["metrics"]:
+                stored = (summary["metrics"].get(group["key"]) or {}).get(metric["key"])
+                cells.append(measured(stored and stored["value"], interval_text(metric["key"], stored)))
+        seeds = ", ".join(str(seed) for seed in summary["seeds"])
+        rows.append({"name": name, "description": about.get("description") or "", "seeds": seeds, "cells": cells})
+    return rows
+
+
+def set_table(results: Results) -> Table:
+    """A row per evaluation set: title, domain, extent, how it is scored, source and checksum."""
+    rows = []
+    for name, entry in results["sets"].items():
+        found: Any = entry
+        units = ("documents", "items", "tokens", "bytes", "words")
+        size = ", ".join(f"{found[unit]:,} {unit}" for unit in units if found.get(unit) is not None)
+        scored = f"context {found['context_length']:,}" if found.get("context_length") else ""
+        scored += f", stride {found['stride']:,}" if found.get("stride") else ""
+        checksum = f"SHA-256 {found['sha256']}" if found.get("sha256") else ""
+        title = Cell(set_title(results["sets"], name), name)
+        origin = Cell(entry.get("source") or NONE, checksum)
+        rows.append((title, DOMAINS[entry["domain"]], size, scored or NONE, origin))
+    columns = (
+        words("Set"),
+        words("Domain"),
+        words("Extent", wrap=True),
+        words("Scored with"),
+        words("Source", wrap=True),
+    )
+    return make_table("Evaluation sets", columns, rows)
+
+
+def cost_table(results: Results, record: Manifest) -> Table:
+    """A row per arm: what it costs, and in which data types and attention implementation it ran."""
+    whole, rows = is_pretraining(results), []
+    for name, summary in results["arms"].items():
+        about: Any = {**record["arms"].get(name, {}), **{key: v for key, v in summary.items() if v is not None}}
+        loss, step = about.get("final_training_loss"), about.get("seconds_per_step")
+        kinds = (about.get(key) for key in ("base_dtype", "adapter_dtype", "compute_dtype", "attn_implementation"))
+        rows.append(
+            (
+                name,
+                _flops(about.get("forward_flops_per_token"), whole=whole),
+                NONE if loss is None else f"{loss:.3f}",
+                NONE if step is None else f"{step:.3g} s",
+                bytes_text(about.get("peak_memory_bytes")),
+                *(kind or NONE for kind in kinds),
+            )
+        )
+    columns: list[Column | str] = [words("Arm"), Column("FLOPs per token", "forward" if whole else "forward, added")]
+    columns += [Column("Final loss", "training"), "Per step", "Peak memory"]
+    columns += [words(title) for title in ("Base weights", "Inserted weights", "Computed in", "Attention")]
+    caption = "Cost, data types and attention implementation of every arm"
+    return make_table("Cost and precision", columns, rows, caption)
+
+
+def _flops(flops: float | None, *, whole: bool) -> str:
+    """Forward FLOPs per token, of the whole model or of what the arm adds."""
+    if flops is None:
+        return NONE
+    return f"{flops / 1e6:,.2f} M" if whole else (f"+{flops / 1e6:,.1f} M" if flops else "0")
+
+
+def size_table(results: Results) -> Table:
+    """A row per arm trained from scratch: weights, compute, and how near its control comes; else none."""
+    columns = (
+        *(words("Arm"), "Weights", "Without embeddings", Column("FLOPs per token", "forward"), "Tokens"),
+        *(Column("Training", "PFLOP"), words("Matched to preskip"), "Tokens per second", "Utilisation"),
+    )
+    arms = results["arms"] if is_pretraining(results) else {}
+    rows = [(name, *_size_cells(summary)) for name, summary in arms.items()]
+    return make_table("Size and compute", columns, rows, "Weights, compute and speed of every arm")
+
+
+def _size_cells(summary: ArmResults) -> tuple[str, ...]:
+    matched, deviation = summary.get("matched"), summary.get("deviation") or 0.0
+    speed, mfu = summary.get("tokens_per_second"), summary.get("mfu")
+    return (
+        number(summary["parameters"], 0),
+        number(summary["non_embedding"], 0),
+        _flops(summary["forward_flops_per_token"], whole=True),
+        number(summary["tokens"], 0),
+        f"{summary['training_flops'] / 1e15:,.3g}",
+        NONE if matched is None else f"{matched} {number(100 * deviation, 2, sign=True)} %",
+        NONE if speed is None else number(speed, 0),
+        NONE if mfu is None else f"{mfu:.0%}",
+    )
+
+
+def comparison_groups(results: Results) -> list[dict[str, Any]]:
+    """Every set and metric with its comparisons: those declared before training, then the others."""
+    groups = []
+    for set_name, metric, entries in by_measure(results["comparisons"]):
+        about = metric_on(results, set_name, metric)
+        title = f"{about.name}, {set_label(results['sets'], set_name)}"
+        declared, others = (
+            [entry for entry in ordered(entries, about.lower_is_better) if is_declared(entry) == wanted]
+            for wanted in (True, False)
+        )
+        groups.append(
+            {
+                "key": f"{set_name}-{metric}",
+                "title": title,
+                "domain": DOMAINS[results["sets"][set_name]["domain"]],
+                "note": about.direction,
+                "declared": _comparisons(f"{title}, declared", declared),
+                "others": _comparisons(f"{title}, exploratory", others),
+            }
+        )
+    return groups
+
+
+def _comparisons(label: str, entries: Sequence[Comparison]) -> Table:
+    columns = (
+        *(words("Comparison"), words("Verdict"), "Difference", "Interval", Column("p", "Holm")),
+        *(Column("p", "alone"), Column("Margin", "p equivalent"), "Units", "Seeds"),
+    )
+    return make_table(label, columns, [_comparison(entry) for entry in entries])
+
+
+def _comparison(entry: Comparison) -> tuple[Any, ...]:
+    shown, margin, equivalence = difference_text(entry), entry.get("margin"), entry.get("p_equivalence")
+    gained, lost, clusters = entry.get("gained"), entry.get("lost"), entry.get("clusters")
+    counted = "" if gained is None or lost is None else f"{gained:,} gained, {lost:,} lost"
+    return (
+        f"{entry['arm']} {MINUS} {entry['reference']}",
+        Cell(entry["verdict"], badge=True),
+        Cell(shown["value"] + shown["unit"], counted),
+        shown["interval"],
+        p_text(entry.get("p_holm")),
+        p_text(entry.get("p_value")),
+        Cell(
+            NONE if margin is None else f"±{amount(entry['metric'], margin)}",
+            "" if equivalence is None else p_text(equivalence),
+        ),
+        Cell(f"{entry['units']:,} {entry['unit']}s", f"in {clusters:,} clusters" if clusters else ""),
+        entry["seeds"],
+    )
+
+
+def scoreboard(results: Results) -> dict[str, Any]:
+    """Every trained arm against the plain one on every set's primary metric: the page's overview.
+
+    Returns:
+        "columns" (title, name, domain) and "rows" (arm, cells with outcome, value, interval, unit; None where it was
+        not compared).
+    """
+    plain, sets = plain_arm(results), results["sets"]
+    columns = [
+        {"title": set_label(sets, name), "name": metric_on(results, name).phrase, "domain": DOMAINS[entry["domain"]]}
+        for name, entry in sets.items()
+    ]
+    rows = []
+    for arm, summary in results["arms"].items():
+        if arm != plain and summary["trainable_parameters"]:
+            found = [find(results, arm, plain, name) for name in sets]
+            cells = [{"outcome": entry["verdict"], **difference_text(entry)} if entry else None for entry in found]
+            if any(cells):
+                rows.append({"arm": arm, "cells": cells})
+    return {"columns": columns, "rows": rows}
+
+
+def search_table(results: Results) -> Table:
+    """A row per searched arm: where it started, what it chose, and whether the grid had to grow."""
+    columns = (words("Arm"), "Default", "Chosen", "Runs", words("Best at the edge, grid extended"), "Diverged")
+    rows = [
+        (
+            arm,
+            f"{search['default']:g}",
+            f"{search['chosen']:g}",
+            len(search["trace"]),
+            "yes" if search.get("extended") else "no",
+            sum(bool(point.get("diverged")) for point in search["trace"]),
+        )
+        for arm, search in (results.get("search") or {}).items()
+    ]
+    return make_table("Chosen learning rates", columns, rows, "What the search chose for each arm")
+
+
+def trace_table(results: Results) -> Table:
+    """A row per point of every arm's learning-rate search."""
+    columns = (words("Arm"), "Rung", "Steps", "Rate", "Seed", "Δ bits per byte", "Interval", words("After it"))
+    rows = []
+    for arm, search in (results.get("search") or {}).items():
+        for point in search["trace"]:
+            shown = interval_text("bits_per_byte", development(point, "in")) or {"value": NONE, "interval": ""}
+            value = "diverged" if point.get("diverged") else shown["value"]
+            rate = f"{point['learning_rate']:g}" + (" (chosen)" if point["learning_rate"] == search["chosen"] else "")
+            after = "kept" if point.get("kept") else "dropped"
+            rows.append((arm, point["rung"] + 1, point["steps"], rate, point["seed"], value, shown["interval"], after))
+    return make_table("Search trace", columns, rows, "Every run of the search")
+
+
+def paper_table(results: Results) -> Table:
+    """The paper's own columns of every arm, small below each the paper's figure for this model where there is one."""
+    paper: Any = results.get("paper") or {"columns": {}}
+    sets = list(dict.fromkeys(name for values in paper["columns"].values() for name in values))
+    published = paper.get("published") or {}
+    rows = [
+        [
+            arm,
+            *(
+                Cell(number(values[name], 3), number(theirs[name], 3) if name in theirs else "")
+                for theirs in [published.get(arm, {})]
+                for name in sets
+            ),
+        ]
+        for arm, values in paper["columns"].items()
+    ]
+    return make_table(
+        "The paper's own scoring", (words("Arm"), *(PAPER_COLUMNS.get(name, name) for name in sets)), rows
+    )
+
+
+def power_table(results: Results) -> Table:
+    """What the run resolves, per declared comparison (all where none was declared), beside what it found."""
+    rows = []
+    for entry in [entry for entry in results["comparisons"] if is_declared(entry)] or results["comparisons"]:
+        smallest, basis = resolvable(results, entry)
+        about, shown = metric_on(results, entry["set"], entry["metric"]), difference_text(entry)
+        rows.append(
+            (
+                f"{entry['arm']} {MINUS} {entry['reference']}",
+                f"{about.name}, {set_label(results['sets'], entry['set'])}",
+                amount(entry["metric"], smallest),
+                shown["value"] + shown["unit"],
+                {"interval": "interval's width"}.get(basis, f"{basis} spread"),
+                f"{entry['units']:,} {entry['unit']}s",
+                entry["seeds"],
+            )
+        )
+    columns = (words("Comparison"), words("Metric and set"), "Resolves", "Found", words("From"), "Units", "Seeds")
+    return make_table("Power", columns, rows, "Smallest difference that each comparison resolves")
+
+
+def trend_table(results: Results) -> Table:
+    """The trends over depth: arm, measure, verdict, ρ with interval, null band, seeds."""
+    columns = (words("Arm"), words("Measure"), words("Verdict"), "Rank correlation", "Interval", "Null band", "Seeds")
+    rows = [
+        (
+            arm,
+            MEASURES.get(row["measure"], row["measure"]),
+            row["verdict"],
+            number(row["rho"], 2, sign=True),
+            limits_text(row.get("low"), row.get("high"), 2),
+            Cell(limits_text(row.get("null_low"), row.get("null_high"), 2), nulls_text(row)),
+            row.get("seeds") or "",
+        )
+        for arm, rows in (results.get("trend") or {}).items()
+        for row in rows
+    ]
+    return make_table("Trend over depth", columns, rows, "Trend of each measure over depth")
