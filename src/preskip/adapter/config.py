@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Optional, Union
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, Optional, Union, get_type_hints
 
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
@@ -31,23 +31,24 @@ def peft_type() -> PeftType:
     return PeftType[NAME]
 
 
+# The fields of `BranchSettings` are written there alone; PEFT wants them flat in one dataclass that is not frozen.
+_BranchConfig: Any = make_dataclass(
+    "_BranchConfig",
+    [
+        (own.name, get_type_hints(BranchSettings)[own.name], field(default=own.default, metadata=own.metadata))
+        for own in fields(BranchSettings)
+    ],
+    bases=(PeftConfig,),
+)
+
+
 @dataclass
-class PreskipConfig(PeftConfig):
+class PreskipConfig(_BranchConfig):
     """Configuration of a Preskip adapter (arXiv 2604.10791): pre-projection and content skip.
 
     Args:
-        expansion: inner width of the pre-projection over the model's width d. Default 1.25.
-        activation: silu (default), gelu, relu or mish.
-        gated: SwiGLU-like pre-projection with one more matrix. Default False.
-        dropout: dropout on the pre-projection's inner features while training. Default 0.
-        preprojection: default True; False trains the linear skip alone.
-        content_skip: default True; False trains the pre-projection alone.
-        enrich_attention: default True; False lets attention read x̂ as before, and only the skip carries x̃; with
-            content_skip=False as well the features themselves join attention's output (a parallel adapter).
-        skip_rank: None (default) for a full d × d skip, an int for a low-rank one.
-        init_weights: "identity" (default, the model starts exactly as it was) or "paper".
-        init_std: standard deviation of W_up (and of W_down with "paper"). Default 0.01.
-        skip_init_std: standard deviation of W_skip with "paper". Default 1e-4.
+        expansion, activation, gated, dropout, preprojection, content_skip, enrich_attention, skip_rank, init_weights,
+            init_std, skip_init_std: what a branch is made of, with the defaults of `preskip.BranchSettings`.
         skip_position: "attention" (default) adds the skip to the attention's output; "residual" adds it behind a
             post-attention norm where the block has one (Gemma 2/3, GLM-4, OLMo 2).
         target_modules: names or a regular expression of attention modules. Default: every self-attention of the text
@@ -61,17 +62,6 @@ class PreskipConfig(PeftConfig):
         PreskipError: a value is out of range or two fields contradict each other.
     """
 
-    expansion: float = field(default=1.25, metadata={"help": "Inner width of the pre-projection over the width d."})
-    activation: str = field(default="silu", metadata={"help": "silu, gelu, relu or mish."})
-    gated: bool = field(default=False, metadata={"help": "SwiGLU-like pre-projection."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the pre-projection's inner features."})
-    preprojection: bool = field(default=True, metadata={"help": "Whether there is a pre-projection."})
-    content_skip: bool = field(default=True, metadata={"help": "Whether there is a content skip."})
-    enrich_attention: bool = field(default=True, metadata={"help": "Whether attention reads the enriched features."})
-    skip_rank: Optional[int] = field(default=None, metadata={"help": "Rank of the skip; None for a full matrix."})
-    init_weights: str = field(default="identity", metadata={"help": "'identity' or 'paper'."})
-    init_std: float = field(default=0.01, metadata={"help": "Standard deviation of W_up (and W_down with 'paper')."})
-    skip_init_std: float = field(default=1e-4, metadata={"help": "Standard deviation of W_skip with 'paper'."})
     skip_position: str = field(default="attention", metadata={"help": "'attention' or 'residual'."})
     target_modules: Optional[Union[list[str], str]] = field(
         default=None, metadata={"help": "Names or regex of attention modules. Default: all of the text decoder."}
