@@ -1,7 +1,6 @@
 """Pythia-160M in shape, with random weights and the real GPT-NeoX tokenizer: probe, bake, generate."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from commands import preskip
 from preskip.architecture.shapes import shape_config
+from preskip.data.local import data_directory
 from tiny_model import write_corpus
 
-DATA = (
-    Path(os.environ.get("PRESKIP_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
-    / "pythia"
-    / "20B_tokenizer.json"
-)
+DATA = (data_directory() or Path("nowhere")) / "pythia" / "20B_tokenizer.json"
 
 pytestmark = [
     pytest.mark.slow,

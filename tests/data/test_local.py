@@ -18,7 +18,7 @@ from preskip.data.wikitext import page_title
 from preskip.errors import PreskipError
 
 REAL = data_directory()
-needs_data = pytest.mark.skipif(REAL is None, reason="the data directory is not there (PRESKIP_DATA, ../shared/data)")
+needs_data = pytest.mark.skipif(REAL is None, reason="the data directory is not there (PRESKIP_DATA)")
 
 
 @pytest.fixture
@@ -29,11 +29,15 @@ def folder(tmp_path):
 def test_the_directory_is_the_given_then_the_environments_then_the_default(tmp_path, monkeypatch):
     monkeypatch.delenv("PRESKIP_DATA", raising=False)
     (tmp_path / "a").mkdir()
-    (tmp_path / "project").mkdir()
-    monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
     assert data_directory() is None
-    (tmp_path / "shared/data").mkdir(parents=True)
-    assert data_directory().resolve() == tmp_path / "shared/data"
+    (tmp_path / "share/preskip").mkdir(parents=True)
+    assert data_directory() == tmp_path / "share/preskip"
+    monkeypatch.setenv("XDG_DATA_HOME", "share")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert data_directory() is None
+    (tmp_path / ".local/share/preskip").mkdir(parents=True)
+    assert data_directory() == tmp_path / ".local/share/preskip"
     monkeypatch.setenv("PRESKIP_DATA", str(tmp_path / "a"))
     assert data_directory() == tmp_path / "a"
     assert data_directory(tmp_path) == tmp_path

@@ -38,7 +38,7 @@ def test_rows_give_the_pages_of_the_text():
         assert [line.strip() for line in page.strip().split("\n")] == [x.strip() for x in expected.strip().split("\n")]
 
 
-@pytest.mark.skipif(REAL is None, reason="the data directory is not there (PRESKIP_DATA, ../shared/data)")
+@pytest.mark.skipif(REAL is None, reason="the data directory is not there (PRESKIP_DATA)")
 def test_the_real_test_text_gives_its_62_pages(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     rows = hub_rows((REAL / "wikitext2/wiki.test.raw").read_text(encoding="utf-8"))

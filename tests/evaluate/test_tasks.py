@@ -188,7 +188,7 @@ def test_sets_describe_what_is_scored(data, model):
     json.dumps(suite.sets, allow_nan=False)
 
 
-@pytest.mark.skipif(REAL is None, reason="the data directory is not there (PRESKIP_DATA, ../shared/data)")
+@pytest.mark.skipif(REAL is None, reason="the data directory is not there (PRESKIP_DATA)")
 def test_real_sets_are_lm_evals_requests():
     suite = TaskSuite(["lambada_openai", "arc_easy", "hellaswag"], tiny_tokenizer(), data_dir=REAL, limit=50)
     context, target = suite.requests("lambada_openai")[0].args

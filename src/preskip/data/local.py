@@ -1,6 +1,6 @@
 """The data directory: standard evaluation sets as local files, in place of the Hub.
 
-The directory is `--data-dir`, else the environment variable PRESKIP_DATA, else `../shared/data` where that exists::
+The directory is `--data-dir`, else the environment variable PRESKIP_DATA, else the user's, where that exists::
 
     lambada/lambada_openai_test.jsonl                 LAMBADA, OpenAI version: {"text"} in every line (5,153)
     lambada/lambada_development_plain_text.txt        LAMBADA development set, lower-cased and tokenised, one a line
@@ -28,7 +28,6 @@ from preskip.data.wikitext import wikitext_pages
 from preskip.errors import PreskipError
 
 DATA_VARIABLE = "PRESKIP_DATA"
-DEFAULT_DATA = Path("../shared/data")
 LAMBADA_DEVELOPMENT = "lambada/lambada_development_plain_text.txt"
 
 Rows = list[dict[str, Any]]
@@ -62,7 +61,8 @@ def data_directory(path: Path | str | None = None) -> Path | None:
     """The data directory, or None where there is none.
 
     Args:
-        path: as given by the user; None takes PRESKIP_DATA, else `../shared/data` where that exists.
+        path: as given by the user; None takes PRESKIP_DATA, else `$XDG_DATA_HOME/preskip`, which is
+            `~/.local/share/preskip` unless set, where that exists.
 
     Raises:
         PreskipError: the given directory, or that of PRESKIP_DATA, does not exist.
@@ -74,7 +74,10 @@ def data_directory(path: Path | str | None = None) -> Path | None:
             where = "--data-dir" if path else DATA_VARIABLE
             raise PreskipError(f"{where}: folder {directory} does not exist: check the path")
         return directory
-    return DEFAULT_DATA if DEFAULT_DATA.is_dir() else None
+    # The XDG specification says that a relative path there is to be ignored.
+    xdg = os.environ.get("XDG_DATA_HOME", "")
+    users = (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local/share") / "preskip"
+    return users if users.is_dir() else None
 
 
 def load_local(task: str, directory: Path | None) -> LocalData | None:

@@ -31,7 +31,7 @@ class ExperimentConfig:
         "sotu", "sotu, pydoc, wikitext2 or books (--data-dir), a text file, table or folder, a Hub id.", WHAT, path=True
     )
     data_dir: str | None = option(
-        None, "Folder of local data. Default: $PRESKIP_DATA, else ../shared/data.", WHAT, path=True
+        None, "Folder of local data. Default: $PRESKIP_DATA, else ~/.local/share/preskip.", WHAT, path=True
     )
     text_column: str | None = option(None, "Column of a table or Hub data set. Default: the one that holds text.", WHAT)
     corpus_split: str = option("train", "Split of a Hub data set or a folder of tables.", WHAT)
