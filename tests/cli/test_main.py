@@ -100,3 +100,11 @@ def test_a_run_from_a_file_and_another_from_that_runs_record(tmp_path, capsys):
     assert (one["steps"], one["arms"], one["seq_len"], one["model"]) == (5, ["none"], 16, str(model))
     assert BranchSettings(**one["settings"]) == BranchSettings(expansion=2.0)
     assert one == two
+
+
+@pytest.mark.parametrize("command", ["probe", "pretrain"])
+def test_defaults_are_accepted_where_something_has_imported_pydantic(command, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("pydantic")
+    monkeypatch.chdir(tmp_path)
+    assert preskip(command, "--corpus", "/nowhere", "--json") == 1
+    assert json.loads(capsys.readouterr().out) == {"error": "corpus /nowhere does not exist: check the path"}

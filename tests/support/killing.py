@@ -57,7 +57,7 @@ class Fate:
             if not full.is_relative_to(self.folder):
                 return False
             place = "/".join(full.relative_to(self.folder).parts[-2:])
-            place = re.sub(r"\.([\w.]+?\.\w+)\.\w+\.tmp$|\.(report)-\w+\.tmp$", r"\1\2.tmp", place)
+            place = re.sub(r"\.([\w.]+?\.\w+)\.\w+\.tmp$", r"\1.tmp", place)
             place = re.sub(r"\.run\.\w+", "run.tmp", re.sub(r"-[0-9]+", "-N", place))
         label = f"{kind} {place}".strip()
         self.counts[label] += 1

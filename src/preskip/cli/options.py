@@ -76,9 +76,14 @@ def options_of(kind: type) -> Callable[[F], F]:
 
 def _parameter(its: Flag) -> inspect.Parameter:
     what, default = its.about, its.default
-    hint = str if "read" in what else Optional[what["hint"]] if what["optional"] else what["hint"]
+    hint: Any = str if "read" in what else what["hint"]
     if isinstance(default, tuple):
         default = ",".join(map(str, default)) or None
+    # Where something has imported pydantic, Cyclopts holds the default against the type, too.
+    if default is None:
+        hint = Optional[hint]
+    elif hint is str:
+        default = str(default)
     return inspect.Parameter(
         its.name,
         inspect.Parameter.POSITIONAL_OR_KEYWORD if what.get("positional") else inspect.Parameter.KEYWORD_ONLY,
