@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import zoo
@@ -74,16 +76,51 @@ def test_a_skip_behind_the_norm_is_kept(base_type, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(model))
 
 
-def test_a_half_precision_base_keeps_its_dtype_and_the_branch_float32(tmp_path):
-    zoo.build("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
-    model = get_peft_model(base, PreskipConfig()).eval()
-    zoo.randomise(model)
-    bake(model, tmp_path / "out")
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_bfloat16_base_bakes_to_the_same_bits_with_and_without_float32_masters(keep, tmp_path):
+    model = half_precision_adapter(tmp_path, torch.bfloat16)
+    bake(model, tmp_path / "out", keep_float32=keep)
     baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
-    assert {p.dtype for name, p in baked.named_parameters() if ".preskip." in name} == {torch.float32}
+    assert branch_dtypes(baked) == {torch.float32 if keep else torch.bfloat16}
     assert {p.dtype for name, p in baked.named_parameters() if ".preskip." not in name} == {torch.bfloat16}
     assert torch.equal(logits(baked), logits(model))
+    masters = model.state_dict()["base_model.model.model.layers.0.self_attn.preskip.up.default.weight"]
+    stored = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.preskip.up.weight"]
+    assert torch.equal(stored, masters if keep else masters.to(torch.bfloat16))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert branch_dtypes(whole) == {torch.float32}
+
+
+def test_training_a_half_precision_branch_warns(tmp_path):
+    model = half_precision_adapter(tmp_path, torch.bfloat16)
+    bake(model, tmp_path / "half")
+    bake(model, tmp_path / "masters", keep_float32=True)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype="auto")
+    with pytest.warns(UserWarning, match="hardly move .* keep_float32=True"):
+        half.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoModelForCausalLM.from_pretrained(tmp_path / "masters", dtype="auto").train()
+        half.requires_grad_(False).train()
+
+
+def test_a_float16_base_keeps_the_branch_in_float32(tmp_path):
+    model = half_precision_adapter(tmp_path, torch.float16)
+    bake(model, tmp_path / "out")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert branch_dtypes(baked) == {torch.float32}
+    assert torch.equal(logits(baked), logits(model))
+
+
+def half_precision_adapter(folder, dtype):
+    zoo.build("llama", dtype=dtype).save_pretrained(folder / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype), PreskipConfig()).eval()
+    zoo.randomise(model)
+    return model
+
+
+def branch_dtypes(model):
+    return {p.dtype for name, p in model.named_parameters() if ".preskip." in name}
 
 
 def test_tied_embeddings_stay_tied(tmp_path):

@@ -35,6 +35,7 @@ def bake(
     adapter: str | None = None,
     tokenizer: Any = None,
     base_name: str | None = None,
+    keep_float32: bool = False,
 ) -> Path:
     """Save a base model and its Preskip adapter as one checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -46,6 +47,8 @@ def bake(
         adapter: which adapter; None is the active one.
         tokenizer: saved beside the model, if given.
         base_name: what the model card calls the base; None takes the adapter's record.
+        keep_float32: store the branch in float32 beside a bfloat16 base, and load it so, for further training. By
+            default it has the base's dtype, in which it computes either way: the logits are the same.
 
     Returns:
         The folder.
@@ -66,7 +69,7 @@ def bake(
         )
     if type(base).__name__ != family.causal_lm.__bases__[-1].__name__:
         raise PreskipError(f"{type(base).__name__} cannot be baked: only its causal language model can")
-    baked = _rebuild(base, found, family)
+    baked = _rebuild(base, found, family, keep_float32)
     recorded = getattr(model, "peft_config", {}).get(found.name)
     source = base_name or getattr(recorded, "base_model_name_or_path", None) or base.config.name_or_path
     baked.config.auto_map = {
@@ -136,7 +139,7 @@ def _find(model: nn.Module, adapter: str | None) -> tuple[Any, _Adapter]:
     )
 
 
-def _rebuild(base: Any, adapter: _Adapter, family: Architecture) -> Any:
+def _rebuild(base: Any, adapter: _Adapter, family: Architecture, keep_float32: bool) -> Any:
     """The model with branches, on the base's own tensors."""
     sites = {site.name: site.layer for site in find_sites(base).attentions}
     strays = sorted(adapter.modules - sites.keys())
@@ -149,12 +152,15 @@ def _rebuild(base: Any, adapter: _Adapter, family: Architecture) -> Any:
         adapter.settings,
         preskip_skip_position=adapter.skip_position,
         preskip_layers=None if len(layers) == len(sites) else layers,
+        preskip_keep_float32=keep_float32,
         attn_implementation=base.config._attn_implementation,
     )
     config.dtype = base.dtype
     with torch.device("meta"):
         baked: Any = family.causal_lm(config)
     tensors = _plain_keys(base.state_dict(), adapter.name)
+    if base.dtype == torch.bfloat16 and not keep_float32:  # float16 branches compute in float32 (`preskip.casting`)
+        tensors = {key: value.to(base.dtype) if f".{CHILD}." in key else value for key, value in tensors.items()}
     baked.load_state_dict(tensors, strict=True, assign=True)
     # Buffers that no state dict holds (rotary frequencies) are the base's, too.
     buffers = dict(base.named_buffers())

@@ -14,6 +14,7 @@ Shapes below: B batch, T tokens, d width, f = ⌊e·d⌋ inner width, r rank of 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from preskip.branch_settings import ACTIVATIONS, BranchCost, BranchSettings
+from preskip.casting import product
 from preskip.errors import PreskipError
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {name: getattr(F, name) for name in ACTIVATIONS}
@@ -32,7 +34,7 @@ def enrich(
 ) -> torch.Tensor:
     """x̃ = x̂ + W_down · σ(W_up · x̂), [B, T, d] → [B, T, d] in the dtype of x; see `feature` for the arguments.
 
-    The sum is taken in the wider of both dtypes and rounded once. Without a pre-projection, x̃ = x̂.
+    The sum is taken in the wider of both dtypes. Without a pre-projection, x̃ = x̂.
     """
     return (x + feature(x, linears, settings, dropout)).to(x.dtype) if "down" in linears else x
 
@@ -40,7 +42,7 @@ def enrich(
 def feature(
     x: torch.Tensor, linears: Mapping[str, nn.Module], settings: BranchSettings, dropout: nn.Module | None = None
 ) -> torch.Tensor:
-    """W_down · σ(W_up · x̂), [B, T, d] → [B, T, d] in the weights' dtype, or in autocast's.
+    """W_down · σ(W_up · x̂), [B, T, d] → [B, T, d] in the dtype of the products (`preskip.casting.product`).
 
     Args:
         x: x̂, the normed input of attention.
@@ -48,13 +50,12 @@ def feature(
         settings: names the activation.
         dropout: applied to the inner features [B, T, f], or None.
     """
-    z = cast_in(x, linears["down"])
-    inner = FUNCTIONS[settings.activation](linears["gate" if "gate" in linears else "up"](z))
+    inner = FUNCTIONS[settings.activation](product(x, linears["gate" if "gate" in linears else "up"]))
     if "gate" in linears:
-        inner = inner * linears["up"](z)
+        inner = inner * product(x, linears["up"])
     if dropout is not None:
         inner = dropout(inner)
-    return linears["down"](inner)
+    return product(inner, linears["down"])
 
 
 def content(
@@ -87,13 +88,8 @@ def content(
 def skip(enriched: torch.Tensor, linears: Mapping[str, nn.Module]) -> torch.Tensor:
     """W_skip · x̃, full or low-rank, [B, T, d] → [B, T, d] in the dtype of x̃."""
     if "skip" in linears:
-        return linears["skip"](cast_in(enriched, linears["skip"])).to(enriched.dtype)
-    return linears["skip_up"](linears["skip_down"](cast_in(enriched, linears["skip_down"]))).to(enriched.dtype)
-
-
-def cast_in(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
-    """Bring activations to the weights' dtype, or leave them to autocast where that is on."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(linear.weight.dtype)  # type: ignore[arg-type]
+        return product(enriched, linears["skip"]).to(enriched.dtype)
+    return product(product(enriched, linears["skip_down"]), linears["skip_up"]).to(enriched.dtype)
 
 
 @torch.no_grad()
@@ -127,9 +123,9 @@ class PreskipBranch(nn.Module):
         settings: what the branch is made of, or None to give the fields of `BranchSettings` as keywords.
         device: where to allocate.
 
-    Weights are fp32 whatever the activations are, because at |w| ≈ 0.01 a bf16 weight does not move at lr 1e-5; the
-    forward casts in and out, except under autocast, which chooses the dtype itself. Children are named up, gate,
-    down, skip (or skip_down, skip_up), each an `nn.Linear` without bias.
+    Weights are fp32 whatever the activations are, because at |w| ≈ 0.01 a bf16 weight does not move at lr 1e-5; they
+    compute in the dtype of bf16 activations, by a copy per optimiser step (`preskip.casting`). Children are named up,
+    gate, down, skip (or skip_down, skip_up), each an `nn.Linear` without bias.
     """
 
     def __init__(
@@ -184,6 +180,16 @@ class PreskipBranch(nn.Module):
         parameters = sum(linear.weight.numel() for linear in self.linears.values())
         weight_bytes = sum(linear.weight.numel() * linear.weight.element_size() for linear in self.linears.values())
         return BranchCost(parameters=parameters, flops_per_token=2 * parameters, weight_bytes=weight_bytes)
+
+    def train(self, mode: bool = True) -> PreskipBranch:
+        """As `nn.Module.train`; warns where weights are to be trained in 16 bits, in which they hardly move."""
+        if mode and any(p.requires_grad and p.dtype.itemsize < 4 for p in self.parameters()):
+            warnings.warn(
+                "the branch's weights are in 16 bits and would hardly move at usual learning rates: load with "
+                "dtype=torch.float32, or bake with keep_float32=True",
+                stacklevel=2,
+            )
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """Width and settings, for `print(model)`."""

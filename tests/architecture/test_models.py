@@ -201,16 +201,19 @@ def test_tying_and_resizing(base_type):
     assert all(torch.equal(tied.state_dict()[key], value) for key, value in branches.items())
 
 
-def test_branches_stay_float32_beside_a_half_precision_base(tmp_path):
+def test_branches_are_loaded_in_the_dtype_of_the_rest_unless_it_is_float16(tmp_path):
     model = randomise(tiny("llama"))
     model.save_pretrained(tmp_path)
-    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    dtypes = {".preskip." in name: parameter.dtype for name, parameter in half.named_parameters()}
-    assert dtypes == {True: torch.float32, False: torch.bfloat16}
-    assert torch.equal(
-        half.model.layers[0].self_attn.preskip.up.weight, model.model.layers[0].self_attn.preskip.up.weight
-    )
-    assert logits(half).dtype == torch.bfloat16
+    for dtype, branch in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)):
+        half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        dtypes = {".preskip." in name: parameter.dtype for name, parameter in half.named_parameters()}
+        assert dtypes == {True: branch, False: dtype}
+        assert logits(half).dtype == dtype
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, preskip_keep_float32=True)
+    weight = kept.model.layers[0].self_attn.preskip.up.weight
+    assert torch.equal(weight, model.model.layers[0].self_attn.preskip.up.weight)
+    assert kept.lm_head.weight.dtype == torch.bfloat16
+    assert logits(kept).dtype == torch.bfloat16
 
 
 def test_compiles_in_one_graph():

@@ -43,21 +43,22 @@ def weights(folder, strategy, case):
     return load_file(file)
 
 
-def assert_equal(folder, case, strategy, other):
+def assert_equal(folder, case, strategy, other, tolerance=1e-5):
     for row, expected in zip(rows(folder, strategy, case), rows(folder, other, case), strict=True):
         assert row["step"] == expected["step"]
-        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
-        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], abs=1e-5)
+        assert row["loss"] == pytest.approx(expected["loss"], abs=tolerance)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], abs=tolerance)
         assert row["tokens"] == expected["tokens"] == jobs.BATCH * jobs.BLOCKS.shape[1]
     trained, expected = weights(folder, strategy, case), weights(folder, other, case)
     assert trained.keys() == expected.keys()
     for name, weight in trained.items():
-        assert torch.allclose(weight, expected[name], atol=1e-5), name
+        assert torch.allclose(weight, expected[name], atol=tolerance), name
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_ddp_equals_one_process(done, case):
-    assert_equal(done, case, "ddp", "one")
+    # In bfloat16 each process rounds the gradient of its share of the batch before they are added.
+    assert_equal(done, case, "ddp", "one", tolerance=1e-3 if case.endswith("bf16") else 1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,11 +18,13 @@ DEFAULTS: dict[str, Any] = {
     "preskip_init_weights": "paper",
     "preskip_skip_position": "attention",
     "preskip_layers": None,
+    "preskip_keep_float32": False,
 }
 _TYPES: dict[str, Any] = {
     **{PREFIX + name: kind for name, kind in get_type_hints(BranchSettings).items()},
     "preskip_skip_position": str,
     "preskip_layers": Optional[list[int]],
+    "preskip_keep_float32": bool,
 }
 
 
@@ -101,6 +103,7 @@ def config_class(base_type: str) -> type[PreTrainedConfig]:
             "model_type": f"{PREFIX}{base_type}",
             "__module__": "preskip.architecture.models",
             "__doc__": f"{base.__name__} with the branch's fields (`preskip.branch.BranchSettings`), `preskip_` before "
-            "each, `preskip_skip_position` and `preskip_layers` (None for all).",
+            "each, `preskip_skip_position`, `preskip_layers` (None for all), and `preskip_keep_float32` (True: the "
+            "branch's weights are float32 whatever dtype the rest is loaded in).",
         },
     )

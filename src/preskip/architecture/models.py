@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -54,6 +55,8 @@ class BranchMixin:
                 child.__class__ = _WITH_BRANCH[type(child)]
         _attach_all(model, config)
         model.post_init()  # again: the first one has run before there were branches, and keeps what it has initialised
+        if config.preskip_keep_float32:
+            model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), CHILD}
 
     def _init_weights(self, module: nn.Module) -> None:
         part: tuple[str, BranchSettings] | None = getattr(module, "preskip_part", None)
@@ -71,6 +74,8 @@ def _attach_all(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         attention = model.get_submodule(site.name)
         path, _, target = site.name.rpartition(".")
         branch = PreskipBranch(input_width(attention, config.hidden_size), settings)
+        if torch.get_default_dtype() == torch.bfloat16 and not config.preskip_keep_float32:
+            branch.to(torch.bfloat16)  # as the rest of the model is made and loaded
         for part, linear in branch.linears.items():
             # On the Linear: transformers calls `_init_weights` only for modules with weights of their own.
             linear.preskip_part = (part, settings)  # type: ignore[assignment]
@@ -105,10 +110,9 @@ def architecture(base_type: str) -> Architecture:
                 "config_class": config,
                 "__module__": __name__,
                 "__doc__": f"{model.__name__} with a branch per layer.",
-                # The branch's weights stay fp32, as in the adapter (`preskip.branch.PreskipBranch`). Quantisers read
-                # the first of these, as a pattern from the start of the name.
+                # Loaded in float16 the branch's weights stay fp32, since its inner features may overflow. Quantisers
+                # read this, too, as a pattern from the start of the name.
                 "_keep_in_fp32_modules": [*(model._keep_in_fp32_modules or ()), rf".*\.{CHILD}"],
-                "_keep_in_fp32_modules_strict": [*(model._keep_in_fp32_modules_strict or ()), CHILD],
             },
         )
         _WITH_BRANCH[model] = with_branch

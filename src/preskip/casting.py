@@ -1,0 +1,83 @@
+"""Products in the dtype of the activations with weights that are kept in fp32: one cast per weight and optimiser step.
+
+A branch beside a bfloat16 base that computed in fp32 would read twice the bytes and, on a GPU, run at a twelfth of the
+rate. Its masters stay fp32, because in bfloat16 they do not move at lr 1e-5; what is multiplied is a copy that is made
+once, also over micro-batches and the recomputation of gradient checkpointing, and made anew when a weight has changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_CAST = "_preskip_cast"
+# Optimiser steps so far, of any optimiser: sharded training changes weights without counting it on the tensor.
+_steps = 0
+
+
+def _count_step(optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class _Cast:
+    """The copy of one weight, kept beside the module that owns it; a copy of the module begins without."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] = ()
+        self.weight: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Cast:
+        return _Cast()
+
+    def __reduce__(self) -> tuple[type[_Cast], tuple[()]]:
+        return _Cast, ()
+
+
+def product(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
+    """x · Wᵀ, [..., in] → [..., out], in bfloat16 where x is, else in the weight's dtype; autocast chooses by itself.
+
+    float16 is computed in the weight's dtype: inner features of a branch may exceed its 65,504.
+
+    Args:
+        x: activations of any dtype.
+        linear: a layer without bias; of another kind than `nn.Linear` (quantised, or with an adapter on it) it is
+            called as it is.
+    """
+    weight: Any = linear.weight
+    if torch.is_autocast_enabled(x.device.type):
+        return linear(x)
+    if x.dtype == weight.dtype or x.dtype != torch.bfloat16 or type(linear) is not nn.Linear:
+        return linear(x.to(weight.dtype))
+    cast = weight.to(x.dtype) if torch.compiler.is_compiling() else _cast(linear, weight, x.dtype)
+    if linear._forward_hooks or linear._forward_pre_hooks:  # whoever observes the layer sees what is computed
+        return torch.func.functional_call(linear, {"weight": cast}, (x,))
+    return F.linear(x, cast)
+
+
+def _cast(linear: nn.Linear, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in another dtype, from the last call where it has not changed since.
+
+    The copy hangs on its weight in autograd's graph, where a cast keeps nothing for the backward pass: any number of
+    backward passes go through it, and their gradients add up in fp32.
+    """
+    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.is_inference():  # sharded, or without a version
+        return weight.to(dtype)
+    held: _Cast | None = linear.__dict__.get(_CAST)
+    if held is None:
+        held = linear.__dict__[_CAST] = _Cast()
+    key = (id(weight), weight.data_ptr(), weight._version, weight.device, weight.requires_grad, dtype, _steps)
+    if held.key == key and held.weight is not None:
+        return held.weight
+    # As in training, whatever the mode of this call: recomputation comes without gradients first.
+    with torch.inference_mode(False), torch.set_grad_enabled(weight.requires_grad):
+        cast = weight.to(dtype)
+    held.key, held.weight = key, cast
+    return cast

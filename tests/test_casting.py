@@ -1,0 +1,177 @@
+"""One cast per weight and optimiser step: how often, what flows back, and that no copy outlives its weight."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import zoo
+from preskip import PreskipBranch, PreskipConfig, bake, casting
+from preskip.casting import product
+
+T, D = 63, 60
+
+
+@pytest.fixture
+def casts(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Every cast of a weight, as it happens."""
+    made: list[torch.dtype] = []
+    real = torch.Tensor.to
+
+    def counting(tensor: torch.Tensor, *args, **kwargs):
+        if isinstance(tensor, nn.Parameter) and args and args[0] is torch.bfloat16:
+            made.append(args[0])
+        return real(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", counting)
+    return made
+
+
+def branch(**settings) -> PreskipBranch:
+    torch.manual_seed(0)
+    return PreskipBranch(D, init_weights="paper", init_std=0.1, skip_init_std=0.1, **settings)
+
+
+def some_input(batch: int = 3, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(batch, T, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def loss(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    enriched, skip = module(x)
+    return enriched.float().square().mean() + skip.float().square().mean()
+
+
+def test_one_cast_per_weight_and_step_whatever_reads_it(casts: list) -> None:
+    module, x = branch(), some_input()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    for step in range(1, 4):
+        for micro in x.split(1):
+            loss(module, micro).backward()
+        checkpoint(loss, module, x.requires_grad_(), use_reentrant=True).backward()
+        checkpoint(loss, module, x, use_reentrant=False).backward()
+        with torch.no_grad():
+            loss(module, x)
+        with torch.inference_mode():
+            loss(module, x.detach())
+        assert len(casts) == 3 * step
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_frozen_weight_is_cast_once(casts: list) -> None:
+    module = branch().requires_grad_(False)
+    for _ in range(4):
+        loss(module, some_input())
+    with torch.inference_mode():
+        loss(module, some_input())
+    assert len(casts) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w.detach().mul_(2),
+        lambda w: setattr(w, "data", w.data * 2),
+    ],
+)
+def test_a_changed_weight_is_cast_anew(change) -> None:
+    module, x = branch(), some_input()
+    before = product(x, module.up)
+    change(module.up.weight)
+    assert torch.equal(product(x, module.up), before * 2)
+
+
+def test_an_optimiser_that_changes_weights_past_their_version_counts_as_a_step() -> None:
+    class Uncounted(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for weight in group["params"]:
+                    weight.data.mul_(2)
+
+    module, x = branch(), some_input()
+    before = product(x, module.up)
+    Uncounted(module.parameters(), lr=0.0).step()
+    assert torch.equal(product(x, module.up), before * 2)
+
+
+def test_a_replaced_weight_is_cast_anew() -> None:
+    module, x = branch(), some_input()
+    before = product(x, module.up)
+    module.load_state_dict({key: value * 2 for key, value in module.state_dict().items()}, assign=True)
+    assert torch.equal(product(x, module.up), before * 2)
+
+
+def test_gradients_against_float64_and_added_up_in_float32() -> None:
+    module, x = branch(), some_input()
+    exact = copy.deepcopy(module).double()
+    loss(exact, x.double()).backward()
+    loss(module, x).backward()
+    for (name, parameter), reference in zip(module.named_parameters(), exact.parameters(), strict=True):
+        assert parameter.grad.dtype == torch.float32
+        error = (parameter.grad.double() - reference.grad).abs().max()
+        assert error < 2e-2 * reference.grad.abs().max(), name
+    once = [parameter.grad.clone() for parameter in module.parameters()]
+    for _ in range(3):
+        loss(module, x).backward()
+    for parameter, first in zip(module.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 4 * first, rtol=1e-6, atol=0)
+
+
+def test_float32_is_as_it_was(casts: list) -> None:
+    module, x = branch(), some_input(dtype=torch.float32)
+    enriched, skip = module(x)
+    inner = nn.functional.silu(nn.functional.linear(x, module.up.weight))
+    assert torch.equal(enriched, x + nn.functional.linear(inner, module.down.weight))
+    assert torch.equal(skip, nn.functional.linear(enriched, module.skip.weight))
+    assert not casts
+    assert not any(casting._CAST in vars(linear) for linear in module.linears.values())
+
+
+def test_no_copy_is_saved_copied_or_left_behind() -> None:
+    module, x = branch(), some_input()
+    loss(module, x).backward()
+    assert casting._CAST in vars(module.up)
+    assert set(module.state_dict()) == {"up.weight", "down.weight", "skip.weight"}
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x)[0], module(x)[0])
+        with torch.no_grad():
+            twin.up.weight.zero_()
+        assert not torch.equal(twin(x)[0], module(x)[0])
+    alive = weakref.ref(module.up.weight)
+    del module, twin
+    gc.collect()
+    assert alive() is None
+
+
+def test_adapter_and_baked_give_the_same_bits(tmp_path) -> None:
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    zoo.build("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = get_peft_model(base, PreskipConfig()).eval()
+    zoo.randomise(model)
+    bake(model, tmp_path / "out")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert torch.equal(zoo.logits(baked, "llama"), zoo.logits(model, "llama"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_into_one_graph_with_the_same_result(training: bool) -> None:
+    module, x = branch(), some_input()
+    module.requires_grad_(training)
+    wanted = loss(module, x)
+    compiled = torch.compile(lambda x: loss(module, x), fullgraph=True)
+    found = compiled(x)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=0)
+    if training:
+        found.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
