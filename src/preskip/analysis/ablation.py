@@ -28,7 +28,7 @@ from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import batches, default_batch_tokens, score_sequences
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import AblationRow
-from preskip.stats import CONFIDENCE, paired_ratio_difference
+from preskip.stats import paired_ratio_difference
 
 # The two parts of a layer that has two, off together.
 BOTH = "both"
@@ -42,7 +42,6 @@ def ablate(
     *,
     parts: Sequence[str] = PARTS,
     batch_tokens: int | None = None,
-    confidence: float = CONFIDENCE,
     advance: Advance = no_progress,
 ) -> list[AblationRow]:
     """Switch off one part of one layer at a time and score the same windows.
@@ -55,12 +54,11 @@ def ablate(
         sizes: UTF-8 bytes of the scored text of each document.
         parts: which of "skip", "enrichment" and "both".
         batch_tokens: upper bound of padded tokens per forward pass. One batch's block outputs are held in memory.
-        confidence: level of the intervals. Default 0.95.
         advance: progress, called as advance(scored passes over one batch, note); see `ablation_passes`.
 
     Returns:
         Rows {"layer", "part", "difference", "low", "high", "documents"}: bits per byte off minus on, positive where the
-        part helps, with an interval over documents; "documents" holds nats off minus on ("above") and bytes · ln 2
+        part helps, with a 95 % interval over documents; "documents" holds nats off minus on ("above") and bytes · ln 2
         ("below") per document, for `preskip.stats.trends`. A layer without a part has no row for it.
 
     Raises:
@@ -95,7 +93,7 @@ def ablate(
     rows: list[AblationRow] = []
     for (branch, part), nats in zip(switches, off, strict=True):
         nats_off = np.bincount(documents, weights=nats)
-        interval = paired_ratio_difference(nats_off, nats_on, bytes_of, confidence=confidence)
+        interval = paired_ratio_difference(nats_off, nats_on, bytes_of)
         rows.append(
             {
                 "layer": branch.layer,
@@ -127,12 +125,7 @@ def _switches(model: nn.Module, parts: Sequence[str]) -> list[tuple[LiveBranch, 
 
 @contextmanager
 def switched_off(branch: LiveBranch, part: str) -> Iterator[None]:
-    """Switch one part of one layer off while the block runs; weights, hooks and outputs are then as before.
-
-    Args:
-        branch: where.
-        part: "skip" or "enrichment".
-    """
+    """Switch one of `PARTS` off in one layer while the block runs; weights, hooks and outputs are then as before."""
     if part not in PARTS:
         raise PreskipError(f"part {part!r} cannot be switched off: choose {' or '.join(PARTS)}")
     attention = branch.attention

@@ -94,7 +94,10 @@ def load_corpus(
         speeches = sotu.load_speeches(progress)
         return Corpus(name, tuple(Document(*speech) for speech in speeches), sotu.SOURCE)
     if name == "pydoc":
-        return _load_pydoc()
+        from pydoc_data import topics
+
+        source = f"pydoc_data.topics of the standard library of Python {platform.python_version()} (PSF licence)"
+        return _corpus(name, [(*topic, None) for topic in sorted(topics.topics.items())], source)
     path = Path(name).expanduser()
     if name and path.is_dir():
         return _load_folder(name, path, text_column, split, limit, quiet=not progress)
@@ -195,39 +198,30 @@ def _cut_long(paragraph: str, characters: int) -> list[str]:
     parts = []
     while len(paragraph) > 2 * characters:
         window = paragraph[:characters]
-        at = max(window.rfind(". ") + 1, window.rfind("! ") + 1, window.rfind("? ") + 1)
-        at = at or window.rfind(" ") or characters
+        at = max(window.rfind(end) + 1 for end in (". ", "! ", "? ")) or window.rfind(" ")
         at = characters if at < 1 else at
         parts.append(paragraph[:at].strip())
         paragraph = paragraph[at:].strip()
     return [*parts, paragraph]
 
 
-def _content_group(text: str) -> str:
-    """Exact duplicates must not end up on both sides of the split."""
-    return "text-" + hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
-
-
 def _corpus(name: str, texts: Iterable[tuple[str, str, str | None]], source: str, whole: bool = True) -> Corpus:
-    """Of (id, text, group) those with text; without a group of its own a text is in one with its exact duplicates."""
-    filled = (found for found in texts if found[1].strip())
-    documents = tuple(
-        Document(id, text, _content_group(text) if group is None else group) for id, text, group in filled
-    )
+    """Of (id, text, group) those with text.
+
+    Without a group of its own a text is in one with its exact duplicates, which must not be on both sides of the split.
+    """
+    documents = []
+    for id, text, group in texts:
+        if text.strip():
+            content = hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
+            documents.append(Document(id, text, f"text-{content[:16]}" if group is None else group))
     if not documents:
         raise PreskipError(f"corpus {name} is empty: give one with text in it")
-    return Corpus(name, documents, source, whole)
+    return Corpus(name, tuple(documents), source, whole)
 
 
 def _corpus_of(name: str, found: tables.Reading) -> Corpus:
     return _corpus(name, ((*row[:2], row.group or None) for row in found.rows), found.source, found.whole)
-
-
-def _load_pydoc() -> Corpus:
-    from pydoc_data import topics
-
-    source = f"pydoc_data.topics of the standard library of Python {platform.python_version()} (PSF licence)"
-    return _corpus("pydoc", [(*topic, None) for topic in sorted(topics.topics.items())], source)
 
 
 def _read_text(path: Path) -> str:
@@ -262,9 +256,8 @@ def _load_folder(
     files = sorted(
         file
         for file in path.rglob("*")
-        if file.suffix.lower() in (".txt", ".md")
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.suffix.lower() in (".txt", ".md") and file.is_file()
+        if not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     # A folder as it lies on the Hub has a README.md beside its tables.
     if all(file.name.lower() == "readme.md" for file in files):

@@ -92,33 +92,22 @@ def build_items(
     """
     ranked: list[tuple[int, bytes, int, LastWordItem]] = []
     for document in documents:
-        for rank, (position, item) in enumerate(_document_items(document, seed)):
-            if max_per_document is not None and rank >= max_per_document:
-                break
+        for rank, (position, item) in enumerate(_document_items(document, seed)[:max_per_document]):
             ranked.append((rank, _draw(seed, document.id), position, item))
     if not ranked:
         raise PreskipError(
             "the held-out documents give no last-word item: they need prose with passages of "
             f"{SHORTEST_PASSAGE} to {LONGEST_PASSAGE} words; hold out more text or leave out last-word accuracy"
         )
-    ranked.sort(key=lambda entry: entry[:3])
-    chosen = ranked[:max_items]
-    chosen.sort(key=lambda entry: (entry[3].document, entry[2]))
-    return [item for _, _, _, item in chosen]
+    chosen = sorted(ranked, key=lambda entry: entry[:3])[:max_items]
+    return [item for *_, item in sorted(chosen, key=lambda entry: (entry[3].document, entry[2]))]
 
 
 def encode_item(item: LastWordItem, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokenise an item as one text and cut it before the target.
+    """Token ids of an item's context and of its target; their concatenation is the passage tokenised as one text.
 
     The target carries its leading space. The start token is there only where the tokenizer itself puts one before a
     text.
-
-    Args:
-        item: the item.
-        tokenizer: a fast Hugging Face tokenizer.
-
-    Returns:
-        Token ids of the context and of the target; their concatenation is the tokenised passage.
 
     Raises:
         PreskipError: no token border lies before the target.
@@ -132,7 +121,9 @@ def encode_item(item: LastWordItem, tokenizer: Any) -> tuple[list[int], list[int
             f"last-word item {item.id}: this tokenizer has no token border before {item.target!r}; "
             f"leave out last-word accuracy for this model"
         )
-    return _opening(tokenizer) + ids[:cut], ids[cut:]
+    bos = tokenizer.bos_token_id
+    opens = bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+    return [bos] * opens + ids[:cut], ids[cut:]
 
 
 def split_sentences(text: str) -> list[str]:
@@ -161,7 +152,7 @@ def _is_abbreviation(text: str, stop: int) -> bool:
 
 
 def _document_items(document: Document, seed: int) -> list[tuple[int, LastWordItem]]:
-    """Return all items of a document that do not overlap, as (number of the final sentence, item), in drawn order."""
+    """The items of a document that do not overlap, as (number of the final sentence, item), in drawn order."""
     sentences = split_sentences(document.text)
     lengths = [len(sentence.split()) for sentence in sentences]
     is_whole = [_FINAL_MARK.search(sentence) is not None for sentence in sentences]  # headings and salutations are not
@@ -173,17 +164,14 @@ def _document_items(document: Document, seed: int) -> list[tuple[int, LastWordIt
             continue
         target = match.group(1)
         key = target.lower()
-        if len(target) < SHORTEST_TARGET or key in STOP_WORDS or key in words[last][:-1]:
-            continue
-        if match.start() == 0 or sentence[match.start() - 1] != " ":  # part of a compound such as "well-being"
+        is_part = match.start() == 0 or sentence[match.start() - 1] != " "  # of a compound such as "well-being"
+        if is_part or len(target) < SHORTEST_TARGET or key in STOP_WORDS or key in words[last][:-1]:
             continue
         first, length = last, lengths[last]
         while first > 0 and is_whole[first - 1] and length + lengths[first - 1] <= LONGEST_PASSAGE:
             first -= 1
             length += lengths[first]
-        if first == last or length < SHORTEST_PASSAGE or length > LONGEST_PASSAGE:
-            continue
-        if not any(key in words[index] for index in range(first, last)):
+        if not SHORTEST_PASSAGE <= length <= LONGEST_PASSAGE or not any(key in before for before in words[first:last]):
             continue
         context = " ".join([*sentences[first:last], sentence[: match.start()].rstrip()])
         item = LastWordItem(f"{document.id}#{last}", document.id, context, target)
@@ -199,10 +187,5 @@ def _document_items(document: Document, seed: int) -> list[tuple[int, LastWordIt
 
 
 def _draw(seed: int, text: str) -> bytes:
-    """Return a pseudo-random rank that depends on nothing but the seed and the text."""
+    """A pseudo-random rank that depends on nothing but the seed and the text."""
     return hashlib.sha256(f"{seed}:{text}".encode()).digest()
-
-
-def _opening(tokenizer: Any) -> list[int]:
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos] else []

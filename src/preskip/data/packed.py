@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,7 @@ class PackedText:
 
 
 def write_packed(
-    folder: Path,
-    documents: Sequence[Document],
-    tokenizer: Any,
-    *,
-    seed: int = 0,
-    advance: Advance = no_progress,
+    folder: Path, documents: Sequence[Document], tokenizer: Any, *, seed: int = 0, advance: Advance = no_progress
 ) -> PackedText:
     """Write documents as tokens, each followed by the end token, in an order drawn from the seed.
 
@@ -86,18 +81,22 @@ def write_packed(
         if (found.texts, found.tokenizer) == (texts, kind) and _is_whole(folder / TOKENS, found):
             return found
     dtype = "<u2" if len(tokenizer) <= 2**16 else "<u4"
+    end = first_token(tokenizer, "eos", "bos", "cls")
     digest, count = hashlib.sha256(), 0
     temporary = folder / f".{TOKENS}"
     with clear_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
         with temporary.open("wb") as file:
-            for ids, done in _encoded(ordered, tokenizer):
+            for start in range(0, len(ordered), BATCH):
+                batch = [document.text for document in ordered[start : start + BATCH]]
+                rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+                ids = [token for row in rows for token in (row if end is None else [*row, end])]
                 content = np.asarray(ids, dtype=dtype).tobytes()
                 digest.update(content)
                 count += len(ids)
                 file.write(content)
-                advance(done, "")
+                advance(start + len(batch), "")
         temporary.replace(folder / TOKENS)
     record = PackedText(
         dtype=dtype, tokens=count, documents=len(ordered), sha256=digest.hexdigest(), texts=texts, tokenizer=kind
@@ -121,10 +120,6 @@ def read_record(folder: Path) -> PackedText:
 def open_blocks(folder: Path, seq_len: int) -> np.ndarray:
     """The tokens as read-only, memory-mapped blocks [N, seq_len]; the rest that fills no block is left out.
 
-    Args:
-        folder: from `write_packed`.
-        seq_len: tokens per block.
-
     Raises:
         PreskipError: the file is missing, cut, or not what was written.
     """
@@ -140,16 +135,6 @@ def open_blocks(folder: Path, seq_len: int) -> np.ndarray:
         )
     stream = np.memmap(path, dtype=record.dtype, mode="r", shape=(record.tokens,))
     return stream[: blocks * seq_len].reshape(blocks, seq_len)
-
-
-def _encoded(documents: Sequence[Document], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
-    """Token ids of a batch of documents, and how many documents are done."""
-    end = first_token(tokenizer, "eos", "bos", "cls")
-    for start in range(0, len(documents), BATCH):
-        batch = documents[start : start + BATCH]
-        encoded = tokenizer([document.text for document in batch], add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [token for row in encoded for token in (row if end is None else [*row, end])]
-        yield ids, start + len(batch)
 
 
 def _is_whole(path: Path, record: PackedText) -> bool:

@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from preskip.assets import EMBEDDED_MODELS
 from preskip.data.corpus import (
@@ -83,13 +84,13 @@ def load_splits(
     if _is_published(name):
         return _published(name, data_dir, seed)
     corpus = load_corpus(name, text_column=text_column, split=split, limit=limit, progress=progress)
-    first = split_documents(corpus, heldout_fraction, seed)
-    training, development = _set_aside(Corpus(name, tuple(first.training), corpus.source), seed)
+    rest, heldout = split_documents(corpus, heldout_fraction, seed)
+    training, development = _set_aside(Corpus(name, tuple(rest), corpus.source), seed)
     return Splits(
         name=name,
         training=training,
         development=development,
-        heldout=first.heldout,
+        heldout=heldout,
         source=corpus.source,
         sha256=corpus.sha256,
         whole=corpus.whole,
@@ -99,13 +100,7 @@ def load_splits(
 def load_texts(name: str, *, data_dir: Path | None = None, progress: bool = True) -> Corpus:
     """Documents to score a given model on: the held-out part of a corpus with published parts, else every document.
 
-    Args:
-        name: as `load_splits` takes it.
-        data_dir: the data directory, or None.
-        progress: show a progress bar while downloading.
-
-    Raises:
-        PreskipError: unknown or empty corpus.
+    Arguments and errors are those of `load_splits`.
     """
     if not _is_published(name):
         return load_corpus(name, progress=progress)
@@ -145,20 +140,13 @@ def _read_part(name: str, part: str, data_dir: Path | None) -> list[Document]:
 
 
 def _published(name: str, data_dir: Path | None, seed: int) -> Splits:
-    parts = {part: _read_part(name, part, data_dir) for part in PUBLISHED[name]}
+    parts: dict[str, Any] = {part: _read_part(name, part, data_dir) for part in PUBLISHED[name]}
     if "development" not in parts:
         parts["training"], parts["development"] = _set_aside(Corpus(name, tuple(parts["training"]), name), seed)
     digest = hashlib.sha256()
     for document in (document for part in sorted(parts) for document in parts[part]):
         digest.update(f"{document.id}\0{document.text}\0".encode())
-    return Splits(
-        name=name,
-        training=parts["training"],
-        development=parts["development"],
-        heldout=parts["heldout"],
-        source=TITLES[name],
-        sha256=digest.hexdigest(),
-    )
+    return Splits(name=name, **parts, source=TITLES[name], sha256=digest.hexdigest())
 
 
 def _pages(text: str, part: str) -> list[Document]:
@@ -198,9 +186,7 @@ TITLES = {
 def locate(name: str, directory: Path) -> str:
     """A name of a model, corpus or folder as a run records it; a path that is not here is of the folder it started in.
 
-    Args:
-        name: a path, a Hub id, or the name of an embedded or published one, which no path can stand for.
-        directory: where the run was started.
+    No path stands for the name of an embedded or published one.
     """
     path = directory / name
     is_named = name in EMBEDDED_MODELS or name in EMBEDDED_CORPORA or name in PUBLISHED
@@ -212,14 +198,6 @@ def choose(documents: Sequence[Document], count: int, words: int, seed: int) -> 
     import numpy as np
 
     order = np.random.default_rng(seed).permutation(len(documents))[:count]
-    return [_beginning(documents[index], words) for index in sorted(order)]
-
-
-def _beginning(document: Document, words: int) -> Document:
-    end = 0
-    for _ in range(words):
-        while end < len(document.text) and document.text[end].isspace():
-            end += 1
-        while end < len(document.text) and not document.text[end].isspace():
-            end += 1
-    return Document(document.id, document.text[:end], document.group)
+    beginning = re.compile(rf"(?:\s*\S*){{{words}}}")
+    chosen = (documents[index] for index in sorted(order))
+    return [Document(document.id, beginning.match(document.text)[0], document.group) for document in chosen]  # type: ignore[index]

@@ -47,11 +47,8 @@ class Limit:
         return enough or (self.documents is not None and documents >= self.documents)
 
 
-HUB_LIMIT = Limit(
-    reason="10,000 documents or 64 million characters are read of a Hub data set",
-    documents=10_000,
-    characters=64_000_000,
-)
+_HUB_REASON = "10,000 documents or 64 million characters are read of a Hub data set"
+HUB_LIMIT = Limit(reason=_HUB_REASON, documents=10_000, characters=64_000_000)
 
 
 class Row(NamedTuple):
@@ -84,20 +81,12 @@ def is_table(path: Path) -> bool:
 
 def is_saved(path: Path) -> bool:
     """Whether a folder was written by `save_to_disk` of `datasets`."""
-    return (path / "dataset_dict.json").is_file() or all(
-        (path / file).is_file() for file in ("state.json", "dataset_info.json")
-    )
+    is_one = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    return is_one or (path / "dataset_dict.json").is_file()
 
 
 def read_hub(name: str, text_column: str | None, split: str, limit: Limit | None, *, quiet: bool) -> Reading:
-    """Read a data set of the Hub, or of its local cache where HF_HUB_OFFLINE is set.
-
-    Args:
-        name: `owner/name` or `owner/name:config`.
-        text_column: None finds it.
-        split: which.
-        limit: None for `HUB_LIMIT`.
-        quiet: say nothing.
+    """Read a data set `owner/name` or `owner/name:config` of the Hub, or of its cache where HF_HUB_OFFLINE is set.
 
     Raises:
         PreskipError: it cannot be had, or the column is not clear.
@@ -236,12 +225,12 @@ def _texts(
     if not first:
         return
     column = _text_column(where, first, text_column)
+    numbered = enumerate(chain(first, rows))
     if is_wikitext(row.get(column) for row in first):
-        lines = ((number, row.get(column)) for number, row in enumerate(chain(first, rows)))
-        for number, title, page in join_pages(lines):
+        for number, title, page in join_pages((number, row.get(column)) for number, row in numbered):
             yield Row(f"{prefix}#{number:08d} {title}", page, None)  # in the order of ids they are in that of the rows
         return
-    for number, row in enumerate(chain(first, rows)):
+    for number, row in numbered:
         text = row.get(column)
         if isinstance(text, str) and text.strip():
             group = row.get("group") if has_groups else None

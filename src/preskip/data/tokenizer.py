@@ -49,8 +49,7 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> PreTraine
     )
     pieces = (piece for document in by_id(documents) for piece in split_text(document.text, PIECE_CHARACTERS))
     backend.train_from_iterator(pieces, trainer)
-    found = backend.get_vocab_size()
-    if found < vocab_size:
+    if (found := backend.get_vocab_size()) < vocab_size:
         raise PreskipError(
             f"--vocab-size {vocab_size}: the training text gives only {found} tokens; lower it, or give more text"
         )
@@ -63,10 +62,6 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """Load a tokenizer: an embedded model's, a local folder, a `tokenizer.json`, or a Hub id.
 
     A bare `tokenizer.json` names no special tokens; `<|endoftext|>` is its end token where it has one.
-
-    Args:
-        name: as given by the user.
-        trust_remote_code: let code of the repository run.
 
     Raises:
         PreskipError: there is none, or it cannot be read.

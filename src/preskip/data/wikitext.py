@@ -19,8 +19,7 @@ def wikitext_pages(text: str) -> list[str]:
 def is_wikitext(lines: Iterable[object]) -> bool:
     """Whether texts, such as the first rows of a table, are lines of WikiText: all single, the first not blank a title.
 
-    Args:
-        lines: with or without their line ends; what is no string counts as blank.
+    They may have their line ends; what is no string counts as blank.
     """
     filled = [line.strip() for line in lines if isinstance(line, str) and line.strip()]
     return bool(filled) and page_title(filled[0]) is not None and not any("\n" in line for line in filled)

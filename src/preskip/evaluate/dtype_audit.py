@@ -20,26 +20,17 @@ from torch import nn
 from preskip.assets import load_model
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
-from preskip.evaluate.published import (
-    accuracy_distance,
-    perplexity_distance,
-    published_figures,
-    recognise_published,
-)
+from preskip.evaluate.published import accuracy_distance, perplexity_distance, published_figures, recognise_published
 from preskip.evaluate.texts import TextSet, score_texts
 from preskip.progress import progress_bar, spinner
-from preskip.runs.schema import Comparison, DtypeAudit, PublishedAudit, Record, SetFacts
+from preskip.runs.schema import DtypeAudit, Family, PublishedAudit, Record
 from preskip.stats import ALPHA, DEFAULT_MARGINS, apply_family, compare, summarise
 
 if TYPE_CHECKING:
     from preskip.evaluate.tasks import TaskSuite
 
 # What is held against each other: dtype of the weights, and whether bf16 autocast computes.
-DTYPES = {
-    "float32": ("float32", False),
-    "autocast": ("float32", True),
-    "bfloat16": ("bfloat16", False),
-}
+DTYPES = {"float32": ("float32", False), "autocast": ("float32", True), "bfloat16": ("bfloat16", False)}
 REFERENCE = "float32"
 
 
@@ -103,6 +94,7 @@ def dtype_audit(
     seconds: dict[str, float] = {}
     model: Any = None
     loaded = None
+    family: Family = {"declared": [], "alpha": ALPHA, "margins": DEFAULT_MARGINS}
     for label, (weights, autocasts) in DTYPES.items():
         if weights != loaded:
             model = None
@@ -137,16 +129,15 @@ def dtype_audit(
             entry
             for label in DTYPES
             if label != REFERENCE
-            for entry in _cost(label, records, suite.sets if suite else {})
+            for entry in apply_family(
+                compare(records[label], records[REFERENCE], arm=label, reference=REFERENCE),
+                family,
+                suite.sets if suite else {},
+            )
         ],
         "published": None if name is None else _published(name, records),
     }
     return Audited(records=records, report=report)
-
-
-def _cost(label: str, records: dict[str, list[Record]], sets: dict[str, SetFacts]) -> list[Comparison]:
-    entries = compare(records[label], records[REFERENCE], arm=label, reference=REFERENCE)
-    return apply_family(entries, {"declared": [], "alpha": ALPHA, "margins": DEFAULT_MARGINS}, sets)
 
 
 def _share_rounded(model: nn.Module) -> float:

@@ -27,12 +27,7 @@ except ImportError as error:
 
 
 def model_context_length(model: nn.Module | None, tokenizer: Any) -> int:
-    """Most tokens that lm-eval lets a model read at once: the model's positions, else the tokenizer's limit, else 2048.
-
-    Args:
-        model: a live model, or None to ask the tokenizer only.
-        tokenizer: a Hugging Face tokenizer.
-    """
+    """Most tokens that lm-eval lets a model read: its positions (None has none), the tokenizer's limit, or 2048."""
     return int(resolve_max_length(getattr(model, "config", None), tokenizer))
 
 
@@ -82,10 +77,9 @@ class RequestEncoder(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
         """The windows of each text: every token is scored once, windows do not overlap but for the last."""
-        texts = [request.args[0] for request in requests]
         options = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
         windows = []
-        for text in texts:
+        for text in (request.args[0] for request in requests):
             overlapping = utils.get_rolling_token_windows(token_list=self.tok_encode(text), **options)
             pairs = [utils.make_disjoint_window(pair) for pair in overlapping]
             windows.append([self._window(context, continuation, text) for context, continuation in pairs])

@@ -73,7 +73,6 @@ def score_sequences(
     sequences: Sequence[Window],
     *,
     batch_tokens: int | None = None,
-    pad_token_id: int = 0,
     advance: Advance = no_progress,
 ) -> list[Score]:
     """Score many sequences, in the given order.
@@ -83,7 +82,6 @@ def score_sequences(
         sequences: what to score.
         batch_tokens: upper bound of padded tokens per forward pass; it does not change the scores. None takes 512 on a
             processor, whose caches hold that, and 4,096 elsewhere.
-        pad_token_id: any valid id; padding stands behind the text, where a causal model cannot see it.
         advance: progress, called as advance(done sequences, note).
 
     Returns:
@@ -106,7 +104,8 @@ def score_sequences(
         rows_by_length = sorted(readers, key=len, reverse=True)
         for batch in batches(rows_by_length, batch_tokens or default_batch_tokens(device)):
             length = len(batch[0])
-            ids = torch.full((len(batch), length), pad_token_id)  # [B, T]
+            # [B, T]; padding, any valid id, stands behind the text, where a causal model cannot see it.
+            ids = torch.zeros((len(batch), length), dtype=torch.long)
             rows: list[int] = []
             columns: list[int] = []
             targets: list[int] = []
@@ -123,8 +122,7 @@ def score_sequences(
                 logits = model(input_ids=ids.to(device), use_cache=False).logits[0]
             nll, greedy = token_scores(logits, torch.tensor(targets, device=device))
             sizes = [len(sequences[index].input_ids) - sequences[index].scored_from for index in members]
-            parts = zip(members, nll.split(sizes), greedy.split(sizes), strict=True)
-            for index, row_nll, row_greedy in parts:
+            for index, row_nll, row_greedy in zip(members, nll.split(sizes), greedy.split(sizes), strict=True):
                 scores[index] = Score(nll=row_nll.sum().item(), tokens=len(row_nll), greedy=bool(row_greedy.all()))
             done += len(members)
             advance(done, "")
@@ -139,9 +137,8 @@ def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
     Raises:
         DivergedError: a log-likelihood is NaN or infinite.
     """
-    rows = _LOSS_ROWS
-    if logits.device.type == "cpu":
-        rows = max(1, min(rows, _LOSS_NUMBERS // logits.shape[-1]))
+    on_cpu = logits.device.type == "cpu"
+    rows = max(1, min(_LOSS_ROWS, _LOSS_NUMBERS // logits.shape[-1])) if on_cpu else _LOSS_ROWS
     nll, greedy = [], []
     for part, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
         part = part.float()  # once for both: on a processor, argmax over bfloat16 is four times as slow
@@ -170,12 +167,9 @@ def check_causal(model: nn.Module) -> None:
 
 
 def batches(rows: Iterable[T], batch_tokens: int, length: Callable[[T], int] = len) -> Iterator[list[T]]:  # type: ignore[assignment]
-    """Consecutive rows that one forward pass takes, one at least.
+    """Consecutive rows that one forward pass of `batch_tokens` padded tokens takes, one at least; `length` is a row's.
 
-    Args:
-        rows: in order; of one length or nearly, or padding fills the batches.
-        batch_tokens: upper bound of padded tokens.
-        length: tokens of a row.
+    Rows come in an order in which neighbours are of nearly one length, or padding fills the batches.
     """
     batch: list[T] = []
     longest = 0
@@ -193,18 +187,10 @@ def batches(rows: Iterable[T], batch_tokens: int, length: Callable[[T], int] = l
 def document_windows(
     documents: Sequence[Document], tokenizer: Any, *, context_length: int, stride: int
 ) -> tuple[list[Window], list[int]]:
-    """Cut documents into windows (`preskip.data.blocks.heldout_windows`).
-
-    Returns:
-        The windows of all documents, and for each the index of its document.
-    """
-    sequences: list[Window] = []
-    owners: list[int] = []
-    for index, document in enumerate(documents):
-        windows = heldout_windows(document, tokenizer, context_length, stride)
-        sequences += windows
-        owners += [index] * len(windows)
-    return sequences, owners
+    """The windows of all documents (`preskip.data.blocks.heldout_windows`), and for each the index of its document."""
+    cut = [heldout_windows(document, tokenizer, context_length, stride) for document in documents]
+    owners = [index for index, windows in enumerate(cut) for _ in windows]
+    return [window for windows in cut for window in windows], owners
 
 
 def document_records(
@@ -237,11 +223,8 @@ def document_records(
 
 def last_word_windows(items: Sequence[LastWordItem], tokenizer: Any) -> list[Window]:
     """The token sequence of each item; its target's tokens are scored."""
-    sequences = []
-    for item in items:
-        context, target = encode_item(item, tokenizer)
-        sequences.append(Window(context + target, len(context)))
-    return sequences
+    encoded = (encode_item(item, tokenizer) for item in items)
+    return [Window(context + target, len(context)) for context, target in encoded]
 
 
 def last_word_records(name: str, items: Sequence[LastWordItem], scores: Sequence[Score]) -> list[ItemRecord]:

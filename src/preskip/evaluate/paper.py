@@ -36,7 +36,7 @@ from preskip.data.blocks import Window
 from preskip.data.corpus import Document
 from preskip.data.local import data_directory, load_local
 from preskip.data.wikitext import page_title
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, explained
 from preskip.evaluate.likelihood import Score, score_sequences
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import Record, SetFacts
@@ -123,31 +123,21 @@ def load_paper_data(data_dir: Path | str | None = None, *, items: int = ITEMS, r
         PreskipError: a set is in neither place, or a file is not in the expected form.
     """
     directory = data_directory(data_dir)
-    lambada, lambada_source = _task_rows("lambada_openai", "test", directory, items, _HUB["paper:lambada"])
-    hellaswag, hellaswag_source = _task_rows("hellaswag", "validation", directory, items, _HUB["paper:hellaswag"])
-    arc_easy, arc_source = _task_rows("arc_easy", "validation", directory, items, _HUB["paper:arc_easy"])
-    wikitext, wikitext_source = _wikitext_rows(directory, rows)
+    tasks = ("lambada_openai", "hellaswag", "arc_easy")
+    found = [_task_rows(task, directory, items, _HUB[name]) for task, name in zip(tasks, COLUMNS, strict=False)]
+    found.append(_wikitext_rows(directory, rows))
+    lambada, hellaswag, arc_easy, wikitext = (own for own, _ in found)
     return PaperData(
         lambada=[row["text"] for row in lambada],
         hellaswag=[_hellaswag(row) for row in hellaswag],
         arc_easy=[_arc_easy(row) for row in arc_easy],
-        wikitext=wikitext,
-        sources={
-            "paper:lambada": lambada_source,
-            "paper:hellaswag": hellaswag_source,
-            "paper:arc_easy": arc_source,
-            "paper:wikitext": wikitext_source,
-        },
+        wikitext=[row["text"] for row in wikitext],
+        sources=dict(zip(COLUMNS, (source for _, source in found), strict=True)),
     )
 
 
 def encode_paper_items(data: PaperData, tokenizer: Any, *, context_length: int = LENGTH) -> PaperItems:
-    """Tokenise the rows.
-
-    Args:
-        data: what to score.
-        tokenizer: a Hugging Face tokenizer.
-        context_length: most tokens per sequence; the paper's 512, lower it for a model that reads fewer.
+    """Tokenise the rows; a context length below the paper's 512 is for a model that reads fewer tokens.
 
     Raises:
         PreskipError: no item of a set is left.
@@ -187,14 +177,7 @@ def paper_scores(
 ) -> list[Record]:
     """Score a model as the paper does: one record per item; `paper_columns` reads the paper's table off them.
 
-    Args:
-        model: a causal language model on its device, also a PEFT model.
-        items: see `encode_paper_items`.
-        batch_tokens: upper bound of padded tokens per forward pass; it does not change the scores.
-        advance: progress, called as advance(done sequences, note).
-
-    Raises:
-        PreskipError: a log-likelihood is NaN or infinite.
+    The arguments besides the items, and the errors, are those of `score_sequences`.
     """
     scores = iter(score_sequences(model, items.windows, batch_tokens=batch_tokens, advance=advance))
     return [
@@ -272,8 +255,9 @@ def _sets(data: PaperData, items: Sequence[_Item], context_length: int) -> dict[
     }
 
 
-# Data set, configuration, split and title on the Hub.
-_HUB = {
+_Rows = tuple[list[dict[str, Any]], dict[str, Any]]  # and their "title", "source" and "sha256"
+_Hub = tuple[str, str | None, str, str]  # data set, configuration, split and title
+_HUB: dict[str, _Hub] = {
     "paper:lambada": ("EleutherAI/lambada_openai", "en", "test", "LAMBADA, OpenAI version"),
     "paper:hellaswag": ("Rowan/hellaswag", None, "validation", "HellaSwag validation"),
     "paper:arc_easy": ("allenai/ai2_arc", "ARC-Easy", "validation", "ARC-Easy validation"),
@@ -281,39 +265,37 @@ _HUB = {
 }
 
 
-def _task_rows(
-    task: str, split: str, directory: Path | None, count: int, hub: tuple[str, str | None, str, str]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _task_rows(task: str, directory: Path | None, count: int, hub: _Hub) -> _Rows:
     local = load_local(task, directory)
+    _, _, split, title = hub
     if local is None or split not in local.splits:
         return _hub_rows(hub, count)
-    title = local.name if task != "arc_easy" else hub[3]  # the local set is named for its test split
+    title = local.name if task != "arc_easy" else title  # the local set is named for its test split
     return local.splits[split][:count], {"title": title, "source": ", ".join(local.files), "sha256": local.sha256}
 
 
-def _wikitext_rows(directory: Path | None, count: int) -> tuple[list[str], dict[str, Any]]:
+def _wikitext_rows(directory: Path | None, count: int) -> _Rows:
     for name in WIKITEXT_FILES:
         if directory is not None and (directory / name).is_file():
             content = (directory / name).read_bytes()
-            rows = [line + "\n" for line in content.decode("utf-8").split("\n")[:count]]
+            rows = [{"text": line + "\n"} for line in content.decode("utf-8").split("\n")[:count]]
             title = "WikiText validation" + ("" if name.endswith(".raw") else " with <unk>")
             return rows, {"title": title, "source": name, "sha256": hashlib.sha256(content).hexdigest()}
-    found, source = _hub_rows(_HUB["paper:wikitext"], count)
-    return [row["text"] for row in found], source
+    return _hub_rows(_HUB["paper:wikitext"], count)
 
 
-def _hub_rows(hub: tuple[str, str | None, str, str], count: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _hub_rows(hub: _Hub, count: int) -> _Rows:
     import datasets
 
     repository, config, split, title = hub
     load: Callable[..., Any] = datasets.load_dataset
-    try:
-        rows = list(islice(load(repository, config, split=split, streaming=True), count))
-    except Exception as error:  # the client raises many kinds, from several libraries
-        raise PreskipError(
+    with explained(
+        lambda error: (
             f"{title} is neither in the data directory nor to be had from the Hub ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:120]}): go online, or give --data-dir"
-        ) from error
+        )
+    ):
+        rows = list(islice(load(repository, config, split=split, streaming=True), count))
     name = repository if config is None else f"{repository} ({config})"
     return rows, {"title": title, "source": f"Hugging Face data set {name}, split {split}", "sha256": None}
 

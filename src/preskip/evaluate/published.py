@@ -15,6 +15,7 @@ from typing import Any
 
 from preskip.errors import PreskipError
 from preskip.runs.schema import PublishedDistance
+from preskip.stats import CONFIDENCE
 
 _DATA = Path(__file__).parent / "data"
 
@@ -42,10 +43,7 @@ def published_models() -> tuple[str, ...]:
 
 
 def published_figures(model: str) -> Published:
-    """The published figures of a model.
-
-    Args:
-        model: one of `published_models`.
+    """The published figures of one of `published_models`.
 
     Raises:
         PreskipError: there are none.
@@ -76,47 +74,34 @@ def recognise_published(name: str, config: Any = None) -> str | None:
 def paper_table(model: str | None) -> dict[str, dict[str, float]] | None:
     """The paper's table of a model: {arm: {"trainable_parameters", and the sets of `preskip.evaluate.paper.COLUMNS`}}.
 
-    Args:
-        model: pythia-160m or pythia-410m; None is returned for any other, and for None.
+    It has pythia-160m and pythia-410m; None is returned for any other, and for None.
     """
-    tables: dict[str, dict[str, dict[str, float]]] = _read("shinde2026.json")["tables"]
-    return tables.get(model or "")
+    return _read("shinde2026.json")["tables"].get(model or "")
 
 
-def accuracy_distance(correct: int, items: int, published: float, *, confidence: float = 0.95) -> PublishedDistance:
-    """A measured accuracy minus a published one, with Wilson's interval of the measured one.
+def accuracy_distance(correct: int, items: int, published: float) -> PublishedDistance:
+    """The accuracy of `correct` of `items` minus a published one, with Wilson's interval of the measured one.
 
     The published figure counts as exact: on the whole set a faithful evaluation agrees with it to the last digits, on a
     sample the interval says how far chance alone can carry.
-
-    Args:
-        correct: items answered right.
-        items: all items, at least one.
-        published: the published accuracy.
-        confidence: level of the interval.
     """
     from scipy.stats import binomtest
 
-    interval = binomtest(correct, items).proportion_ci(confidence, method="wilson")
+    interval = binomtest(correct, items).proportion_ci(CONFIDENCE, method="wilson")
     return {
         "measured": correct / items,
         "published": published,
         "difference": correct / items - published,
         "low": float(interval.low) - published,
         "high": float(interval.high) - published,
-        "confidence": confidence,
+        "confidence": CONFIDENCE,
         "items": items,
         "agrees": bool(interval.low <= published <= interval.high),
     }
 
 
 def perplexity_distance(nll: list[float], published: float) -> PublishedDistance:
-    """Perplexity of LAMBADA's last words as lm-eval has it, exp of the mean over items of nats, beside a published one.
-
-    Args:
-        nll: nats of each item's target.
-        published: the published perplexity.
-    """
+    """Perplexity of LAMBADA's last words as lm-eval has it, exp of the mean nats of an item, beside a published one."""
     measured = math.exp(sum(nll) / len(nll))
     return {"measured": measured, "published": published, "ratio": measured / published, "items": len(nll)}
 

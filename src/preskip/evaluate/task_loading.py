@@ -18,11 +18,7 @@ _FOLDERS = {"lambada_openai": "lambada", "wikitext": "wikitext", "arc_easy": "ar
 
 
 def load_tasks(names: Sequence[str], directory: Path | None) -> dict[str, tuple[Any, LocalData | None]]:
-    """Load tasks, groups and tags resolved, in the order asked for.
-
-    Args:
-        names: lm-eval task, group or tag names.
-        directory: the data directory, or None.
+    """Load lm-eval's tasks, groups and tags resolved, in the order asked for.
 
     Returns:
         lm-eval's task object and the local data that it reads (None: from the Hub), by the task's name.

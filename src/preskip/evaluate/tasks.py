@@ -112,18 +112,9 @@ class TaskSuite:
     def evaluate(
         self, model: nn.Module, *, batch_tokens: int | None = None, advance: Advance = no_progress
     ) -> tuple[list[Record], dict[str, dict[str, float]]]:
-        """Score a model on all tasks.
+        """The records of a model on all tasks, and `{task: {metric: value}}` as lm-eval aggregates them.
 
-        Args:
-            model: a causal language model on its device, also a PEFT model.
-            batch_tokens: see `score_sequences`.
-            advance: progress, called as advance(done sequences of `size`, note).
-
-        Returns:
-            The records, and `{task: {metric: value}}` as lm-eval aggregates them.
-
-        Raises:
-            PreskipError: a log-likelihood is NaN or infinite.
+        Arguments and errors are those of `score_sequences`; `advance` is called with sequences of `size`.
         """
         windows = [window for prepared in self._tasks for several in prepared.windows for window in several]
         scores = iter(score_sequences(model, windows, batch_tokens=batch_tokens, advance=advance))
@@ -150,14 +141,17 @@ def _prepare(
     every = list(task.eval_docs)
     ids = _ids(name, task, every)
     docs = [(ids[index], every[index]) for index in chosen]
+    config = task.dump_config()
+    prompts = json.dumps({key: config.get(key) for key in _PROMPT_FIELDS}, sort_keys=True, default=str)
+    path, part = task.get_config("dataset_path"), task.get_config("dataset_name")
     facts = {
         "version": task.VERSION,
         "num_fewshot": task.get_config("num_fewshot"),
-        "prompt_sha256": _prompt_hash(task),
+        "prompt_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
         "items": len(docs),
         "of": total,
         "sample_seed": seed if len(chosen) < total else None,
-        "source": ", ".join(local.files) if local else _hub_source(task),
+        "source": ", ".join(local.files) if local else f"Hugging Face data set {path}" + (f" ({part})" if part else ""),
         "title": local.name if local else name,
         "sha256": local.sha256 if local else _documents_hash(every),
     }
@@ -293,19 +287,8 @@ def _set_description(prepared: _Prepared, context_length: int) -> SetFacts:
     return description
 
 
-def _prompt_hash(task: Any) -> str:
-    config = task.dump_config()
-    content = json.dumps({key: config.get(key) for key in _PROMPT_FIELDS}, sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
 def _documents_hash(docs: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     for doc in docs:
         digest.update(json.dumps(doc, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _hub_source(task: Any) -> str:
-    name = task.get_config("dataset_name")
-    return f"Hugging Face data set {task.get_config('dataset_path')}" + (f" ({name})" if name else "")

@@ -64,14 +64,7 @@ class TextSet:
 def prepare_texts(
     name: str, documents: Sequence[Document], tokenizer: Any, *, context_length: int, stride: int | None = None
 ) -> TextSet:
-    """Cut documents into windows.
-
-    Args:
-        name: of the evaluation set.
-        documents: the texts.
-        tokenizer: a Hugging Face tokenizer.
-        context_length: most tokens read at once.
-        stride: tokens scored per window behind the first, 1 to `context_length`; None is `context_length`.
+    """Cut documents into windows; a stride of None is `context_length`, its largest.
 
     Raises:
         PreskipError: a stride out of range.
@@ -96,17 +89,9 @@ def score_texts(
     batch_tokens: int | None = None,
     advance: Advance = no_progress,
 ) -> list[Record]:
-    """One record per document of some sets, in their order.
+    """One record per document of some sets, in their order, with the tokenizer that they were prepared with.
 
-    Args:
-        model: a causal language model on its device, also a PEFT model.
-        texts: from `prepare_texts`.
-        tokenizer: the one they were prepared with.
-        batch_tokens: see `score_sequences`.
-        advance: progress, called as advance(done windows of all sets, note).
-
-    Raises:
-        PreskipError: a log-likelihood is NaN or infinite.
+    The other arguments and errors are those of `score_sequences`; `advance` is called with windows of all sets.
     """
     every = [window for text in texts for window in text.windows]
     scores = score_sequences(model, every, batch_tokens=batch_tokens, advance=advance)

@@ -22,16 +22,7 @@ Verdict = Literal["better", "worse", "equivalent", "undecided"]
 
 
 def check_version(path: Path, content: Any, version: int = SCHEMA_VERSION) -> None:
-    """Refuse a stored file of another schema version.
-
-    Args:
-        path: the file, for the message.
-        content: what it holds.
-        version: the one that this preskip reads.
-
-    Raises:
-        PreskipError: it states another version, or none.
-    """
+    """Refuse a stored file whose content states another schema version than this preskip reads, or none."""
     found = content.get("schema_version") if isinstance(content, dict) else None
     if found != version:
         raise PreskipError(
@@ -176,10 +167,9 @@ class TokenizerFacts(TypedDict):
     sha256: str
 
 
-class ArmFacts(TypedDict):
-    """An arm as it is prepared: what it is, what it costs, and how it is matched."""
+class ArmCosts(TypedDict):
+    """What an arm costs, and how it is matched."""
 
-    description: str
     learning_rate: float | None  # None where nothing is trained
     budget: str  # how its number of trained weights relates to the reference's: matched, smaller, floor, ceiling, ...
     base_dtype: str
@@ -187,16 +177,22 @@ class ArmFacts(TypedDict):
     compute_dtype: str
     attn_implementation: str
     forward_flops_per_token: int
-    trainable_parameters: NotRequired[int]  # frozen
-    settings: NotRequired[dict[str, Any]]  # frozen: of its adapters' configurations
     matched: NotRequired[str | None]  # from scratch, as all below: what it has in common with preskip
     deviation: NotRequired[float | None]  # relative difference from preskip in what is matched
     parameters: NotRequired[int]
     non_embedding: NotRequired[int]  # parameters without token and position embeddings
-    flops_per_token: NotRequired[int]  # the same as forward_flops_per_token
+    training_flops: NotRequired[int]
     steps: NotRequired[int]
     tokens: NotRequired[int]  # of the training
-    training_flops: NotRequired[int]
+
+
+class ArmFacts(ArmCosts):
+    """An arm as it is prepared."""
+
+    description: str
+    trainable_parameters: NotRequired[int]  # frozen
+    settings: NotRequired[dict[str, Any]]  # frozen: of its adapters' configurations
+    flops_per_token: NotRequired[int]  # from scratch, as all below; the same as forward_flops_per_token
     hidden_size: NotRequired[int]
     layers: NotRequired[int]
     mlp_width: NotRequired[int]
@@ -497,30 +493,16 @@ class DtypeAudit(TypedDict):
     published: PublishedAudit | None
 
 
-class ArmResults(TypedDict):
+class ArmResults(ArmCosts):
     """An arm's figures over its seeds; facts of run.json are repeated."""
 
     trainable_parameters: int
-    budget: str
-    learning_rate: float | None
     seeds: list[int]
     metrics: Metrics
-    forward_flops_per_token: int
-    base_dtype: str
-    adapter_dtype: str | None
-    compute_dtype: str
-    attn_implementation: str
     final_training_loss: float | None  # mean over seeds, as the next, and those marked below
     seconds_per_step: float | None
     peak_memory_bytes: int  # the largest of any seed
-    matched: NotRequired[str | None]  # from scratch, as all below; see `ArmFacts`
-    deviation: NotRequired[float | None]
-    parameters: NotRequired[int]
-    non_embedding: NotRequired[int]
-    training_flops: NotRequired[int]
-    steps: NotRequired[int]
-    tokens: NotRequired[int]
-    final_eval_loss: NotRequired[float | None]  # mean, as the next two
+    final_eval_loss: NotRequired[float | None]  # from scratch, as the next two: mean
     tokens_per_second: NotRequired[float | None]
     mfu: NotRequired[float | None]
 

@@ -7,7 +7,6 @@ written to its end; one that does not match its seal is damaged.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 
+from preskip.assets import file_sha256
 from preskip.errors import PreskipError
 from preskip.progress import say
 from preskip.runs.files import clear_disk_errors, read_json, sync_tree, write_json
 
 SEAL = "seal.json"
 DAMAGED = "damaged-"
-_CHUNK = 2**22
 
 
 class ResumableTrainer(Trainer):
@@ -165,10 +164,7 @@ def last_good_checkpoint(folder: Path, *, quiet: bool = False) -> Path | None:
 
 
 def seal(checkpoint: Path) -> None:
-    """Bring every file of a checkpoint to the disk, then list them with sizes and checksums in `seal.json`.
-
-    Args:
-        checkpoint: the folder; folders in it are sealed, too.
+    """Bring every file of a checkpoint, also in its folders, to the disk, then list sizes and checksums in `seal.json`.
 
     Raises:
         PreskipError: the disk is full.
@@ -201,8 +197,4 @@ def find_fault(checkpoint: Path) -> str | None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

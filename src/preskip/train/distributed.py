@@ -162,25 +162,21 @@ def shared_training(model: nn.Module) -> Iterator[nn.Module]:
         if not uses_fsdp():
             yield model
             return
+        import torch
+        from torch.distributed.tensor import DTensor
+
         device = next(model.parameters()).device
         try:
             trained = copy.deepcopy(model.cpu())
             yield trained
-            _take_back(model, trained)
+            weights = dict(trained.named_parameters())
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.requires_grad:
+                        value = weights[name].detach()
+                        parameter.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
         finally:
             model.to(device)
-
-
-def _take_back(model: nn.Module, trained: nn.Module) -> None:
-    import torch
-    from torch.distributed.tensor import DTensor
-
-    weights = dict(trained.named_parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                value = weights[name].detach()
-                parameter.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
 
 
 def adapt_trainer(trainer: Any) -> None:

@@ -17,12 +17,10 @@ class PeakMemory:
 
 
 @contextmanager
-def peak_memory(device: torch.device, interval: float = 0.02) -> Iterator[PeakMemory]:
+def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     """Record the peak memory in bytes while the block runs.
 
-    Args:
-        device: CUDA uses `torch.cuda.max_memory_allocated`; other devices sample the resident set size.
-        interval: seconds between two samples.
+    CUDA uses `torch.cuda.max_memory_allocated`; for other devices the resident set size is sampled.
     """
     peak = PeakMemory()
     if device.type == "cuda":
@@ -36,7 +34,7 @@ def peak_memory(device: torch.device, interval: float = 0.02) -> Iterator[PeakMe
         while True:
             with suppress(psutil.Error):  # what only measures must not end the work
                 peak.bytes = max(peak.bytes, process.memory_info().rss)
-            if done.wait(interval):
+            if done.wait(0.02):
                 return
 
     thread = threading.Thread(target=sample, daemon=True)

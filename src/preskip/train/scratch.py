@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import StackDataset
 from transformers import TrainerCallback
 
 from preskip.arms.flops import training_flops_per_token
@@ -84,20 +84,6 @@ class ScratchTrainer(ResumableTrainer):
         return self.optimizer
 
 
-class WholeBlocks(Dataset):
-    """Packed blocks [N, seq_len] in their own order, for evaluation while training."""
-
-    def __init__(self, blocks: np.ndarray) -> None:
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.blocks[index].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
-
-
 class _Log(StepLog):
     """Adds speed and utilisation, and the evaluations; what these, saving and the loader's start take is no step's."""
 
@@ -164,7 +150,10 @@ def train_scratch(
     Raises:
         PreskipError: a loss that is not finite, a batch that cannot be shared out, or a full disk.
     """
-    evaluates = evaluation is not None and settings.eval_steps is not None
+    held: StackDataset | None = None
+    if evaluation is not None and settings.eval_steps is not None:
+        ids: Any = torch.from_numpy(evaluation.astype(np.int64))
+        held = StackDataset(input_ids=ids, labels=ids)
     seq_len = blocks.shape[1]
     tokens = settings.batch_size * seq_len
     return fit(
@@ -176,7 +165,7 @@ def train_scratch(
         log=log,
         trainer=partial(ScratchTrainer, branch_rate_factor=settings.branch_rate_factor),
         callbacks=_tensorboard(settings.report_to, log.parent) if is_main() else [],
-        evaluation=WholeBlocks(evaluation) if evaluation is not None and evaluates else None,
+        evaluation=held,
         lr_scheduler_type=SCHEDULE,
         lr_scheduler_kwargs={"min_lr_rate": settings.final_rate},
         warmup_steps=settings.warmup_steps,
@@ -187,8 +176,8 @@ def train_scratch(
         bf16=settings.dtype == "bfloat16",
         torch_compile=settings.compile,
         logging_steps=settings.log_steps,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=settings.eval_steps if evaluates else None,
+        eval_strategy="no" if held is None else "steps",
+        eval_steps=None if held is None else settings.eval_steps,
         prediction_loss_only=True,
         report_to=[name for name in settings.report_to if name != "tensorboard"],
     )

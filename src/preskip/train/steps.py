@@ -129,17 +129,8 @@ def fit(
 ) -> list[StepRow]:
     """Train with Hugging Face `Trainer`, from the last whole checkpoint where there is one, and write the log.
 
-    Args:
-        model: its parameters that require gradients are trained.
-        settings: how.
-        steps: keeps the log.
-        dataset: sequences in training order.
-        checkpoints: folder for the trainer's checkpoints.
-        log: train.jsonl.
-        trainer: makes it.
-        callbacks: more of them.
-        evaluation: what is evaluated while training.
-        arguments: `TrainingArguments` beyond those that every training has.
+    Trained are the parameters that require gradients; `log` is train.jsonl, `checkpoints` the trainer's folder, and
+    `arguments` are `TrainingArguments` beyond those that every training has.
 
     Raises:
         PreskipError: a loss that is not finite, a batch that cannot be shared out, or a full disk.

@@ -29,15 +29,9 @@ def attention_changes(
     sequences: Sequence[Sequence[int]],
     advance: Advance = no_progress,
 ) -> NDArray[np.float64]:
-    """Sums over tokens and their number.
+    """Sums over tokens and their number, of a causal language model, also a PEFT model.
 
     Attention is computed in transformers' plain way ("eager"), which gives its weights, one sequence at a time.
-
-    Args:
-        model: a causal language model, also a PEFT model.
-        branches: its branches.
-        sequences: token ids, each read on its own.
-        advance: progress, called as advance(done sequences, note).
 
     Returns:
         [layers, sequences, 3]: entropy in nats on minus off and weight on the first token on minus off, each the mean
@@ -78,15 +72,10 @@ def _compared(branch: LiveBranch, index: int, found: dict[int, NDArray[np.float6
         (entropy_on, sink_on), (entropy_off, sink_off) = describe(weights), describe(off[1])
         found[index] = np.array([entropy_on - entropy_off, sink_on - sink_off, weights.shape[2] - 1])
 
-    handles = [
-        branch.attention.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-        branch.attention.register_forward_hook(after, prepend=True, with_kwargs=True),
-    ]
-    try:
+    with ExitStack() as stack:
+        stack.callback(branch.attention.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+        stack.callback(branch.attention.register_forward_hook(after, prepend=True, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def describe(weights: torch.Tensor) -> tuple[float, float]:

@@ -93,43 +93,35 @@ def encode(text: str, tokenizer: Any) -> tuple[str, list[int], list[tuple[int, i
 
 
 def classify(
-    text: str,
-    ids: Sequence[int],
-    offsets: Sequence[tuple[int, int]],
-    frequencies: Frequencies,
-    windows: Sequence[int],
+    text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]], frequencies: Frequencies, windows: Sequence[int]
 ) -> TokenTable:
-    """Describe the tokens of a text.
+    """Describe the tokens of a text, each at [begin, end) of it and read in a window of that number.
 
-    Args:
-        text: the text.
-        ids: token ids.
-        offsets: where each lies in the text, [begin, end).
-        frequencies: of the reference text.
-        windows: for each token the number of the window in which the model reads it; one is repeated only within it.
+    A token is repeated only within its window.
     """
     words = [match.span() for match in _WORD.finditer(text)]
     owners = _owners(text, offsets, words)
     pieces = Counter(owner for owner in owners if owner is not None)
     met: Counter[int] = Counter()
+    strings, frequency, repeated = [], [], []
     places: list[int | None] = []
-    for owner in owners:
-        places.append(None if owner is None else met[owner])
-        if owner is not None:
-            met[owner] += 1
-    strings, labels = [], {dimension: [] for dimension in CLASSES}  # type: ignore[var-annotated]
-    frequency, repeated = [], []
+    labels: dict[str, list[str | None]] = {dimension: [] for dimension in CLASSES}
     seen: set[tuple[int, int]] = set()
     end = 0
-    for token, (begin, stop), owner, place, window in zip(ids, offsets, owners, places, windows, strict=True):
+    for token, (begin, stop), owner, window in zip(ids, offsets, owners, windows, strict=True):
         strings.append(text[end : max(end, stop)])
         end = max(end, stop)
         frequency.append(frequencies.share(token))
         repeated.append((window, token) in seen)
         seen.add((window, token))
-        word = None if owner is None else text[slice(*words[owner])]
+        word = place = position = None
+        if owner is not None:
+            word, place = text[slice(*words[owner])], met[owner]
+            position = CLASSES["position"][0 if pieces[owner] == 1 else 2 if place else 1]
+            met[owner] += 1
+        places.append(place)
         labels["frequency"].append(_band(frequency[-1]))
-        labels["position"].append(_position(place, pieces[owner]) if owner is not None else None)
+        labels["position"].append(position)
         labels["repeat"].append(CLASSES["repeat"][repeated[-1]])
         labels["kind"].append(_kind(text[begin:stop]))
         labels["case"].append(_case(word))
@@ -152,11 +144,6 @@ def _owners(text: str, offsets: Sequence[tuple[int, int]], words: Sequence[tuple
 
 def _band(share: float) -> str:
     return next((name for name, limit in zip(CLASSES["frequency"], _LIMITS, strict=False) if share >= limit), "rarer")
-
-
-def _position(place: int | None, pieces: int) -> str:
-    whole, start, continuation = CLASSES["position"]
-    return whole if pieces == 1 else continuation if place else start
 
 
 def _kind(piece: str) -> str:

@@ -24,7 +24,7 @@ from preskip.analysis.explain.spectrum import spectrum
 from preskip.analysis.explain.sums import Sums, interval
 from preskip.analysis.explain.tokens import TokenWriter
 from preskip.analysis.explain.unembed import promoted_tokens
-from preskip.data.blocks import scored_size, start_token
+from preskip.data.blocks import scored_size, start_token, text_ids
 from preskip.data.corpus import Document
 from preskip.data.splits import choose
 from preskip.errors import PreskipError
@@ -70,15 +70,9 @@ class Extent:
         return max(self.ablation_documents, self.attention_documents)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("context_length", 2),
-            ("batch_tokens", 1),
-            ("ablation_documents", 0),
-            ("ablation_words", 2),
-            ("attention_documents", 0),
-            ("shown_tokens", 0),
-        ):
-            value = getattr(self, name)
+        least_of = {"context_length": 2, "batch_tokens": 1, "ablation_words": 2}
+        for name, value in vars(self).items():
+            least = least_of.get(name, 0)
             if value is not None and value < least:
                 raise PreskipError(f"--{name.replace('_', '-')} {value} is not possible: it must be at least {least}")
         if self.ablation_documents == 1:
@@ -197,22 +191,18 @@ def _read(
     tokens: Path | None,
     bar: Bar,
 ) -> _Found:
-    frequencies = Frequencies(reference or (text.text for text in texts), tokenizer)
     found = _Found(
         sums=Sums(len(branches)),
         shown=Shown(extent.shown_tokens),
         texts=[],
         recorder=Recorder(branches),
-        frequencies=frequencies,
+        frequencies=Frequencies(reference or (text.text for text in texts), tokenizer),
     )
     parts = {part for branch in branches for part in branch.parts}
-    writer = (
-        nullcontext()
-        if tokens is None
-        else TokenWriter(tokens, has_skip="skip" in parts, has_enrichment="enrichment" in parts)
-    )
+    has = {"has_skip": "skip" in parts, "has_enrichment": "enrichment" in parts}
+    writer = nullcontext() if tokens is None else TokenWriter(tokens, **has)
     total = len(texts) if isinstance(texts, Sized) else sum(1 for _ in texts)
-    pieces = chunks(texts, tokenizer, frequencies, context_length=extent.context_length, counted=counted)
+    pieces = chunks(texts, tokenizer, found.frequencies, context_length=extent.context_length, counted=counted)
     size = extent.batch_tokens or default_batch_tokens(next(model.parameters()).device)
     has_start = start_token(tokenizer) is not None
     before: float | None = None  # nats of the first token of the next window
@@ -224,11 +214,11 @@ def _read(
 
 
 def _take(
-    measured: Measured[Reading], found: _Found, rows: TokenWriter | None, counted: str, before: float | None
+    measured: Measured, found: _Found, rows: TokenWriter | None, counted: str, before: float | None
 ) -> float | None:
     """Add one window to everything that is kept; gives the nats of the token behind it."""
     chunk = measured.chunk
-    reading = chunk.owner
+    reading: Reading = chunk.owner
     lead = reading.lead if chunk.begin == 0 else 0  # tokens of the window that are not of the text
     first = chunk.begin + lead - reading.lead  # index in the text
     size = len(chunk.ids) - lead
@@ -282,14 +272,11 @@ def _weights(branch: LiveBranch) -> LayerWeights:
 def _attention(
     model: nn.Module, tokenizer: Any, texts: list[Text], branches: list[LiveBranch], extent: Extent, bar: Bar
 ) -> list[AttentionChanges]:
-    """How attention changes in each layer."""
     if not texts or not any("enrichment" in branch.parts for branch in branches):
         return [{"entropy_change": None, "sink_change": None} for _ in branches]
     start = start_token(tokenizer)
-    sequences = []
-    for text in texts:
-        ids = list(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"])
-        sequences.append([*([] if start is None else [start]), *ids][: extent.context_length])
+    lead = [] if start is None else [start]
+    sequences = [[*lead, *text_ids(text.text, tokenizer)][: extent.context_length] for text in texts]
     with bar("attention patterns", len(sequences)) as advance:
         sums = attention_changes(model, branches, sequences, advance)
     return [
@@ -305,12 +292,10 @@ def _ablation(
     if len(texts) < 2:
         return {}
     # In their order, each cut to its beginning.
-    documents = choose(
-        [Document(text.id, text.text, text.id) for text in texts], len(texts), extent.ablation_words, seed=0
-    )
-    windows, owners = document_windows(
-        documents, tokenizer, context_length=extent.context_length, stride=extent.context_length
-    )
+    given = [Document(text.id, text.text, text.id) for text in texts]
+    documents = choose(given, len(given), extent.ablation_words, seed=0)
+    length = extent.context_length
+    windows, owners = document_windows(documents, tokenizer, context_length=length, stride=length)
     sizes = [scored_size(document, tokenizer).bytes for document in documents]
     parts = (*PARTS, BOTH)
     with bar("ablate", ablation_passes(model, windows, extent.batch_tokens, parts)) as advance:

@@ -6,10 +6,10 @@ Shapes: L layers with a branch, B rows, T tokens, d width.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +28,9 @@ MEASURES = ("skip", "attention", "change", "input", "attention_cosine", "mlp_cos
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2")
 INNER_MLPS = {"BloomBlock": "mlp.dense_4h_to_h"}
 
-Owner = TypeVar("Owner")
-
 
 @dataclass(frozen=True)
-class Chunk(Generic[Owner]):
+class Chunk:
     """A stretch of a text that the model reads at once.
 
     Attributes:
@@ -43,7 +41,7 @@ class Chunk(Generic[Owner]):
         counts: whether its tokens count for `Recorder.written`.
     """
 
-    owner: Owner
+    owner: Any
     begin: int
     ids: list[int]
     targets: list[int]
@@ -51,7 +49,7 @@ class Chunk(Generic[Owner]):
 
 
 @dataclass(frozen=True)
-class Measured(Generic[Owner]):
+class Measured:
     """What a pass found in one chunk.
 
     Attributes:
@@ -60,7 +58,7 @@ class Measured(Generic[Owner]):
         nll: nats of each target, [targets].
     """
 
-    chunk: Chunk[Owner]
+    chunk: Chunk
     values: dict[str, NDArray[np.float32]]
     nll: NDArray[np.float64]
 
@@ -85,31 +83,26 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Measure while the context lasts; each pass leaves its values in `rows` for `take`."""
-        handles = []
-        for index, branch in enumerate(self.branches):
-            held: dict[str, torch.Tensor] = {}
-            ((settings, linears),) = branch.active()
-            sources: list[tuple[str, nn.Module]] = [("attention", branch.tap or branch.attention)]
-            if settings.preprojection:
-                sources.append(("feature", linears["down"]))
-            if settings.content_skip:
-                sources.append(("skip", linears["skip"] if "skip" in linears else linears["skip_up"]))
-            if (mlp := mlp_of(branch.block)) is not None:
-                sources.append(("mlp", mlp))
-            handles.append(
-                branch.attention.register_forward_pre_hook(partial(_keep_input, held), with_kwargs=True, prepend=True)
-            )
-            # Prepended: attention's output is seen before the branch's own hook adds the skip.
-            handles += [
-                module.register_forward_hook(partial(_keep_output, held, name), prepend=True)
-                for name, module in sources
-            ]
-            handles.append(branch.block.register_forward_hook(partial(self._reduce, index, held)))
-        try:
+        with ExitStack() as stack:
+            for index, branch in enumerate(self.branches):
+                held: dict[str, torch.Tensor] = {}
+                ((settings, linears),) = branch.active()
+                sources: list[tuple[str, nn.Module]] = [("attention", branch.tap or branch.attention)]
+                if settings.preprojection:
+                    sources.append(("feature", linears["down"]))
+                if settings.content_skip:
+                    sources.append(("skip", linears["skip"] if "skip" in linears else linears["skip_up"]))
+                if (mlp := mlp_of(branch.block)) is not None:
+                    sources.append(("mlp", mlp))
+                keep_input, reduce = partial(_keep_input, held), partial(self._reduce, index, held)
+                attention = branch.attention
+                stack.callback(attention.register_forward_pre_hook(keep_input, with_kwargs=True, prepend=True).remove)
+                # Prepended: attention's output is seen before the branch's own hook adds the skip.
+                for name, module in sources:
+                    keep_output = partial(_keep_output, held, name)
+                    stack.callback(module.register_forward_hook(keep_output, prepend=True).remove)
+                stack.callback(branch.block.register_forward_hook(reduce).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _reduce(self, index: int, held: dict[str, torch.Tensor], block: nn.Module, args: tuple, output: Any) -> None:
         """Vectors of one layer become numbers per token."""
@@ -145,8 +138,8 @@ class Recorder:
 
 @torch.inference_mode()
 def measure(
-    model: nn.Module, recorder: Recorder, chunks: Iterable[Chunk[Owner]], *, batch_tokens: int, has_start: bool
-) -> Iterator[Measured[Owner]]:
+    model: nn.Module, recorder: Recorder, chunks: Iterable[Chunk], *, batch_tokens: int, has_start: bool
+) -> Iterator[Measured]:
     """Read chunks and give what was found in each, in order; memory holds one batch at a time.
 
     Args:
@@ -176,7 +169,8 @@ def measure(
         values = recorder.take()
         for row, chunk in enumerate(batch):
             own = {name: value[:, row, : len(chunk.ids)] for name, value in values.items()}
-            yield Measured(chunk, own, _nats(logits[row], chunk.targets))
+            targets = torch.tensor(chunk.targets, dtype=torch.long, device=logits.device)
+            yield Measured(chunk, own, token_scores(logits[row, : len(targets)], targets)[0].numpy())
 
 
 def mlp_of(block: nn.Module) -> nn.Module | None:
@@ -199,9 +193,3 @@ def _keep_output(held: dict[str, torch.Tensor], name: str, module: nn.Module, ar
 def _length(x: torch.Tensor) -> torch.Tensor:
     """‖x‖ of each token, [B, T, d] → [B, T]."""
     return x.norm(dim=-1)
-
-
-def _nats(logits: torch.Tensor, targets: Sequence[int]) -> NDArray[np.float64]:
-    """Nats of the token behind each position, in fp32."""
-    wanted = torch.tensor(targets, dtype=torch.long, device=logits.device)
-    return token_scores(logits[: len(targets)], wanted)[0].numpy()

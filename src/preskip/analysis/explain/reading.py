@@ -51,21 +51,11 @@ class Reading:
 
 
 def chunks(
-    texts: Iterable[Text],
-    tokenizer: Any,
-    frequencies: Frequencies,
-    *,
-    context_length: int,
-    counted: str,
-) -> Iterator[Chunk[Reading]]:
+    texts: Iterable[Text], tokenizer: Any, frequencies: Frequencies, *, context_length: int, counted: str
+) -> Iterator[Chunk]:
     """Cut texts into windows that follow each other, each read on its own; texts are taken one at a time.
 
-    Args:
-        texts: what to read.
-        tokenizer: a Hugging Face tokenizer; its start token goes before each text.
-        frequencies: of the reference text.
-        context_length: most tokens of a window.
-        counted: the set whose tokens count for statistics.
+    The tokenizer's start token goes before each text. Tokens of the set `counted` count for statistics.
 
     Raises:
         PreskipError: a text of fewer than 2 tokens.

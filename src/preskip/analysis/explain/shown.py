@@ -28,13 +28,9 @@ class Shown:
         self._last: int | None = None
 
     def add(self, reading: Reading, first: int, bypass: NDArray[np.float32], enrichment: NDArray[np.float32]) -> bool:
-        """Add consecutive tokens of a text, as far as there is room; whether the text is shown.
+        """Add consecutive tokens of a text, from index `first`, as far as there is room; whether the text is shown.
 
-        Args:
-            reading: the text.
-            first: index of the first of them in the text.
-            bypass: ‖skip output‖ / ‖attention output‖, [layers, tokens]; NaN in layers without a skip.
-            enrichment: ‖x̃ - x̂‖ / ‖x̂‖, the same.
+        The sizes are as in `TokenWriter.write`.
         """
         if self.left > 0 and bypass.shape[1]:
             if self._last != reading.index:

@@ -10,11 +10,7 @@ SHOWN = 64
 
 
 def spectrum(weight: torch.Tensor | None) -> Spectrum:
-    """Singular values and two ranks of a matrix (the effective rank is that of Roy and Vetterli 2007).
-
-    Args:
-        weight: [out, in], or None.
-    """
+    """Singular values and two ranks of a matrix (the effective rank is that of Roy and Vetterli 2007)."""
     if weight is None:
         return {"spectrum": None, "effective_rank": None, "stable_rank": None}
     values = torch.linalg.svdvals(weight.cpu()).double()

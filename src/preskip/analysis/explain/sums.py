@@ -64,12 +64,9 @@ class Sums:
     def add(
         self, document: int, values: Mapping[str, NDArray[np.float32]], labels: Mapping[str, list[str | None]]
     ) -> None:
-        """Count some tokens of a document.
+        """Count some tokens of a document: values by name of `forward.MEASURES`, [layers, tokens], and labels.
 
-        Args:
-            document: its index.
-            values: by name of `forward.MEASURES`, [layers, tokens].
-            labels: by dimension, a class per text token; the tokens before these are a start token's.
+        These are by dimension, a class per text token; the tokens before them are a start token's.
         """
         tokens = len(next(iter(labels.values())))
         row = self._documents.setdefault(document, {name: np.zeros(self.layers) for name in (*values, "tokens")})

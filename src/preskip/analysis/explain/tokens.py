@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,9 +59,7 @@ class TokenWriter:
     def __enter__(self) -> TokenWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with clear_disk_errors(self.path):
             if kind is None:
                 self._flush()
@@ -78,16 +75,10 @@ class TokenWriter:
         bypass: NDArray[np.float32],
         enrichment: NDArray[np.float32],
     ) -> None:
-        """Add consecutive tokens of a document.
+        """Add consecutive tokens of a document, the first of which is at index `first` of its table.
 
-        Args:
-            document: its id.
-            first: index of the first of them in the text.
-            ids: their ids.
-            table: all tokens of the text.
-            nll: nats of each.
-            bypass: ‖skip output‖ / ‖attention output‖, [layers, tokens]; NaN in layers without a skip.
-            enrichment: ‖x̃ - x̂‖ / ‖x̂‖, [layers, tokens]; NaN in layers without an enrichment.
+        Sizes are ‖skip output‖ / ‖attention output‖ and ‖x̃ - x̂‖ / ‖x̂‖, [layers, tokens], NaN in layers without
+        the part.
         """
         import pyarrow as pa
 

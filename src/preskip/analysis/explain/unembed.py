@@ -16,28 +16,18 @@ MOST = 10
 
 
 @torch.inference_mode()
-def promoted_tokens(
-    model: nn.Module, branch: LiveBranch, written: torch.Tensor, tokenizer: Any, most: int = MOST
-) -> PromotedTokens:
+def promoted_tokens(model: nn.Module, branch: LiveBranch, written: torch.Tensor, tokenizer: Any) -> PromotedTokens:
     """The tokens whose logits a layer's mean skip output raises and lowers most, in the manner of the logit lens.
 
     Where attention's output and the skip pass a norm together before the residual sum (Gemma), so does it here. What
     the norm and the head give for a vector of zeros (their biases) is taken off. A soft cap of the logits is not
-    applied.
-
-    Args:
-        model: a causal language model, also a PEFT model.
-        branch: the layer's.
-        written: the mean skip output, [d].
-        tokenizer: to name the tokens.
-        most: how many.
+    applied. `written` is the mean skip output, [d].
     """
     base = base_model(model)
     head = base.get_output_embeddings()
     parent = base.get_submodule(branch.site.stack.rpartition(".")[0])
-    norms = [branch.post_norm, final_norm(parent)]
     vectors = torch.stack([written, torch.zeros_like(written)]).to(head.weight.device, head.weight.dtype)[None]
-    for norm in norms:
+    for norm in (branch.post_norm, final_norm(parent)):
         if norm is not None:
             vectors = norm(vectors)
     projection = getattr(parent, "project_out", None)  # OPT-350m: the head is narrower than the blocks
@@ -47,7 +37,7 @@ def promoted_tokens(
     change = (logits[0] - logits[1])[: len(tokenizer)]
 
     def strongest(signed: torch.Tensor) -> list[Token]:
-        order = signed.topk(min(most, len(change))).indices.tolist()
+        order = signed.topk(min(MOST, len(change))).indices.tolist()
         return [[token_text(token, tokenizer), change[token].item()] for token in order]
 
     return {"promoted": strongest(change), "demoted": strongest(-change)}
