@@ -88,15 +88,8 @@ def is_declared(entry: Comparison) -> bool:
 
 
 def resolvable(results: Results, entry: Comparison) -> tuple[float, str]:
-    """The smallest true difference that a comparison finds with 80 % power, and where that figure is from.
-
-    Args:
-        results: content of results.json.
-        entry: a comparison.
-
-    Returns:
-        The difference in the metric's stored unit, and its basis: "measured" or "assumed" as stored in the run's
-        power analysis, else "interval": 1.43 half widths of the comparison's own interval.
+    """The smallest true difference that a comparison finds with 80 % power, in the metric's stored unit, and its basis:
+    "measured" or "assumed" as in the run's power analysis, else "interval": 1.43 half widths of the comparison's own.
     """
     pair = {entry["arm"], entry["reference"]}
     for power in results.get("power") or ():

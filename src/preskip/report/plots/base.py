@@ -29,13 +29,7 @@ def dashes(arms: Sequence[str]) -> list[list[int]]:
 
 
 def colour(names: Sequence[str], legend: Any = None, field: str = "arm") -> Any:
-    """The colour channel of a field.
-
-    Args:
-        names: all of its values, so that each keeps its colour where others are missing.
-        legend: an altair Legend, or None for none.
-        field: its name.
-    """
+    """The colour channel of a field: of all its names, so that each keeps its colour where others are missing."""
     scale = alt.Scale(domain=list(names), range="category")
     return alt.Color(f"{field}:N", scale=scale, title=None, legend=legend)
 
@@ -62,12 +56,16 @@ def layer_axis(field: str = "layer", title: str = "Layer", padding: float = 0) -
     return alt.X(f"{field}:Q", title=title, axis=axis, scale=alt.Scale(nice=False, padding=padding, zero=False))
 
 
-def tooltips(fields: Mapping[str, str], form: str = "") -> list[Any]:
-    """Tooltip lines: shorthand field → title; quantities in the given format."""
-    return [
-        alt.Tooltip(field, title=title, format=form if form and field.endswith(":Q") else alt.Undefined)
-        for field, title in fields.items()
-    ]
+def tooltips(words: Mapping[str, str], quantities: Mapping[str, str] | None = None, form: str = "") -> list[Any]:
+    """Tooltip lines, shorthand field → title: words as they are, quantities in the given format."""
+    plain = [alt.Tooltip(field, title=title) for field, title in words.items()]
+    return plain + [alt.Tooltip(field, title=title, format=form) for field, title in (quantities or {}).items()]
+
+
+def shown_arms(arms: Sequence[str], records: Sequence[Record], size: int) -> Any:
+    """The legend of the arms that any record is of, their marks `size` square pixels large."""
+    shown = {record["arm"] for record in records}
+    return alt.Legend(values=[arm for arm in arms if arm in shown], symbolType="circle", symbolSize=size)
 
 
 def chart(records: Sequence[Record]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import altair as alt
 
@@ -29,27 +29,22 @@ def class_records(classes: Sequence[ExplainedClass], measure: str) -> list[Recor
     """One record per row of the plot: value and limits of a measure, None for headings and what was not measured."""
     records = []
     for key, entry in class_rows(classes):
-        about: Any = entry or {}
+        about = cast(Record, entry or {})
         found = about.get(measure) or {}
         limits = {name: found.get(name) for name in ("value", "low", "high")}
-        records.append(
-            {"row": key, "class": about.get("class"), "measure": measure, "tokens": about.get("tokens"), **limits}
-        )
+        shown = {name: about.get(name) for name in ("class", "tokens")}
+        records.append({"row": key, "measure": measure, **shown, **limits})
     return records
 
 
 def classes_plot(records: Sequence[Record], title: str, measures: Sequence[str]) -> Spec:
-    """A dot with its interval per class, from 0, the classes under the heading of their dimension.
-
-    Args:
-        records: as from `class_records`.
-        title: of the horizontal axis.
-        measures: all measures in order, for the colour.
+    """A dot with its interval per class, from 0, the classes under the heading of their dimension; coloured by which
+    of all `measures` it is.
     """
     base = chart(records).encode(y=_rows(records), color=colour(measures, field="measure"))
     base = base.transform_filter("isValid(datum.value) || !isValid(datum.class)")
-    about = tooltips({"class:N": "class"}) + tooltips({"tokens:Q": "tokens"}, ",")
-    about += tooltips({"value:Q": title, "low:Q": "from", "high:Q": "to"}, ".4g")
+    about = tooltips({"class:N": "class"}, {"tokens:Q": "tokens"}, ",")
+    about += tooltips({}, {"value:Q": title, "low:Q": "from", "high:Q": "to"}, ".4g")
     x = alt.X("low:Q", title=title, scale=alt.Scale(zero=True, nice=True), axis=alt.Axis(tickCount=5))
     layers = [
         base.mark_rule(strokeWidth=3, strokeCap="round", opacity=0.55).encode(x=x, x2="high:Q", tooltip=about),
@@ -72,7 +67,7 @@ def by_layer(records: Sequence[Record], title: str) -> Spec:
     legend = alt.Legend(
         orient="top", direction="horizontal", gradientLength=150, gradientThickness=10, titleOrient="left"
     )
-    about = tooltips({"class:N": "class", "layer:O": "layer"}) + tooltips({"value:Q": title}, ".4g")
+    about = tooltips({"class:N": "class", "layer:O": "layer"}, {"value:Q": title}, ".4g")
     axis = alt.Axis(labelAngle=0, labelOverlap="greedy", ticks=False, domain=False)
     scale = alt.Scale(range="heatmap", zero=True, interpolate="rgb")
     shade = alt.Color("value:Q", title=title, scale=scale, legend=legend)

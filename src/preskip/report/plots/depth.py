@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import altair as alt
 
@@ -15,6 +15,7 @@ from preskip.report.plots.base import (
     colour,
     layer_axis,
     shape,
+    shown_arms,
     specification,
     tooltips,
     value_axis,
@@ -40,27 +41,25 @@ def depth_records(depth: Mapping[str, BySeed], measure: str) -> list[Record]:
     """
     records: list[Record] = []
     for arm, seeds in depth.items():
-        layers: list[tuple[str, Any]] = [(str(seed), row) for seed, rows in seeds.items() for row in rows]
         rows: list[Record] = [
             {
                 "arm": arm,
-                "seed": seed,
-                "layer": layer["layer"],
-                "value": layer[measure],
-                **{limit: layer.get(f"{measure}_{limit}") for limit in ("low", "high")},
+                "seed": str(seed),
+                "layer": row["layer"],
+                "value": row[measure],
+                **{limit: row.get(f"{measure}_{limit}") for limit in ("low", "high")},
             }
-            for seed, layer in layers
-            if layer.get(measure) is not None
+            for seed, layers in seeds.items()
+            for row in cast(Sequence[Record], layers)
+            if row.get(measure) is not None
         ]
-        if any(row["value"] for row in rows):
-            records.extend(rows)
+        records += rows if any(row["value"] for row in rows) else []
     return records
 
 
 def depth(records: Sequence[Record], arms: Sequence[str], measure: str) -> Spec:
     """One measure by layer for several arms, one line per seed, the interval as a band, the axis from 0."""
-    shown = {record["arm"] for record in records}
-    legend = alt.Legend(values=[arm for arm in arms if arm in shown], symbolType="circle", symbolSize=90)
+    legend = shown_arms(arms, records, 90)
     base = chart(records).encode(x=layer_axis(), detail="seed:N", color=colour(arms, legend))
     y = value_axis("value", MEASURES[measure])
     layers = [
@@ -90,7 +89,8 @@ def norm_records(results: Results, arm: str, measure: str) -> list[Record]:
 def norms(records: Sequence[Record], arms: Sequence[str], measure: str) -> Spec:
     """One arm's norm by layer on the bands of its nulls, from 0 to a twentieth above all of them."""
     source = chart(records)
-    limits = {"domain": [0, top_of(records)], "nice": False, "zero": alt.Undefined}
+    values = [record[key] for record in records for key in ("value", "high") if record.get(key) is not None]
+    limits = {"domain": [0, 1.05 * max(values, default=1.0) or 1.0], "nice": False, "zero": alt.Undefined}
     y = value_axis("value", MEASURES[measure], **limits)
     learned = source.transform_filter("datum.part === 'arm'").encode(
         x=layer_axis(), y=y, color=colour(arms), detail="seed:N"
@@ -112,19 +112,17 @@ def norms(records: Sequence[Record], arms: Sequence[str], measure: str) -> Spec:
 
 def ablation_records(ablation: Mapping[str, Sequence[AblationRow]], arm: str, part: str) -> list[Record]:
     """What switching one layer's part off costs, per seed and layer; seeds stand side by side (`place`)."""
-    seeds = list(ablation)
+    places = {seed: 0.5 * (index - (len(ablation) - 1) / 2) / len(ablation) for index, seed in enumerate(ablation)}
     return [
         {
             "arm": arm,
             "seed": str(seed),
             "layer": row["layer"],
-            "place": row["layer"] + 0.5 * (index - (len(seeds) - 1) / 2) / len(seeds),
-            "difference": row["difference"],
-            "low": row["low"],
-            "high": row["high"],
+            "place": row["layer"] + places[seed],
+            **{key: cast(Record, row)[key] for key in ("difference", "low", "high")},
         }
-        for index, seed in enumerate(seeds)
-        for row in ablation[seed]
+        for seed, rows in ablation.items()
+        for row in rows
         if row["part"] == part
     ]
 
@@ -133,8 +131,8 @@ def ablation(records: Sequence[Record], arms: Sequence[str]) -> Spec:
     """One arm's ablation by layer: points with their intervals over documents, above 0 where the part helps."""
     source = chart(records)
     base = source.encode(x=layer_axis("place", "Layer switched off", padding=8), color=colour(arms))
-    about = tooltips({"layer:Q": "layer", "seed:N": "seed"})
-    about += tooltips({"difference:Q": "loss when off", "low:Q": "low", "high:Q": "high"}, "+.5f")
+    cost = {"difference:Q": "loss when off", "low:Q": "low", "high:Q": "high"}
+    about = tooltips({"layer:Q": "layer", "seed:N": "seed"}, cost, "+.5f")
     y = value_axis("difference", "Δ bits per byte when off")
     layers = [
         zero_line(source),
@@ -144,11 +142,5 @@ def ablation(records: Sequence[Record], arms: Sequence[str]) -> Spec:
     return specification(layers, height=210)
 
 
-def top_of(records: Iterable[Record]) -> float:
-    """The top of an axis from 0 that holds all records, with a twentieth to spare."""
-    values = [record[key] for record in records for key in ("value", "high") if record.get(key) is not None]
-    return 1.05 * max(values, default=1.0) or 1.0
-
-
 def _about(title: str) -> list[Any]:
-    return [*tooltips({"arm:N": "arm", "seed:N": "seed", "layer:Q": "layer"}), *tooltips({"value:Q": title}, ".4g")]
+    return tooltips({"arm:N": "arm", "seed:N": "seed", "layer:Q": "layer"}, {"value:Q": title}, ".4g")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import altair as alt
 
@@ -21,19 +22,13 @@ def forest_records(entries: Sequence[Comparison], about: Metric) -> list[Record]
     """One record per comparison of one set and metric, in shown units (accuracy in points), in the order drawn.
 
     Where there are more than 14 pairs, only those declared before training and those against `none` are drawn.
-
-    Args:
-        entries: of one set and metric.
-        about: the metric, as judged on the set.
     """
     if len(entries) > MOST_PAIRS:
         entries = [entry for entry in entries if is_declared(entry) or entry["reference"] == "none"]
     return [
         {
             "pair": f"{entry['arm']} {MINUS} {entry['reference']}",
-            "difference": about.factor * entry["difference"],
-            "low": about.factor * entry["low"],
-            "high": about.factor * entry["high"],
+            **{key: about.factor * cast(Any, entry)[key] for key in ("difference", "low", "high")},
             "outcome": entry["verdict"],
             "p": p_text(entry["p_holm"] if entry.get("p_holm") is not None else entry.get("p_value")),
             "margin_low": -margin if margin else None,
@@ -50,8 +45,8 @@ def forest(records: Sequence[Record], about: Metric) -> Spec:
     # Short, for a phone: the page's heading says which direction is better.
     title = f"Difference, {about.difference_unit.strip() or about.name.lower()}"
     x = alt.X("low:Q", title=title, axis=alt.Axis(tickCount=5), scale=alt.Scale(nice=True, zero=True))
-    tooltip = tooltips({"pair:N": "comparison", "outcome:N": "verdict", "p:N": "p"})
-    tooltip[1:1] = tooltips({"difference:Q": "difference", "low:Q": "low", "high:Q": "high"}, "+.4f")
+    limits = {"difference:Q": "difference", "low:Q": "low", "high:Q": "high"}
+    tooltip = tooltips({"pair:N": "comparison"}, limits, "+.4f") + tooltips({"outcome:N": "verdict", "p:N": "p"})
     shade = alt.Color("outcome:N", scale=alt.Scale(domain=OUTCOMES, range="ordinal"), legend=None)
     mark = alt.Shape("outcome:N", scale=alt.Scale(domain=OUTCOMES, range=MARKS), legend=None)
     source = chart(records)

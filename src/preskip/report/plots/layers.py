@@ -24,21 +24,14 @@ from preskip.runs.schema import ExplainedLayer
 
 
 def profile(records: Sequence[Record], title: str, *, series: Sequence[str] = (), form: str = ".4g") -> Spec:
-    """Lines by layer with their intervals as bands, around a line at 0.
-
-    Args:
-        records: with series, layer, value, low and high.
-        title: of the vertical axis.
-        series: all names in order, for the colour.
-        form: of the numbers in the tooltip.
-    """
+    """Lines by layer with their intervals as bands, around a line at 0; `series` are all names, for the colour."""
     names = list(series) or list(dict.fromkeys(record["series"] for record in records))
     legend = alt.Legend(symbolOpacity=1) if len({record["series"] for record in records}) > 1 else None
     source = chart(records)
     base = source.encode(x=layer_axis(), color=colour(names, legend, "series"))
     y = value_axis("value", title)
-    about = tooltips({"series:N": "what", "layer:Q": "layer"})
-    about += tooltips({"value:Q": "value", "low:Q": "from", "high:Q": "to"}, form)
+    limits = {"value:Q": "value", "low:Q": "from", "high:Q": "to"}
+    about = tooltips({"series:N": "what", "layer:Q": "layer"}, limits, form)
     layers = [
         base.mark_area(opacity=0.2).encode(y=alt.Y("low:Q"), y2="high:Q"),
         zero_line(source),
@@ -49,16 +42,9 @@ def profile(records: Sequence[Record], title: str, *, series: Sequence[str] = ()
 
 
 def bars(records: Sequence[Record], title: str, domain: tuple[float, float], series: Sequence[str]) -> Spec:
-    """Bars by layer from 0 with their intervals; pale where the interval includes 0.
-
-    Args:
-        records: as of `profile`, of one series.
-        title: of the vertical axis.
-        domain: its limits, shared by plots that are to be compared.
-        series: all names in order, for the colour.
-    """
+    """Bars by layer from 0 with their intervals, pale where those include 0; plots to be compared share a `domain`."""
     source = chart([{**record, "clear": record["low"] * record["high"] > 0} for record in records])
-    about = tooltips({"layer:Q": "layer"}) + tooltips({"value:Q": "when off", "low:Q": "from", "high:Q": "to"}, "+.5f")
+    about = tooltips({"layer:Q": "layer"}, {"value:Q": "when off", "low:Q": "from", "high:Q": "to"}, "+.5f")
     base = source.encode(x=layer_axis(padding=10), tooltip=about)
     layers = [
         base.mark_bar(size=max(3, min(14, 150 // max(1, len(records))))).encode(
@@ -98,7 +84,7 @@ def spectrum(records: Sequence[Record]) -> Spec:
     x = alt.X("index:Q", title="Rank", axis=alt.Axis(grid=False, tickCount=6, format="d"), scale=alt.Scale(nice=False))
     ramp = alt.Scale(range="ramp", nice=False, interpolate="rgb")
     shade = alt.Color("layer:Q", title="layer", scale=ramp, legend=alt.Legend(titleOrient="left"))
-    about = tooltips({"layer:Q": "layer", "index:Q": "rank"}) + tooltips({"value:Q": "singular value"}, ".4g")
+    about = tooltips({"layer:Q": "layer", "index:Q": "rank"}, {"value:Q": "singular value"}, ".4g")
     line = chart(records).encode(x=x, y=y, detail="layer:Q", color=shade)
     drawn = [
         line.mark_line(strokeWidth=1.5, opacity=0.9),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import altair as alt
 
@@ -21,6 +21,7 @@ from preskip.report.plots.base import (
     colour,
     once,
     shape,
+    shown_arms,
     specification,
     tooltips,
     zero_line,
@@ -69,31 +70,26 @@ def grid_records(results: Results, arm: str, abroad: str) -> list[Record]:
     records: list[Record] = []
     for point in search["trace"]:
         inside, outside = development(point, "in"), (development(point, "out") or {}).get(abroad)
-        if not inside or not outside:
-            continue
-        records.append(
-            {
-                "part": "grid",
-                "arm": arm,
-                "rung": point["rung"],
-                "steps": point["steps"],
-                "seed": str(point["seed"]),
-                "learning_rate": point["learning_rate"],
-                "chosen": is_chosen(search, point),
-                "last": point["rung"] == last,
-                **_benefit("x", inside, about),
-                **_benefit("y", outside, about),
-            }
-        )
+        if inside and outside:
+            records.append(
+                {
+                    "part": "grid",
+                    "arm": arm,
+                    **{key: cast(Record, point)[key] for key in ("rung", "steps", "learning_rate")},
+                    "seed": str(point["seed"]),
+                    "chosen": is_chosen(search, point),
+                    "last": point["rung"] == last,
+                    **_benefit("x", inside, about),
+                    **_benefit("y", outside, about),
+                }
+            )
     return records
 
 
 def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -> Spec:
     """The plane as a specification; `records` as from `plane_records`."""
     arms = trained_arms(results)
-    shown = {record["arm"] for record in records}
-    legend = alt.Legend(values=[arm for arm in arms if arm in shown], symbolType="circle", symbolSize=110)
-    source = chart(records)
+    legend, source = shown_arms(arms, records, 110), chart(records)
     titles = [_title(results, name) for name in (home, abroad)]
     bounds = _bounds(records)
     x_scale, y_scale = (alt.Scale(domain=list(bounds[axis]), nice=True) for axis in ("x", "y"))
@@ -114,8 +110,11 @@ def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -
     ]
     if any(record["part"] == "grid" for record in records):
         grid = source.transform_filter("datum.part === 'grid'").encode(color=shade, x=x, y=y)
-        about = tooltips({"arm:N": "arm", "learning_rate:Q": "learning rate", "steps:Q": "steps", "seed:N": "seed"})
-        about += tooltips({"x:Q": "in-domain (dev)", "y:Q": "out-of-domain (dev)"}, "+.4f")
+        about = tooltips(
+            {"arm:N": "arm", "learning_rate:Q": "learning rate", "steps:Q": "steps", "seed:N": "seed"},
+            {"x:Q": "in-domain (dev)", "y:Q": "out-of-domain (dev)"},
+            "+.4f",
+        )
         # Earlier rungs trained for fewer steps: they stand back.
         strong, faint = (alt.condition("datum.last", alt.value(high), alt.value(low)) for high, low in STRENGTH)
         layers += [
@@ -130,9 +129,8 @@ def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -
             ),
         ]
     test = source.transform_filter("datum.part === 'test'").encode(color=shade, x=x, y=y)
-    about = tooltips({"arm:N": "arm"})
-    about += tooltips({"x:Q": "in-domain", "x_low:Q": "from", "x_high:Q": "to"}, "+.4f")
-    about += tooltips({"y:Q": "out-of-domain", "y_low:Q": "from", "y_high:Q": "to"}, "+.4f")
+    about = tooltips({"arm:N": "arm"}, {"x:Q": "in-domain", "x_low:Q": "from", "x_high:Q": "to"}, "+.4f")
+    about += tooltips({}, {"y:Q": "out-of-domain", "y_low:Q": "from", "y_high:Q": "to"}, "+.4f")
     layers += [
         test.mark_rule(strokeWidth=2).encode(x="x_low:Q", x2="x_high:Q"),
         test.mark_rule(strokeWidth=2).encode(y="y_low:Q", y2="y_high:Q"),
@@ -170,10 +168,9 @@ def _bounds(records: Sequence[Record]) -> dict[str, tuple[float, float]]:
 
 def _benefit(axis: str, entry: Any, about: Metric) -> Record:
     """A difference and its limits as a benefit in shown units: positive is better."""
+    size = (-1.0 if about.lower_is_better else 1.0) * about.factor
     value = entry["difference"] if "difference" in entry else entry["value"]
-    limits = (value, entry["low"], entry["high"])
-    sign = -1.0 if about.lower_is_better else 1.0
-    best, low, high = (sign * about.factor * limit for limit in limits)
+    best, low, high = (size * limit for limit in (value, entry["low"], entry["high"]))
     return {axis: best, f"{axis}_low": min(low, high), f"{axis}_high": max(low, high)}
 
 

@@ -32,13 +32,7 @@ def search_records(search: Search, arm: str) -> list[Record]:
 
 
 def search(records: Sequence[Record], arms: Sequence[str], bounds: tuple[float, float]) -> Spec:
-    """One arm's search as a specification.
-
-    Args:
-        records: as from `search_records`.
-        arms: all trained arms, for the colour.
-        bounds: limits of the vertical axis, shared by the arms so that their plots compare.
-    """
+    """One arm's search, in the limits of the vertical axis that all arms share, so that their plots compare."""
     source = chart(records)
     x = alt.X(
         "learning_rate:Q",
@@ -47,8 +41,11 @@ def search(records: Sequence[Record], arms: Sequence[str], bounds: tuple[float, 
         axis=alt.Axis(grid=False, format=".1~e", values=sorted({record["learning_rate"] for record in records})),
     )
     y = value_axis("value", "Δ bits per byte, dev", domain=list(bounds), clamp=True, nice=False, zero=alt.Undefined)
-    about = tooltips({"rung:N": "rung", "seed:N": "seed", "learning_rate:Q": "learning rate", "kept:N": "after it"})
-    about += tooltips({"value:Q": "difference", "low:Q": "low", "high:Q": "high"}, "+.4f")
+    about = tooltips(
+        {"rung:N": "rung", "seed:N": "seed", "learning_rate:Q": "learning rate", "kept:N": "after it"},
+        {"value:Q": "difference", "low:Q": "low", "high:Q": "high"},
+        "+.4f",
+    )
     order = list(dict.fromkeys(record["rung"] for record in records))
     dash = alt.StrokeDash(
         "rung:N",

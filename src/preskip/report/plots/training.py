@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import altair as alt
@@ -15,11 +16,7 @@ POINTS_PER_CURVE = 600
 
 
 def training_records(curves: Sequence[tuple[str, str, Sequence[Mapping[str, Any]]]]) -> list[Record]:
-    """Loss per step, raw and smoothed, thinned to the page's budget by means over equal runs of steps.
-
-    Args:
-        curves: (arm, seed, lines of train.jsonl) per trained arm and seed.
-    """
+    """Loss per step, raw and smoothed, thinned to the page's budget by means over equal runs of steps."""
     limit = max(20, min(POINTS_PER_CURVE, POINT_BUDGET // max(1, len(curves))))
     records: list[Record] = []
     for arm, seed, lines in curves:
@@ -42,29 +39,17 @@ def training_records(curves: Sequence[tuple[str, str, Sequence[Mapping[str, Any]
 
 
 def evaluation_records(curves: Mapping[str, Mapping[str, Sequence[CurvePoint]]]) -> list[Record]:
-    """Loss on development documents by tokens read: mean, lowest and highest over the seeds of each arm.
-
-    Args:
-        curves: {arm: {seed: [{"tokens", "eval_loss"}]}} as in the results of `preskip pretrain`.
-    """
+    """Loss on development documents by tokens read: mean, lowest and highest over the seeds of each arm."""
     records: list[Record] = []
     for arm, seeds in curves.items():
         by_tokens: dict[int, list[float]] = {}
-        for points in seeds.values():
-            for point in points:
-                by_tokens.setdefault(point["tokens"], []).append(point["eval_loss"])
-        records += [
-            {
-                "arm": arm,
-                "tokens": tokens,
-                "seeds": len(losses),
-                "mean": round(sum(losses) / len(losses), 5),
-                "low": round(min(losses), 5),
-                "high": round(max(losses), 5),
-            }
-            for tokens, losses in sorted(by_tokens.items())
-            if len(losses) == len(seeds)
-        ]
+        for point in chain.from_iterable(seeds.values()):
+            by_tokens.setdefault(point["tokens"], []).append(point["eval_loss"])
+        for tokens, losses in sorted(by_tokens.items()):
+            if len(losses) == len(seeds):
+                shown = {"mean": sum(losses) / len(losses), "low": min(losses), "high": max(losses)}
+                rounded = {key: round(value, 5) for key, value in shown.items()}
+                records.append({"arm": arm, "tokens": tokens, "seeds": len(losses), **rounded})
     return records
 
 
@@ -78,8 +63,8 @@ def evaluation(records: Sequence[Record], arms: Sequence[str]) -> Spec:
     low, mean = (
         value_axis(field, "Loss on development documents, nats per token", zero=False) for field in ("low", "mean")
     )
-    about = tooltips({"arm:N": "arm", "tokens:Q": "tokens"}, ",")
-    about += tooltips({"mean:Q": "mean", "low:Q": "lowest", "high:Q": "highest"}, ".4f")
+    about = tooltips({"arm:N": "arm"}, {"tokens:Q": "tokens"}, ",")
+    about += tooltips({}, {"mean:Q": "mean", "low:Q": "lowest", "high:Q": "highest"}, ".4f")
     layers = [
         base.mark_area(opacity=0.2, clip=True).encode(y=low, y2="high:Q"),
         base.mark_line(strokeWidth=2, opacity=0.9).encode(y=mean, strokeDash=dash(arms, legend), tooltip=about),
@@ -108,8 +93,8 @@ def training(records: Sequence[Record], arms: Sequence[str]) -> Spec:
         detail="seed:N",
     )
     raw, smooth = (value_axis(field, "Loss, nats per token", zero=False) for field in ("loss", "smoothed"))
-    about = tooltips({"arm:N": "arm", "seed:N": "seed", "step:Q": "step"})
-    about += tooltips({"loss:Q": "loss", "smoothed:Q": "smoothed"}, ".4f")
+    losses = {"loss:Q": "loss", "smoothed:Q": "smoothed"}
+    about = tooltips({"arm:N": "arm", "seed:N": "seed", "step:Q": "step"}, losses, ".4f")
     layers = [base.mark_line(strokeWidth=2, opacity=0.9).encode(y=smooth, strokeDash=dash(arms, legend), tooltip=about)]
     if len({record["arm"] for record in records}) <= 4:  # more of them hide what they should show
         layers.insert(0, base.mark_line(strokeWidth=1, opacity=0.35, clip=True).encode(y=raw))
