@@ -14,7 +14,16 @@ from preskip.report.words.verdicts import MINUS, amount, nulls_text, number, sen
 from preskip.runs.schema import Manifest, Results, Trend
 
 ARM = "preskip"
-READING = {"better": "supported", "worse": "contradicted", "equivalent": "contradicted", "undecided": "undecided"}
+# What the verdict of a comparison, or of a trend over depth, says of the claim.
+READING = {
+    "better": "supported",
+    "worse": "contradicted",
+    "equivalent": "contradicted",
+    "later more": "supported",
+    "later less": "contradicted",
+    "no trend": "contradicted",
+    "undecided": "undecided",
+}
 CONTROLS = {
     "skip": "a linear skip alone",
     "parallel": "a parallel adapter beside attention",
@@ -36,22 +45,12 @@ MEASURES = {
     "equal_step_skip_to_attention": "Functional size after equal steps in all layers",
     "ablation_skip": "Loss when one layer's skip is off",
 }
-TREND = {
-    "later more": "supported",
-    "later less": "contradicted",
-    "no trend": "contradicted",
-    "undecided": "undecided",
-}
 Claim = dict[str, Any]
 Part = dict[str, Any]
 
 
 def assess(record: Manifest, results: Results) -> list[Claim]:
     """Hold the paper's claims, and the controls that decide how to read them, against one run.
-
-    Args:
-        record: content of run.json (schema version 2).
-        results: content of results.json (schema version 2).
 
     Returns:
         One dictionary per claim: id, kind ("claim" or "control"), claim (in words), verdict ("supported",
@@ -93,13 +92,13 @@ class _Bench:
         self.record, self.results = record, results
 
     def against(self, reference: str, sets: Sequence[str], *, equal_budget: bool = False) -> list[Part]:
-        """The parts "preskip − reference", one per set."""
-        return [self.compare(reference, name, equal_budget=equal_budget) for name in sets]
+        """The parts "preskip − reference" on each set's primary metric."""
+        return [self._compare(reference, name, equal_budget=equal_budget) for name in sets]
 
-    def compare(self, reference: str, set_name: str, *, equal_budget: bool = False) -> Part:
-        """The part "preskip − reference" on a set's primary metric."""
+    def _compare(self, reference: str, set_name: str, *, equal_budget: bool) -> Part:
         missing = [name for name in (ARM, reference) if name not in self.results["arms"]]
-        where = f"{set_label(self.results['sets'], set_name)} ({DOMAINS[self.results['sets'][set_name]['domain']]})"
+        sets = self.results["sets"]
+        where = f"{set_label(sets, set_name)} ({DOMAINS[sets[set_name]['domain']]})"
         title = f"{ARM} {MINUS} {reference}, {metric_on(self.results, set_name).phrase} on {where}"
         if missing:
             return _missing(*(f"arm {name}" for name in missing), title=title)
@@ -110,7 +109,7 @@ class _Bench:
         if entry is None:
             return _missing(f"this comparison among its pairs ({title})", title=title)
         smallest, basis = resolvable(self.results, entry)
-        text = sentence(entry, self.results["sets"])
+        text = sentence(entry, sets)
         if not is_declared(entry):
             text += " (not declared before training: exploratory, not corrected)"
         if reference != "none" and not self.same_budget(reference):
@@ -161,11 +160,11 @@ class _Bench:
 
     def same_budget(self, reference: str) -> bool:
         """Whether both arms train (or compute) the same, as the run matched them."""
-        stored = self.record.get("arms") or {}
-        return all(
-            (self.results["arms"][arm].get("budget") or (arm in stored and stored[arm].get("budget"))) == "matched"
-            for arm in (ARM, reference)
-        )
+        stored: Any = self.record.get("arms") or {}
+        found = [
+            self.results["arms"][arm].get("budget") or stored.get(arm, {}).get("budget") for arm in (ARM, reference)
+        ]
+        return found == ["matched", "matched"]
 
     def weights(self, arm: str) -> int:
         """Trainable weights of an arm."""
@@ -185,7 +184,7 @@ def trend_text(row: Trend) -> str:
 
 
 def _trend_part(row: Trend, later_worth: float | None) -> Part:
-    verdict, text = TREND[row["verdict"]], trend_text(row)
+    verdict, text = READING[row["verdict"]], trend_text(row)
     if row["measure"] == "ablation_skip" and verdict == "supported" and later_worth is not None and later_worth <= 0:
         # From harmful to harmless is a rise, too, but no use of the skip.
         verdict = "undecided"
@@ -233,18 +232,13 @@ def combine(verdicts: Sequence[str], *, together: bool = False) -> str:
     the claim is that the parts go `together`); contradicted if some are and none is supported; undecided otherwise,
     also while a part is not measured; not measured if nothing was.
     """
-    found = set(verdicts)
-    if found <= {"not measured"}:
-        return "not measured"
-    if found == {"supported"}:
-        return "supported"
+    found = set(verdicts) or {"not measured"}
     if "contradicted" in found:
         return "mixed" if "supported" in found and not together else "contradicted"
-    return "undecided"
+    return found.pop() if len(found) == 1 else "undecided"
 
 
 def power_text(part: Mapping[str, Any]) -> str:
     """What the run resolves for a part, in words; empty for parts without a comparison."""
-    if part.get("resolvable") is None:
-        return ""
-    return f"resolves {amount(part['entry']['metric'], part['resolvable'])}"
+    smallest = part.get("resolvable")
+    return "" if smallest is None else f"resolves {amount(part['entry']['metric'], smallest)}"

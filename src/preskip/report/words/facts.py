@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from preskip.metrics import metric_named
-from preskip.report.lookup import is_declared, primary, trained_arms
+from preskip.report.lookup import is_declared, primary, sets_of, trained_arms
 from preskip.report.words.verdicts import amount, sentence, set_label, set_title
 from preskip.runs.schema import Manifest, Results
 
@@ -78,11 +78,11 @@ def _earlier(record: Manifest) -> str:
 
 def settings(record: Manifest) -> list[tuple[str, str]]:
     """(arm, its description and settings in words) of every arm that has any."""
-    texts = {}
+    texts = []
     for name, arm in record["arms"].items():
         chosen = ", ".join(f"{key} = {value}" for key, value in (arm.get("settings") or {}).items())
-        texts[name] = "; ".join(filter(None, (arm.get("description"), chosen)))
-    return [(name, text) for name, text in texts.items() if text]
+        texts.append((name, "; ".join(filter(None, (arm.get("description"), chosen)))))
+    return [(name, text) for name, text in texts if text]
 
 
 def family_text(results: Results) -> str:
@@ -118,13 +118,7 @@ def declared_text(results: Results) -> str:
 
 
 def limits(record: Manifest, results: Results, seeds: int) -> list[str]:
-    """What this run cannot show, one sentence or two each.
-
-    Args:
-        record: content of run.json.
-        results: content of results.json.
-        seeds: most training seeds of any arm.
-    """
+    """What this run, with so many training seeds at most, cannot show: one sentence or two each."""
     found = []
     if seeds <= 1:
         found.append(
@@ -135,16 +129,26 @@ def limits(record: Manifest, results: Results, seeds: int) -> list[str]:
         found.append(
             f"{seeds} training seeds. How much the result varies with the seed is estimated from {seeds} values only."
         )
-    found.append(_domain_limit(record, results))
-    texts = [entry for entry in results["sets"].values() if entry["kind"] == "document"]
-    contexts = sorted({length for entry in texts if (length := entry.get("context_length"))})
+    model, corpus = record["model"]["name"], record["corpus"]["name"]
+    abroad = ", ".join(set_label(results["sets"], name) for name in sets_of(results, domain="out"))
+    found.append(
+        f"One model ({model}) trained on one corpus ({corpus}). "
+        + (
+            f"What it does out-of-domain is measured on {abroad} and may differ on other text."
+            if abroad
+            else "What helps on the text it was trained on may hurt on other text; this page measures only the former."
+        )
+    )
+    stated = (results["sets"][name].get("context_length") for name in sets_of(results, kind="document"))
+    contexts = sorted({length for length in stated if length})
     if contexts:
         found.append(
             f"Word perplexity and bits per byte hold for a context of {' and '.join(f'{n:,}' for n in contexts)} "
             "tokens and cannot be set beside figures with another context length or another way of counting words."
         )
     found.append(_rate_limit(results))
-    dtypes = {str(value) for value in _dtypes(record, results)}
+    stored = {summary.get("base_dtype") for summary in results["arms"].values()} - {None}
+    dtypes = {str(value) for value in stored or {record["model"].get("dtype")} - {None}}
     if dtypes - {"float32", "torch.float32"}:
         found.append(
             f"The base model ran in {' and '.join(sorted(dtypes))}: part of a gain may be repair of rounding damage. "
@@ -180,23 +184,14 @@ def _dtype_cost(results: Results) -> str:
     return f"What the dtype alone does to the untouched model, against float32: {'; '.join(costs)}."
 
 
-def _domain_limit(record: Manifest, results: Results) -> str:
-    model, corpus = record["model"]["name"], record["corpus"]["name"]
-    abroad = [set_label(results["sets"], name) for name, e in results["sets"].items() if e["domain"] == "out"]
-    text = f"One model ({model}) trained on one corpus ({corpus}). "
-    if abroad:
-        return text + f"What it does out-of-domain is measured on {', '.join(abroad)} and may differ on other text."
-    return text + "What helps on the text it was trained on may hurt on other text; this page measures only the former."
-
-
 def _rate_limit(results: Results) -> str:
     arms, searched = trained_arms(results), set(results.get("search") or ())
     fixed = [arm for arm in arms if arm not in searched]
     if not fixed and arms:
         searches = results["search"]
-        counts = sorted({len(searches[arm]["trace"]) for arm in arms})
+        counts = [len(searches[arm]["trace"]) for arm in arms]
         extended = [arm for arm in arms if searches[arm].get("extended")]
-        runs = " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        runs = " to ".join(str(count) for count in dict.fromkeys((min(counts), max(counts))))
         return (
             f"Each arm's learning rate was tuned on development documents, in {runs} short trainings per arm from the "
             "same first grid"
@@ -206,11 +201,6 @@ def _rate_limit(results: Results) -> str:
     if searched:
         return f"Learning rates were tuned, but not of {', '.join(fixed)}: these may rank higher at their best rates."
     return "Learning rates were fixed, not tuned. Arms tuned to their best rates can rank differently."
-
-
-def _dtypes(record: Manifest, results: Results) -> set[Any]:
-    found = {summary.get("base_dtype") for summary in results["arms"].values()} - {None}
-    return found or {record["model"].get("dtype")} - {None}
 
 
 def _join(value: int | None, noun: str = "", before: str = "") -> str:

@@ -86,8 +86,7 @@ def interval_text(key: str, metric_value: Mapping[str, Any] | None) -> dict[str,
     if not metric_value or metric_value.get("value") is None:
         return None
     metric = metric_named(key)
-    value = metric.factor * metric_value["value"]
-    low, high = metric_value.get("low"), metric_value.get("high")
+    value, low, high = metric.factor * metric_value["value"], metric_value.get("low"), metric_value.get("high")
     if low is None or high is None:
         return {"value": number(value, metric.minimum_decimals) + metric.unit, "interval": ""}
     low, high = metric.factor * low, metric.factor * high
@@ -106,10 +105,6 @@ def amount(metric_key: str, size: float) -> str:
 def sentence(comparison: Comparison, sets: Mapping[str, SetFacts]) -> str:
     """One comparison in plain words, such as "preskip lowers bits per byte on WikiText-2 by 0.052 [0.047, 0.058]
     against none".
-
-    Args:
-        comparison: an entry of results.json's comparisons.
-        sets: the evaluation sets of results.json, for their titles.
     """
     metric = metric_named(comparison["metric"])
     arm, reference, verdict = comparison["arm"], comparison["reference"], comparison["verdict"]
@@ -144,12 +139,7 @@ def _why_undecided(comparison: Comparison) -> str:
 
 
 def scope(comparisons: Sequence[Comparison], seeds: int) -> str:
-    """What the intervals cover: items and documents alone, or training randomness too.
-
-    Args:
-        comparisons: entries of results.json's comparisons.
-        seeds: most training seeds of any arm.
-    """
+    """What the intervals cover with so many seeds at most: items and documents alone, or training randomness too."""
     if seeds <= 1:
         return (
             "One seed: the intervals cover items only, not training randomness. "
