@@ -20,11 +20,7 @@ CHANGES = {
 
 
 def explain_figures(explain: Explain) -> list[Figure]:
-    """All figures of explain.json, in the page's order.
-
-    Returns:
-        Dictionaries with key (unique), section, title, note, alt (the figure in words) and spec.
-    """
+    """All figures of explain.json, in the page's order."""
     return [
         *depth_figures(explain["layers"], explain["source"]),
         *_ablation(explain["layers"]),
@@ -35,22 +31,15 @@ def explain_figures(explain: Explain) -> list[Figure]:
 
 
 def depth_figures(rows: Layers, source: Mapping[str, Any] | None = None) -> list[Figure]:
-    """Both sizes by layer, and the norms on their null bands.
-
-    Args:
-        rows: layers as in explain.json.
-        source: where the weights are from, as there.
-    """
-    return [*_sizes(rows), *_norms(rows, source or {})]
+    """Both sizes by layer, and the norms on their null bands; the source is where the weights are from."""
+    figures: list[Figure] = []
+    for key, (title, axis) in SIZES.items():
+        figures += _profile(key, "depth", title, axis, interval_records(rows, {title: (key,)}), series=TITLES)
+    return [*figures, *_norms(rows, source or {})]
 
 
 def interval_records(rows: Layers, series: Mapping[str, Sequence[str]]) -> list[Record]:
-    """One record per series and layer: value with its limits; layers without the measure are left out.
-
-    Args:
-        rows: layers as in explain.json.
-        series: name → where the interval stands in a layer.
-    """
+    """One record per series (name → where its interval stands in a layer) and layer that has the measure."""
     return [
         {"series": name, "layer": layer, **{key: found[key] for key in ("value", "low", "high")}}
         for name, path in series.items()
@@ -71,32 +60,20 @@ def _profile(
     return [_figure(key, section, title, layers.profile(records, axis, **how), _extremes(records, name or axis), note)]
 
 
-def _sizes(rows: Layers) -> Iterator[Figure]:
-    for key, (title, axis) in SIZES.items():
-        yield from _profile(key, "depth", title, axis, interval_records(rows, {title: (key,)}), series=TITLES)
-
-
 def _norms(rows: Layers, source: Mapping[str, Any]) -> Iterator[Figure]:
     arm, seed = source.get("arm") or "branch", str(source.get("seed", ""))
     for measure in ("skip_norm", "down_norm"):
-        learned = [
-            {"part": "arm", "arm": arm, "seed": seed, "layer": row["layer"], "value": row[measure]}
-            for row in rows
-            if row.get(measure)
-        ]
+        about = {"part": "arm", "arm": arm, "seed": seed}
+        learned = [{**about, "layer": row["layer"], "value": row[measure]} for row in rows if row.get(measure)]
         if not learned:
             continue
-        bands = [
-            {"part": "null", "null": depth.NULLS["noise"], "layer": row["layer"], **row["null"][measure]}
-            for row in rows
-            if (row.get("null") or {}).get(measure)
-        ]
-        records = [*learned, *bands]
+        about = {"part": "null", "null": depth.NULLS["noise"]}
+        bands = [{**about, "layer": layer, **band} for layer, band in measured(rows, "null", measure)]
         name = depth.MEASURES[measure]
         top = max(learned, key=lambda row: row["value"])
         words = f"{name}; largest at layer {top['layer']} ({top['value']:.3g}); {'with' if bands else 'no'} null band"
         note = "with the band that noise gives" if bands else "no null band: a norm alone shows little"
-        yield _figure(measure, "depth", f"Norm: {name}", depth.norms(records, [arm], measure), words, note)
+        yield _figure(measure, "depth", f"Norm: {name}", depth.norms([*learned, *bands], [arm], measure), words, note)
 
 
 def _ablation(rows: Layers) -> Iterator[Figure]:
@@ -118,9 +95,8 @@ def _classes(explain: Explain) -> Iterator[Figure]:
             words = "; ".join(f"{record['class']} {value_text(record)}" for record in shown)
             spec = classes.classes_plot(records, axis, list(SIZES))
             yield _figure(f"classes-{measure}", "classes", title, spec, f"{axis} by class of token: {words}")
-    if any(entry.get("by_layer") for entry in found):
-        indices = [layer["layer"] for layer in explain["layers"]]
-        records = classes.by_layer_records([entry for entry in found if entry.get("by_layer")], indices)
+    if by_layer := [entry for entry in found if entry.get("by_layer")]:
+        records = classes.by_layer_records(by_layer, [layer["layer"] for layer in explain["layers"]])
         axis = SIZES["skip_to_attention"][1]
         top = max((record for record in records if record["value"] is not None), key=lambda record: record["value"])
         words = f"{axis} by class and layer; largest for {top['class']} at layer {top['layer']} ({top['value']:.3g})"

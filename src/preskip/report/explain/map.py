@@ -17,32 +17,24 @@ LONGEST_SENTENCE = 120  # tokens; longer ones are cut, so that each fits a heat 
 
 
 def pack_map(documents: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> dict[str, Any]:
-    """What the page's map reads.
-
-    Args:
-        documents: as in explain.json, with tokens and per measure rows by layer (or None).
-        layers: the layers' indices, one per row.
+    """What the page's map reads of explain.json's documents: per measure a row for each of the layers, or None.
 
     Returns:
         layers, documents (id, title, tokens, sentences: each one's first token), and measures: for each one that any
         document has, the text of `pack` over documents, layers and tokens in this order.
     """
-    measures = {}
-    for measure in MEASURES:
-        if any(document.get(measure) is not None for document in documents):
-            measures[measure] = pack(list(_values(documents, measure, len(layers))))
     return {
         "layers": list(layers),
         "documents": [
-            {
-                "id": document["id"],
-                "title": document["title"],
-                "tokens": document["tokens"],
-                "sentences": sentence_starts(document["tokens"]),
-            }
+            {key: document[key] for key in ("id", "title", "tokens")}
+            | {"sentences": sentence_starts(document["tokens"])}
             for document in documents
         ],
-        "measures": measures,
+        "measures": {
+            measure: pack(list(_values(documents, measure, len(layers))))
+            for measure in MEASURES
+            if any(document.get(measure) is not None for document in documents)
+        },
     }
 
 
@@ -56,13 +48,10 @@ def pack(values: Sequence[float | None]) -> str:
         base64 of zlib of three planes of one byte per value: low and high byte of the mantissa (0 … 9999), and the
         decimal exponent (signed; -128 for None). A value is mantissa · 10^exponent.
     """
-    low, high, exponents = bytearray(), bytearray(), bytearray()
-    for value in values:
-        mantissa, exponent = (0, NONE) if value is None else decimal(value)
-        low.append(mantissa & 255)
-        high.append(mantissa >> 8)
-        exponents.append(exponent & 255)
-    return base64.b64encode(zlib.compress(bytes(low + high + exponents), 9)).decode("ascii")
+    parts = [(0, NONE) if value is None else decimal(value) for value in values]
+    low, high = bytes(mantissa & 255 for mantissa, _ in parts), bytes(mantissa >> 8 for mantissa, _ in parts)
+    exponents = bytes(exponent & 255 for _, exponent in parts)
+    return base64.b64encode(zlib.compress(low + high + exponents, 9)).decode("ascii")
 
 
 def decimal(value: float) -> tuple[int, int]:

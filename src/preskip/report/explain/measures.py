@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preskip.report.words.verdicts import decimals, limits_text, number
@@ -26,21 +26,17 @@ DIMENSIONS = {
 }
 
 
-def at(*path: str) -> Callable[[ExplainedLayer], Any]:
-    """Reads a layer's measure, or None."""
-
-    def find(layer: ExplainedLayer) -> Any:
-        found: Any = layer
-        for key in path:
-            found = (found or {}).get(key)
-        return found
-
-    return find
+def at(layer: ExplainedLayer, *path: str) -> Any:
+    """A layer's measure, or None."""
+    found: Any = layer
+    for key in path:
+        found = (found or {}).get(key)
+    return found
 
 
 def measured(layers: Sequence[ExplainedLayer], *path: str) -> list[tuple[int, Interval]]:
     """(layer, interval) of every layer that has the measure."""
-    return [(layer["layer"], found) for layer in layers if (found := at(*path)(layer)) is not None]
+    return [(layer["layer"], found) for layer in layers if (found := at(layer, *path)) is not None]
 
 
 def value_text(found: Interval, *, sign: bool = False) -> str:

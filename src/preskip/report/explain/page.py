@@ -17,7 +17,7 @@ from preskip.report.tables import NONE, Cell, make_table, words
 from preskip.report.words.facts import Groups, fact_groups
 from preskip.report.words.verdicts import MINUS
 from preskip.runs.files import write_bytes
-from preskip.runs.schema import EXPLAIN_VERSION, Explain, ExplainedClass, ExplainedLayer, Results
+from preskip.runs.schema import EXPLAIN_VERSION, Explain, ExplainedLayer, Results
 
 CONTENTS = {
     "explain-depth": "By layer",
@@ -28,13 +28,10 @@ CONTENTS = {
     "explain-weights": "Matrix",
     "explain-directions": "Neighbours",
 }
-MODEL_FACTS = {
-    "Name": "name",
-    "Type": "type",
-    "Layers": "layers",
-    "Width": "hidden_size",
-    "Parameters": "parameters",
-    "Data type": "dtype",
+METHOD = {
+    "Frequencies from": ("frequency_tokens", "tokens"),
+    "Ablation over": ("ablation_documents", "documents"),
+    "Patterns over": ("attention_documents", "documents"),
 }
 MAP_MEASURES = {"bypass": "Round attention", "enrichment": "Into attention"}
 COLUMNS = {"skip_to_attention": "‖skip‖ / ‖attention‖", "enrichment": "‖x̃ − x̂‖ / ‖x̂‖"}
@@ -75,7 +72,7 @@ def build_explain_page(folder: Path) -> Path:
     explain = section.data
     content = {
         "eyebrow": "Preskip explain",
-        "title": _title(explain),
+        "title": f"{explain['model']['name']}: {_source(explain)}",
         "version": explain["preskip_version"],
         "created": explain["created"],
         "file_name": "preskip-explain.json",
@@ -109,20 +106,14 @@ def find_explains(run: Path, results: Results) -> dict[Path, Explain]:
 
 
 def explain_section(explains: Mapping[Path, Explain]) -> Section:
-    """The section of the first of several explain.json, with links to the pages of the others.
-
-    Raises:
-        PreskipError: the file lacks what the page needs.
-    """
+    """The section of the first of several explain.json, with links to the pages of the others."""
     from preskip.report.explain.figures import explain_figures
 
     (path, explain), *others = explains.items()
     with clear_errors(path, "the page needs", "", ": run `preskip explain` again to write it anew"):
         documents = explain["documents"]
-        indices = [row["layer"] for row in explain["layers"]]
-        bypass_map = pack_map(documents, indices) if documents else None
-        if bypass_map is not None and not bypass_map["measures"]:
-            bypass_map = None
+        packed = pack_map(documents, [row["layer"] for row in explain["layers"]]) if documents else None
+        bypass_map = packed if packed and packed["measures"] else None
         figures = explain_figures(explain)
         content = _content(explain, figures, bypass_map)
         content["others"] = [
@@ -135,17 +126,24 @@ def explain_section(explains: Mapping[Path, Explain]) -> Section:
 def _content(
     explain: Explain, figures: Sequence[Mapping[str, Any]], bypass_map: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    rows = explain["layers"]
+    rows, source = explain["layers"], explain["source"]
+    kind = "baked checkpoint" if source["kind"] == "baked" else source["kind"]
     writes = _writes(rows)
     drawn = {figure["section"] for figure in figures}
     drawn |= {"explain-map"} if bypass_map else set()
     drawn |= {"explain-writes"} if writes else set()
     drawn |= {"explain-directions"} if drawn & {"explain-alignment", "explain-attention"} else set()
     columns = _columns(rows)
+    class_rows = []
+    for entry in explain.get("classes") or ():
+        dimension = DIMENSIONS.get(entry["dimension"], entry["dimension"]).lower()
+        tokens = Cell(f"{entry['tokens']:,}", sort=entry["tokens"])
+        sizes = [_cell(cast(Any, entry).get(measure)) for measure in SIZES]
+        class_rows.append([entry["class"], dimension, tokens, *sizes])
     return {
         "name": _source(explain),
         "heading": f"Inside {_source(explain)}",
-        "about": _about(explain),
+        "about": f"{kind} {source['name']}",
         "contents": [(key, words) for key, words in CONTENTS.items() if key in drawn],
         "findings": findings(explain),
         "extent": extent(counted(explain)),
@@ -159,7 +157,7 @@ def _content(
         "classes": make_table(
             "Classes of tokens",
             (words("Class"), words("Divides by"), "Tokens", *COLUMNS.values()),
-            [_class_row(entry) for entry in explain.get("classes") or ()],
+            class_rows,
             "Every class of tokens; the headings sort the table.",
         ),
         "writes": writes,
@@ -183,20 +181,11 @@ def visible(token: str) -> str:
     return "".join(SIGNS.get(character, character) for character in token) or "∅"
 
 
-def _title(explain: Explain) -> str:
-    return f"{explain['model']['name']}: {_source(explain)}"
-
-
 def _source(explain: Explain) -> str:
     source = explain["source"]
     if source.get("arm") is None:
         return str(source["name"])
     return f"{source['arm']}, seed {source['seed']}" if source.get("seed") is not None else str(source["arm"])
-
-
-def _about(explain: Explain) -> str:
-    kinds = {"run": "run", "adapter": "adapter", "baked": "baked checkpoint"}
-    return f"{kinds.get(explain['source']['kind'], explain['source']['kind'])} {explain['source']['name']}"
 
 
 def _start(rows: Sequence[ExplainedLayer]) -> int:
@@ -211,20 +200,18 @@ def _start(rows: Sequence[ExplainedLayer]) -> int:
 
 def _columns(rows: Sequence[ExplainedLayer]) -> dict[str, list[Cell]]:
     """Heading → the cells of all layers; columns without any number are left out."""
-    intervals = {title: [_cell(at(key)(row)) for row in rows] for key, title in COLUMNS.items()}
-    norms = {title: [_plain(at(key)(row)) for row in rows] for key, title in PLAIN.items()}
-    costs, changes = (
-        {title: [_cell(at(*path)(row), sign=True) for row in rows] for title, path in paths.items()}
-        for paths in (
-            {f"Δ bits per byte, {title}": ("ablation", part) for part, title in ABLATIONS.items()},
-            {
-                **{f"cosine with {title}": ("alignment", key) for key, title in ALIGNMENTS.items()},
-                "Δ entropy, nats": ("entropy_change",),
-                "Δ mass on the first token": ("sink_change",),
-            },
-        )
-    )
-    columns = {**intervals, **costs, **norms, **changes}
+    changes = {
+        **{f"cosine with {title}": ("alignment", key) for key, title in ALIGNMENTS.items()},
+        "Δ entropy, nats": ("entropy_change",),
+        "Δ mass on the first token": ("sink_change",),
+    }
+    costs = {f"Δ bits per byte, {title}": ("ablation", part) for part, title in ABLATIONS.items()}
+    columns = {
+        **{title: [_cell(at(row, key)) for row in rows] for key, title in COLUMNS.items()},
+        **{title: [_cell(at(row, *path), sign=True) for row in rows] for title, path in costs.items()},
+        **{title: [_plain(at(row, key)) for row in rows] for key, title in PLAIN.items()},
+        **{title: [_cell(at(row, *path), sign=True) for row in rows] for title, path in changes.items()},
+    }
     return {name: cells for name, cells in columns.items() if any(cell.sort is not None for cell in cells)}
 
 
@@ -239,12 +226,6 @@ def _plain(value: float | None) -> Cell:
     return Cell(NONE if value is None else f"{value:.3g}", sort=value)
 
 
-def _class_row(entry: ExplainedClass) -> list[Any]:
-    dimension = DIMENSIONS.get(entry["dimension"], entry["dimension"]).lower()
-    tokens = Cell(f"{entry['tokens']:,}", sort=entry["tokens"])
-    return [entry["class"], dimension, tokens, *(_cell(cast(Any, entry).get(measure)) for measure in SIZES)]
-
-
 def _writes(rows: Sequence[ExplainedLayer]) -> list[dict[str, Any]]:
     def spelled(pairs: Sequence[Any] | None) -> list[dict[str, str]]:
         return [{"text": visible(text), "value": f"{value:+.3g}".replace("-", MINUS)} for text, value in pairs or ()]
@@ -257,13 +238,22 @@ def _writes(rows: Sequence[ExplainedLayer]) -> list[dict[str, Any]]:
 
 
 def _facts(explain: Explain) -> Groups:
+    method: Any = explain.get("method") or {}
     model, sets = explain["model"], dict.fromkeys(entry["set"] for entry in explain["texts"])
     groups: dict[str, dict[str, Any]] = {
-        "Model": {label: cast(Any, model).get(key) for label, key in MODEL_FACTS.items()},
+        "Model": {
+            "Name": model["name"],
+            "Type": model.get("type"),
+            "Layers": model.get("layers"),
+            "Width": model.get("hidden_size"),
+            "Parameters": model.get("parameters"),
+            "Data type": model.get("dtype"),
+        },
         "Branch": explain.get("settings") or {},
         "Texts": {
             **{name.capitalize(): extent([e for e in explain["texts"] if e["set"] == name]) for name in sets},
-            **_method(explain.get("method") or {}),
+            "Context": method.get("context_length"),
+            **{label: method.get(key) and f"{method[key]:,} {unit}" for label, (key, unit) in METHOD.items()},
             "On the map": ", ".join(document["title"] for document in explain["documents"]),
         },
         "Machine": {
@@ -272,16 +262,6 @@ def _facts(explain: Explain) -> Groups:
         },
     }
     return fact_groups(groups, _text)
-
-
-def _method(method: Mapping[str, Any]) -> dict[str, Any]:
-    counts = {
-        "Frequencies from": ("frequency_tokens", "tokens"),
-        "Ablation over": ("ablation_documents", "documents"),
-        "Patterns over": ("attention_documents", "documents"),
-    }
-    extents = {label: method.get(key) and f"{method[key]:,} {unit}" for label, (key, unit) in counts.items()}
-    return {"Context": method.get("context_length"), **extents}
 
 
 def _text(value: Any) -> str:

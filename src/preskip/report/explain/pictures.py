@@ -32,12 +32,8 @@ def check_folder(folder: Path) -> None:
 def save_figures(explain: Explain, folder: Path) -> list[Path]:
     """Write every picture for which something was measured; the same numbers give the same files.
 
-    Args:
-        explain: content of explain.json.
-        folder: made if absent; files of the same names are replaced.
-
     Returns:
-        The files, e.g. depth.svg, depth.pdf, depth.png.
+        The files, e.g. depth.svg, depth.pdf, depth.png; they replace older ones.
 
     Raises:
         PreskipError: see `check_folder`; or the folder cannot be written.

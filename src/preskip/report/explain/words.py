@@ -11,6 +11,15 @@ from preskip.runs.schema import Explain
 
 MOST_CONTRASTS = 3
 NOT_COMPARED = "no intervals are known that hold for all at once."
+# Measures with a sign, by where each stands in a layer: what lies above 0, what below, how a value is set.
+DIRECTIONS = {
+    ("alignment", "attention"): ("with attention's output it points the same way", "the opposite way", "cosine {}"),
+    ("alignment", "mlp"): ("with the MLP's output it points the same way", "the opposite way", "cosine {}"),
+}
+CHANGES = {
+    ("entropy_change",): ("spreads attention wider", "sharpens it", "{} nats"),
+    ("sink_change",): ("moves mass to the first token", "takes mass from it", "{}"),
+}
 # Position in the word, of a few documents: what an interval over documents is worth.
 FEW_DOCUMENTS = 10
 
@@ -18,14 +27,14 @@ FEW_DOCUMENTS = 10
 def findings(explain: Explain) -> list[tuple[str, str]]:
     """(heading, sentence) of what was found; what was not measured is left out."""
     rows = explain["layers"]
+    direction, change = "; ".join(_signed(rows, DIRECTIONS)), "; it ".join(_signed(rows, CHANGES))
     found = [
         ("Where", _where(rows)),
         ("For which tokens", _which(explain.get("classes") or [])),
-        ("Worth of the skip", _worth(measured(rows, "ablation", "skip"), "skip")),
-        ("Worth of the enrichment", _worth(measured(rows, "ablation", "enrichment"), "enrichment")),
+        *((f"Worth of the {part}", _worth(measured(rows, "ablation", part), part)) for part in ("skip", "enrichment")),
         ("Learnt or noise", _norms(rows)),
-        ("Direction", _direction(rows)),
-        ("Effect on attention", _attention(rows)),
+        ("Direction", direction and f"The skip's output: {direction}."),
+        ("Effect on attention", change and f"The enrichment {change}."),
         ("Rank", _rank(rows, explain["model"].get("hidden_size"))),
     ]
     return [(heading, text) for heading, text in found if text]
@@ -92,10 +101,6 @@ def layers_text(indices: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in ranges)
 
 
-def _layers(count: int) -> str:
-    return "1 layer" if count == 1 else f"{count} layers"
-
-
 def _stand_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two layers or classes differ, all of them compared at once: their widened intervals do not touch."""
     first, second = (entry.get("skip_to_attention_wide") for entry in (one, other))
@@ -136,11 +141,8 @@ def _which(classes: Sequence[Any]) -> str:
     dimensions = [[e for e in sized if e["dimension"] == name] for name in dict.fromkeys(e["dimension"] for e in sized)]
     if not any(len(inside) > 1 for inside in dimensions):
         return ""
-    clear = []
-    for inside in dimensions:
-        pairs = [sorted(pair, key=_ratio) for pair in combinations(inside, 2) if _stand_apart(*pair)]
-        if pairs:  # the pair with the largest ratio
-            clear.append(max(pairs, key=_contrast))
+    apart = [[sorted(pair, key=_ratio) for pair in combinations(own, 2) if _stand_apart(*pair)] for own in dimensions]
+    clear = [max(pairs, key=_contrast) for pairs in apart if pairs]  # of each dimension the pair of the largest ratio
     clear.sort(key=_contrast, reverse=True)
     parts = [
         f"{DIMENSIONS.get(top['dimension'], top['dimension']).lower()}: "
@@ -186,40 +188,19 @@ def _norms(rows: Sequence[Any]) -> str:
     return text + (f"; in {inside} it is no larger than noise makes it." if inside else ".")
 
 
-def _signs(found: Sequence[tuple[int, Mapping[str, float]]]) -> tuple[int, int, int, Mapping[str, float]]:
-    """In how many layers the interval lies above 0, in how many below; the layer of the largest value, and that one."""
-    layer, most = max(found, key=lambda row: abs(row[1]["value"]))
-    above = sum(interval["low"] > 0 for _, interval in found)
-    return above, sum(interval["high"] < 0 for _, interval in found), layer, most
-
-
-def _direction(rows: Sequence[Any]) -> str:
+def _signed(rows: Sequence[Any], measures: Mapping[Any, tuple[str, str, str]]) -> list[str]:
+    """In how many layers each measure lies above 0, in how many below, and where it is largest."""
     parts = []
-    for key, words in (("attention", "attention's output"), ("mlp", "the MLP's output")):
-        found = measured(rows, "alignment", key)
+    for path, (up, down, form) in measures.items():
+        found = measured(rows, *path)
         if found:
-            along, against, layer, most = _signs(found)
+            layer, most = max(found, key=lambda row: abs(row[1]["value"]))
+            above, below = sum(each["low"] > 0 for _, each in found), sum(each["high"] < 0 for _, each in found)
             parts.append(
-                f"with {words} it points the same way in {_layers(along)} and the opposite way in {against} of "
-                f"{len(found)} (strongest at layer {layer}: cosine {value_text(most, sign=True)})"
+                f"{up} in {above} layer{'' if above == 1 else 's'} and {down} in {below} of {len(found)} "
+                f"(strongest at layer {layer}: {form.format(value_text(most, sign=True))})"
             )
-    return f"The skip's output: {'; '.join(parts)}." if parts else ""
-
-
-def _attention(rows: Sequence[Any]) -> str:
-    parts = []
-    for key, up, down, unit in (
-        ("entropy_change", "spreads attention wider", "sharpens it", " nats"),
-        ("sink_change", "moves mass to the first token", "takes mass from it", ""),
-    ):
-        found = measured(rows, key)
-        if found:
-            more, less, layer, most = _signs(found)
-            parts.append(
-                f"{up} in {_layers(more)} and {down} in {less} of {len(found)} (strongest at layer {layer}: "
-                f"{value_text(most, sign=True)}{unit})"
-            )
-    return f"The enrichment {'; it '.join(parts)}." if parts else ""
+    return parts
 
 
 def _rank(rows: Sequence[Any], width: int | None) -> str:
