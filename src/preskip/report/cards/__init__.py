@@ -12,8 +12,7 @@ from huggingface_hub import ModelCardData
 
 from preskip.model_card import REGISTERS, card_text, escape, loading
 from preskip.model_types import PREFIX
-from preskip.report.cards.content import Card, make_card
-from preskip.report.cards.usage import adapter_usage, hub_id
+from preskip.report.cards.content import Card, adapter_usage, hub_id, make_card
 from preskip.report.load import clear_errors, load_run
 from preskip.report.lookup import is_pretraining
 from preskip.runs.directory import RunDirectory
@@ -28,9 +27,6 @@ def write_cards(run: Path) -> list[Path]:
     """Write the card of every trained adapter or model of a run beside its weights, over PEFT's empty one.
 
     Arms that train the base's own weights leave no adapter and get none.
-
-    Args:
-        run: a run directory with run.json and results.json.
 
     Returns:
         The cards' paths; of stacked adapters that of the whole.
@@ -48,12 +44,6 @@ def write_cards(run: Path) -> list[Path]:
 
 def baked_card(run: Path, arm: str, seed: int, name: str) -> Card | None:
     """The card of a checkpoint baked from an adapter of a run; None where the run has no results of it yet.
-
-    Args:
-        run: the run directory.
-        arm: the adapter's arm.
-        seed: its training seed.
-        name: of the checkpoint.
 
     Raises:
         PreskipError: run.json or results.json is damaged or of another version.
@@ -76,7 +66,13 @@ def _write_adapter_card(run: Path, record: Manifest, results: Results, arm: str,
     trusts = bool(record["config"].get("trust_remote_code"))
     usage = adapter_usage(record["model"], results["arms"][arm]["base_dtype"], types, trusts)
     for part in parts if parts != [folder] else ():
-        Card(text=_part_card(record, name, part.name, len(parts))).write(part)
+        text = card_text(
+            ModelCardData(base_model=hub_id(record["model"]), library_name="peft", tags=["preskip", "adapter"]),
+            f"# {escape(name)}, part {part.name} of {len(parts)}",
+            f"The {len(parts)} adapters are stacked on one base: [the card of the whole](../README.md) says how, and "
+            "what was measured.",
+        )
+        Card(text=text).write(part)
     return make_card(record, results, arm, seed, kind="adapter", name=name, usage=usage).write(folder)
 
 
@@ -91,12 +87,3 @@ def _write_scratch_card(run: Path, record: Manifest, results: Results, arm: str,
 
 def _name(record: Manifest, arm: str, seed: int) -> str:
     return f"{Path(record['model']['name']).name or 'model'}-{arm}-seed-{seed}"
-
-
-def _part_card(record: Manifest, name: str, part: str, count: int) -> str:
-    return card_text(
-        ModelCardData(base_model=hub_id(record["model"]), library_name="peft", tags=["preskip", "adapter"]),
-        f"# {escape(name)}, part {part} of {count}",
-        f"The {count} adapters are stacked on one base: [the card of the whole](../README.md) says how, and what was "
-        "measured.",
-    )

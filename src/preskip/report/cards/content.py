@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from preskip.metrics import metric_named
 from preskip.model_card import LICENCE, bullets, card_text, code_block, escape, table
+from preskip.model_types import PREFIX
 from preskip.report.cards.depth import depth_layers, depth_picture, depth_words
-from preskip.report.cards.usage import hub_id
 from preskip.report.lookup import flipped, is_pretraining, trained_arms
 from preskip.report.words.facts import family_text, limits
 from preskip.report.words.verdicts import set_title
 from preskip.runs.files import clear_disk_errors, write_bytes
-from preskip.runs.schema import ArmResults, Manifest, Metrics, Results, SetFacts
+from preskip.runs.schema import ArmResults, Manifest, Metrics, ModelFacts, Results, SetFacts
 
 FIGURE = "depth.png"
 Kind = Literal["adapter", "baked", "scratch"]
@@ -43,17 +44,8 @@ class Card:
 
 
 def make_card(record: Manifest, results: Results, arm: str, seed: int, *, kind: Kind, name: str, usage: str) -> Card:
-    """The card of one trained arm and seed: how it was trained, what was measured with intervals, what it cannot show.
-
-    Args:
-        record: content of run.json.
-        results: content of results.json.
-        arm: the arm.
-        seed: the training seed whose weights the card goes with, and whose branch the figure shows; the measured values
-            are of all seeds together.
-        kind: an adapter, a baked checkpoint, or a model trained from scratch.
-        name: of the model, for heading and metadata.
-        usage: code that loads it.
+    """The card of a model, so named, of one arm and seed: how it is loaded and was trained, what was measured with
+    intervals, what it cannot show. The figure is of this seed, the measured values are of all seeds together.
     """
     found, sets = results["arms"][arm], results["sets"]
     name = " ".join(name.split())
@@ -101,26 +93,21 @@ def make_card(record: Manifest, results: Results, arm: str, seed: int, *, kind: 
 
 def _what(record: Manifest, found: ArmResults, arm: str, kind: Kind, *, has_branch: bool) -> str:
     model, description = record["model"], escape(record["arms"][arm]["description"])
-    paper = "; arXiv 2604.10791" if has_branch else ""
-    weights = f"{found['trainable_parameters']:,} trained weights{paper}"
-    version = escape(str(record["preskip_version"]))
+    weights = f"{found['trainable_parameters']:,} trained weights{'; arXiv 2604.10791' if has_branch else ''}"
+    version, name = escape(str(record["preskip_version"])), escape(model["name"])
     if kind == "scratch":
-        return (
-            f"{escape(model['name'])} ({escape(model['type'])}) trained from scratch, arm {escape(arm)}: {description} "
-            f"({weights}), with preskip {version}."
-        )
+        trained = f"{name} ({escape(model['type'])}) trained from scratch, arm {escape(arm)}: {description}"
+        return f"{trained} ({weights}), with preskip {version}."
     form = "baked into one checkpoint" if kind == "baked" else "as a PEFT adapter"
-    base = f"{escape(model['name'])} ({escape(model['source'])})"
-    return f"{base} with {description} ({weights}), {form} with preskip {version}."
+    return f"{name} ({escape(model['source'])}) with {description} ({weights}), {form} with preskip {version}."
 
 
 def _training(record: Manifest, results: Results, arm: str, seed: int) -> list[str]:
     found, config, corpus = results["arms"][arm], record["config"], record["corpus"]
-    text = f"Text: {escape(corpus['name'])} ({escape(corpus['source'])}), {corpus['training_tokens']:,} tokens"
     steps = found["steps"] if "steps" in found else config["steps"]
     searched = ", found on development documents" if arm in (results.get("search") or {}) else ""
     lines = [
-        text,
+        f"Text: {escape(corpus['name'])} ({escape(corpus['source'])}), {corpus['training_tokens']:,} tokens",
         f"{steps:,} steps of {config['batch_size']} × {config['seq_len']} tokens, seed {seed}",
         f"Learning rate {found['learning_rate']:g}{searched}",
     ]
@@ -151,20 +138,14 @@ def _value_rows(metrics: Metrics, sets: Mapping[str, SetFacts]) -> list[tuple[st
 
 
 def _difference_rows(results: Results, arm: str) -> list[tuple[str, ...]]:
-    sets = results["sets"]
-    return [
-        (
-            row["reference"],
-            set_title(sets, row["set"]),
-            _measure(row["metric"], sets.get(row["set"])),
-            _interval(row["difference"], row, "+"),
-            "yes" if row.get("declared") else "no",
-            row["verdict"],
-        )
-        for entry in results["comparisons"]
-        if arm in (entry["arm"], entry["reference"])
-        for row in [entry if entry["arm"] == arm else flipped(entry)]
-    ]
+    sets, rows = results["sets"], list[tuple[str, ...]]()
+    for entry in results["comparisons"]:
+        if arm in (entry["arm"], entry["reference"]):
+            row = entry if entry["arm"] == arm else flipped(entry)
+            what = (set_title(sets, row["set"]), _measure(row["metric"], sets.get(row["set"])))
+            shown = _interval(row["difference"], row, "+")
+            rows.append((row["reference"], *what, shown, "yes" if row.get("declared") else "no", row["verdict"]))
+    return rows
 
 
 def _measure(key: str, described: SetFacts | None) -> str:
@@ -176,3 +157,42 @@ def _interval(value: float, bounds: Mapping[str, Any], sign: str = "") -> str:
     low, high = bounds.get("low"), bounds.get("high")
     shown = f"{value:{sign}.4f}"
     return shown if low is None or high is None else f"{shown} [{low:{sign}.4f}, {high:{sign}.4f}]"
+
+
+def hub_id(model: ModelFacts) -> str | None:
+    """The Hub id of a run's base, or None for one from elsewhere."""
+    name = model["name"]
+    return name if model.get("source") == f"Hugging Face Hub {name}" else None
+
+
+def adapter_usage(model: ModelFacts, dtype: str, types: Mapping[str | None, str], trust_remote_code: bool) -> str:
+    """Code that loads a base and puts an adapter on it.
+
+    Args:
+        model: what run.json says of the base.
+        dtype: of its weights.
+        types: PEFT's type of each stacked adapter by its sub-folder; of a single one under None.
+        trust_remote_code: whether the base needs code of its own.
+    """
+    identity = hub_id(model)
+    more = ", trust_remote_code=True" if trust_remote_code else ""
+    if identity and model.get("revision"):
+        more += f", revision={json.dumps(model['revision'])}"
+    loader = "AutoModelForCausalLM.from_pretrained" if identity else "load_model"
+    name = json.dumps(model["name"], ensure_ascii=False)
+    own = "adapter" if "PRESKIP" in types.values() else "model" if model["type"].startswith(PREFIX) else None
+    lines = [
+        *([f"import preskip  # registers the {own} type"] if own else []),
+        "import torch",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM" if identity else "from preskip.assets import load_model",
+        "",
+        f"base = {loader}({name}, dtype=torch.{dtype}{more})",
+    ]
+    if None in types:
+        return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, "PATH_OR_ID")'])
+    for folder in types:
+        # PEFT keeps one table of names per base.
+        options = f'subfolder="{folder}", adapter_name="part-{folder}"'
+        lines.append(f'model = PeftModel.from_pretrained(base, "PATH_OR_ID", {options})')
+    return "\n".join(lines)

@@ -25,11 +25,7 @@ Layers = Sequence[Mapping[str, Any]]
 
 
 def depth_layers(results: Results, arm: str, seed: int) -> list[dict[str, Any]]:
-    """The stored depth profile in the form of explain.json's layers.
-
-    Returns:
-        One row per layer with a branch; none where the arm has no branch or nothing of it was measured.
-    """
+    """The stored depth profile in the form of explain.json's layers; none where nothing of a branch was measured."""
     rows: Any = (results.get("depth") or {}).get(arm, {}).get(str(seed)) or []
     noise = ((results.get("nulls") or {}).get("noise") or {}).get(arm) or ()
     bands = {row["layer"]: row for row in null_band(noise)}
@@ -69,12 +65,7 @@ def depth_picture(layers: Layers) -> bytes | None:
 
 
 def depth_words(layers: Layers, trends: Sequence[Trend]) -> str:
-    """What the figure shows, for those who do not see it.
-
-    Args:
-        layers: as from `depth_layers`.
-        trends: the arm's rows of results.json's `trend`, of all its seeds together.
-    """
+    """What the figure shows, for those who do not see it; the trends are of all seeds together."""
     found = {row["measure"]: row for row in trends}
     points = {key: [(row[key]["value"], row["layer"]) for row in layers if row[key]] for key in SIZES}
     norms = [(row["skip_norm"], row["layer"]) for row in layers if row["skip_norm"] is not None]
