@@ -20,15 +20,7 @@ DEPTH_TITLES = {
 
 
 def make_figures(results: Results, curves: Sequence[Curve]) -> list[Figure]:
-    """All figures of a run, in the page's order.
-
-    Args:
-        results: content of results.json.
-        curves: the training logs.
-
-    Returns:
-        Dictionaries with key (unique), section, title, note, alt (the figure in words) and spec.
-    """
+    """All figures of a run, in the page's order."""
     arms = trained_arms(results)
     return [
         *_planes(results),
@@ -47,9 +39,8 @@ def _planes(results: Results) -> Iterator[Figure]:
         if not tested:
             continue
         title = f"{set_label(results['sets'], home)} against "
-        alt = (
-            f"Benefit against the untouched model: {_places(tested)}. {assess_plane(results, home, abroad)['sentence']}"
-        )
+        sentence = assess_plane(results, home, abroad)["sentence"]
+        alt = f"Benefit against the untouched model: {_places(tested)}. {sentence}"
         shown = [(abroad, title + set_label(results["sets"], abroad), records, alt)]
         text = plane.DEVELOPMENT_TEXT.get(abroad, "")
         searched = [record for arm in trained_arms(results) for record in plane.grid_records(results, arm, text)]
@@ -93,10 +84,10 @@ def _searches(results: Results, arms: Sequence[str]) -> Iterator[Figure]:
         best = [row for row in rows if row["chosen"] and row["value"] is not None]
         reached = f", where it reaches {best[0]['value']:+.4f} bits per byte" if best else ""
         diverged = sorted({row["learning_rate"] for row in rows if row["diverged"]})
-        alt = f"{arm}: chosen learning rate {found[arm]['chosen']:g}{reached}"
-        if diverged:
-            alt += f"; diverged at {', '.join(f'{rate:g}' for rate in diverged)}"
-        note = f"chose {found[arm]['chosen']:g}" + (", grid extended" if found[arm].get("extended") else "")
+        chosen = f"{found[arm]['chosen']:g}"
+        alt = f"{arm}: chosen learning rate {chosen}{reached}"
+        alt += f"; diverged at {', '.join(f'{rate:g}' for rate in diverged)}" if diverged else ""
+        note = f"chose {chosen}" + (", grid extended" if found[arm].get("extended") else "")
         yield figure(f"search-{arm}", "search", arm, search.search(rows, arms, bounds), alt, note)
 
 
@@ -134,7 +125,8 @@ def _depth(results: Results, arms: Sequence[str]) -> Iterator[Figure]:
             spec = depth.depth(records, arms, measure)
             yield figure(f"depth-{measure}", "depth", title, spec, _layers_in_words(records, depth.MEASURES[measure]))
     for arm in arms:
-        yield from _norms(results, arms, arm)
+        if arm in profiles:
+            yield from _norms(results, arms, arm)
     for arm, seeds in (results.get("ablation") or {}).items():
         for part in ("skip", "enrichment"):
             records = depth.ablation_records(seeds, arm, part)
@@ -151,8 +143,6 @@ def _depth(results: Results, arms: Sequence[str]) -> Iterator[Figure]:
 
 def _norms(results: Results, arms: Sequence[str], arm: str) -> Iterator[Figure]:
     """An arm's norm on its null bands, and beside it the same norm under equal steps."""
-    if arm not in (results.get("depth") or {}):
-        return
     for measure in ("skip_norm", "down_norm"):
         records = depth.norm_records(results, arm, measure)
         learned = [record for record in records if record["part"] == "arm"]
@@ -162,8 +152,7 @@ def _norms(results: Results, arms: Sequence[str], arm: str) -> Iterator[Figure]:
         name, title = depth.MEASURES[measure], f"{arm}: {depth.MEASURES[measure]}"
         alt = _layers_in_words(learned, name) + (f"; null bands: {' and '.join(nulls)}" if nulls else "; no null band")
         # Several rates mean several scales: each plot has its own axis, from 0.
-        spec = depth.norms(records, arms, measure)
-        note = "with null bands" if nulls else "no null band"
+        spec, note = depth.norms(records, arms, measure), "with null bands" if nulls else "no null band"
         yield figure(f"norm-{measure}-{arm}", "norms", title, spec, alt, note)
         equal = depth.depth_records({arm: (results.get("equal_step") or {}).get(arm, {})}, measure)
         if equal:

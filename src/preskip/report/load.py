@@ -104,14 +104,10 @@ def load_curves(run: Path, results: Results) -> list[Curve]:
     Raises:
         PreskipError: a log cannot be read or one of its lines is damaged.
     """
-    curves = []
-    for arm, summary in results["arms"].items():
-        for seed in summary["seeds"]:
-            path = run / "arms" / arm / f"seed-{seed}" / "train.jsonl"
-            lines = _lines(path) if path.is_file() else []
-            if lines:
-                curves.append(Curve(arm, str(seed), lines))
-    return curves
+    cells = [(arm, str(seed)) for arm, summary in results["arms"].items() for seed in summary["seeds"]]
+    paths = [(cell, run / "arms" / cell[0] / f"seed-{cell[1]}" / "train.jsonl") for cell in cells]
+    curves = [Curve(*cell, _lines(path)) for cell, path in paths if path.is_file()]
+    return [curve for curve in curves if curve.lines]
 
 
 def short(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from preskip.report.words import facts, verdicts
 from preskip.report.words.claims import assess, power_text
 from preskip.report.words.frontier import assess_plane, planes
 from preskip.runs.files import write_bytes
-from preskip.runs.schema import Comparison, Manifest, Results
+from preskip.runs.schema import Manifest, Results
 
 DEPTH_SECTIONS = ("depth", "norms", "ablation")
 
@@ -59,6 +59,7 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
     comparisons = results["comparisons"]
     trained = trained_arms(results)
     seeds = max((len(results["arms"][arm]["seeds"]) for arm in trained), default=1)
+    levels = sorted({entry["confidence"] for entry in comparisons})
     groups = tables.arm_columns(results)
     return {
         "eyebrow": "Preskip report",
@@ -68,13 +69,16 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "version": record["preskip_version"],
         "created": record["created"],
         "planes": [assess_plane(results, home, abroad) for home, abroad in planes(results)] if comparisons else [],
-        "claims": [_with_power(claim) for claim in assess(record, results)],
+        "claims": [
+            {**claim, "parts": [{**part, "power": power_text(part)} for part in claim["parts"]]}
+            for claim in assess(record, results)
+        ],
         "scoreboard": tables.scoreboard(results),
         "scope": verdicts.scope(comparisons, seeds),
         "family": facts.family_text(results),
         "declared": facts.declared_text(results),
         "several_seeds": seeds > 1,
-        "confidence": _confidence(comparisons),
+        "confidence": " and ".join(f"{100 * level:g} %" for level in levels) or "95 %",
         "groups": groups,
         "arms": tables.arm_rows(results, record, groups),
         "costs": tables.cost_table(results, record),
@@ -97,12 +101,3 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "settings": facts.settings(record),
         "limits": facts.limits(record, results, seeds),
     }
-
-
-def _with_power(claim: Mapping[str, Any]) -> dict[str, Any]:
-    return {**claim, "parts": [{**part, "power": power_text(part)} for part in claim["parts"]]}
-
-
-def _confidence(comparisons: Sequence[Comparison]) -> str:
-    levels = sorted({entry["confidence"] for entry in comparisons})
-    return " and ".join(f"{100 * level:g} %" for level in levels) or "95 %"

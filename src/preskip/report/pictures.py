@@ -50,11 +50,11 @@ def picture(
     from altair import SCHEMA_URL
 
     columns = min(columns, len(figures))
-    width = LAYOUT / columns - PANEL_MARGIN
-    panels = [
-        {**_shown(figure["spec"]), "title": figure["title"], "width": width, **({"height": height} if height else {})}
-        for figure in figures
-    ]
+    size = {"width": LAYOUT / columns - PANEL_MARGIN, **({"height": height} if height else {})}
+    panels = []
+    for figure in figures:  # without the layers that only a pointer finds
+        layers = [layer for layer in figure["spec"]["layer"] if layer["mark"].get("opacity") != 0]
+        panels.append({**figure["spec"], "layer": layers, "title": figure["title"], **size})
     spec = {"$schema": SCHEMA_URL, "concat": panels, "columns": columns, "spacing": 24, "config": CONFIG}
     channels = ("color", "fill", "stroke", "shape", "strokeDash")
     spec["resolve"] = {"scale": dict.fromkeys(channels, "shared" if shared else "independent")}
@@ -64,13 +64,8 @@ def picture(
         svg = re.sub(rf"\b{name}\b", f"part-{place}", svg)
     found = re.search(r'width="([\d.]+)" height="([\d.]+)"', svg)
     assert found
-    size = f'width="{WIDTH}in" height="{WIDTH * float(found[2]) / float(found[1]):.4f}in"'
-    return svg.replace(found[0], size, 1)
-
-
-def _shown(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what only a pointer finds."""
-    return {**spec, "layer": [layer for layer in spec["layer"] if layer["mark"].get("opacity") != 0]}
+    inches = f'width="{WIDTH}in" height="{WIDTH * float(found[2]) / float(found[1]):.4f}in"'
+    return svg.replace(found[0], inches, 1)
 
 
 def to_png(svg: str, dpi: int = 300) -> bytes:

@@ -60,9 +60,9 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = _joined("report.css", "map.css")
-    script = _joined("report.js", "map.js") if bypass_map else _joined("report.js")
-    bundle = _vega_bundle()
+    bundle, style = _vega_bundle(), _joined("report.css", "map.css")
+    script = _joined("report.js", *(["map.js"] if bypass_map else []))
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (bundle, script)]
     return environment.get_template(template).render(
         **content,
         figures=figures,
@@ -70,7 +70,7 @@ def render(
         style=Markup(style),
         bundle=Markup(bundle),
         script=Markup(script),
-        script_hashes=Markup(" ".join(_script_hash(text) for text in (bundle, script))),
+        script_hashes=Markup(" ".join(f"'sha256-{digest}'" for digest in digests)),
         specs=_embedded({figure["key"]: figure["spec"] for figure in figures}, Markup),
         data=_embedded(data, Markup),
         map=_embedded(bypass_map, Markup) if bypass_map else None,
@@ -100,8 +100,3 @@ def _embedded(value: Any, markup: type[Markup]) -> Markup:
     """JSON that no content can break out of a script element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII only
     return markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
-
-
-def _script_hash(text: str) -> str:
-    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return f"'sha256-{digest}'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from preskip.report.lookup import (
@@ -17,6 +18,7 @@ from preskip.report.lookup import (
     plain_arm,
     primary,
     resolvable,
+    trained_arms,
 )
 from preskip.report.words.claims import MEASURES
 from preskip.report.words.facts import bytes_text
@@ -32,7 +34,7 @@ from preskip.report.words.verdicts import (
     set_label,
     set_title,
 )
-from preskip.runs.schema import ArmResults, Comparison, Manifest, Results
+from preskip.runs.schema import Comparison, Manifest, Results
 
 PAPER_COLUMNS = {
     "paper:lambada": "LAMBADA",
@@ -91,20 +93,13 @@ def arm_columns(results: Results) -> list[dict[str, Any]]:
     """A column group per evaluation set: title, domain, and its metrics (key, name, note), the primary one first."""
     groups = []
     for name, entry in results["sets"].items():
-        found = dict.fromkeys(
-            metric for summary in results["arms"].values() for metric in summary["metrics"].get(name) or {}
-        )
-        keys = sorted(found, key=lambda key: key != primary(results, name))
+        measured_in = (summary["metrics"].get(name) or {} for summary in results["arms"].values())
+        keys = sorted(dict.fromkeys(chain.from_iterable(measured_in)), key=lambda key: key != primary(results, name))
         metrics = [(key, metric_on(results, name, key)) for key in keys]
         if metrics:
-            groups.append(
-                {
-                    "key": name,
-                    "title": set_label(results["sets"], name),
-                    "domain": DOMAINS[entry["domain"]],
-                    "metrics": [{"key": key, "name": about.name, "note": about.direction} for key, about in metrics],
-                }
-            )
+            shown = [{"key": key, "name": about.name, "note": about.direction} for key, about in metrics]
+            title, domain = set_label(results["sets"], name), DOMAINS[entry["domain"]]
+            groups.append({"key": name, "title": title, "domain": domain, "metrics": shown})
     return groups
 
 
@@ -138,14 +133,8 @@ def set_table(results: Results) -> Table:
         title = Cell(set_title(results["sets"], name), name)
         origin = Cell(entry.get("source") or NONE, checksum)
         rows.append((title, DOMAINS[entry["domain"]], size, scored or NONE, origin))
-    columns = (
-        words("Set"),
-        words("Domain"),
-        words("Extent", wrap=True),
-        words("Scored with"),
-        words("Source", wrap=True),
-    )
-    return make_table("Evaluation sets", columns, rows)
+    columns = (words("Set"), words("Domain"), words("Extent", wrap=True), words("Scored with"))
+    return make_table("Evaluation sets", (*columns, words("Source", wrap=True)), rows)
 
 
 def cost_table(results: Results, record: Manifest) -> Table:
@@ -185,34 +174,38 @@ def size_table(results: Results) -> Table:
         *(words("Arm"), "Weights", "Without embeddings", Column("FLOPs per token", "forward"), "Tokens"),
         *(Column("Training", "PFLOP"), words("Matched to preskip"), "Tokens per second", "Utilisation"),
     )
-    arms = results["arms"] if is_pretraining(results) else {}
-    rows = [(name, *_size_cells(summary)) for name, summary in arms.items()]
+    rows = []
+    for name, summary in results["arms"].items() if is_pretraining(results) else ():
+        matched, deviation = summary.get("matched"), summary.get("deviation") or 0.0
+        speed, mfu = summary.get("tokens_per_second"), summary.get("mfu")
+        rows.append(
+            (
+                name,
+                number(summary["parameters"], 0),
+                number(summary["non_embedding"], 0),
+                _flops(summary["forward_flops_per_token"], whole=True),
+                number(summary["tokens"], 0),
+                f"{summary['training_flops'] / 1e15:,.3g}",
+                NONE if matched is None else f"{matched} {number(100 * deviation, 2, sign=True)} %",
+                NONE if speed is None else number(speed, 0),
+                NONE if mfu is None else f"{mfu:.0%}",
+            )
+        )
     return make_table("Size and compute", columns, rows, "Weights, compute and speed of every arm")
-
-
-def _size_cells(summary: ArmResults) -> tuple[str, ...]:
-    matched, deviation = summary.get("matched"), summary.get("deviation") or 0.0
-    speed, mfu = summary.get("tokens_per_second"), summary.get("mfu")
-    return (
-        number(summary["parameters"], 0),
-        number(summary["non_embedding"], 0),
-        _flops(summary["forward_flops_per_token"], whole=True),
-        number(summary["tokens"], 0),
-        f"{summary['training_flops'] / 1e15:,.3g}",
-        NONE if matched is None else f"{matched} {number(100 * deviation, 2, sign=True)} %",
-        NONE if speed is None else number(speed, 0),
-        NONE if mfu is None else f"{mfu:.0%}",
-    )
 
 
 def comparison_groups(results: Results) -> list[dict[str, Any]]:
     """Every set and metric with its comparisons: those declared before training, then the others."""
+    columns = (
+        *(words("Comparison"), words("Verdict"), "Difference", "Interval", Column("p", "Holm")),
+        *(Column("p", "alone"), Column("Margin", "p equivalent"), "Units", "Seeds"),
+    )
     groups = []
     for set_name, metric, entries in by_measure(results["comparisons"]):
         about = metric_on(results, set_name, metric)
         title = f"{about.name}, {set_label(results['sets'], set_name)}"
         declared, others = (
-            [entry for entry in ordered(entries, about.lower_is_better) if is_declared(entry) == wanted]
+            [_comparison(entry) for entry in ordered(entries, about.lower_is_better) if is_declared(entry) == wanted]
             for wanted in (True, False)
         )
         groups.append(
@@ -221,25 +214,18 @@ def comparison_groups(results: Results) -> list[dict[str, Any]]:
                 "title": title,
                 "domain": DOMAINS[results["sets"][set_name]["domain"]],
                 "note": about.direction,
-                "declared": _comparisons(f"{title}, declared", declared),
-                "others": _comparisons(f"{title}, exploratory", others),
+                "declared": make_table(f"{title}, declared", columns, declared),
+                "others": make_table(f"{title}, exploratory", columns, others),
             }
         )
     return groups
-
-
-def _comparisons(label: str, entries: Sequence[Comparison]) -> Table:
-    columns = (
-        *(words("Comparison"), words("Verdict"), "Difference", "Interval", Column("p", "Holm")),
-        *(Column("p", "alone"), Column("Margin", "p equivalent"), "Units", "Seeds"),
-    )
-    return make_table(label, columns, [_comparison(entry) for entry in entries])
 
 
 def _comparison(entry: Comparison) -> tuple[Any, ...]:
     shown, margin, equivalence = difference_text(entry), entry.get("margin"), entry.get("p_equivalence")
     gained, lost, clusters = entry.get("gained"), entry.get("lost"), entry.get("clusters")
     counted = "" if gained is None or lost is None else f"{gained:,} gained, {lost:,} lost"
+    bound = NONE if margin is None else f"±{amount(entry['metric'], margin)}"
     return (
         f"{entry['arm']} {MINUS} {entry['reference']}",
         Cell(entry["verdict"], badge=True),
@@ -247,10 +233,7 @@ def _comparison(entry: Comparison) -> tuple[Any, ...]:
         shown["interval"],
         p_text(entry.get("p_holm")),
         p_text(entry.get("p_value")),
-        Cell(
-            NONE if margin is None else f"±{amount(entry['metric'], margin)}",
-            "" if equivalence is None else p_text(equivalence),
-        ),
+        Cell(bound, "" if equivalence is None else p_text(equivalence)),
         Cell(f"{entry['units']:,} {entry['unit']}s", f"in {clusters:,} clusters" if clusters else ""),
         entry["seeds"],
     )
@@ -269,29 +252,22 @@ def scoreboard(results: Results) -> dict[str, Any]:
         for name, entry in sets.items()
     ]
     rows = []
-    for arm, summary in results["arms"].items():
-        if arm != plain and summary["trainable_parameters"]:
-            found = [find(results, arm, plain, name) for name in sets]
-            cells = [{"outcome": entry["verdict"], **difference_text(entry)} if entry else None for entry in found]
-            if any(cells):
-                rows.append({"arm": arm, "cells": cells})
+    for arm in trained_arms(results):
+        found = [find(results, arm, plain, name) for name in sets if arm != plain]
+        cells = [{"outcome": entry["verdict"], **difference_text(entry)} if entry else None for entry in found]
+        if any(cells):
+            rows.append({"arm": arm, "cells": cells})
     return {"columns": columns, "rows": rows}
 
 
 def search_table(results: Results) -> Table:
     """A row per searched arm: where it started, what it chose, and whether the grid had to grow."""
     columns = (words("Arm"), "Default", "Chosen", "Runs", words("Best at the edge, grid extended"), "Diverged")
-    rows = [
-        (
-            arm,
-            f"{search['default']:g}",
-            f"{search['chosen']:g}",
-            len(search["trace"]),
-            "yes" if search.get("extended") else "no",
-            sum(bool(point.get("diverged")) for point in search["trace"]),
-        )
-        for arm, search in (results.get("search") or {}).items()
-    ]
+    rows = []
+    for arm, search in (results.get("search") or {}).items():
+        rates, extended = (f"{search['default']:g}", f"{search['chosen']:g}"), "yes" if search.get("extended") else "no"
+        diverged = sum(bool(point.get("diverged")) for point in search["trace"])
+        rows.append((arm, *rates, len(search["trace"]), extended, diverged))
     return make_table("Chosen learning rates", columns, rows, "What the search chose for each arm")
 
 
@@ -313,21 +289,13 @@ def paper_table(results: Results) -> Table:
     """The paper's own columns of every arm, small below each the paper's figure for this model where there is one."""
     paper: Any = results.get("paper") or {"columns": {}}
     sets = list(dict.fromkeys(name for values in paper["columns"].values() for name in values))
-    published = paper.get("published") or {}
-    rows = [
-        [
-            arm,
-            *(
-                Cell(number(values[name], 3), number(theirs[name], 3) if name in theirs else "")
-                for theirs in [published.get(arm, {})]
-                for name in sets
-            ),
-        ]
-        for arm, values in paper["columns"].items()
-    ]
-    return make_table(
-        "The paper's own scoring", (words("Arm"), *(PAPER_COLUMNS.get(name, name) for name in sets)), rows
-    )
+    rows = []
+    for arm, values in paper["columns"].items():
+        theirs = (paper.get("published") or {}).get(arm, {})
+        notes = {name: number(theirs[name], 3) if name in theirs else "" for name in sets}
+        rows.append((arm, *(Cell(number(values[name], 3), notes[name]) for name in sets)))
+    columns = (words("Arm"), *(PAPER_COLUMNS.get(name, name) for name in sets))
+    return make_table("The paper's own scoring", columns, rows)
 
 
 def power_table(results: Results) -> Table:
