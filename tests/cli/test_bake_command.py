@@ -71,7 +71,7 @@ def test_a_lone_adapter_takes_the_base_it_names(place, tmp_path, capsys):
     assert "base weights bfloat16" in capsys.readouterr().err
     baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert baked.model.embed_tokens.weight.dtype == torch.bfloat16
-    assert baked.model.layers[0].self_attn.preskip.up.weight.dtype == torch.float32
+    assert baked.model.layers[0].self_attn.preskip.up.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("case", ["missing", "lora", "exists", "dtype", "other base", "corrupt", "results"])
