@@ -20,7 +20,8 @@ class PeakMemory:
 def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     """Record the peak memory in bytes while the block runs.
 
-    CUDA uses `torch.cuda.max_memory_allocated`; for other devices the resident set size is sampled.
+    CUDA uses `torch.cuda.max_memory_allocated`; for other devices the resident set size is sampled, and read
+    once more as the block ends: what is still held then is always seen.
     """
     peak = PeakMemory()
     if device.type == "cuda":
@@ -31,16 +32,19 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     process, done = psutil.Process(), threading.Event()
 
     def sample() -> None:
-        while True:
-            with suppress(psutil.Error):  # what only measures must not end the work
-                peak.bytes = max(peak.bytes, process.memory_info().rss)
-            if done.wait(0.02):
-                return
+        with suppress(psutil.Error):  # what only measures must not end the work
+            peak.bytes = max(peak.bytes, process.memory_info().rss)
 
-    thread = threading.Thread(target=sample, daemon=True)
+    def watch() -> None:
+        sample()
+        while not done.wait(0.02):
+            sample()
+
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield peak
     finally:
         done.set()
         thread.join()
+        sample()
