@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest/.installed
 # Most of the files in 200 packages are never imported: what is gets compiled then.
@@ -22,15 +23,20 @@ help:
 	@echo "make docs       the documentation site in build/site, every warning an error"
 	@echo "make oldest     the test suite on the oldest supported peft and transformers"
 
-$(INSTALLED): pyproject.toml constraints.txt
+# What runs the package and draws its pages; tests and lint need more.
+$(RUNS): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP) -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/$(PIP) -c constraints.txt -e ".[report]"
+	@touch $@
+
+$(INSTALLED): $(RUNS)
 	$(BIN)/$(PIP) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 install: $(INSTALLED)
 
-demo: $(INSTALLED)
+demo: $(RUNS)
 	$(BIN)/preskip probe
 
 test: $(INSTALLED)
