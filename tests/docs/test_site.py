@@ -82,8 +82,8 @@ def test_every_page_is_in_the_navigation():
     assert not [page.name for page in (ROOT / "docs").glob("*.md") if f" {page.name}\n" not in navigation]
 
 
-def test_the_first_notebook_has_outputs_and_uses_public_names():
-    path = ROOT / "notebooks" / "insert_train_look.ipynb"
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_has_outputs_and_uses_public_names(path):
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
     outputs = [output for cell in cells for output in cell["outputs"]]

@@ -15,6 +15,7 @@ def run_notebook(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setenv("TMPDIR", str(place))  # what a notebook writes
 
     notebook = nbformat.read(FOLDER / name, as_version=4)
+    assert any(cell.get("outputs") for cell in notebook.cells), "stored with outputs"
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = []
