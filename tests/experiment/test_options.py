@@ -77,7 +77,7 @@ def test_preset_below_file_below_option():
     config = ProbeConfig.from_options(preset_options(ProbeConfig, [file, given]), file, given)
     assert (config.preset, config.steps, config.save_steps) == ("standard", 40, 10)
     assert (config.task_limit, config.lr_mode) == (1500, "tune")
-    assert preset_options(ProbeConfig, [file, {"preset": "quick"}]) == {}
+    assert preset_options(ProbeConfig, [file, {"preset": "quick"}])["batch_size"] == 4
     assert preset_options(PretrainConfig, [given]) == {}
     with pytest.raises(PreskipError, match="--preset 'huge' is unknown: choose one of quick, standard, paper"):
         preset_options(ProbeConfig, [{"preset": "huge"}])
