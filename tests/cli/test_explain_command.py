@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import pyarrow.parquet as pq
@@ -111,6 +112,18 @@ def test_another_seed_and_no_ablation(place, explained, tmp_path, capsys):
     assert other["source"]["seed"] == 1
     assert other["layers"][0]["ablation"] is None
     assert other["layers"][0]["skip_norm"] != explained["layers"][0]["skip_norm"]
+
+
+def test_without_the_report_extra_what_was_measured_is_kept(place, explained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "altair", None)
+    out = tmp_path / "bare"
+    assert preskip("explain", place / "run", *FEW, "--out", out) == 0
+    printed = capsys.readouterr()
+    assert [path.name for path in out.iterdir() if path.suffix != ".parquet"] == ["explain.json"]
+    assert "no explain.html: the report needs altair, which is not installed" in printed.err
+    assert str(out) in printed.out.replace("\n", "")
+    assert preskip("explain", place / "run", *FEW, "--out", tmp_path / "figures", "--figures", tmp_path) == 1
+    assert not (tmp_path / "figures").exists()
 
 
 def test_stacked_adapters_of_an_arm(tmp_path, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from preskip.cli.options import Base, BatchTokens, DataDir, Device, DtypeOfRun, Json, TrustRemoteCode, flag
+from preskip.cli.runs import written_or_said
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
@@ -121,24 +122,31 @@ def explain(
             "environment": environment.describe(device),
         }
         write_json(workspace / "explain.json", content)
-        build_explain_page(workspace)
+        page = written_or_said(build_explain_page, workspace, "explain.html", as_json)
         workspace.chmod(0o755)
         with clear_disk_errors(out):
             workspace.rename(out)
         if found.run is not None and out.parent == found.run / "explain" and (found.run / "results.json").is_file():
-            build_report(found.run)  # its page holds this one's section
+            written_or_said(build_report, found.run, "report.html", as_json)  # its page holds this one's section
     except BaseException:
         shutil.rmtree(workspace, ignore_errors=True)
         raise
     written = save_figures(content, figures) if figures is not None else []
     if as_json:
         shown = {key: value for key, value in content.items() if key != "documents"}
-        page = str(out / "explain.html")
         print(
-            json.dumps({"out": str(out), "page": page, "figures": [str(path) for path in written], **shown}, indent=1)
+            json.dumps(
+                {
+                    "out": str(out),
+                    "page": page and str(out / page.name),
+                    "figures": [str(path) for path in written],
+                    **shown,
+                },
+                indent=1,
+            )
         )
     else:
-        _print(content, out, written)
+        _print(content, [*([out / page.name] if page else [out]), *written])
 
 
 def _default_out(source: Source) -> Path:
@@ -227,7 +235,7 @@ def _facts(source: Source, live: Any, model: str | None, dtype: str) -> ExplainF
     }
 
 
-def _print(content: Mapping[str, Any], out: Path, figures_written: Sequence[Path]) -> None:
+def _print(content: Mapping[str, Any], written: Sequence[Path]) -> None:
     from preskip.cli.wide import columns, print_wide
 
     figures = ("layer", "skip / attention", "enrichment", "skip off", "enrichment off", "both off", "rank")
@@ -247,7 +255,7 @@ def _print(content: Mapping[str, Any], out: Path, figures_written: Sequence[Path
     ablated = content["method"]["ablation_documents"]
     off = f"off: bits per byte without the part minus with it, on {ablated} documents; " if ablated else ""
     note = f"{tokens:,} tokens of {len(content['texts'])} texts; {off}95 % intervals over documents; "
-    print_wide(table, [f"{note}{content['timings']['total']:g} s"], map(str, (out / "explain.html", *figures_written)))
+    print_wide(table, [f"{note}{content['timings']['total']:g} s"], map(str, written))
 
 
 def _interval(found: Mapping[str, float] | None, form: str) -> str:

@@ -203,18 +203,19 @@ def write_report(run: RunDirectory, quiet: bool) -> Path | None:
     """
     from preskip.report import build_report, write_cards
 
-    _write(write_cards, run, "model cards", quiet)
-    return _write(build_report, run, "report.html", quiet)
+    written_or_said(write_cards, run.path, "model cards", quiet)
+    return written_or_said(build_report, run.path, "report.html", quiet)
 
 
-def _write(write: Callable[[Path], Written], run: RunDirectory, what: str, quiet: bool) -> Written | None:
+def written_or_said(write: Callable[[Path], Written], folder: Path, what: str, quiet: bool) -> Written | None:
+    """What `write` makes of a folder, or None where it cannot: the reason is said, and what is stored stays."""
     from rich.console import Console
 
     from preskip.progress import spinner
 
     try:
         with spinner(f"writing {what}", quiet=quiet):
-            return write(run.path)
+            return write(folder)
     except PreskipError as error:
         if not quiet:
             Console(stderr=True, soft_wrap=True).print(f"no {what}: {error}", style="yellow", markup=False)
