@@ -1,7 +1,7 @@
 """What can be compared, how budgets are matched, and how an arm gets into the model and out of it."""
 
 from preskip.arms.arm import Arm, ArmContext
-from preskip.arms.budget import attention_paths, branch_parameters, lora_ranks, match_expansion
+from preskip.arms.budget import attention_paths, branch_parameters, linear_shapes, lora_ranks, match_expansion
 from preskip.arms.catalogue import ARMS, REGISTRY, SCRATCH_ARMS, resolve_arms
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ArmContext",
     "attention_paths",
     "branch_parameters",
+    "linear_shapes",
     "lora_ranks",
     "match_expansion",
     "resolve_arms",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from preskip.branch_settings import BranchSettings
 
 TOLERANCE = 0.005
+# Where LoRA may sit, in words.
+PARTS = {"attention": "attentions", "all": "blocks", "mlp": "blocks outside attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +25,8 @@ class LoraRanks:
     """LoRA ranks that come to a number of parameters.
 
     Attributes:
-        rank: of every target.
-        rank_pattern: targets with one rank more, by module path.
+        rank: of every target but these:
+        rank_pattern: targets with one rank more, or as many as their smaller side has, by module path.
         targets: all target paths.
         parameters: trainable parameters in total, Σ rank · (in + out).
     """
@@ -131,65 +134,91 @@ def match_expansion(model: nn.Module, settings: BranchSettings, budget: int, tar
 
 
 def lora_ranks(
-    model: nn.Module, budget: int, targets: Sequence[str], *, magnitudes: float = 0.0, whole: int | None = None
+    shapes: Mapping[str, tuple[int, int]],
+    budget: int,
+    *,
+    magnitudes: float = 0.0,
+    whole: int | None = None,
+    common: bool = False,
 ) -> LoraRanks:
-    """LoRA on every linear layer of the attentions (Q, K, V and output), with as many parameters as `budget`.
+    """LoRA on linear layers, with as many parameters as `budget`.
 
-    One rank costs Σ (in + out) over the targets. The largest common rank that fits is raised by one for as many
-    modules, first layers first, as still fit.
+    One rank of a layer costs in + out. No layer gets a higher rank than min(in, out), beyond which weights add
+    nothing. The largest common rank that fits is raised by one for as many layers, first ones first, as still fit.
 
     Args:
-        model: the base.
+        shapes: (in, out) by module path, as from `linear_shapes`.
         budget: trainable parameters to come to.
-        targets: paths of the attention modules to adapt.
         magnitudes: cost of DoRA's further weight per output, in parameters: 1 where parameters are counted, 0.5 where
             FLOPs are (one multiplication, against two FLOPs of every other weight), 0 for LoRA.
         whole: number of parameters that 0.5 % is of; None for the budget. LoRA may be a part of the arm.
+        common: one rank for all layers, neither raised nor capped.
 
     Raises:
         PreskipError: less than rank 1 fits, or the nearest possible number is more than 0.5 % away; it is named.
     """
-    sizes: dict[str, int] = {}
-    outputs = 0
-    for name, shape in linear_shapes(model, targets).items():
-        sizes[name] = sum(shape)
-        outputs += shape[1]
-    per_rank, fixed = sum(sizes.values()), round(magnitudes * outputs)
-    rank = (budget - fixed) // per_rank
-    if rank < 1:
+    fixed = round(magnitudes * sum(shape[1] for shape in shapes.values()))
+    caps = {name: budget if common else min(shape) for name, shape in shapes.items()}
+
+    def cost(rank: int) -> int:
+        return fixed + sum(min(rank, caps[name]) * sum(shape) for name, shape in shapes.items())
+
+    if cost(1) > budget:
         raise PreskipError(
-            f"LoRA cannot match {budget:,} parameters: rank 1 has {fixed + per_rank:,}, the nearest possible. "
+            f"LoRA cannot match {budget:,} parameters: rank 1 has {cost(1):,}, the nearest possible. "
             "Raise --expansion, or leave the arm out"
         )
-    total, pattern = fixed + rank * per_rank, {}
-    for name, size in sizes.items():
-        if total + size <= budget:
+    rank = bisect_right(range(1, max(caps.values()) + 1), budget, key=cost)
+    total = cost(rank)
+    pattern = {name: cap for name, cap in caps.items() if cap < rank}
+    for name, shape in shapes.items():
+        if not common and rank < caps[name] and total + sum(shape) <= budget:
             pattern[name] = rank + 1
-            total += size
+            total += sum(shape)
     if abs(total - budget) > TOLERANCE * (whole or budget):
         raise PreskipError(
             f"LoRA cannot match {budget:,} parameters within 0.5 %: the nearest possible is {total:,}. "
             "Change --expansion, or leave the arm out"
         )
-    return LoraRanks(rank=rank, rank_pattern=pattern, targets=tuple(sizes), parameters=total)
+    return LoraRanks(rank=rank, rank_pattern=pattern, targets=tuple(shapes), parameters=total)
 
 
-def linear_shapes(model: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """(in, out) of every linear layer of the attentions (Q, K, V and output), by module path.
+def linear_shapes(model: nn.Module, targets: Sequence[str], part: str = "attention") -> dict[str, tuple[int, int]]:
+    """(in, out) of linear layers, by module path.
+
+    Args:
+        model: the base.
+        targets: paths of attention modules.
+        part: "attention": those of these attentions (Q, K, V and output); "all": those of the blocks that they are in;
+            "mlp": the blocks' without the attentions'.
 
     Raises:
         PreskipError: there is none.
     """
-    shapes: dict[str, tuple[int, int]] = {}
-    for path in targets:
-        # BERT keeps the output projection beside `attention.self`.
-        root = path.removesuffix(".self")
+    # BERT keeps the output projection beside `attention.self`.
+    attentions = [path.removesuffix(".self") for path in targets]
+    within = _linear_layers(model, attentions)
+    if part != "attention":
+        blocks = _linear_layers(model, list(dict.fromkeys(block_of(path) for path in targets)))
+        within = {name: shape for name, shape in blocks.items() if part == "all" or name not in within}
+    if not within:
+        raise PreskipError(f"{type(model).__name__} has no linear layer in its {PARTS[part]} that LoRA could adapt")
+    return within
+
+
+def block_of(path: str) -> str:
+    """Path of the block that a module is in: of `model.layers.3.self_attn` it is `model.layers.3`."""
+    found = re.match(r".*?\.\d+(?=\.|$)", path)
+    return found.group() if found else path.rpartition(".")[0]
+
+
+def _linear_layers(model: nn.Module, roots: Sequence[str]) -> dict[str, tuple[int, int]]:
+    shapes = {}
+    for root in roots:
         for name, module in model.get_submodule(root).named_modules():
             shape = _linear_shape(module)
             if shape is not None:
                 shapes[f"{root}.{name}"] = shape
-    if not shapes:
-        raise PreskipError(f"{type(model).__name__} has no linear layer in its attentions that LoRA could adapt")
     return shapes
 
 

@@ -23,7 +23,7 @@ LOW_RANK = 1 / 8
 # rsLoRA scales by alpha / √rank; alpha is PEFT's usual one, since it is not to grow with the rank.
 RSLORA_ALPHA = 16
 # Arms whose rank is open where nothing is matched.
-LORA_ARMS = ("lora", "dora", "rslora", "preproj+lora")
+LORA_ARMS = ("lora", "lora-attention", "lora-mlp", "dora", "rslora", "hira", "preproj+lora")
 
 
 def _branch(
@@ -57,29 +57,41 @@ def _low_rank(context: ArmContext) -> PeftConfig:
     return _branch(context, content_skip=True, skip_rank=max(1, int(LOW_RANK * d)))
 
 
-def _lora(context: ArmContext, arm: str, *, budget: int | None = None, **options: Any) -> PeftConfig:
+def _lora(context: ArmContext, arm: str, *, part: str = "all", budget: int | None = None, **options: Any) -> PeftConfig:
     from peft import LoraConfig
 
-    pattern: dict[str, int] = {}
-    if context.match == "none":
-        rank, targets = _own_rank(context, arm), list(linear_shapes(context.base, context.targets))
-    else:
-        magnitudes = {"params": 1.0, "flops": 0.5}[context.match] if options.get("use_dora") else 0.0
-        ranks = lora_ranks(
-            context.base, budget or context.budget, context.targets, magnitudes=magnitudes, whole=context.budget
-        )
-        pattern = {re.escape(name): rank for name, rank in ranks.rank_pattern.items()}
-        rank, targets = ranks.rank, list(ranks.targets)
+    magnitudes = {"params": 1.0, "flops": 0.5}.get(context.match, 0.0) if options.get("use_dora") else 0.0
+    shape = _low_rank_shape(context, arm, part, budget, magnitudes=magnitudes)
     # In proportion to the rank, so that the update's scale is the same whatever rank the budget gives.
     alpha: dict[str, Any] = {
-        "lora_alpha": _scaled(rank, context.lora_scale),
-        "alpha_pattern": {name: _scaled(own, context.lora_scale) for name, own in pattern.items()},
+        "lora_alpha": _scaled(shape["r"], context.lora_scale),
+        "alpha_pattern": {name: _scaled(own, context.lora_scale) for name, own in shape["rank_pattern"].items()},
     }
     if options.get("use_rslora"):
         alpha = {"lora_alpha": RSLORA_ALPHA}
-    return LoraConfig(
-        r=rank, rank_pattern=pattern, target_modules=targets, lora_dropout=0.0, bias="none", **alpha, **options
-    )
+    return LoraConfig(**shape, lora_dropout=0.0, bias="none", **alpha, **options)
+
+
+def _hira(context: ArmContext) -> PeftConfig:
+    """ΔW = W ⊙ (B·A), as many weights as LoRA of that rank."""
+    try:
+        from peft import HiraConfig
+    except ImportError as error:
+        raise PreskipError(
+            "this version of peft has no HiRA: install peft 0.21 or newer, or leave the arm out"
+        ) from error
+    # PEFT 0.21 reads a rank pattern of HiRA's and does not use it.
+    return HiraConfig(**_low_rank_shape(context, "hira", "all", common=True))
+
+
+def _low_rank_shape(context: ArmContext, arm: str, part: str, budget: int | None = None, **how: Any) -> dict[str, Any]:
+    """Targets and ranks of an arm of LoRA's kind: those that the budget gives, or the user's own rank for all."""
+    shapes = linear_shapes(context.base, context.targets, part)
+    if context.match == "none":
+        return {"r": _own_rank(context, arm), "rank_pattern": {}, "target_modules": list(shapes)}
+    ranks = lora_ranks(shapes, budget or context.budget, whole=context.budget, **how)
+    pattern = {re.escape(name): rank for name, rank in ranks.rank_pattern.items()}
+    return {"r": ranks.rank, "rank_pattern": pattern, "target_modules": list(ranks.targets)}
 
 
 def _own_rank(context: ArmContext, arm: str) -> int:
@@ -104,7 +116,7 @@ def _preproj_lora(context: ArmContext) -> list[PeftConfig]:
         raise PreskipError("the reference has no content skip whose weights LoRA could take: leave the arm out")
     return [
         _branch(context, match=False, content_skip=False, skip_rank=None, preprojection=True, enrich_attention=True),
-        _lora(context, "preproj+lora", budget=rest),
+        _lora(context, "preproj+lora", part="attention", budget=rest),
     ]
 
 
@@ -164,9 +176,16 @@ REGISTRY = (
     ),
     Arm(
         "lora",
-        "LoRA on the attention's Q, K, V and output projections",
+        "LoRA on all linear layers of the blocks",
         1e-3,
         make_config=partial(_lora, arm="lora"),
+        decisive=True,
+    ),
+    Arm(
+        "lora-attention",
+        "LoRA on the attention's Q, K, V and output projections alone",
+        1e-3,
+        make_config=partial(_lora, arm="lora-attention", part="attention"),
         decisive=True,
     ),
     Arm(
@@ -216,20 +235,32 @@ REGISTRY = (
         budget="smaller",
     ),
     Arm(
+        "lora-mlp",
+        "LoRA on the linear layers outside attention",
+        1e-3,
+        make_config=partial(_lora, arm="lora-mlp", part="mlp"),
+    ),
+    Arm(
         "dora",
-        "DoRA on the attention's Q, K, V and output projections",
+        "DoRA on all linear layers of the blocks",
         1e-3,
         make_config=partial(_lora, arm="dora", use_dora=True),
     ),
     Arm(
         "rslora",
-        "rank-stabilised LoRA (scale 16/√rank) on the attention's Q, K, V and output projections",
+        "rank-stabilised LoRA (scale 16/√rank) on all linear layers of the blocks",
         1e-3,
         make_config=partial(_lora, arm="rslora", use_rslora=True),
     ),
     Arm(
+        "hira",
+        "HiRA (the weight times a low-rank matrix, entry by entry) on all linear layers",
+        1e-3,
+        make_config=_hira,
+    ),
+    Arm(
         "preproj+lora",
-        "pre-projection, and LoRA with the weights that the skip would have had",
+        "pre-projection, and LoRA on attention with the weights that the skip would have had",
         5e-4,
         make_config=_preproj_lora,
     ),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from preskip.arms.arm import ArmContext
+from preskip.arms.budget import block_of
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
@@ -84,6 +84,5 @@ def _decoder_modules(context: ArmContext) -> list[tuple[str, nn.Module]]:
     modules = [(".".join(part for part in (prefix, path) if part), module) for path, module in decoder.named_modules()]
     if context.layers is None and not context.by_name:
         return modules
-    # `model.layers.3.self_attn` is in the block `model.layers.3`.
-    blocks = tuple(re.match(r".*?\.\d+\.", path + ".").group(0) for path in context.targets)  # type: ignore[union-attr]
+    blocks = tuple(block_of(path) + "." for path in context.targets)
     return [(path, module) for path, module in modules if f"{path}.".startswith(blocks)]

@@ -50,7 +50,7 @@ PRESETS = {
         description="The paper's training (except that new weights are float32) and its own scoring beside ours.",
         options={
             "corpus": "wikitext2",
-            "arms": "none,preproj,lora,preproj+lora,preskip",
+            "arms": "none,preproj,lora-attention,preproj+lora,preskip",
             "seeds": "42",
             "match": "none",
             "lora_rank": ["0.625", "preproj+lora=64"],  # 480 at 160M, 640 at 410M
