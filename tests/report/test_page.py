@@ -52,6 +52,7 @@ def test_the_page_states_the_results(rich: tuple[Path, Page]) -> None:
         "34,836,480 equal budget",
         "9,953,280 smaller",
         "35,136 floor, unmatched",
+        "On its own text (WikiText-2 test) preskip is ",
         "0.781 [0.750, 0.812]",
         "29.2 % [26.1, 32.3]",
         "45 comparisons were declared before training",
@@ -79,8 +80,8 @@ def test_a_minimal_run_says_what_it_lacks(minimal: tuple[Path, Page]) -> None:
     _, page = minimal
     for text in (
         "One seed: the intervals cover items only, not training randomness.",
-        "Not measured in this run: needs the set lambada_openai.",
-        "Not measured in this run: needs arm preproj.",
+        "Not measured in this run: LAMBADA accuracy rises, also at equal budget (needs the set lambada_openai); ",
+        "; The content skip adds to the pre-projection (needs arm preproj); ",
         "80 items in 25 clusters",
         "no null band",
         "No family was declared before training",

@@ -38,7 +38,10 @@ def test_all_figures_of_a_rich_and_a_minimal_run(rich: Path, results: dict[str, 
     figures = make_figures(results, load_curves(rich, results))
     keys = [figure["key"] for figure in figures]
     assert len(keys) == len(set(keys))
-    assert keys[:6] == [
+    assert keys[:9] == [
+        "overview-wikitext2",
+        "overview-lambada_openai",
+        "overview-books",
         "plane-lambada_openai",
         "plane-books",
         "forest-wikitext2-bits_per_byte",
@@ -55,6 +58,8 @@ def test_all_figures_of_a_rich_and_a_minimal_run(rich: Path, results: dict[str, 
     run = minimal_run(tmp_path / "run")
     stored = json.loads((run / "results.json").read_text())
     assert [figure["key"] for figure in make_figures(stored, load_curves(run, stored))] == [
+        "overview-heldout",
+        "overview-last_word",
         "forest-heldout-bits_per_byte",
         "forest-last_word-acc",
         "forest-last_word-nll",
@@ -78,6 +83,10 @@ def test_the_forest_draws_the_declared_pairs_in_order(results: dict[str, Any]) -
     assert row["difference"] == pytest.approx(100 * entry["difference"])
     assert (row["margin_low"], row["margin"]) == pytest.approx((-1.0, 1.0))
     assert row["outcome"] == entry["verdict"]
+    assert row["p"].endswith(" (Holm)")
+    spec = forest.forest([row, {**row, "declared": False}], metric_named("acc"))
+    styles = {layer["transform"][0]["filter"]: layer["mark"].get("style") for layer in spec["layer"][-2:]}
+    assert styles == {"datum.declared": None, "!datum.declared": "hollow"}
 
 
 def test_the_plane_shows_benefits(results: dict[str, Any]) -> None:
@@ -108,7 +117,7 @@ def test_what_the_search_scored_in_place_of_a_task_has_its_own_plane(results: di
                 point["dev"]["out"]["lambada_development"] = {"value": -0.03, "low": -0.04, "high": -0.02}
     keys = [figure["key"] for figure in make_figures(results, [])]
     [own] = [figure for figure in make_figures(changed, []) if figure["key"] not in keys]
-    assert (own["key"], own["section"]) == ("plane-lambada_development", "plane-lambada_openai")
+    assert (own["key"], own["section"]) == ("plane-lambada_development", "search-plane")
     marks = plane.grid_records(changed, "preskip", "lambada_development")
     assert {row["y"] for row in marks} == {0.03}
 
@@ -120,9 +129,41 @@ def test_rates_that_ruin_the_model_do_not_make_the_plane_small(results: dict[str
     ruined = {**grid, "last": False, "x": -10 * far, "y": -10 * far}
     assert plane.outside([*records, ruined]) == before + 1
     spec = plane.plane([*records, ruined], results, "wikitext2", "books")
-    domains = [scale["domain"] for scale in found(spec, "scale") if "domain" in scale and scale.get("nice")]
-    assert domains
-    assert all(low > -10 * far for low, _ in domains)
+    ends = [scale["domainMin"]["expr"] for scale in found(spec, "scale") if "domainMin" in scale]
+    wide, near = ({float(text.split()[place]) for text in ends} for place in (2, 4))
+    assert len(wide) == len(near) == 2  # of both axes: over the search's traces, and over the test scores alone
+    assert min(wide) > -10 * far
+    tests = [row for row in records if row["part"] == "test"]
+    assert near == {min(0, *(row[f"{axis}_low"] for row in tests)) for axis in ("x", "y")}
+
+
+def test_traces_of_the_search_wait_for_the_switch(results: dict[str, Any]) -> None:
+    records = plane.plane_records(results, "wikitext2", "books")
+    spec = plane.plane(records, results, "wikitext2", "books")
+    assert spec["params"] == [{"name": "traces", "value": False}]
+    for layer in spec["layer"]:
+        of_the_search = any("grid" in step.get("filter", "") for step in layer.get("transform", []))
+        assert layer.get("name", "").startswith("traces") == of_the_search
+    tests = [row for row in records if row["part"] == "test"]
+    assert "params" not in plane.plane(tests, results, "wikitext2", "books")
+
+
+def test_lines_are_means_over_seeds_on_bands(results: dict[str, Any], rich: Path) -> None:
+    records = training.training_records(load_curves(rich, results))
+    several = training.training(records, list(results["arms"]))
+    assert [layer["mark"]["type"] for layer in several["layer"]] == ["area", "line"]
+    [step] = several["layer"][1]["transform"]
+    assert step["groupby"] == ["arm", "step"]
+    operations = {entry["as"]: (entry["op"], entry["field"]) for entry in step["aggregate"]}
+    assert operations == {name: (op, "smoothed") for name, op in (("mean", "mean"), ("low", "min"), ("high", "max"))}
+    one = [row for row in records if row["seed"] == records[0]["seed"] and row["arm"] in ("lora", "preskip")]
+    assert [layer["mark"]["type"] for layer in training.training(one, ["lora", "preskip"])["layer"]] == ["line"] * 2
+    # Of one seed a layer's stored interval is the band, of several the lowest and the highest seed.
+    for seeds, fields in ((("1",), ("low", "high")), (("1", "2"), ("value", "value"))):
+        rows = [{"arm": "a", "seed": s, "layer": 0, "value": 1.0, "low": 0.5, "high": 2.0} for s in seeds]
+        [step] = depth.depth(rows, ["a"], "enrichment")["layer"][0]["transform"]
+        found_fields = {entry["as"]: entry["field"] for entry in step["aggregate"]}
+        assert (found_fields["bottom"], found_fields["top"]) == fields
 
 
 def test_corners_that_are_not_drawn_are_not_named(results: dict[str, Any]) -> None:

@@ -80,9 +80,11 @@ def test_sizes_and_how_near_the_controls_come():
 
 def test_arms_are_held_against_the_plain_architecture():
     assert plain_arm(RESULTS) == "base"
-    board = scoreboard(RESULTS)
+    assert scoreboard(RESULTS)["rows"] == []  # declared comparisons stand apart
+    exploratory = [{**entry, "declared": False, "p_holm": None} for entry in RESULTS["comparisons"]]
+    board = scoreboard({**RESULTS, "comparisons": exploratory})
     assert [row["arm"] for row in board["rows"]] == ["preskip"]
-    assert board["rows"][0]["cells"][0]["outcome"] == "better"
+    assert (board["rows"][0]["cells"][0]["outcome"], board["rows"][0]["cells"][0]["p"]) == ("better", "0.001")
 
 
 def test_each_control_is_a_claim_of_its_own():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from preskip.metrics import Metric
 from preskip.report.load import Curve
-from preskip.report.lookup import by_measure, metric_on, trained_arms
+from preskip.report.lookup import DOMAINS, PAPER, by_measure, find, metric_on, reference_arm, rivals, trained_arms
 from preskip.report.plots import depth, forest, plane, search, training
 from preskip.report.plots.base import Figure, figure
 from preskip.report.words.frontier import assess_plane, planes
@@ -23,6 +24,7 @@ def make_figures(results: Results, curves: Sequence[Curve]) -> list[Figure]:
     """All figures of a run, in the page's order."""
     arms = trained_arms(results)
     return [
+        *_overview(results),
         *_planes(results),
         *_forests(results),
         *_searches(results, arms),
@@ -30,6 +32,31 @@ def make_figures(results: Results, curves: Sequence[Curve]) -> list[Figure]:
         *_training(curves, arms),
         *_depth(results, arms),
     ]
+
+
+def _overview(results: Results) -> Iterator[Figure]:
+    """The reference arm against the plain one and its rival: one forest plot per set, on its primary metric."""
+    arm = reference_arm(results)
+    for name in results["sets"]:
+        found = [find(results, arm, rival, name) for rival in rivals(results)]
+        records = forest.forest_records(list(filter(None, found)), about := metric_on(results, name))
+        if records and not name.startswith(PAPER):
+            domain = DOMAINS[results["sets"][name]["domain"]]
+            title = f"{set_label(results['sets'], name)}: {about.phrase}"
+            note = f"{domain}, {_better(about)}"
+            yield figure(f"overview-{name}", "overview", title, forest.forest(records, about), _pairs(records), note)
+
+
+def _better(about: Metric) -> str:
+    return "left of 0 is better" if about.lower_is_better else "right of 0 is better"
+
+
+def _pairs(records: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(
+        f"{r['pair']}: {r['difference']:+.4g} [{r['low']:+.4g}, {r['high']:+.4g}], {r['outcome']}"
+        + ("" if r["declared"] else " (exploratory)")
+        for r in records
+    )
 
 
 def _planes(results: Results) -> Iterator[Figure]:
@@ -41,18 +68,18 @@ def _planes(results: Results) -> Iterator[Figure]:
         title = f"{set_label(results['sets'], home)} against "
         sentence = assess_plane(results, home, abroad)["sentence"]
         alt = f"Benefit against the untouched model: {_places(tested)}. {sentence}"
-        shown = [(abroad, title + set_label(results["sets"], abroad), records, alt)]
+        shown = [(abroad, f"plane-{abroad}", title + set_label(results["sets"], abroad), records, alt)]
         text = plane.DEVELOPMENT_TEXT.get(abroad, "")
         searched = [record for arm in trained_arms(results) for record in plane.grid_records(results, arm, text)]
         if searched:
             chosen = _places([record for record in searched if record["chosen"]])
             alt = f"Bits per byte saved on development text at the chosen rates: {chosen}"
-            shown.append((text, f"Rates of the search: {title}{text}", searched, alt))
-        for name, title, drawn, alt in shown:
+            shown.append((text, "search-plane", f"Rates of the search: {title}{text}", searched, alt))
+        for name, section, title, drawn, alt in shown:
             left_out = plane.outside(drawn)
             note = f"{left_out} points of the search lie outside" if left_out else ""
             spec = plane.plane(drawn, results, home, name)
-            yield figure(f"plane-{name}", f"plane-{abroad}", title, spec, alt, note)
+            yield figure(f"plane-{name}", section, title, spec, alt, note)
 
 
 def _places(records: Sequence[Mapping[str, Any]]) -> str:
@@ -68,12 +95,9 @@ def _forests(results: Results) -> Iterator[Figure]:
         records = forest.forest_records(entries, about)
         if not records:
             continue
-        alt = "; ".join(
-            f"{r['pair']}: {r['difference']:+.4g} [{r['low']:+.4g}, {r['high']:+.4g}], {r['outcome']}" for r in records
-        )
         key, title = f"{set_name}-{metric}", f"Paired differences, {about.phrase}"
-        note = "left of 0 is better" if about.lower_is_better else "right of 0 is better"
-        yield figure(f"forest-{key}", f"comparisons-{key}", title, forest.forest(records, about), alt, note)
+        spec, alt = forest.forest(records, about), _pairs(records)
+        yield figure(f"forest-{key}", f"comparisons-{key}", title, spec, alt, _better(about))
 
 
 def _searches(results: Results, arms: Sequence[str]) -> Iterator[Figure]:

@@ -82,6 +82,17 @@ def plain_arm(results: Results) -> str:
     return "base" if is_pretraining(results) else "none"
 
 
+def reference_arm(results: Results) -> str:
+    """The arm that the page is about: `preskip`, else the first that trains weights."""
+    return "preskip" if "preskip" in results["arms"] else next(iter(trained_arms(results)), "none")
+
+
+def rivals(results: Results) -> list[str]:
+    """What the page's first screen holds the reference arm against: the plain arm, then LoRA or the plain controls."""
+    others = ("base-wide", "base-deep", "base-flops") if is_pretraining(results) else ("lora",)
+    return [arm for arm in (plain_arm(results), *others) if arm in results["arms"] and arm != reference_arm(results)]
+
+
 def is_declared(entry: Comparison) -> bool:
     """Whether a comparison belongs to the family declared before training."""
     return bool(entry.get("declared"))

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from preskip.report import tables
+from preskip.report.diagrams import arm_lines
 from preskip.report.explain.page import explain_section, find_explains
 from preskip.report.load import Curve, clear_errors, load_curves, load_run, resume_command
 from preskip.report.lookup import is_pretraining, trained_arms
 from preskip.report.render import render, require_extra
 from preskip.report.words import facts, verdicts
-from preskip.report.words.claims import assess, power_text
+from preskip.report.words.answer import answer
+from preskip.report.words.claims import assess, parts_text, power_text
 from preskip.report.words.frontier import assess_plane, planes
 from preskip.runs.files import write_bytes
 from preskip.runs.schema import Manifest, Results
@@ -54,7 +56,7 @@ def build_report(run: Path) -> Path:
 
 
 def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Curve]) -> dict[str, Any]:
-    from preskip.report.plots.training import POINTS_PER_CURVE
+    from preskip.report.plots.training import MOST_RAW, POINTS_PER_CURVE
 
     comparisons = results["comparisons"]
     trained = trained_arms(results)
@@ -68,9 +70,17 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "status": record["status"],
         "version": record["preskip_version"],
         "created": record["created"],
+        "answer": answer(results),
+        "model_source": record["model"].get("source") or "",
+        "lines": arm_lines(record, results),
+        "declared_rows": tables.declared_table(results),
         "planes": [assess_plane(results, home, abroad) for home, abroad in planes(results)] if comparisons else [],
         "claims": [
-            {**claim, "parts": [{**part, "power": power_text(part)} for part in claim["parts"]]}
+            {
+                **claim,
+                "counted": parts_text(claim),
+                "parts": [{**part, "power": power_text(part)} for part in claim["parts"]],
+            }
             for claim in assess(record, results)
         ],
         "scoreboard": tables.scoreboard(results),
@@ -80,6 +90,7 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "several_seeds": seeds > 1,
         "confidence": " and ".join(f"{100 * level:g} %" for level in levels) or "95 %",
         "groups": groups,
+        "headings": ["Weights", "Rate", *(f"{g['title']}: {m['name']}" for g in groups for m in g["metrics"])],
         "arms": tables.arm_rows(results, record, groups),
         "costs": tables.cost_table(results, record),
         "sizes": tables.size_table(results),
@@ -94,7 +105,7 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "trends": tables.trend_table(results),
         "has_nulls": any((results.get("nulls") or {}).values()),
         "thinned": any(len(curve.lines) > POINTS_PER_CURVE for curve in curves),
-        "crowded": len(trained) > 4,
+        "raw_losses": seeds == 1 and len(trained) <= MOST_RAW,
         "facts": facts.facts(record),
         "command": shlex.join(record["command"]),
         "resume": resume_command(run),

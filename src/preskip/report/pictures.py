@@ -22,7 +22,7 @@ CONFIG = {
     "axis": {**TEXT, "titleFontSize": 14, "titleFontWeight": "normal", "gridColor": "#e5e7eb", "domainColor": INK}
     | {"tickColor": INK, "labelOverlap": True, "labelFlush": False},
     "legend": {**TEXT, "orient": "top", "titleFontSize": 13, "symbolType": "stroke", "symbolStrokeWidth": 2.5},
-    "style": {"strong": {"stroke": INK}},
+    "style": {"strong": {"stroke": INK}, "hollow": {"fill": "white"}},
     "point": {"stroke": "white", "strokeWidth": 1},  # marks that overlap stay apart
     "rule": {"color": GREY},
     "text": {"color": GREY},

@@ -56,12 +56,15 @@ class Column(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """What stands in a table: its text, what stands small below, what it sorts by, or a verdict's badge."""
+    """What stands in a table: its text, what stands small below, what it sorts by, or a verdict's badge, marked where
+    the comparison is exploratory.
+    """
 
     text: str
     note: str = ""
     sort: float | str | None = ""  # "": by its text; None: last
     badge: bool = False
+    exploratory: bool = False
 
 
 class Table(NamedTuple):
@@ -71,6 +74,9 @@ class Table(NamedTuple):
     columns: list[Column]
     rows: list[list[Cell]]
     caption: str
+
+
+HOLM, RAW = Column("p", "Holm, corrected"), Column("p", "not corrected")
 
 
 def words(title: str, note: str = "", *, wrap: bool = False) -> Column:
@@ -133,7 +139,7 @@ def set_table(results: Results) -> Table:
         title = Cell(set_title(results["sets"], name), name)
         origin = Cell(entry.get("source") or NONE, checksum)
         rows.append((title, DOMAINS[entry["domain"]], size, scored or NONE, origin))
-    columns = (words("Set"), words("Domain"), words("Extent", wrap=True), words("Scored with"))
+    columns = (words("Set", wrap=True), words("Domain"), words("Extent", wrap=True), words("Scored with", wrap=True))
     return make_table("Evaluation sets", (*columns, words("Source", wrap=True)), rows)
 
 
@@ -196,10 +202,8 @@ def size_table(results: Results) -> Table:
 
 def comparison_groups(results: Results) -> list[dict[str, Any]]:
     """Every set and metric with its comparisons: those declared before training, then the others."""
-    columns = (
-        *(words("Comparison"), words("Verdict"), "Difference", "Interval", Column("p", "Holm")),
-        *(Column("p", "alone"), Column("Margin", "p equivalent"), "Units", "Seeds"),
-    )
+    first = (words("Comparison"), words("Verdict"), "Difference", "Interval")
+    last = (Column("Margin", "p equivalent, not corrected"), "Units", "Seeds")
     groups = []
     for set_name, metric, entries in by_measure(results["comparisons"]):
         about = metric_on(results, set_name, metric)
@@ -214,8 +218,8 @@ def comparison_groups(results: Results) -> list[dict[str, Any]]:
                 "title": title,
                 "domain": DOMAINS[results["sets"][set_name]["domain"]],
                 "note": about.direction,
-                "declared": make_table(f"{title}, declared", columns, declared),
-                "others": make_table(f"{title}, exploratory", columns, others),
+                "declared": make_table(f"{title}, declared", (*first, HOLM, *last), declared),
+                "others": make_table(f"{title}, exploratory", (*first, RAW, *last), others),
             }
         )
     return groups
@@ -228,23 +232,43 @@ def _comparison(entry: Comparison) -> tuple[Any, ...]:
     bound = NONE if margin is None else f"±{amount(entry['metric'], margin)}"
     return (
         f"{entry['arm']} {MINUS} {entry['reference']}",
-        Cell(entry["verdict"], badge=True),
+        Cell(entry["verdict"], badge=True, exploratory=not is_declared(entry)),
         Cell(shown["value"] + shown["unit"], counted),
         shown["interval"],
-        p_text(entry.get("p_holm")),
-        p_text(entry.get("p_value")),
+        p_text(entry.get("p_holm") if is_declared(entry) else entry.get("p_value")),
         Cell(bound, "" if equivalence is None else p_text(equivalence)),
         Cell(f"{entry['units']:,} {entry['unit']}s", f"in {clusters:,} clusters" if clusters else ""),
         entry["seeds"],
     )
 
 
+def declared_table(results: Results) -> Table:
+    """A row per comparison declared before training, with its p corrected for that family."""
+    rows = []
+    for entry in filter(is_declared, results["comparisons"]):
+        shown, about = difference_text(entry), metric_on(results, entry["set"], entry["metric"])
+        domain = DOMAINS[results["sets"][entry["set"]]["domain"]]
+        rows.append(
+            (
+                f"{entry['arm']} {MINUS} {entry['reference']}",
+                Cell(f"{set_label(results['sets'], entry['set'])}, {about.phrase}", domain),
+                Cell(entry["verdict"], badge=True),
+                shown["value"] + shown["unit"],
+                shown["interval"],
+                p_text(entry.get("p_holm")),
+            )
+        )
+    columns = (words("Comparison"), words("On", wrap=True), words("Verdict"), "Difference", "Interval", HOLM)
+    return make_table("Declared before training", columns, rows)
+
+
 def scoreboard(results: Results) -> dict[str, Any]:
-    """Every trained arm against the plain one on every set's primary metric: the page's overview.
+    """Every trained arm against the plain one on every set's primary metric, where that is exploratory: declared
+    comparisons are judged by another p, and stand apart.
 
     Returns:
-        "columns" (title, name, domain) and "rows" (arm, cells with outcome, value, interval, unit; None where it was
-        not compared).
+        "columns" (title, name, domain) and "rows" (arm, cells with outcome, value, interval, unit, p; None where it
+        was not compared or declared).
     """
     plain, sets = plain_arm(results), results["sets"]
     columns = [
@@ -254,7 +278,12 @@ def scoreboard(results: Results) -> dict[str, Any]:
     rows = []
     for arm in trained_arms(results):
         found = [find(results, arm, plain, name) for name in sets if arm != plain]
-        cells = [{"outcome": entry["verdict"], **difference_text(entry)} if entry else None for entry in found]
+        cells = [
+            {"outcome": entry["verdict"], **difference_text(entry), "p": p_text(entry.get("p_value"))}
+            if entry and not is_declared(entry)
+            else None
+            for entry in found
+        ]
         if any(cells):
             rows.append({"arm": arm, "cells": cells})
     return {"columns": columns, "rows": rows}
@@ -310,18 +339,32 @@ def power_table(results: Results) -> Table:
                 f"{about.name}, {set_label(results['sets'], entry['set'])}",
                 amount(entry["metric"], smallest),
                 shown["value"] + shown["unit"],
+                p_text(entry.get("p_value")),
                 {"interval": "interval's width"}.get(basis, f"{basis} spread"),
                 f"{entry['units']:,} {entry['unit']}s",
                 entry["seeds"],
             )
         )
-    columns = (words("Comparison"), words("Metric and set"), "Resolves", "Found", words("From"), "Units", "Seeds")
-    return make_table("Power", columns, rows, "Smallest difference that each comparison resolves")
+    first = (words("Comparison"), words("Metric and set", wrap=True), "Resolves", "Found", RAW)
+    return make_table(
+        "Power",
+        (*first, words("From"), "Units", "Seeds"),
+        rows,
+        "Smallest difference that each comparison resolves",
+    )
 
 
 def trend_table(results: Results) -> Table:
     """The trends over depth: arm, measure, verdict, ρ with interval, null band, seeds."""
-    columns = (words("Arm"), words("Measure"), words("Verdict"), "Rank correlation", "Interval", "Null band", "Seeds")
+    columns = (
+        words("Arm"),
+        words("Measure", wrap=True),
+        words("Verdict"),
+        "Rank correlation",
+        "Interval",
+        "Null band",
+        "Seeds",
+    )
     rows = [
         (
             arm,

@@ -58,17 +58,10 @@ def depth_records(depth: Mapping[str, BySeed], measure: str) -> list[Record]:
 
 
 def depth(records: Sequence[Record], arms: Sequence[str], measure: str) -> Spec:
-    """One measure by layer for several arms, one line per seed, the interval as a band, the axis from 0."""
+    """One measure by layer for several arms as `_seeds` draws them, the axis from 0."""
     legend = shown_arms(arms, records, 90)
-    base = chart(records).encode(x=layer_axis(), detail="seed:N", color=colour(arms, legend))
-    y = value_axis("value", MEASURES[measure])
-    layers = [
-        base.mark_line(strokeWidth=1.75).encode(y=y, tooltip=_about(MEASURES[measure])),
-        base.mark_point(size=30, **POINT).encode(y=y, shape=shape(arms, legend)),
-    ]
-    if any(record["low"] is not None for record in records):
-        layers.insert(0, base.mark_area(opacity=0.16).encode(y=alt.Y("low:Q"), y2="high:Q"))
-    return specification(layers, height=250)
+    base = _mean(chart(records), records).encode(x=layer_axis(), color=colour(arms, legend))
+    return specification(_seeds(base, value_axis("mean", MEASURES[measure]), arms, measure, legend), height=250)
 
 
 def norm_records(results: Results, arm: str, measure: str) -> list[Record]:
@@ -91,14 +84,10 @@ def norms(records: Sequence[Record], arms: Sequence[str], measure: str) -> Spec:
     source = chart(records)
     values = [record[key] for record in records for key in ("value", "high") if record.get(key) is not None]
     limits = {"domain": [0, 1.05 * max(values, default=1.0) or 1.0], "nice": False, "zero": alt.Undefined}
-    y = value_axis("value", MEASURES[measure], **limits)
-    learned = source.transform_filter("datum.part === 'arm'").encode(
-        x=layer_axis(), y=y, color=colour(arms), detail="seed:N"
-    )
-    layers = [
-        learned.mark_line(strokeWidth=1.75).encode(tooltip=_about(MEASURES[measure])),
-        learned.mark_point(size=26, **POINT).encode(shape=shape(arms)),
-    ]
+    y = value_axis("mean", MEASURES[measure], **limits)
+    learned = [record for record in records if record["part"] == "arm"]
+    base = _mean(source.transform_filter("datum.part === 'arm'"), learned).encode(x=layer_axis(), color=colour(arms))
+    layers = _seeds(base, y, arms, measure)
     nulls = [label for label in NULLS.values() if any(record.get("null") == label for record in records)]
     if nulls:
         legend = alt.Legend(values=nulls, symbolType="square", symbolOpacity=0.6, symbolStrokeWidth=0)
@@ -142,5 +131,19 @@ def ablation(records: Sequence[Record], arms: Sequence[str]) -> Spec:
     return specification(layers, height=210)
 
 
-def _about(title: str) -> list[Any]:
-    return tooltips({"arm:N": "arm", "seed:N": "seed", "layer:Q": "layer"}, {"value:Q": title}, ".4g")
+def _mean(source: Any, records: Sequence[Record]) -> Any:
+    """Mean, lowest and highest value over the seeds by arm and layer; of one seed its stored interval."""
+    several = len({record["seed"] for record in records}) > 1
+    low, high = ("min(value)", "max(value)") if several else ("min(low)", "max(high)")
+    return source.transform_aggregate(mean="mean(value)", bottom=low, top=high, groupby=["arm", "layer"])
+
+
+def _seeds(base: Any, y: Any, arms: Sequence[str], measure: str, legend: Any = None) -> list[Any]:
+    """A line and marks for the mean over seeds, on a band from the lowest to the highest."""
+    shown = {"mean:Q": MEASURES[measure], "bottom:Q": "lowest", "top:Q": "highest"}
+    about = tooltips({"arm:N": "arm", "layer:Q": "layer"}, shown, ".4g")
+    return [
+        base.mark_area(opacity=0.2).encode(y=alt.Y("bottom:Q"), y2="top:Q"),
+        base.mark_line(strokeWidth=1.75).encode(y=y, tooltip=about),
+        base.mark_point(size=26, **POINT).encode(y=y, shape=shape(arms, legend)),
+    ]

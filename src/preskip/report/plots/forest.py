@@ -30,7 +30,10 @@ def forest_records(entries: Sequence[Comparison], about: Metric) -> list[Record]
             "pair": f"{entry['arm']} {MINUS} {entry['reference']}",
             **{key: about.factor * cast(Any, entry)[key] for key in ("difference", "low", "high")},
             "outcome": entry["verdict"],
-            "p": p_text(entry["p_holm"] if entry.get("p_holm") is not None else entry.get("p_value")),
+            "declared": is_declared(entry),
+            "p": f"{p_text(entry.get('p_holm'))} (Holm)"
+            if is_declared(entry)
+            else f"{p_text(entry.get('p_value'))} (not corrected)",
             "margin_low": -margin if margin else None,
             "margin": margin,
         }
@@ -41,7 +44,9 @@ def forest_records(entries: Sequence[Comparison], about: Metric) -> list[Record]
 
 
 def forest(records: Sequence[Record], about: Metric) -> Spec:
-    """Paired differences of one metric with their intervals around a line at 0, on the band of equivalence."""
+    """Paired differences of one metric with their intervals around a line at 0, on the band of equivalence; marks of
+    declared ones are filled, of exploratory ones hollow.
+    """
     # Short, for a phone: the page's heading says which direction is better.
     title = f"Difference, {about.difference_unit.strip() or about.name.lower()}"
     x = alt.X("low:Q", title=title, axis=alt.Axis(tickCount=5), scale=alt.Scale(nice=True, zero=True))
@@ -55,8 +60,13 @@ def forest(records: Sequence[Record], about: Metric) -> Spec:
     layers = [
         zero_line(source, "x"),
         base.mark_rule(strokeWidth=3, strokeCap="round").encode(x=x, x2="high:Q"),
-        base.mark_point(size=95, **POINT).encode(x="difference:Q", shape=mark),
     ]
+    marks = {
+        True: base.transform_filter("datum.declared").mark_point(size=95, **POINT),
+        False: base.transform_filter("!datum.declared").mark_point(size=80, strokeWidth=2, opacity=1, style="hollow"),
+    }
+    kinds = {bool(record["declared"]) for record in records}
+    layers += [points.encode(x="difference:Q", shape=mark) for kind, points in marks.items() if kind in kinds]
     if any(record["margin"] is not None for record in records):
         band = source.transform_aggregate(from_="min(margin_low)", to="max(margin)")
         layers.insert(0, band.mark_rect(opacity=0.18, color="#808690").encode(x="from_:Q", x2="to:Q"))

@@ -87,12 +87,17 @@ def grid_records(results: Results, arm: str, abroad: str) -> list[Record]:
 
 
 def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -> Spec:
-    """The plane as a specification; `records` as from `plane_records`."""
+    """The plane as a specification; `records` as from `plane_records`.
+
+    Beside test scores the search's traces are layers named traces-…, and the parameter `traces` says whether the axes
+    reach over them: the page has a switch.
+    """
     arms = trained_arms(results)
     legend, source = shown_arms(arms, records, 110), chart(records)
     titles = [_title(results, name) for name in (home, abroad)]
-    bounds = _bounds(records)
-    x_scale, y_scale = (alt.Scale(domain=list(bounds[axis]), nice=True) for axis in ("x", "y"))
+    tests, grid = ([record for record in records if record["part"] == part] for part in ("test", "grid"))
+    bounds, switched = _bounds(tests or records), bool(tests and grid)
+    x_scale, y_scale = (_scale(bounds[axis], _bounds(records)[axis] if switched else None) for axis in ("x", "y"))
     ticks = alt.Axis(tickCount=8)
     x = alt.X("x:Q", title=[f"In-domain: {titles[0][0]} → better", titles[0][1]], axis=ticks, scale=x_scale)
     y = alt.Y("y:Q", title=[f"Out-of-domain: {titles[1][0]} → better", titles[1][1]], axis=ticks, scale=y_scale)
@@ -108,8 +113,8 @@ def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -
             if bounds["x"][x_sign > 0] != 0 and bounds["y"][y_sign > 0] != 0
         ),
     ]
-    if any(record["part"] == "grid" for record in records):
-        grid = source.transform_filter("datum.part === 'grid'").encode(color=shade, x=x, y=y)
+    if grid:
+        searched = source.transform_filter("datum.part === 'grid'").encode(color=shade, x=x, y=y)
         about = tooltips(
             {"arm:N": "arm", "learning_rate:Q": "learning rate", "steps:Q": "steps", "seed:N": "seed"},
             {"x:Q": "in-domain (dev)", "y:Q": "out-of-domain (dev)"},
@@ -117,17 +122,20 @@ def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -
         )
         # Earlier rungs trained for fewer steps: they stand back.
         strong, faint = (alt.condition("datum.last", alt.value(high), alt.value(low)) for high, low in STRENGTH)
-        layers += [
-            grid.mark_rule(strokeWidth=1, clip=True).encode(x="x_low:Q", x2="x_high:Q", opacity=faint),
-            grid.mark_rule(strokeWidth=1, clip=True).encode(y="y_low:Q", y2="y_high:Q", opacity=faint),
-            grid.mark_line(strokeWidth=1.25, clip=True).encode(
+        traces = [
+            searched.mark_rule(strokeWidth=1, clip=True).encode(x="x_low:Q", x2="x_high:Q", opacity=faint),
+            searched.mark_rule(strokeWidth=1, clip=True).encode(y="y_low:Q", y2="y_high:Q", opacity=faint),
+            searched.mark_line(strokeWidth=1.25, clip=True).encode(
                 detail=["rung:N", "seed:N", "last:N"], order="learning_rate:Q", opacity=strong
             ),
-            grid.mark_point(filled=True, size=26, clip=True).encode(shape=mark, tooltip=about, opacity=strong),
-            grid.transform_filter("datum.chosen").mark_point(
+            searched.mark_point(filled=True, size=26, clip=True).encode(shape=mark, tooltip=about, opacity=strong),
+            searched.transform_filter("datum.chosen").mark_point(
                 size=150, strokeWidth=1.5, opacity=0.9, shape="circle", clip=True
             ),
         ]
+        layers += [layer.properties(name=f"traces-{place}") for place, layer in enumerate(traces)]
+    if not tests:
+        return specification(layers, height=360)
     test = source.transform_filter("datum.part === 'test'").encode(color=shade, x=x, y=y)
     about = tooltips({"arm:N": "arm"}, {"x:Q": "in-domain", "x_low:Q": "from", "x_high:Q": "to"}, "+.4f")
     about += tooltips({}, {"y:Q": "out-of-domain", "y_low:Q": "from", "y_high:Q": "to"}, "+.4f")
@@ -136,7 +144,16 @@ def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -
         test.mark_rule(strokeWidth=2).encode(y="y_low:Q", y2="y_high:Q"),
         test.mark_point(size=210, **POINT).encode(shape=mark, tooltip=about),
     ]
-    return specification(layers, height=440)
+    spec = specification(layers, height=360)
+    return {**spec, "params": [{"name": "traces", "value": False}]} if switched else spec
+
+
+def _scale(near: tuple[float, float], far: tuple[float, float] | None) -> Any:
+    """An axis over the limits `near`, and over `far` where they are given and the traces are shown."""
+    if far is None:
+        return alt.Scale(domain=list(near), nice=True)
+    low, high = (alt.ExprRef(f"traces ? {wide!r} : {close!r}") for close, wide in zip(near, far, strict=True))
+    return alt.Scale(domainMin=low, domainMax=high, nice=True)
 
 
 def outside(records: Sequence[Record]) -> int:

@@ -13,6 +13,7 @@ from preskip.runs.schema import CurvePoint
 
 POINT_BUDGET = 12_000  # training points in the whole page: about 1 MB
 POINTS_PER_CURVE = 600
+MOST_RAW = 4  # arms whose raw lines are drawn: more of them hide what they should show
 
 
 def training_records(curves: Sequence[tuple[str, str, Sequence[Mapping[str, Any]]]]) -> list[Record]:
@@ -85,17 +86,24 @@ def smoothed(losses: Sequence[float | None]) -> list[float | None]:
 
 
 def training(records: Sequence[Record], arms: Sequence[str]) -> Spec:
-    """Training loss by step: thin raw lines (for up to four arms), strong smoothed ones, one line per seed."""
+    """Training loss by step, smoothed: a line for the mean over seeds and a band from the lowest to the highest; of one
+    seed and up to four arms thin raw lines, too.
+    """
     legend = alt.Legend(symbolOpacity=1)
     base = chart(records).encode(
         x=alt.X("step:Q", title="Optimiser step", axis=alt.Axis(grid=False, tickCount=6, format="d")),
         color=colour(arms, legend),
-        detail="seed:N",
     )
-    raw, smooth = (value_axis(field, "Loss, nats per token", zero=False) for field in ("loss", "smoothed"))
-    losses = {"loss:Q": "loss", "smoothed:Q": "smoothed"}
-    about = tooltips({"arm:N": "arm", "seed:N": "seed", "step:Q": "step"}, losses, ".4f")
-    layers = [base.mark_line(strokeWidth=2, opacity=0.9).encode(y=smooth, strokeDash=dash(arms, legend), tooltip=about)]
-    if len({record["arm"] for record in records}) <= 4:  # more of them hide what they should show
+    raw, low, mean = (value_axis(field, "Loss, nats per token", zero=False) for field in ("loss", "low", "mean"))
+    about = tooltips(
+        {"arm:N": "arm", "step:Q": "step"}, {"mean:Q": "mean", "low:Q": "lowest", "high:Q": "highest"}, ".4f"
+    )
+    seeds = base.transform_aggregate(
+        mean="mean(smoothed)", low="min(smoothed)", high="max(smoothed)", groupby=["arm", "step"]
+    )
+    layers = [seeds.mark_line(strokeWidth=2).encode(y=mean, strokeDash=dash(arms, legend), tooltip=about)]
+    if len({record["seed"] for record in records}) > 1:
+        layers.insert(0, seeds.mark_area(opacity=0.18, clip=True).encode(y=low, y2="high:Q"))
+    elif len({record["arm"] for record in records}) <= MOST_RAW:
         layers.insert(0, base.mark_line(strokeWidth=1, opacity=0.35, clip=True).encode(y=raw))
     return specification(layers, height=320)

@@ -45,7 +45,7 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
       axisY: { domain: false, ticks: false, labelPadding: 8 },
       legend: Object.assign({ orient: "top", labelFontSize: 13, titleFontSize: 12, titleFontWeight: "normal", symbolStrokeWidth: 2.5, symbolSize: 260, symbolType: "stroke", symbolOpacity: 1, columns: innerWidth < 640 ? 2 : 6 },
         text, { labelColor: value("--ink") }),
-      style: { strong: { stroke: value("--ink") } },
+      style: { strong: { stroke: value("--ink") }, hollow: { fill: value("--surface") } },
       rule: { color: value("--muted") },
       text: { color: value("--muted"), font: font },
       range: {
@@ -60,6 +60,9 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
   async function drawOne(key, shared) {
     if (views[key]) views[key].finalize();
     const copy = JSON.parse(JSON.stringify(specs[key]));
+    const traces = document.querySelector(`[data-traces="${CSS.escape(key)}"]`);
+    if (traces) copy.params[0].value = traces.checked;
+    if (traces && !traces.checked) copy.layer = copy.layer.filter((layer) => !(layer.name || "").startsWith("traces"));
     // `ast` interprets expressions instead of compiling them: the page needs no eval.
     const element = document.getElementById(key);
     views[key] = await vegaEmbed(element, copy, { actions: false, ast: true, mode: "vega-lite", renderer: "svg", config: shared });
@@ -71,11 +74,12 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
     const box = document.getElementById(key).getBoundingClientRect();
     return box.bottom < 0 ? innerHeight - box.bottom : box.top;
   };
+  const width = (key) => document.getElementById(key).clientWidth; // 0 in what is folded, in some browsers
   async function draw() {
     delete root.dataset.drawn;
     const shared = config();
     for (const key of Object.keys(specs).sort((a, b) => place(a) - place(b))) {
-      await drawOne(key, shared);
+      if (width(key)) await drawOne(key, shared);
       await new Promise((resolve) => setTimeout(resolve));
     }
     root.dataset.drawn = "true";
@@ -155,6 +159,54 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
       });
     });
   }
+
+  // What is folded opens where a link leads into it, and its plots are drawn if they could not be before.
+  const unfold = () => {
+    let target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (!target) return;
+    for (const own of target.querySelectorAll(":scope > details.fold")) own.open = true;
+    for (; target; target = target.parentElement) if (target.tagName === "DETAILS") target.open = true;
+  };
+  addEventListener("hashchange", unfold);
+  for (const link of document.querySelectorAll("nav a")) link.addEventListener("click", () => setTimeout(unfold));
+  unfold();
+  document.addEventListener("toggle", ({ target }) => {
+    if (!target.open || !target.querySelector) return;
+    const missing = Object.keys(specs).filter((key) => !views[key] && target.contains(document.getElementById(key)));
+    if (missing.length) drawing = drawing.then(async () => { for (const key of missing) if (width(key)) await drawOne(key, config()); }).catch(failed);
+  }, true);
+  for (const box of document.querySelectorAll("[data-traces]")) {
+    box.addEventListener("change", () => { drawing = drawing.then(() => drawOne(box.dataset.traces, config())).catch(failed); });
+  }
+
+  // Contents show where the reader is.
+  const links = Array.from(document.querySelectorAll("nav a"));
+  const mark = () => {
+    const reached = links.filter((link) => document.getElementById(link.hash.slice(1)).getBoundingClientRect().top < innerHeight / 3);
+    const current = reached[reached.length - 1] || links[0];
+    if (!current || current.hasAttribute("aria-current")) return;
+    links.forEach((link) => link.removeAttribute("aria-current"));
+    current.setAttribute("aria-current", "true");
+    const bar = current.closest("nav");
+    bar.scrollLeft = current.offsetLeft - bar.clientWidth / 2 + current.clientWidth / 2;
+  };
+  addEventListener("scroll", mark, { passive: true });
+  mark();
+
+  // Paper shows what is folded, and plots for its columns: drawn wider, and scaled by the style sheet to its small type.
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    opened = Array.from(document.querySelectorAll("details:not([open]):not(.save)"));
+    opened.forEach((details) => { details.open = true; });
+    for (const [key, { view }] of Object.entries(views)) {
+      const grid = document.getElementById(key).closest(".grid");
+      view.width(grid ? (grid.classList.contains("three") ? 300 : 420) : 860).run();
+    }
+  });
+  addEventListener("afterprint", () => {
+    opened.forEach((details) => { details.open = false; });
+    for (const [key, { view }] of Object.entries(views)) if (width(key)) view.width(width(key)).run();
+  });
 
   redraw();
 })();

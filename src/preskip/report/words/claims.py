@@ -54,9 +54,10 @@ def assess(record: Manifest, results: Results) -> list[Claim]:
 
     Returns:
         One dictionary per claim: id, kind ("claim" or "control"), claim (in words), verdict ("supported",
-        "contradicted", "mixed", "undecided" or "not measured"), evidence (one or more sentences), parts, and of the
-        part that the verdict rests on set, metric, arm, reference, difference, low, high and resolvable (the smallest
-        true difference the run finds with 80 % power), or None.
+        "contradicted", "mixed", "undecided" or "not measured"), evidence (one or more sentences), parts, exploratory
+        (whether a comparison in it was not declared before training), and of the part that the verdict rests on set,
+        metric, arm, reference, difference, low, high and resolvable (the smallest true difference the run finds with
+        80 % power), or None.
     """
     bench = _Bench(record, results)
     sets = list(results["sets"])
@@ -222,6 +223,7 @@ def _claim(name: str, words: str, parts: Sequence[Part], control: bool = False, 
         "evidence": ". ".join(dict.fromkeys(part["evidence"] for part in parts)),
         "parts": list(parts),
         "needs": list(dict.fromkeys(need for part in parts for need in part["needs"])),
+        "exploratory": any(not is_declared(part["entry"]) for part in measured if "entry" in part),
         **{key: entry.get(key) for key in ("set", "metric", "arm", "reference", "difference", "low", "high")},
         "resolvable": weight.get("resolvable"),
     }
@@ -238,6 +240,20 @@ def combine(verdicts: Sequence[str], *, together: bool = False) -> str:
     if "contradicted" in found:
         return "mixed" if "supported" in found and not together else "contradicted"
     return found.pop() if len(found) == 1 else "undecided"
+
+
+def parts_text(claim: Claim) -> str:
+    """How many of a claim's parts say what, declared and exploratory ones apart."""
+    groups: dict[str, list[str]] = {}
+    for part in claim["parts"]:
+        entry = part.get("entry")
+        kind = "" if entry is None else "declared" if is_declared(entry) else "exploratory"
+        groups.setdefault(kind, []).append(part["verdict"])
+    return "; ".join(
+        f"{kind}: {counted}" if kind else counted
+        for kind, verdicts in groups.items()
+        for counted in [", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(verdicts))]
+    )
 
 
 def power_text(part: Mapping[str, Any]) -> str:

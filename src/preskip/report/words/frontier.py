@@ -1,4 +1,6 @@
-"""The frontier of in-domain gain and out-of-domain harm: which arms no other is shown to beat, by stored verdicts.
+"""The frontier of in-domain gain and out-of-domain harm: which arms no other is shown to beat.
+
+All pairs are held to one yardstick, p without correction: the frontier is exploratory, whatever was declared.
 
 An arm dominates another when their direct paired comparisons find it better on one axis and better or equivalent on
 the other. Better on one axis while the other is undecided (or not compared) is not enough: the arm behind then stays
@@ -9,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import permutations
-from typing import Any
+from typing import Any, cast
 
-from preskip.report.lookup import PAPER, find, sets_of
+from preskip.report.lookup import PAPER, find, is_declared, sets_of
 from preskip.report.words.verdicts import set_label
-from preskip.runs.schema import Results
+from preskip.runs.schema import Comparison, Results
+from preskip.stats.verdicts import ALPHA, verdict_of
 
 
 def planes(results: Results) -> list[tuple[str, str]]:
@@ -39,7 +42,7 @@ def assess_plane(results: Results, home: str, abroad: str) -> dict[str, Any]:
     behind: dict[str, dict[str, str]] = {}
     for arm, rival in permutations(arms, 2):
         found = [find(results, rival, arm, name) for name in (home, abroad)]
-        reading = [entry["verdict"] if entry else "not compared" for entry in found]
+        reading = [_verdict(results, entry) if entry else "not compared" for entry in found]
         if "better" in reading and "worse" not in reading:
             inside, outside = ("equal within the margin" if word == "equivalent" else word for word in reading)
             rivals = (beaten if set(reading) <= {"better", "equivalent"} else behind).setdefault(arm, {})
@@ -58,6 +61,14 @@ def assess_plane(results: Results, home: str, abroad: str) -> dict[str, Any]:
     ]
     plane = {"home": home, "abroad": abroad, "on": on, "possible": possible, "dominated": dominated}
     return {**plane, "headline": headline, "sentence": ". ".join([headline, *rest])}
+
+
+def _verdict(results: Results, entry: Comparison) -> str:
+    """The verdict by p without correction: what is stored, of comparisons that were not declared."""
+    if not is_declared(entry):
+        return entry["verdict"]
+    alpha = (results.get("family") or {}).get("alpha", ALPHA)
+    return verdict_of(cast(Comparison, {**entry, "declared": False}), alpha, results["sets"].get(entry["set"]))
 
 
 def _best_reason(rivals: Mapping[str, str], on: Sequence[str]) -> str:
