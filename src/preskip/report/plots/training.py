@@ -103,7 +103,7 @@ def training(records: Sequence[Record], arms: Sequence[str]) -> Spec:
     )
     layers = [seeds.mark_line(strokeWidth=2).encode(y=mean, strokeDash=dash(arms, legend), tooltip=about)]
     if len({record["seed"] for record in records}) > 1:
-        layers.insert(0, seeds.mark_area(opacity=0.18, clip=True).encode(y=low, y2="high:Q"))
+        layers.insert(0, seeds.mark_area(opacity=0.6 / max(3, len(arms)), clip=True).encode(y=low, y2="high:Q"))
     elif len({record["arm"] for record in records}) <= MOST_RAW:
         layers.insert(0, base.mark_line(strokeWidth=1, opacity=0.35, clip=True).encode(y=raw))
     return specification(layers, height=320)

@@ -30,7 +30,7 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
   };
 
   // Plots take their colours and type from the style sheet, so that they follow the theme.
-  function config() {
+  function config(columns) {
     const style = getComputedStyle(root);
     const value = (name) => style.getPropertyValue(name).trim();
     const font = getComputedStyle(document.body).fontFamily;
@@ -43,7 +43,7 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
       axis: Object.assign({ labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", titlePadding: 10, gridColor: value("--line"),
         domainColor: value("--control"), tickColor: value("--control"), labelOverlap: true }, text),
       axisY: { domain: false, ticks: false, labelPadding: 8 },
-      legend: Object.assign({ orient: "top", labelFontSize: 13, titleFontSize: 12, titleFontWeight: "normal", symbolStrokeWidth: 2.5, symbolSize: 260, symbolType: "stroke", symbolOpacity: 1, columns: innerWidth < 640 ? 2 : 6 },
+      legend: Object.assign({ orient: "top", labelFontSize: 13, titleFontSize: 12, titleFontWeight: "normal", symbolStrokeWidth: 2.5, symbolSize: 260, symbolType: "stroke", symbolOpacity: 1, columns: columns },
         text, { labelColor: value("--ink") }),
       style: { strong: { stroke: value("--ink") }, hollow: { fill: value("--surface") } },
       rule: { color: value("--muted") },
@@ -57,7 +57,7 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
     };
   }
 
-  async function drawOne(key, shared) {
+  async function drawOne(key) {
     if (views[key]) views[key].finalize();
     const copy = JSON.parse(JSON.stringify(specs[key]));
     const traces = document.querySelector(`[data-traces="${CSS.escape(key)}"]`);
@@ -65,6 +65,7 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
     if (traces && !traces.checked) copy.layer = copy.layer.filter((layer) => !(layer.name || "").startsWith("traces"));
     // `ast` interprets expressions instead of compiling them: the page needs no eval.
     const element = document.getElementById(key);
+    const shared = config(Math.max(2, Math.min(6, Math.floor(element.clientWidth / 135)))); // arms in a row of the legend
     views[key] = await vegaEmbed(element, copy, { actions: false, ast: true, mode: "vega-lite", renderer: "svg", config: shared });
     element.querySelector("svg").setAttribute("aria-hidden", "true"); // the figure says in words what it shows
   }
@@ -77,9 +78,8 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
   const width = (key) => document.getElementById(key).clientWidth; // 0 in what is folded, in some browsers
   async function draw() {
     delete root.dataset.drawn;
-    const shared = config();
     for (const key of Object.keys(specs).sort((a, b) => place(a) - place(b))) {
-      if (width(key)) await drawOne(key, shared);
+      if (width(key)) await drawOne(key);
       await new Promise((resolve) => setTimeout(resolve));
     }
     root.dataset.drawn = "true";
@@ -106,7 +106,7 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
       const name = "preskip-" + key.replace(/[^\w.-]+/g, "-") + "." + button.dataset.save;
       if (button.dataset.save === "json") return save(name, JSON.stringify(specs[key].data.values, null, 2), "application/json");
       if (button.dataset.save === "csv") return save(name, preskip.csv(specs[key].data.values), "text/csv");
-      if (!views[key]) await drawOne(key, config());
+      if (!views[key]) await drawOne(key);
       const view = views[key].view;
       if (button.dataset.save === "svg") return save(name, await view.toSVG(), "image/svg+xml");
       const canvas = await view.toCanvas(2);
@@ -173,10 +173,10 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
   document.addEventListener("toggle", ({ target }) => {
     if (!target.open || !target.querySelector) return;
     const missing = Object.keys(specs).filter((key) => !views[key] && target.contains(document.getElementById(key)));
-    if (missing.length) drawing = drawing.then(async () => { for (const key of missing) if (width(key)) await drawOne(key, config()); }).catch(failed);
+    if (missing.length) drawing = drawing.then(async () => { for (const key of missing) if (width(key)) await drawOne(key); }).catch(failed);
   }, true);
   for (const box of document.querySelectorAll("[data-traces]")) {
-    box.addEventListener("change", () => { drawing = drawing.then(() => drawOne(box.dataset.traces, config())).catch(failed); });
+    box.addEventListener("change", () => { drawing = drawing.then(() => drawOne(box.dataset.traces)).catch(failed); });
   }
 
   // Contents show where the reader is.
@@ -199,8 +199,8 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
     opened = Array.from(document.querySelectorAll("details:not([open]):not(.save)"));
     opened.forEach((details) => { details.open = true; });
     for (const [key, { view }] of Object.entries(views)) {
-      const grid = document.getElementById(key).closest(".grid");
-      view.width(grid ? (grid.classList.contains("three") ? 300 : 420) : 860).run();
+      const grid = document.getElementById(key).closest(".grid, .planes");
+      view.width(grid ? (grid.matches(".three, .small") ? 300 : 420) : 860).run();
     }
   });
   addEventListener("afterprint", () => {

@@ -52,7 +52,7 @@ def answer(results: Results) -> str:
     if not clauses:
         return ""
     seeds = len(results["arms"][arm]["seeds"])
-    text = f"{'; '.join(clauses)} ({seeds} seed{'s' if seeds != 1 else ''})."
+    text = f"{'; '.join(clauses)}, {seeds} seed{'s' if seeds != 1 else ''}."
     return text[0].upper() + text[1:]
 
 

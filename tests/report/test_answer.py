@@ -1,0 +1,139 @@
+"""The page's first sentence, the arms' diagrams, and that no table or frontier mixes two yardsticks."""
+
+from __future__ import annotations
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixture_run import rich_run
+from preskip.report.diagrams import Diagram, diagram
+from preskip.report.tables import comparison_groups, declared_table, power_table, scoreboard
+from preskip.report.words.answer import answer
+from preskip.report.words.claims import assess, parts_text
+from preskip.report.words.frontier import assess_plane
+from preskip.report.words.verdicts import p_text
+
+ROOT = Path(__file__).parents[2]
+SETS = {
+    "home": {"domain": "in", "kind": "document", "title": "Home", "primary": "bits_per_byte"},
+    "far": {"domain": "out", "kind": "document", "title": "Far", "primary": "bits_per_byte"},
+    "farther": {"domain": "out", "kind": "item", "title": "Farther", "primary": "acc"},
+}
+
+
+def entry(name: str, reference: str, verdict: str, **more: Any) -> dict[str, Any]:
+    stated = {"difference": -1.0, "low": -2.0, "high": -0.5, "p_value": 0.01, "p_holm": 0.04, "declared": True}
+    metric = SETS[name]["primary"]
+    return {"set": name, "metric": metric, "arm": "preskip", "reference": reference, "verdict": verdict} | stated | more
+
+
+def results(*comparisons: dict[str, Any], **more: Any) -> dict[str, Any]:
+    matched = {"budget": "matched", "trainable_parameters": 9, "seeds": [1, 2, 3]}
+    arms = {"none": {"budget": "none", "trainable_parameters": 0, "seeds": [1]}, "preskip": matched, "lora": matched}
+    return {"sets": SETS, "arms": arms, "comparisons": list(comparisons), **more}
+
+
+def test_one_sentence_answers() -> None:
+    found = results(
+        entry("home", "none", "better"),
+        entry("home", "lora", "equivalent"),
+        *(entry(name, arm, "undecided") for name in ("far", "farther") for arm in ("none", "lora")),
+    )
+    assert answer(found) == (
+        "On its own text (Home) preskip is better than the untouched model and equal within the margin to LoRA of the "
+        "same size; elsewhere (Far and Farther) it is undecided against the untouched model and LoRA of the same size, "
+        "3 seeds."
+    )
+
+
+def test_the_sentence_says_where_and_what_is_exploratory() -> None:
+    found = results(entry("far", "none", "worse"), entry("farther", "none", "better", declared=False))
+    found["arms"]["preskip"] = {**found["arms"]["preskip"], "seeds": [7]}
+    assert answer(found) == (
+        "Elsewhere (Far and Farther) preskip is worse than the untouched model on Far and better than the untouched "
+        "model on Farther (exploratory), 1 seed."
+    )
+    assert answer(results()) == ""
+
+
+def test_from_scratch_the_rivals_are_the_plain_controls() -> None:
+    stored = json.loads((ROOT / "results/scratch-books/results.json").read_text())
+    assert answer(stored) == (
+        "On its own text (books) preskip is undecided against the plain architecture and a plain model with as many "
+        "weights and worse than a plain model trained with as many FLOPs; elsewhere (sotu) it is equal within the "
+        "margin to the plain architecture and worse than a plain model with as many weights and a plain model trained "
+        "with as many FLOPs, 3 seeds."
+    )
+
+
+@pytest.mark.parametrize(
+    ("arm", "settings", "shown"),
+    [
+        ("preskip", {"preprojection": True, "content_skip": True, "enrich_attention": True}, "before skip"),
+        ("content", {"preprojection": True, "content_skip": True, "enrich_attention": False}, "beside skip"),
+        ("parallel", {"preprojection": True, "content_skip": False, "enrich_attention": False}, "beside skip"),
+        ("preproj", {"preprojection": True, "content_skip": False, "enrich_attention": True}, "before"),
+        ("skip", {"preprojection": False, "content_skip": True, "enrich_attention": True}, "skip"),
+        ("lora", {"r": 8}, "lora"),
+        ("layernorm", {}, "norms"),
+        ("preskip", {}, "before skip"),  # from scratch no settings are stored
+        ("base-wide", {}, ""),
+    ],
+)
+def test_a_diagram_shows_what_an_arm_adds(arm: str, settings: dict[str, Any], shown: str) -> None:
+    assert diagram(arm, settings) == Diagram(**{part: part in shown.split() for part in Diagram._fields})
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    run = rich_run(tmp_path_factory.mktemp("rich") / "run", steps=1)
+    return json.loads((run / "run.json").read_text()), json.loads((run / "results.json").read_text())
+
+
+def test_no_table_mixes_corrected_and_raw_p(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    _, stored = rich
+    declared = [e for e in stored["comparisons"] if e["declared"]]
+    groups = comparison_groups(stored)
+    corrected = [declared_table(stored), *(group["declared"] for group in groups)]
+    raw = [power_table(stored), *(group["others"] for group in groups)]
+    for tables, note in ((corrected, "Holm, corrected"), (raw, "not corrected")):
+        for table in tables:
+            assert [column.note for column in table.columns if column.title == "p"] == [note]
+    # Every p stands where its kind does: of declared ones the raw p, too, beside what they resolve.
+    place = [column.title for column in corrected[0].columns].index("p")
+    assert [row[place].text for row in corrected[0].rows] == [p_text(e["p_holm"]) for e in declared]
+    place = [column.title for column in raw[0].columns].index("p")
+    assert [row[place].text for row in raw[0].rows] == [p_text(e["p_value"]) for e in declared]
+    badges = [(cell.exploratory, table in raw) for table in corrected + raw for row in table.rows for cell in row
+              if cell.badge]  # fmt: skip
+    assert set(badges) == {(False, False), (True, True)}
+    cells = list(chain.from_iterable(row["cells"] for row in scoreboard(stored)["rows"]))
+    assert sum(cell is not None for cell in cells) == sum(
+        not e["declared"] and e["reference"] == "none" and e["metric"] == stored["sets"][e["set"]]["primary"]
+        for e in stored["comparisons"]
+    )
+
+
+def test_a_frontier_has_one_yardstick() -> None:
+    """Raw p 0.01 decides on the frontier, whatever Holm's 0.2 left undecided in the declared family."""
+    declared = [entry(name, "lora", "undecided", p_holm=0.2) for name in ("home", "far")]
+    exploratory = [entry(name, "none", "better", p_holm=None, declared=False) for name in ("home", "far")]
+    plane = assess_plane(results(*declared, *exploratory), "home", "far")
+    assert plane["on"] == ["preskip"]
+    assert list(plane["dominated"]) == ["none", "lora"]
+    blunt = [{**e, "p_value": 0.06} for e in declared]
+    assert assess_plane(results(*blunt, *exploratory), "home", "far")["on"] == ["preskip", "lora"]
+
+
+def test_a_claim_counts_its_parts_by_kind(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    record, stored = rich
+    for claim in assess(record, stored):
+        entries = [part["entry"] for part in claim["parts"] if "entry" in part]
+        assert claim["exploratory"] == any(not e["declared"] for e in entries)
+    parts = [{"verdict": word, "entry": {"declared": kind}} for word, kind in (("supported", True), ("mixed", False))]
+    parts += [parts[0], {"verdict": "undecided"}]
+    assert parts_text({"parts": parts}) == "declared: 2 supported; exploratory: 1 mixed; 1 undecided"
