@@ -164,6 +164,8 @@ def test_lines_are_means_over_seeds_on_bands(results: dict[str, Any], rich: Path
         [step] = depth.depth(rows, ["a"], "enrichment")["layer"][0]["transform"]
         found_fields = {entry["as"]: entry["field"] for entry in step["aggregate"]}
         assert (found_fields["bottom"], found_fields["top"]) == fields
+    bare = depth.depth([{"arm": "a", "seed": "1", "layer": 0, "value": 1.0, "low": None}], ["a"], "enrichment")
+    assert [layer["mark"]["type"] for layer in bare["layer"]] == ["line", "point"]
 
 
 def test_corners_that_are_not_drawn_are_not_named(results: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ CLIPPED = """() => Array.from(document.querySelectorAll(".plot"), (place) => {
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pages of the stored results, in folders of their names."""
     place = tmp_path_factory.mktemp("layout")
-    for name in STORED:
+    for name in (*STORED, "minimal"):
         redrawn.CASES[name](place / name)
         build_report(place / name)
     return place
@@ -45,7 +45,7 @@ def report(reports: Path) -> Path:
     return reports / STORED[0] / "report.html"
 
 
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("name", [*STORED, "minimal"])
 def test_the_first_screen_answers(chromium: Any, reports: Path, name: str) -> None:
     watched = Watched(chromium, reports / name / "report.html").drawn()
     page = watched.page

@@ -58,10 +58,10 @@ def depth_records(depth: Mapping[str, BySeed], measure: str) -> list[Record]:
 
 
 def depth(records: Sequence[Record], arms: Sequence[str], measure: str) -> Spec:
-    """One measure by layer for several arms as `_seeds` draws them, the axis from 0."""
+    """One measure by layer for several arms as `_over_seeds` draws them, the axis from 0."""
     legend = shown_arms(arms, records, 90)
-    base = _mean(chart(records), records).encode(x=layer_axis(), color=colour(arms, legend))
-    return specification(_seeds(base, value_axis("mean", MEASURES[measure]), arms, measure, legend), height=250)
+    y = value_axis("mean", MEASURES[measure])
+    return specification(_over_seeds(chart(records), records, y, arms, measure, legend), height=250)
 
 
 def norm_records(results: Results, arm: str, measure: str) -> list[Record]:
@@ -86,8 +86,7 @@ def norms(records: Sequence[Record], arms: Sequence[str], measure: str) -> Spec:
     limits = {"domain": [0, 1.05 * max(values, default=1.0) or 1.0], "nice": False, "zero": alt.Undefined}
     y = value_axis("mean", MEASURES[measure], **limits)
     learned = [record for record in records if record["part"] == "arm"]
-    base = _mean(source.transform_filter("datum.part === 'arm'"), learned).encode(x=layer_axis(), color=colour(arms))
-    layers = _seeds(base, y, arms, measure)
+    layers = _over_seeds(source.transform_filter("datum.part === 'arm'"), learned, y, arms, measure)
     nulls = [label for label in NULLS.values() if any(record.get("null") == label for record in records)]
     if nulls:
         legend = alt.Legend(values=nulls, symbolType="square", symbolOpacity=0.6, symbolStrokeWidth=0)
@@ -131,19 +130,22 @@ def ablation(records: Sequence[Record], arms: Sequence[str]) -> Spec:
     return specification(layers, height=210)
 
 
-def _mean(source: Any, records: Sequence[Record]) -> Any:
-    """Mean, lowest and highest value over the seeds by arm and layer; of one seed its stored interval."""
+def _over_seeds(
+    source: Any, records: Sequence[Record], y: Any, arms: Sequence[str], measure: str, legend: Any = None
+) -> list[Any]:
+    """A line and marks for the mean over seeds, on a band from the lowest to the highest; of one seed the band is its
+    stored interval, if it has one.
+    """
     several = len({record["seed"] for record in records}) > 1
-    low, high = ("min(value)", "max(value)") if several else ("min(low)", "max(high)")
-    return source.transform_aggregate(mean="mean(value)", bottom=low, top=high, groupby=["arm", "layer"])
-
-
-def _seeds(base: Any, y: Any, arms: Sequence[str], measure: str, legend: Any = None) -> list[Any]:
-    """A line and marks for the mean over seeds, on a band from the lowest to the highest."""
+    limits = not several and any(record.get("low") is not None for record in records)
+    low, high = ("min(low)", "max(high)") if limits else ("min(value)", "max(value)")
+    mean = source.transform_aggregate(mean="mean(value)", bottom=low, top=high, groupby=["arm", "layer"])
+    base = mean.encode(x=layer_axis(), color=colour(arms, legend))
     shown = {"mean:Q": MEASURES[measure], "bottom:Q": "lowest", "top:Q": "highest"}
     about = tooltips({"arm:N": "arm", "layer:Q": "layer"}, shown, ".4g")
+    band = [base.mark_area(opacity=0.2).encode(y=alt.Y("bottom:Q"), y2="top:Q")] if several or limits else []
     return [
-        base.mark_area(opacity=0.2).encode(y=alt.Y("bottom:Q"), y2="top:Q"),
+        *band,
         base.mark_line(strokeWidth=1.75).encode(y=y, tooltip=about),
         base.mark_point(size=26, **POINT).encode(y=y, shape=shape(arms, legend)),
     ]
