@@ -7,7 +7,7 @@ from preskip import progress
 @pytest.mark.parametrize(("width", "has_bar"), [(40, False), (80, True), (120, True)])
 def test_count_and_time_left_are_whole_at_any_width(monkeypatch, width, has_bar):
     console = Console(force_terminal=True, width=width, record=True, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    monkeypatch.setattr(progress, "console", lambda **_: console)
     with progress.progress_bar("train preskip", 100) as advance:
         advance(7, "loss 10.823")
     last = console.export_text().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Progress of long steps on the terminal: a bar with the time left, on stderr, or nothing at all."""
+"""What is said on the terminal: text as it stands, and the progress of long steps on stderr."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ WIDE = 70
 Advance = Callable[[int, str], None]
 
 
+def console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
+    """A console for text that may hold anything: paths, names, messages, a model's tokens.
+
+    Colour comes from `rich.text.Text` and from `style`.
+
+    Args:
+        stderr: print there, in place of stdout.
+        soft_wrap: long lines are left to the terminal, so that a path stays whole when it is copied.
+    """
+    return Console(stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
+
+
 def no_progress(done: int, note: str = "") -> None:
     """The `Advance` that shows nothing."""
 
@@ -40,23 +52,23 @@ def progress_display(description: str, *, quiet: bool = False) -> Iterator[Progr
         description: what is being done, for the line.
         quiet: show nothing.
     """
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    out = console(stderr=True)
+    if quiet or not out.is_terminal:
         if not quiet:
-            console.print(f"{description} ...", highlight=False)
+            out.print(f"{description} ...", soft_wrap=True)
         yield None
         return
     columns: list[ProgressColumn] = [
-        TextColumn("{task.description}", style="bold"),
+        TextColumn("{task.description}", style="bold", markup=False),
         MofNCompleteColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     ]
-    if console.width >= WIDE:  # on less, the figures would be cut
+    if out.width >= WIDE:  # on less, the figures would be cut
         columns[1:1] = [BarColumn(bar_width=28)]
         columns[3:3] = [TimeElapsedColumn()]
         columns.append(_NoteColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=out) as progress:
         yield progress
 
 
@@ -89,18 +101,18 @@ def spinner(description: str, *, quiet: bool = False) -> Iterator[None]:
         description: what is being done.
         quiet: show nothing.
     """
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    out = console(stderr=True)
+    if quiet or not out.is_terminal:
         yield
         return
-    with console.status(f"{description} ..."):
+    with out.status(Text(f"{description} ...")):
         yield
 
 
-def say(text: str, *, quiet: bool = False) -> None:
+def say(text: str, *, quiet: bool = False, style: str = "") -> None:
     """Print one line on stderr, or nothing."""
     if not quiet:
-        Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False)
+        console(stderr=True, soft_wrap=True).print(text, style=style)
 
 
 class _NoteColumn(ProgressColumn):

@@ -41,7 +41,18 @@ def test_one_run_gives_every_pair_with_the_declared_family(tmp_path: Path) -> No
     )
     assert entry["p_holm"] >= entry["p_value"]
     text = invoke(run)
-    for part in ("preskip − none", "p Holm", "better", "2 seeds: seeds and documents", "60 items in 12 clusters"):
+    for part in (
+        "declared",
+        "preskip − none",
+        "p (Holm)",
+        "exploratory",
+        "p (raw)",
+        "undecided †",
+        "† exploratory:",
+        "better",
+        "2 seeds: seeds and documents",
+        "60 items in 12 clusters",
+    ):
         assert part in text
 
 
@@ -49,7 +60,7 @@ def test_one_seed_says_items_only(tmp_path: Path) -> None:
     text = invoke(write_run(tmp_path / "run", arms(seeds=(1,))))
     assert "one seed: items only, not training randomness" in text
     assert "one seed: documents only, not training randomness" in text
-    assert "p Holm" not in text
+    assert "p (Holm)" not in text
 
 
 def test_options_choose_arms_sets_and_margins(tmp_path: Path) -> None:

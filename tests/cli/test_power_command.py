@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_the_figures_of_full_lambada_and_of_500_items() -> None:
         (row,) = json.loads(invoke("--items", items, "--json"))["designs"]
         assert row["resolvable"] == pytest.approx(expected, abs=5e-5)
     text = invoke("--items", 5153)
-    assert "1.2 points" in text
+    assert re.search(r"Accuracy \(points\) +5,153 +1 +1\.2\n", text)
     assert "one seed: what these trained weights differ by" in text
 
 
@@ -51,7 +52,7 @@ def test_a_run_from_its_measured_spread(tmp_path: Path) -> None:
     assert (row["observed"], row["basis"]) == (entries[0]["difference"], "measured")
     assert (row["needed_seeds"] <= 3) == (row["resolvable"] <= abs(row["observed"]))
     text = invoke_app("power", run, columns=40)
-    for part in ("preskip − none, heldout bits_per_byte", "found from", "needs units", "or seeds"):
+    for part in ("heldout, bits per byte", "  preskip − none", "found from", "observed", "needs", "seeds"):
         assert part in text  # whole on any terminal
     # Nothing declared: every comparison.
     other = write_run(tmp_path / "other", {"none": base, "preskip": cells})
@@ -78,3 +79,9 @@ def test_bad_input_is_refused_with_one_line(tmp_path: Path) -> None:
         with pytest.raises(PreskipError, match=message) as caught:
             invoke(*arguments)
         assert "\n" not in str(caught.value)
+
+
+def test_a_design_that_resolves_nothing_says_so() -> None:
+    text = invoke("--items", 5, "--seeds", 2, "--seed-sd", 0.5)
+    assert re.search(r"Accuracy \(points\) +5 +2 +nothing\n", text)
+    assert "nothing: no difference between two accuracies is large enough" in text

@@ -152,13 +152,13 @@ def _pip_download(wheel: Wheel, folder: Path, progress: bool) -> Path:
 
 def _follow(process: "subprocess.Popen[bytes]", wheel: Wheel, folders: tuple[Path, ...], progress: bool) -> None:
     """Show how much of the wheel lies in pip's own temporary folder until pip ends."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     from preskip.assets.cache import size_of
+    from preskip.progress import console
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True), disable=not progress) as bar:
         task = bar.add_task(f"Downloading {wheel.requirement}", total=wheel.size)
         while process.poll() is None:
             # The finished file lies in both places for a moment.

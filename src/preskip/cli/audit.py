@@ -118,38 +118,40 @@ def audit(
 
 def print_audit(report: Mapping[str, Any]) -> None:
     """A table of each dtype's figures and of what they differ from fp32 by."""
-    from preskip.cli.wide import columns, print_wide
+    from rich.text import Text
 
-    figures = ("value", "95 % interval", "minus fp32 [95 % interval]")
-    table = columns("dtype", "set", "metric", right=figures, last="reading")
+    from preskip.cli.printing import columns, difference_cell, print_table, verdict_text
+    from preskip.metrics import metric_named
+    from preskip.report.words.verdicts import interval_text
+
+    table = columns("dtype", right=("value [95 %]", "minus fp32 [95 %]"), last="reading")
     costs = {(entry["arm"], entry["set"], entry["metric"]): entry for entry in report["comparisons"]}
-    for label, run in report["dtypes"].items():
-        shown = label
-        for name, metrics in run["metrics"].items():
-            for metric, value in metrics.items():
-                cost = costs.get((label, name, metric))
-                table.add_row(
-                    shown,
-                    name,
-                    metric,
-                    f"{value['value']:.4f}",
-                    f"{value['low']:.4f} to {value['high']:.4f}",
-                    f"{cost['difference']:+.4f} [{cost['low']:+.4f}, {cost['high']:+.4f}]" if cost else "",
-                    cost["verdict"] if cost else "",
-                )
-                shown = ""
+    first = next(iter(report["dtypes"].values()))["metrics"]
+    for name, metric in ((name, metric) for name, metrics in first.items() for metric in metrics):
+        table.add_row(Text(f"{name}, {metric_named(metric).phrase}", style="bold"))
+        for label, run in report["dtypes"].items():
+            cost = costs.get((label, name, metric))
+            text = interval_text(metric, run["metrics"][name][metric]) or {"value": "–", "interval": ""}
+            table.add_row(
+                f"  {label}",
+                f"{text['value']} {text['interval']}",
+                difference_cell(cost) if cost else "",
+                verdict_text(cost["verdict"]) if cost else "",
+            )
     context = f"context {report['context_length']}, " if report["context_length"] else ""
     note = (
         f"{report['weights_rounded']:.1%} of the weights change when rounded to bf16; autocast: fp32 weights, bf16 "
         f"arithmetic; {context}attention {report['attn_implementation']}, "
         + ", ".join(f"{label} {run['seconds']:g} s" for label, run in report["dtypes"].items())
     )
-    print_wide(table, [note], _published_lines(report["published"]))
+    print_table(table, [note, *_published_lines(report["published"])])
 
 
 def _published_lines(published: Mapping[str, Any] | None) -> list[str]:
     if published is None:
         return []
+    from preskip.report.words.verdicts import limits_text, number
+
     lines = [f"published of {published['model']} {published['checkpoint']}: {published['source']}"]
     for label, tasks in published["distances"].items():
         for task, metrics in tasks.items():
@@ -161,9 +163,10 @@ def _published_lines(published: Mapping[str, Any] | None) -> list[str]:
                     )
                 else:
                     agrees = "agrees" if found["agrees"] else "does not agree"
-                    interval = f"[{found['low']:+.4f}, {found['high']:+.4f}]"
+                    difference = number(found["difference"], 4, sign=True)
+                    interval = limits_text(found["low"], found["high"], 4)
                     lines.append(
                         f"  {label}: {task} {metric} {found['measured']:.4f}, published {found['published']:.4f}: "
-                        f"{found['difference']:+.4f} {interval} over {found['items']:,} items, {agrees}"
+                        f"{difference} {interval} over {found['items']:,} items, {agrees}"
                     )
     return lines

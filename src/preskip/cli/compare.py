@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from preskip.cli.options import Json, flag
 from preskip.errors import PreskipError
 from preskip.experiment.parse import parse_names
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def compare(
@@ -87,40 +90,50 @@ def _check_margins(names: Iterable[str], entries: Sequence[Mapping[str, Any]]) -
 
 
 def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes: Sequence[str]) -> None:
-    from preskip.cli.wide import columns, print_wide
-    from preskip.metrics import metric_named
-    from preskip.report.words.verdicts import MINUS, amount, difference_text, p_text, set_label
+    from preskip.cli.printing import EXPLORATORY_NOTE, print_table
 
-    groups = dict.fromkeys((entry["set"], entry["metric"]) for entry in entries)
-    corrected = any(entry["declared"] for entry in entries)
-    for name, metric in groups:
+    declared = [entry for entry in entries if entry["declared"]]
+    exploratory = [entry for entry in entries if not entry["declared"]]
+    tables = [*_tables(declared, sets, is_declared=True), *_tables(exploratory, sets, is_declared=False)]
+    last = [*([EXPLORATORY_NOTE] if exploratory else []), *_scope(entries), *notes]
+    for table in tables:
+        print_table(table, last if table is tables[-1] else ())
+
+
+def _tables(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], *, is_declared: bool) -> list[Table]:
+    """One table per set and metric, of comparisons that were declared before training or of those that were not."""
+    from rich.text import Text
+
+    from preskip.cli.printing import columns, difference_cell, verdict_text
+    from preskip.metrics import metric_named
+    from preskip.report.words.verdicts import MINUS, amount, p_text, set_label
+
+    tables = []
+    for name, metric in dict.fromkeys((entry["set"], entry["metric"]) for entry in entries):
         group = [entry for entry in entries if (entry["set"], entry["metric"]) == (name, metric)]
-        margin = group[0]["margin"]
+        margin, about = group[0]["margin"], metric_named(metric)
         stated = f", equivalent within ±{amount(metric, margin)}" if margin is not None else ""
-        unit = metric_named(metric).difference_unit
+        unit = f" ({about.difference_unit.strip()})" if about.difference_unit else ""
         table = columns(
-            "paired",
+            "declared" if is_declared else "exploratory",
             right=(
                 f"difference [{100 * group[0]['confidence']:g} %]",
-                "p",
-                *(["p Holm"] if corrected else []),
+                "p (Holm)" if is_declared else "p (raw)",
                 "p equiv.",
             ),
             last="reading",
-            title=f"{set_label(sets, name)}: {metric_named(metric).name}{f' ({unit.strip()})' if unit else ''}{stated}",
         )
+        table.title = Text(f"{set_label(sets, name)}: {about.name}{unit}{stated}")
         for entry in group:
-            text = difference_text(entry)
-            holm = [p_text(entry["p_holm"])] if corrected else []
             table.add_row(
                 f"{entry['arm']} {MINUS} {entry['reference']}",
-                f"{text['value']} {text['interval']}",
-                p_text(entry["p_value"]),
-                *holm,
+                difference_cell(entry),
+                p_text(entry["p_holm" if is_declared else "p_value"]),
                 p_text(entry["p_equivalence"]),
-                entry["verdict"],
+                verdict_text(entry["verdict"], is_declared=is_declared),
             )
-        print_wide(table, [*_scope(entries), *notes] if (name, metric) == list(groups)[-1] else ())
+        tables.append(table)
+    return tables
 
 
 def _scope(entries: Sequence[Mapping[str, Any]]) -> list[str]:

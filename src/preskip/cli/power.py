@@ -132,30 +132,39 @@ def _row(
 
 
 def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> None:
-    from preskip.cli.wide import columns, print_wide
+    from rich.text import Text
+
+    from preskip.cli.printing import columns, print_table, size_cell
     from preskip.metrics import metric_named
-    from preskip.report.words.verdicts import MINUS, amount
+    from preskip.report.words.verdicts import MINUS
 
     measured = rows[0]["basis"] == "measured"
     asked = any("needed_units" in row for row in rows)
-    figures = ["units", "seeds", "found from", *(["observed"] if measured else [])]
-    figures += ["to find", "needs units", "or seeds"] if asked else []
-    table = columns("comparison" if measured else "metric", right=figures)
-    for row in rows:
+    # Of a run, what is to be found is by default what was observed.
+    wants = asked and any(not measured or row["difference"] != row["observed"] for row in rows)
+    figures = ["units", "seeds", "found from", *(["observed"] if measured else []), *(["to find"] if wants else [])]
+    table = columns(
+        "comparison" if measured else "metric", right=figures + (["needs\nunits", "or\nseeds"] if asked else [])
+    )
+    heading = None
+    measures = list(dict.fromkeys((row.get("set"), row["metric"]) for row in rows))
+    for row in sorted(rows, key=lambda row: measures.index((row.get("set"), row["metric"]))):
         metric = row["metric"]
-        name = metric_named(metric).name
+        about = metric_named(metric)
+        unit = f" ({about.difference_unit.strip()})" if about.difference_unit else ""
+        name = f"{about.name}{unit}"
         if measured:
-            name = f"{row['arm']} {MINUS} {row['reference']}, {row['set']} {metric}"
-        cells = [f"{row['units']:,}", str(row["seeds"]), amount(metric, row["resolvable"])]
+            own = f"{row['set']}, {about.name[0].lower()}{about.name[1:]}{unit}"
+            if own != heading:
+                table.add_row(Text(own, style="bold"))
+            heading, name = own, f"  {row['arm']} {MINUS} {row['reference']}"
+        cells = [f"{row['units']:,}", str(row["seeds"]), size_cell(metric, row["resolvable"])]
         if measured:
-            cells.append((MINUS if row["observed"] < 0 else "") + amount(metric, row["observed"]))
+            cells.append((MINUS if row["observed"] < 0 else "") + size_cell(metric, row["observed"]))
+        if wants:
+            cells.append(size_cell(metric, row["difference"]) if "needed_units" in row else "–")
         if asked:
-            cells += ["–"] * 3
-            if "needed_units" in row:
-                cells[-3:] = [
-                    amount(metric, row["difference"]),
-                    *(_count(row[f"needed_{k}"]) for k in ("units", "seeds")),
-                ]
+            cells += [_count(row.get(f"needed_{kind}")) for kind in ("units", "seeds")]
         table.add_row(name, *cells)
     family = max(row["family"] for row in rows)
     lines = [
@@ -173,7 +182,9 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
         )
     if asked:
         lines.append("needs: units at these seeds, or seeds at these units; – means that no number of them is enough")
-    print_wide(table, lines)
+    if any(size_cell(row["metric"], row["resolvable"]) == "nothing" for row in rows):
+        lines.append("nothing: no difference between two accuracies is large enough for this design")
+    print_table(table, lines)
 
 
 def _count(value: int | None) -> str:

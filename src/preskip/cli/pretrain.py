@@ -45,7 +45,7 @@ def pretrain(
 
 def print_plans(plans: Mapping[str, Plan]) -> None:
     """Print what is trained: weights, compute and tokens of every arm, and how near it comes to preskip's."""
-    from preskip.cli.wide import columns, print_wide
+    from preskip.cli.printing import columns, print_table
 
     figures = ("layers", "MLP", "weights", "non-emb.", "MFLOP/token", "tokens", "steps", "training PFLOP")
     table = columns("arm", right=figures, last="against preskip")
@@ -63,7 +63,7 @@ def print_plans(plans: Mapping[str, Plan]) -> None:
             f"{plan.training_flops / 1e15:,.3g}",
             matched,
         )
-    print_wide(table, stderr=True)
+    print_table(table, stderr=True)
 
 
 def _announcement(config: Mapping[str, Any], reason: str) -> list[str]:
@@ -78,7 +78,7 @@ def _announcement(config: Mapping[str, Any], reason: str) -> list[str]:
     ]
 
 
-def _show(record: Manifest, results: Results, run: Path, page: Path | None) -> None:
+def _show(record: Manifest, results: Results, page: Path | None) -> None:
     from preskip.cli.tables import print_results
 
-    print_results(results, run, page)
+    print_results(results, page)

@@ -48,11 +48,11 @@ def _announcement(config: Mapping[str, Any], reason: str) -> list[str]:
     ]
 
 
-def _show(record: Manifest, results: Results, run: Path, page: Path | None) -> None:
+def _show(record: Manifest, results: Results, page: Path | None) -> None:
     from preskip.cli.audit import print_audit
     from preskip.cli.tables import print_claims, print_paper, print_results
 
-    print_results(results, run, page)
+    print_results(results, page)
     print_paper(results)
     print_claims(record, results)
     if "dtype_audit" in results:

@@ -18,6 +18,7 @@ from preskip.cli.options import flag
 from preskip.errors import PreskipError
 from preskip.experiment.option_file import load_options
 from preskip.experiment.presets import preset_options
+from preskip.progress import console
 
 if TYPE_CHECKING:
     from preskip.experiment.options import ExperimentConfig
@@ -47,14 +48,14 @@ class Course:
     Attributes:
         kind: the options.
         announce: lines about a run's configuration, given why it has its dtype.
-        show: prints run.json, the results, the run's path and its page.
+        show: prints run.json and the results, given the page or None.
         executor, ray_address, workers: where cells are computed, see `preskip.experiment.run.finish_run`.
         show_plans: given the solved arms before anything is trained, unless nothing is to be printed.
     """
 
     kind: type[ExperimentConfig]
     announce: Callable[[Mapping[str, Any], str], list[str]]
-    show: Callable[[Manifest, Results, Path, Path | None], None]
+    show: Callable[[Manifest, Results, Path | None], None]
     executor: str = "local"
     ray_address: str | None = None
     workers: int = 1
@@ -126,7 +127,9 @@ def make_run(
     if as_json:
         print(json.dumps({"run": str(run.path), "report": page and str(page), **results}, indent=1))
     else:
-        course.show(run.manifest, results, run.path, page)
+        course.show(run.manifest, results, page)
+        for line in (f"run: {run.path}", *([f"report: {page}"] if page else [])):  # last: where to look further
+            console().print(line, soft_wrap=True)
 
 
 def _asked(kind: type[ExperimentConfig], given: Mapping[str, Any], file: Path | None) -> Any:
@@ -185,10 +188,10 @@ def kept_for_resuming(run: RunDirectory, command: str, *, is_new: bool) -> Itera
 
 
 def _hint(run: RunDirectory, command: str) -> None:
-    from rich.console import Console
+    from preskip.progress import say
 
     text = f"what is done is kept; finish with: preskip {command} --resume {shlex.quote(str(run.path))}"
-    Console(stderr=True, soft_wrap=True).print(text, highlight=False, markup=False, style="yellow")
+    say(text, style="yellow")
 
 
 def write_report(run: RunDirectory, quiet: bool) -> Path | None:
@@ -209,14 +212,11 @@ def write_report(run: RunDirectory, quiet: bool) -> Path | None:
 
 def written_or_said(write: Callable[[Path], Written], folder: Path, what: str, quiet: bool) -> Written | None:
     """What `write` makes of a folder, or None where it cannot: the reason is said, and what is stored stays."""
-    from rich.console import Console
-
-    from preskip.progress import spinner
+    from preskip.progress import say, spinner
 
     try:
         with spinner(f"writing {what}", quiet=quiet):
             return write(folder)
     except PreskipError as error:
-        if not quiet:
-            Console(stderr=True, soft_wrap=True).print(f"no {what}: {error}", style="yellow", markup=False)
+        say(f"no {what}: {error}", quiet=quiet, style="yellow")
         return None

@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from preskip.cli.wide import columns, print_wide
+from preskip.cli.printing import EXPLORATORY_NOTE, columns, difference_cell, print_table, verdict_text
 from preskip.metrics import metric_named
+from preskip.progress import console
 from preskip.report.lookup import by_measure, is_declared, ordered, primary
 from preskip.report.tables import paper_table
 from preskip.report.words.claims import assess
 from preskip.report.words.frontier import assess_plane, planes
 from preskip.report.words.verdicts import (
     MINUS,
-    difference_text,
     interval_text,
     number,
     p_text,
@@ -29,50 +29,59 @@ from preskip.runs.schema import Comparison, Manifest, Results
 MOST_ROWS = 48
 # Fewer comparisons than this are all shown, declared or not.
 FEW = 12
-STYLES = {"better": "green", "supported": "green", "worse": "red", "contradicted": "red", "mixed": "yellow"}
 
 
-def print_results(results: Results, run: Path, page: Path | None) -> None:
-    """Print what a run found: a row per arm, the paired differences declared before training, the frontier.
+def print_results(results: Results, page: Path | None) -> None:
+    """Print what a run found: a row per arm, the paired differences (declared ones first), the frontier.
 
     Args:
         results: content of results.json (schema version 2).
-        run: the run directory.
         page: its HTML page, or None.
     """
-    console = Console()
-    print_wide(_arms(results))
+    print_table(_arms(results))
+    print_table(_scores(results))
     shown = _shown(results)
+    declared = [entry for entry in shown if is_declared(entry)]
+    exploratory = [entry for entry in shown if not is_declared(entry)]
+    if declared:
+        print_table(_differences(results, declared, is_declared=True))
+    if exploratory:
+        print_table(_differences(results, exploratory, is_declared=False), [EXPLORATORY_NOTE])
+    out = console()
     if shown:
-        print_wide(_differences(results, shown))
         left = len(results["comparisons"]) - len(shown)
         if left:
             where = "the report" if page else "results.json"
-            console.print(f"{left} more comparisons in {where}", style="dim", highlight=False)
+            out.print(f"{left} more comparisons in {where}", style="dim")
         for home, abroad in planes(results):
-            console.print(assess_plane(results, home, abroad)["headline"], highlight=False, soft_wrap=True)
-    console.print("\n".join(_scope(results, shown)), style="dim", highlight=False, soft_wrap=True)
-    console.print(f"run: {run}" + (f"\nreport: {page}" if page else ""), highlight=False, soft_wrap=True)
+            out.print(assess_plane(results, home, abroad)["headline"])
+    for line in _scope(results, shown):
+        out.print(line, style="dim")
 
 
 def print_claims(record: Manifest, results: Results) -> None:
-    """Print the paper's claims and the decisive controls, a line each, with this run's verdict.
+    """Print the paper's claims and the decisive controls, a row each, with this run's verdict.
 
     Args:
         record: content of run.json (schema version 2).
         results: content of results.json (schema version 2).
     """
-    table = columns("the paper's claims", "in this run", "rests on", right=())
+    table = columns("the paper's claims", "in this run", right=(), last="rests on")
     for claim in assess(record, results):
         rests = ""
         if claim["verdict"] == "not measured":
             rests = "needs " + ", ".join(claim["needs"])
         elif claim["set"]:
-            text = difference_text(claim)
-            rests = f"{text['value']} {text['interval']}{text['unit']}, {_short(results, claim['set'])}"
-        # What is needed may be long; it must not widen the whole table.
-        table.add_row(claim["claim"], _styled(claim["verdict"]), rests if len(rests) <= 60 else "see the report")
-    print_wide(table)
+            unit = metric_named(claim["metric"]).difference_unit
+            rests = f"{difference_cell(claim)}{unit}, {_short(results, claim['set'])}"
+        entries = [part["entry"] for part in claim["parts"] if part.get("entry")]
+        declared = all(map(is_declared, entries)) if entries else claim["id"] == "cache"
+        table.add_row(
+            claim["claim"],
+            verdict_text(claim["verdict"], is_declared=declared or claim["verdict"] == "not measured"),
+            rests,
+        )
+    print_table(table, [EXPLORATORY_NOTE])
 
 
 def print_paper(results: Results) -> None:
@@ -83,23 +92,29 @@ def print_paper(results: Results) -> None:
     table = columns("the paper's scoring", right=[column.title for column in paper.columns[1:]])
     for row in paper.rows:
         table.add_row(*(f"{cell.text} (paper {cell.note})" if cell.note else cell.text for cell in row))
-    print_wide(table)
+    print_table(table)
 
 
 def _arms(results: Results) -> Table:
-    sets = list(results["sets"])
-    headings = [f"{_short(results, name)}\n{_unit(primary(results, name))}" for name in sets]
-    table = columns("arm", right=("weights", "lr", *headings, "s/step", "GiB"))
+    table = columns("arm", right=("weights", "lr", "s/step", "GiB"))
     for name, arm in results["arms"].items():
         step, peak = arm.get("seconds_per_step"), arm.get("peak_memory_bytes")
         table.add_row(
             name,
             f"{arm['trainable_parameters'] / 1e6:.3f}M" if arm["trainable_parameters"] else "0",
             f"{arm['learning_rate']:g}" if arm["learning_rate"] else "–",
-            *(_value(arm["metrics"].get(key) or {}, primary(results, key)) for key in sets),
             f"{step:.2f}" if step else "–",
             f"{peak / 2**30:.2f}" if peak else "–",
         )
+    return table
+
+
+def _scores(results: Results) -> Table:
+    """The primary metric of every set, a row per arm."""
+    sets = list(results["sets"])
+    table = columns("arm", right=[f"{_short(results, name)}\n{_unit(primary(results, name))}" for name in sets])
+    for name, arm in results["arms"].items():
+        table.add_row(name, *(_value(arm["metrics"].get(key) or {}, primary(results, key)) for key in sets))
     return table
 
 
@@ -117,19 +132,17 @@ def _shown(results: Results) -> list[Comparison]:
     return list(entries[:MOST_ROWS])
 
 
-def _differences(results: Results, entries: Sequence[Comparison]) -> Table:
-    corrected = any(entry.get("p_holm") is not None for entry in entries)
-    figures = ("difference [interval]", "p (Holm)" if corrected else "p")
-    table = columns("paired", right=figures, last="reading")
+def _differences(results: Results, entries: Sequence[Comparison], *, is_declared: bool) -> Table:
+    what, p = ("declared before training", "p (Holm)") if is_declared else ("exploratory", "p (raw)")
+    table = columns(what, right=("difference [interval]", p), last="reading")
     for name, metric, group in by_measure(entries):
-        table.add_row(f"[bold]{set_label(results['sets'], name)}[/], {_unit(metric)}")
+        table.add_row(Text(f"{set_label(results['sets'], name)}, {_unit(metric)}", style="bold"))
         for entry in ordered(group, metric_named(metric, results["sets"].get(name)).lower_is_better):
-            text = difference_text(entry)
             table.add_row(
                 f"  {entry['arm']} {MINUS} {entry['reference']}",
-                f"{text['value']} {text['interval']}",
-                p_text(entry["p_holm"] if entry.get("p_holm") is not None else entry.get("p_value")),
-                _styled(entry["verdict"]),
+                difference_cell(entry),
+                p_text(entry["p_holm"] if is_declared else entry.get("p_value")),
+                verdict_text(entry["verdict"], is_declared=is_declared),
             )
         table.add_section()
     return table
@@ -162,16 +175,7 @@ def _unit(metric: str) -> str:
 
 def _value(metrics: Mapping[str, Any], metric: str) -> str:
     stored = metrics.get(metric)
-    shown = interval_text(metric, stored)
-    if not shown or not stored:
+    if not interval_text(metric, stored) or not stored:
         return "–"
     about = metric_named(metric)
-    # Beyond this, as from a random model, decimals only widen the table.
-    if abs(stored["value"]) >= 1e5:
-        return f"{stored['value']:.2e}"
     return number(about.factor * stored["value"], about.decimals)
-
-
-def _styled(word: str) -> str:
-    style = STYLES.get(word)
-    return f"[{style}]{word}[/]" if style else word

@@ -13,6 +13,8 @@ from preskip.metrics import metric_named
 from preskip.runs.schema import Comparison, SetFacts, Trend
 
 MINUS = "−"
+# From here on a figure's decimals say nothing.
+BEYOND = 1e5
 
 
 def set_title(sets: Mapping[str, SetFacts], key: str) -> str:
@@ -39,9 +41,13 @@ def decimals(low: float, high: float, minimum: int) -> int:
 
 
 def number(value: float, places: int, *, sign: bool = False) -> str:
-    """A number with a true minus sign, thousands separated; never "−0.0"."""
+    """A number with a true minus sign, thousands separated; never "−0.0". What has decimals and is beyond all measure,
+    as the perplexity of a random model, keeps three figures: "4.52e11".
+    """
     rounded = round(value, places) + 0.0
     text = f"{abs(rounded):,.{places}f}"
+    if places and abs(rounded) >= BEYOND:
+        text = f"{abs(value):.2e}".replace("e+0", "e").replace("e+", "e")
     if rounded < 0:
         return MINUS + text
     return "+" + text if sign and rounded > 0 else text
