@@ -103,6 +103,7 @@ def spinner(description: str, *, quiet: bool = False) -> Iterator[None]:
     """
     out = console(stderr=True)
     if quiet or not out.is_terminal:
+        say(f"{description} ...", quiet=quiet)
         yield
         return
     with out.status(Text(f"{description} ...")):

@@ -6,6 +6,7 @@ from preskip.assets.cache import cache_dir, file_sha256, size_of
 from preskip.assets.models import (
     EMBEDDED_MODELS,
     ModelSource,
+    check_model,
     converted_folder,
     load_model,
     load_tokenizer,
@@ -20,6 +21,7 @@ __all__ = [
     "ModelSource",
     "Wheel",
     "cache_dir",
+    "check_model",
     "fetch_wheel",
     "file_sha256",
     "load_model",

@@ -197,6 +197,18 @@ def ensure_embedded(name: str, progress: bool = True) -> Path:
     return folder
 
 
+def check_model(name: str) -> None:
+    """Refuse a name that stands for no model, and a folder or file that is not there, before anything is loaded.
+
+    Raises:
+        PreskipError: as `resolve_model`, as far as it can be seen without reading weights or asking the Hub.
+    """
+    if name not in EMBEDDED_MODELS:
+        kind, place = _locate(name)
+        if kind == "gguf":
+            gguf_files.check_readable(Path(place))
+
+
 def _locate(name: str) -> tuple[str, str]:
     """Return which kind of name this is ("embedded", "gguf", "folder", "hub") and the place behind it."""
     if name in EMBEDDED_MODELS:

@@ -50,6 +50,10 @@ def audit(
             raise PreskipError(f"{name} 1 is not possible: it must be at least 2, or 0 for none")
     if not lambada and not documents:
         raise PreskipError("nothing to audit: give --lambada or --documents")
+    from preskip.experiment.preflight import check_inputs
+
+    texts_of = [corpus] if corpus and documents else []
+    check_inputs(texts_of, ["lambada_openai"] if lambada else [], data_dir=data_dir, model=model)
     from preskip.progress import say, spinner
 
     with spinner("loading libraries", quiet=as_json):

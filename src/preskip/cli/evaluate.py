@@ -76,6 +76,9 @@ def evaluate(
         raise PreskipError(f"--adapter {adapter}: no such folder; give one saved with save_pretrained")
     if out is not None and out.exists():
         raise PreskipError(f"{out} exists already: choose another --out")
+    from preskip.experiment.preflight import check_inputs
+
+    check_inputs(texts, names, data_dir=data_dir, model=model)
     from preskip.progress import progress_bar, say, spinner
 
     with spinner("loading libraries", quiet=as_json):

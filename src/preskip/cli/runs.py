@@ -96,18 +96,22 @@ def make_run(
         names = sorted([*given, *(["config"] if config else [])])
         raise PreskipError(f"--resume takes every option from the run: leave out {', '.join(names)}")
     check_executor(course.executor, course.ray_address)
+    from preskip.experiment.preflight import check_experiment, check_place
     from preskip.progress import quiet_libraries, say, spinner
 
+    asked = None if resume is not None else _asked(course.kind, given, config)
+    if asked is not None:
+        check_experiment(asked)
+        out = out or default_out(asked.subject, asked.corpus)
+        check_place(out)
     with spinner("loading libraries", quiet=as_json):
         quiet_libraries()
-        asked = None if resume is not None else _asked(course.kind, given, config)
         from preskip.experiment.run import finish_run, start_run
         from preskip.runs.directory import RunDirectory
         from preskip.runs.environment import resolve_dtype
-    if asked is not None:
+    if asked is not None and out is not None:
         share_batch(asked.batch_size, asked.micro_batch)
-    if asked is not None:
-        run = start_run(asked, out or default_out(asked.subject, asked.corpus), ["preskip", *sys.argv[1:]])
+        run = start_run(asked, out, ["preskip", *sys.argv[1:]])
         reason = resolve_dtype(asked.dtype, run.manifest["config"]["device"])[1]
     else:
         run, reason = RunDirectory.open(resume), "as before"  # type: ignore[arg-type]

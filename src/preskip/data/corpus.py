@@ -112,10 +112,23 @@ def load_corpus(
                 ".json, or .jsonl.gz"
             )
         return _load_text_file(name, path)
+    check_corpus(name)
+    return _corpus_of(name, tables.read_hub(name, text_column, split, limit, quiet=not progress))
+
+
+def check_corpus(name: str) -> None:
+    """Refuse a name that stands for no corpus, before anything is read.
+
+    Raises:
+        PreskipError: neither embedded, nor a path that exists, nor in the form of a Hub data set.
+    """
+    path = Path(name).expanduser()
+    if name in EMBEDDED_CORPORA or (name and path.exists()):
+        return
     looks_like_file = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1
     looks_like_file |= path.suffix in (".txt", ".md") or tables.is_table(path)
     if not looks_like_file and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
-        return _corpus_of(name, tables.read_hub(name, text_column, split, limit, quiet=not progress))
+        return
     if "/" in name or path.suffix:
         raise PreskipError(f"corpus {name} does not exist: check the path")
     raise PreskipError(

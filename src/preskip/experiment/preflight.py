@@ -1,0 +1,125 @@
+"""What can be refused at once: names, task data and the place of a run, looked at before torch is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from preskip.assets import check_model
+from preskip.data.corpus import check_corpus
+from preskip.data.local import LAYOUT, data_directory
+from preskip.data.splits import PUBLISHED, find_file
+from preskip.errors import PreskipError
+from preskip.experiment.options import ExperimentConfig
+from preskip.experiment.parse import parse_extent
+from preskip.experiment.probe_options import ProbeConfig
+from preskip.runs.files import clear_disk_errors
+
+# Less than this no run has room for: a small adapter, its log and its scores.
+LEAST_FREE = 64 * 2**20
+
+
+def check_experiment(config: ExperimentConfig) -> None:
+    """`check_inputs` of all that a new run reads."""
+    corpora = [config.corpus]
+    corpora += [parse_extent(text, config.eval_documents, config.eval_words)[0] for text in config.eval_corpora]
+    is_probe = isinstance(config, ProbeConfig)
+    check_inputs(
+        corpora,
+        config.tasks if is_probe else (),
+        data_dir=config.data_dir,
+        model=config.model if is_probe else None,
+    )
+
+
+def check_inputs(
+    corpora: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    *,
+    data_dir: Path | str | None = None,
+    model: str | None = None,
+) -> None:
+    """Refuse what is not there, as far as it can be seen without reading it.
+
+    Args:
+        corpora: names of corpora.
+        tasks: lm-eval tasks.
+        data_dir: see `preskip.data.local.data_directory`.
+        model: name of a model, or None.
+
+    Raises:
+        PreskipError: a path that does not exist, an unknown name, or task data that cannot be had.
+    """
+    directory = data_directory(data_dir)
+    if model is not None:
+        check_model(model)
+    for name in corpora:
+        if name not in PUBLISHED or Path(name).exists():
+            check_corpus(name)
+        elif directory is None:
+            raise PreskipError(
+                f"corpus {name} is read from the data directory: give --data-dir, or set PRESKIP_DATA "
+                "(docs/evaluation.md)"
+            )
+        else:
+            for file in PUBLISHED[name].values():
+                if not find_file(directory, file).is_file():
+                    raise PreskipError(f"corpus {name}: {directory / file} is missing: get the file again")
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise PreskipError("tasks need lm-eval: pip install 'preskip[eval]'")
+    for task in tasks if _is_offline() and not _has_cached_data() else ():
+        layout = LAYOUT.get(task)
+        file = next(iter(layout.files.values())) if layout else None
+        if file is None or directory is None or not (directory / file).is_file():
+            raise PreskipError(
+                f"the data of task {task} are not in the data directory, and HF_HUB_OFFLINE is set: go online, or give "
+                "--data-dir"
+            )
+
+
+def check_place(out: Path) -> None:
+    """Refuse a run directory that cannot be made; what is tried leaves nothing behind.
+
+    Raises:
+        PreskipError: it exists, its parent cannot be written, or the disk is full.
+    """
+    if out.exists():
+        raise PreskipError(f"{out} exists already: choose another --out, or finish it with --resume {out}")
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    with clear_disk_errors(out):
+        try:
+            with tempfile.TemporaryDirectory(dir=parent, prefix=".preskip-"):
+                pass
+        except (FileNotFoundError, NotADirectoryError):
+            raise PreskipError(f"no folder can be made in {parent}: choose another --out") from None
+    check_space(parent, LEAST_FREE)
+
+
+def check_space(folder: Path, needed: float) -> None:
+    """Refuse a disk on which so many bytes have no room.
+
+    Raises:
+        PreskipError: there are fewer.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise PreskipError(
+            f"the disk of {folder} has {free / 2**20:,.0f} MiB free, about {needed / 2**20:,.0f} MiB are needed: free "
+            "some, or choose another --out"
+        )
+
+
+def _is_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _has_cached_data() -> bool:
+    """Whether the Hub's cache holds any data set; which one a task reads, lm-eval alone knows."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface").expanduser()
+    data = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    return any(data.glob("*")) or any(hub.glob("datasets--*"))
