@@ -25,5 +25,51 @@ def test_without_a_terminal_a_step_is_one_line(capsys):
     with progress.spinner("loading"):
         pass
     captured = capsys.readouterr()
-    assert captured.err == "train preskip ...\n"
+    assert captured.err == "train preskip ...\nloading ...\n"
     assert captured.out == ""
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_heartbeat_says_place_count_and_time_left():
+    clock = Clock()
+    heart = progress.Heartbeat("train preskip seed 1", 500, clock)
+    clock.now += 40
+    assert heart.line() == "train preskip seed 1 · 0/500 · about 40 s so far"
+    heart.advance(20)  # resumed: these were done before
+    clock.now += 30
+    heart.advance(120)
+    with progress.placed(3, 12):
+        assert heart.line() == "[3/12] train preskip seed 1 · 120/500 · about 2 min left"  # 0.3 s · 380 = 114 s
+    assert heart.line().startswith("train")
+    uncounted = progress.Heartbeat("loading", None, clock)
+    clock.now += 7200
+    assert uncounted.line() == "loading · about 2.0 h so far"
+
+
+def test_a_line_comes_at_every_beat_until_the_step_is_done(capsys):
+    clock, waited = Clock(), []
+
+    class Stopped:
+        def wait(self, seconds: float) -> bool:
+            waited.append(seconds)
+            clock.now += seconds
+            heart.advance(len(waited))
+            return len(waited) == 4
+
+    heart = progress.Heartbeat("score", 10, clock)
+    heart.beat(Stopped())
+    assert waited == [30.0] * 4
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.splitlines() == [
+        "score · 1/10 · about 30 s so far",
+        "score · 2/10 · about 4 min left",
+        "score · 3/10 · about 4 min left",
+    ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,10 @@ from rich.text import Text
 
 # Columns of a terminal from which a bar, the time so far and a note have room beside the figures.
 WIDE = 70
+# Without a terminal, seconds between two lines of a long step.
+BEAT = 30.0
+# Which step of how many is going on, before its heartbeat; one run per process.
+_place = ""
 
 # advance(done, note): how many units are done in all, and a short note such as the current loss.
 Advance = Callable[[int, str], None]
@@ -54,9 +60,8 @@ def progress_display(description: str, *, quiet: bool = False) -> Iterator[Progr
     """
     out = console(stderr=True)
     if quiet or not out.is_terminal:
-        if not quiet:
-            out.print(f"{description} ...", soft_wrap=True)
-        yield None
+        with _beating(description, None, quiet=quiet):
+            yield None
         return
     columns: list[ProgressColumn] = [
         TextColumn("{task.description}", style="bold", markup=False),
@@ -81,16 +86,92 @@ def progress_bar(description: str, total: int, *, quiet: bool = False) -> Iterat
         total: number of units (steps, sequences).
         quiet: show nothing.
     """
-    with progress_display(description, quiet=quiet) as progress:
-        if progress is None:
-            yield no_progress
-            return
+    if quiet or not console(stderr=True).is_terminal:
+        with _beating(description, total, quiet=quiet) as beat:
+            yield beat
+        return
+    with progress_display(description) as progress:
+        assert progress is not None
         task = progress.add_task(description, total=total)
 
         def advance(done: int, note: str = "") -> None:
             progress.update(task, completed=done, note=note)
 
         yield advance
+
+
+class Heartbeat:
+    """The line of a long step where there is no terminal, such as "[3/12] train lora · 120/500 · about 2 min left".
+
+    Args:
+        description: what is being done.
+        total: number of units, or None where they cannot be counted.
+        clock: seconds, of any beginning.
+    """
+
+    def __init__(self, description: str, total: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.description, self.total, self.clock = description, total, clock
+        self.started = clock()
+        self.done = 0
+        self.first: tuple[float, int] | None = None  # a resumed step does not begin at 0
+
+    def advance(self, done: int, note: str = "") -> None:
+        """See `Advance`."""
+        self.done = done
+        self.first = self.first or (self.clock(), done)
+
+    def line(self) -> str:
+        """What is done, and what the time left is by the units done so far."""
+        now, parts = self.clock(), [f"{_place}{self.description}"]
+        if self.total is not None:
+            parts.append(f"{self.done}/{self.total}")
+        since, before = self.first or (self.started, 0)
+        if self.total is None or self.done <= before:
+            parts.append(f"{about(now - self.started)} so far")
+        else:
+            parts.append(f"{about((now - since) / (self.done - before) * (self.total - self.done))} left")
+        return " · ".join(parts)
+
+    def beat(self, stopped: threading.Event) -> None:
+        """Say the line again and again, until the step is done."""
+        while not stopped.wait(BEAT):
+            say(self.line())
+
+
+def about(seconds: float) -> str:
+    """A time as it is said: "about 40 s", "about 12 min", "about 3.5 h"."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    return f"about {round(seconds / 60)} min" if seconds < 90 * 60 else f"about {seconds / 3600:.1f} h"
+
+
+@contextmanager
+def placed(number: int, total: int) -> Iterator[None]:
+    """Say before every heartbeat in it which step of how many this is."""
+    global _place
+    before, _place = _place, f"[{number}/{total}] "
+    try:
+        yield
+    finally:
+        _place = before
+
+
+@contextmanager
+def _beating(description: str, total: int | None, *, quiet: bool) -> Iterator[Advance]:
+    """A line at once, then one every `BEAT` seconds."""
+    heart = Heartbeat(description, total)
+    if quiet:
+        yield no_progress
+        return
+    say(f"{_place}{description} ...")
+    stopped = threading.Event()
+    thread = threading.Thread(target=heart.beat, args=(stopped,), daemon=True)
+    thread.start()
+    try:
+        yield heart.advance
+    finally:
+        stopped.set()
+        thread.join()
 
 
 @contextmanager
@@ -103,8 +184,8 @@ def spinner(description: str, *, quiet: bool = False) -> Iterator[None]:
     """
     out = console(stderr=True)
     if quiet or not out.is_terminal:
-        say(f"{description} ...", quiet=quiet)
-        yield
+        with _beating(description, None, quiet=quiet):
+            yield
         return
     with out.status(Text(f"{description} ...")):
         yield

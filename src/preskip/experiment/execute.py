@@ -22,7 +22,7 @@ import torch
 from preskip.errors import PreskipError
 from preskip.experiment.cell import opened
 from preskip.experiment.prepared import Prepared
-from preskip.progress import quiet_libraries, say
+from preskip.progress import placed, quiet_libraries, say
 from preskip.runs import environment
 from preskip.train.cluster import RayPool
 
@@ -34,7 +34,12 @@ Outcomes = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]], Sequence[str
 
 @contextmanager
 def open_executor(
-    prepared: Prepared, *, workers: int = 1, kind: str = "local", address: str | None = None
+    prepared: Prepared,
+    *,
+    workers: int = 1,
+    kind: str = "local",
+    address: str | None = None,
+    done: Callable[[str, int], str] = lambda what, index: "",
 ) -> Iterator[Execute]:
     """A way to compute what needs a run directory alone, with one line for each that is done.
 
@@ -43,20 +48,28 @@ def open_executor(
         workers: processes of this machine.
         kind: "local" or "ray".
         address: of the Ray cluster; None starts one on this machine.
+        done: told what is done and its index; what it answers ends the line.
 
     Raises:
         PreskipError: the cluster is unavailable; or, while computing, workers are lost.
     """
 
+    def here(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        for index, call in enumerate(calls):
+            with placed(index + 1, len(calls)):
+                result = function(prepared, *call)
+            yield index, result
+
     def execute(what: str, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], names: Sequence[str]):
         outcomes: Iterator[tuple[int, Any]]
         if pool is None:
-            outcomes = ((index, function(prepared, *call)) for index, call in enumerate(calls))
+            outcomes = here(function, calls)
         else:
             path = prepared.run.path.resolve()
             outcomes = pool(_in_worker, [(path, function, *call) for call in calls], names)
         for number, (index, result) in enumerate(outcomes, 1):
-            say(f"{what} {number} of {len(calls)} done: {names[index]}", quiet=prepared.quiet)
+            left = done(what, index)
+            say(f"{what} {number} of {len(calls)} done: {names[index]}{left}", quiet=prepared.quiet)
             yield index, result
 
     pool: Outcomes | None = None

@@ -27,13 +27,10 @@ def check_experiment(config: ExperimentConfig) -> None:
     """`check_inputs` of all that a new run reads."""
     corpora = [config.corpus]
     corpora += [parse_extent(text, config.eval_documents, config.eval_words)[0] for text in config.eval_corpora]
-    is_probe = isinstance(config, ProbeConfig)
-    check_inputs(
-        corpora,
-        config.tasks if is_probe else (),
-        data_dir=config.data_dir,
-        model=config.model if is_probe else None,
-    )
+    if isinstance(config, ProbeConfig):
+        check_inputs(corpora, config.tasks, data_dir=config.data_dir, model=config.model)
+    else:
+        check_inputs(corpora, data_dir=config.data_dir)
 
 
 def check_inputs(
@@ -73,8 +70,8 @@ def check_inputs(
         raise PreskipError("tasks need lm-eval: pip install 'preskip[eval]'")
     for task in tasks if _is_offline() and not _has_cached_data() else ():
         layout = LAYOUT.get(task)
-        file = next(iter(layout.files.values())) if layout else None
-        if file is None or directory is None or not (directory / file).is_file():
+        file = layout and next(iter(layout.files.values()))
+        if not file or directory is None or not (directory / file).is_file():
             raise PreskipError(
                 f"the data of task {task} are not in the data directory, and HF_HUB_OFFLINE is set: go online, or give "
                 "--data-dir"

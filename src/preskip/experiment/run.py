@@ -21,19 +21,21 @@ from preskip.experiment.controls import run_controls
 from preskip.experiment.execute import open_executor
 from preskip.experiment.frozen import Frozen
 from preskip.experiment.heldout import Config
+from preskip.experiment.outlook import Outlook, measured_token, outlook, plan_text
+from preskip.experiment.preflight import check_space
 from preskip.experiment.prepared import Prepared
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.results import summarise_run
 from preskip.experiment.scratch import Scratch
 from preskip.experiment.search import tune
 from preskip.metrics import metric_named
-from preskip.progress import say, spinner
+from preskip.progress import about, say, spinner
 from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
 from preskip.runs.directory import RunDirectory
 from preskip.runs.files import write_json
 from preskip.runs.schema import Facts, Results
 from preskip.stats import planned_power
-from preskip.train.distributed import Crew, share_batch
+from preskip.train.distributed import Crew, share_batch, world_size
 from preskip.train.scratch import trackers
 
 
@@ -95,15 +97,18 @@ def finish_run(
         facts |= note_other_environments(run, facts["environment"], quiet)
         if isinstance(prepared, Scratch):
             show_plans(prepared.plans)
-        say(_extent(facts), quiet=quiet)
-        _say_power(facts, quiet)
         run.update_manifest(status="running", **facts)
+        cells = _missing_cells(prepared)
+        check_space(run.path, _needed_bytes(config, cells, facts))
+        ahead = outlook(prepared, cells, None)
+        if not quiet:
+            ahead = _announce(prepared, cells, facts)
         crew.announce(run.path.resolve())
         now.seconds["load"] = now.elapsed()
-        with open_executor(prepared, workers=workers, kind=executor, address=ray_address) as execute:
+        ahead.started = ahead.clock()
+        with open_executor(prepared, workers=workers, kind=executor, address=ray_address, done=ahead.done) as execute:
             if isinstance(prepared, Frozen) and tune(prepared, execute):
                 now.seconds["tune"] = now.elapsed() - now.seconds["load"]
-            cells = _missing_cells(prepared)
             summaries = execute("cell", run_cell, cells, [f"{arm}, seed {seed}" for arm, seed in cells])
             now.seconds |= {"train": 0.0, "evaluate": 0.0}
             for _, summary in summaries:
@@ -147,6 +152,29 @@ def _missing_cells(prepared: Prepared) -> list[tuple[str, int]]:
             else:
                 missing.append((arm.name, seed))
     return missing
+
+
+def _needed_bytes(config: Config, cells: Sequence[tuple[str, int]], facts: Facts) -> float:
+    """What the weights of the cells take, and one checkpoint with its optimiser's two moments."""
+    arms: Any = facts["arms"]
+    sizes = [4.0 * (arms[arm].get("trainable_parameters", arms[arm].get("parameters")) or 0) for arm, _ in cells]
+    return sum(sizes) + (3 * max(sizes, default=0.0) if config.save_steps else 0.0)
+
+
+def _announce(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Facts) -> Outlook:
+    """Say what is computed, what is scored, what can be detected, and how long it takes, before anything starts."""
+    say(plan_text(prepared, cells, facts))
+    say(_extent(facts))
+    _say_power(facts, False)
+    measured = None
+    if cells and world_size() == 1:
+        with spinner("measuring a step"):
+            measured = measured_token(prepared, facts)
+    ahead = outlook(prepared, cells, measured)
+    left = ahead.left()
+    if left:
+        say(f"{about(left)} in all, by one measured step; corrected as cells are done")
+    return ahead
 
 
 def _extent(facts: Facts) -> str:

@@ -1,0 +1,134 @@
+"""How long a run takes: by a measured step at first, by what is done as it goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from preskip.arms import resolve_arms
+from preskip.experiment.frozen import Frozen
+from preskip.experiment.prepared import Prepared
+from preskip.experiment.scratch import Scratch
+from preskip.experiment.search import GRID, RUNGS
+from preskip.progress import about
+
+# Work is counted in tokens that are read once; training reads each and goes back through twice the arithmetic.
+TRAINING = 3
+# Tokens of an item whose windows are not at hand, about those of a passage of LAMBADA.
+ITEM_TOKENS = 100
+
+
+class Outlook:
+    """What is left of a run, in seconds.
+
+    Args:
+        work: tokens read, by part of the run ("search", "cell", "control"), one number for each of its steps.
+        token_seconds: seconds per token read, measured; None where nothing was measured.
+        clock: seconds, of any beginning.
+    """
+
+    def __init__(
+        self,
+        work: dict[str, list[float]],
+        token_seconds: float | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.work, self.token_seconds, self.clock = work, token_seconds, clock
+        self.started, self.total, self.finished = clock(), sum(map(sum, work.values())), 0.0
+
+    def left(self) -> float | None:
+        """Seconds left: by the pace so far, before anything is done by the measured step; None without either."""
+        pace = (self.clock() - self.started) / self.finished if self.finished else self.token_seconds
+        return None if pace is None else pace * (self.total - self.finished)
+
+    def done(self, what: str, index: int) -> str:
+        """Note that a step is done, and say what is left, such as ", about 12 min left"."""
+        steps = self.work.get(what, [])
+        self.finished += steps[index] if index < len(steps) else 0.0
+        left = self.left()
+        return f", {about(left)} left" if left and self.finished < self.total else ""
+
+
+def outlook(prepared: Prepared, cells: Sequence[tuple[str, int]], token_seconds: float | None) -> Outlook:
+    """The work of a run: its search, the cells that are still to be computed, its controls."""
+    config, heldout = prepared.config, prepared.heldout
+    scored = sum(len(window.input_ids) for text in heldout.texts for window in text.windows)
+    scored += sum(len(window.input_ids) for window in heldout.item_windows)
+    scored += ITEM_TOKENS * (heldout.suite.size if heldout.suite else 0)
+    scored += sum(len(window.input_ids) for window in heldout.paper.windows) if heldout.paper else 0
+
+    def training(arm: str) -> float:
+        if not prepared.arms[arm].trains:
+            return 0.0
+        plan = prepared.plans[arm] if isinstance(prepared, Scratch) else None
+        return TRAINING * (plan.tokens if plan else config.steps * config.batch_size * config.seq_len)
+
+    work: dict[str, list[float]] = {"cell": [training(arm) + scored for arm, _ in cells]}
+    if isinstance(prepared, Frozen):
+        developed = sum(len(window.input_ids) for text in heldout.development for window in text.windows)
+        trials = (len(GRID), -(-len(GRID) // 2))
+        waiting = [arm for arm in config.arms if config.is_tuned(arm)]
+        share = sum(count * rung for count, rung in zip(trials, RUNGS, strict=True))
+        work["search"] = [
+            0.0
+            if (prepared.run.search / arm / "search.json").is_file()
+            else share * training(arm) + sum(trials) * developed
+            for arm in waiting
+        ]
+        arms = [arm.name for arm in resolve_arms(config.arms) if arm.trains]
+        again = len({"shuffled"} & {*config.nulls}) + config.equal_step
+        work["control"] = [again * training(arms[0]) if arms else 0.0, 3.0 * scored * config.dtype_audit]
+    return Outlook(work, token_seconds)
+
+
+def measured_token(prepared: Prepared, facts: Any) -> float | None:
+    """Seconds per token read, by a forward and a backward pass of the first arm that trains; None where none does.
+
+    The weights that are made for it are thrown away, and the random state is as before.
+    """
+    config = prepared.config
+    arm = next((arm for arm in config.arms if prepared.arms[arm].trains), None)
+    if arm is None:
+        return None
+    device, own = torch.device(config.device), facts["arms"][arm]
+    shape = (min(2, config.micro_batch), config.seq_len)
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    mixed = own["compute_dtype"] != own["base_dtype"]
+    with torch.random.fork_rng(devices=devices), prepared.build(arm, config.seeds[0]) as built:
+        model: Any = built.model
+        ids = torch.arange(shape[0] * shape[1], device=device).view(shape) % model.get_input_embeddings().num_embeddings
+        seconds = 0.0
+        for _ in range(2):  # the first makes what later ones find
+            started = time.perf_counter()
+            with torch.autocast(device.type, getattr(torch, config.dtype), enabled=mixed):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            seconds = time.perf_counter() - started if not devices else _synchronised(started)
+        model.zero_grad(set_to_none=True)
+    return seconds / (TRAINING * ids.numel())
+
+
+def _synchronised(started: float) -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def plan_text(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Any) -> str:
+    """What is computed, in one line."""
+    config = prepared.config
+    arms = [arm for arm in config.arms if prepared.arms[arm].trains]
+    parts = [f"{_count(len(cells), 'cell')} to compute: {', '.join(arms)} with {_count(len(config.seeds), 'seed')}"]
+    if isinstance(prepared, Frozen):
+        tuned = [arm for arm in config.arms if config.is_tuned(arm)]
+        parts += [f"a search for the learning rate of {_count(len(tuned), 'arm')}"] if tuned else []
+        controls = [*config.nulls, *(["equal steps"] if config.equal_step else [])]
+        controls += ["dtypes"] if config.dtype_audit else []
+        parts += [f"controls: {', '.join(controls)}"] if controls else []
+    return f"plan: {'; '.join(parts)}; {_count(len(facts['family']['declared']), 'declared comparison')}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

@@ -1,0 +1,62 @@
+"""How long a run takes: the work by hand, a measured step, and the pace as cells are done."""
+
+import torch
+
+from preskip.experiment.cell import opened
+from preskip.experiment.outlook import TRAINING, Outlook, measured_token, outlook
+from preskip.experiment.run import finish_run, start_run
+from small_probe import small_probe
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_time_left_is_corrected_by_what_is_done():
+    clock = Clock()
+    ahead = Outlook({"search": [100.0], "cell": [100.0, 300.0]}, 0.5, clock)
+    assert ahead.left() == 250.0
+    clock.now = 200.0  # four times as slow as measured
+    assert ahead.done("search", 0) == ", about 13 min left"  # 2 s a token, 400 tokens
+    assert ahead.left() == 800.0
+    clock.now = 300.0
+    assert ahead.done("cell", 0) == ", about 8 min left"  # 1.5 s · 300
+    assert ahead.done("cell", 1) == ""
+    assert ahead.left() == 0.0
+    assert Outlook({"cell": [5.0]}, None).left() is None
+
+
+def test_the_plan_is_said_first_and_measuring_changes_nothing(tmp_path, capsys):
+    config = small_probe(tmp_path, last_word_items=0, lr_mode="default")
+    run = start_run(config, tmp_path / "run", [])
+    finish_run(run)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("[1/3] "))
+    said = "\n".join(lines[:first])
+    for part in (
+        "plan: 3 cells to compute: preskip with 2 seeds; 1 declared comparison",
+        "training text ",
+        "This run can detect",
+        " in all, by one measured step; corrected as cells are done",
+    ):
+        assert part in said, said
+    assert any(line.startswith("[2/3] train preskip seed 1 ...") for line in lines)
+    assert any(line.startswith("cell 2 of 3 done: preskip, seed 1, about ") for line in lines)
+
+    prepared = opened(run.path)
+    scored = sum(len(window.input_ids) for text in prepared.heldout.texts for window in text.windows)
+    ahead = outlook(prepared, [("none", 1), ("preskip", 1)], 1.0)
+    training = TRAINING * 3 * 2 * 16
+    assert ahead.work == {"cell": [scored, scored + training], "search": [], "control": [0.0, 0.0]}
+
+    state, weights = torch.random.get_rng_state(), {k: v.clone() for k, v in prepared.base.state_dict().items()}
+    assert 0 < measured_token(prepared, run.manifest) < 1
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert prepared.base.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in prepared.base.state_dict().items())
+    assert all(parameter.grad is None for parameter in prepared.base.parameters())

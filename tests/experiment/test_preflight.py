@@ -1,0 +1,115 @@
+"""What is refused before torch is imported, and a disk that is too full."""
+
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from preskip.errors import PreskipError
+from preskip.experiment import preflight
+from preskip.experiment.preflight import check_experiment, check_inputs, check_place, check_space
+from preskip.experiment.pretrain_options import PretrainConfig
+from preskip.experiment.probe_options import ProbeConfig
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch):
+    """No data directory, no cache of the Hub, and no way to it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
+    for name in ("PRESKIP_DATA", "HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def test_what_is_not_there_is_refused(nowhere):
+    cases = [
+        ({"corpora": ["./no.txt"]}, r"corpus \./no\.txt does not exist: check the path"),
+        ({"corpora": ["sotu", "sottu"]}, "unknown corpus 'sottu'"),
+        ({"corpora": ["books"]}, "books is read from the data directory: give --data-dir"),
+        ({"corpora": ["books"], "data_dir": nowhere}, "books: .*books_train.txt is missing"),
+        ({"data_dir": nowhere / "no"}, "--data-dir: folder .*no does not exist"),
+        ({"model": str(nowhere / "no")}, "model folder .*no does not exist"),
+        ({"model": str(nowhere / "no.gguf")}, "GGUF file .*no.gguf does not exist"),
+        ({"tasks": ["lambada_openai"]}, "data of task lambada_openai are not in the data directory"),
+        ({"tasks": ["arc_challenge"], "data_dir": nowhere}, "data of task arc_challenge are not"),
+    ]
+    for given, message in cases:
+        with pytest.raises(PreskipError, match=message) as caught:
+            check_inputs(**given)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_may_be_there_is_left_to_the_run(nowhere, monkeypatch):
+    check_inputs(["sotu", "pydoc", "owner/name", "owner/name:config"], model="owner/name")
+    file = nowhere / "lambada/lambada_openai_test.jsonl"
+    file.parent.mkdir()
+    file.write_text("{}")
+    check_inputs(tasks=["lambada_openai"], data_dir=nowhere)
+    (nowhere / "books").mkdir()
+    for part in ("train", "valid"):
+        (nowhere / f"books/books_{part}.txt").write_text("a")
+    check_inputs(["books"], data_dir=nowhere)
+    (nowhere / "hf/datasets/some___set").mkdir(parents=True)  # it may be the one
+    check_inputs(tasks=["arc_challenge"])
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    check_inputs(tasks=["hellaswag"])
+
+
+def test_lm_eval_is_asked_for_first(nowhere, monkeypatch):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PreskipError, match=r"pip install 'preskip\[eval\]'"):
+        check_inputs(tasks=["lambada_openai"])
+
+
+def test_an_experiment_names_all_that_it_reads(nowhere):
+    with pytest.raises(PreskipError, match=r"corpus \./no\.txt"):
+        check_experiment(ProbeConfig(eval_corpora=("./no.txt:4x20",)))
+    with pytest.raises(PreskipError, match="model folder"):
+        check_experiment(ProbeConfig(model="./no"))
+    with pytest.raises(PreskipError, match="corpus"):
+        check_experiment(PretrainConfig(corpus="./no.txt"))
+
+
+def test_a_place_that_cannot_be_made_is_refused_and_nothing_is_left(tmp_path, monkeypatch):
+    check_place(tmp_path / "a/b/run")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(PreskipError, match="exists already"):
+        check_place(tmp_path)
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file/run", Path("/proc/run")):
+        with pytest.raises(PreskipError, match="choose another --out"):
+            check_place(place)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10, 9, 1))
+    with pytest.raises(PreskipError, match=r"has 0 MiB free, about 64 MiB are needed: free some"):
+        check_place(tmp_path / "run")
+
+
+def test_a_full_disk_is_found_before_training_by_the_size_of_the_weights(tmp_path, monkeypatch):
+    from preskip.experiment.run import _needed_bytes
+
+    facts = {"arms": {"none": {"trainable_parameters": 0}, "lora": {"trainable_parameters": 1_000_000}}}
+    config = ProbeConfig(save_steps=None) if ProbeConfig().save_steps is None else ProbeConfig()
+    needed = _needed_bytes(config, [("none", 1), ("lora", 1), ("lora", 2)], facts)
+    assert needed == 8e6 + (12e6 if config.save_steps else 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10, 9, 7_000_000))
+    with pytest.raises(PreskipError, match="has 7 MiB free"):
+        check_space(tmp_path, needed)
+
+
+def test_it_is_looked_at_before_torch(tmp_path):
+    code = (
+        "import sys\nfrom preskip.cli.main import main\n"
+        "try:\n main(['probe', '--corpus', './no.txt'])\n"
+        "except SystemExit: print([m for m in ('torch', 'transformers', 'datasets', 'lm_eval') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]"
+    assert done.stderr.startswith("error: corpus ./no.txt does not exist")
+    assert list(tmp_path.iterdir()) == []
