@@ -70,8 +70,8 @@ def check_inputs(
         raise PreskipError("tasks need lm-eval: pip install 'preskip[eval]'")
     for task in tasks if _is_offline() and not _has_cached_data() else ():
         layout = LAYOUT.get(task)
-        file = layout and next(iter(layout.files.values()))
-        if not file or directory is None or not (directory / file).is_file():
+        local = next(iter(layout.files.values())) if layout else None
+        if local is None or directory is None or not (directory / local).is_file():
             raise PreskipError(
                 f"the data of task {task} are not in the data directory, and HF_HUB_OFFLINE is set: go online, or give "
                 "--data-dir"
