@@ -230,7 +230,6 @@ def _write(out: Path, records: Sequence[Mapping[str, Any]], results: Mapping[str
 
 def _print(results: Mapping[str, Any], out: Path | None) -> None:
     from preskip.cli.printing import columns, print_table
-    from preskip.metrics import metric_named
     from preskip.report.words.verdicts import interval_text
 
     table = columns("set", "metric", right=("value", "95 % interval", "units"))
@@ -242,7 +241,7 @@ def _print(results: Mapping[str, Any], out: Path | None) -> None:
         others = {metric: {"value": value} for metric, value in results["lm_eval"].get(name, {}).items()}
         for metric, value in {**own, **others, **own}.items():
             text = interval_text(metric, value) or {"value": "–", "interval": ""}
-            table.add_row(shown, metric_named(metric).phrase, text["value"], text["interval"], units)
+            table.add_row(shown, metric, text["value"], text["interval"], units)
             shown, units = "", ""
     note = (
         f"intervals over items or documents; texts with {results['context_length']} tokens of context, "
