@@ -3,14 +3,17 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.utils import get_results_filenames, get_sample_results_filenames
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from conforming import file_faults
 from local_data import SENTENCES, write_local_data
+from own_tasks import write_own_tasks
 from preskip import PreskipConfig
 from preskip.cli.main import main
 from preskip.runs.schema import EvalResults, Record
@@ -147,3 +150,42 @@ def test_nan_is_a_failure_and_writes_nothing(call, inputs, tmp_path):
     assert code == 1
     assert "NaN" in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_own_tasks_with_lm_evals_options_and_files(call, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder, out = write_own_tasks(tmp_path / "own"), tmp_path / "out"
+    options = ["--tasks", "own_group,own_sums", "--include-path", folder, "--num-fewshot", "2", "--seed", "7"]
+    code, stdout, _ = call(*options, "--adapter", inputs / "lora", "--log-samples", "--out", out, "--batch-size", "2")
+    assert code == 0
+    assert "group own_group" in stdout
+    results = json.loads((out / "results.json").read_text())
+    assert results["task_settings"] == {"include_path": str(folder), "num_fewshot": 2}
+    assert {name: row["lm_eval"]["num_fewshot"] for name, row in results["sets"].items()} == {
+        "own_small": 2,
+        "own_large": 2,
+        "own_sums": 2,
+    }
+    assert not list(file_faults(out / "results.json", EvalResults))
+    names = [str(path) for path in out.rglob("*")]
+    (file,) = get_results_filenames([name for name in names if f"{out}/results.json" != name])
+    theirs = json.loads(Path(file).read_text())
+    assert len(get_sample_results_filenames(names)) == 3
+    rows = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+    accuracies = [row["scores"]["acc"] for row in rows if "acc" in row["scores"]]
+    assert theirs["groups"]["own_group"]["acc,none"] == pytest.approx(sum(accuracies) / len(accuracies))
+    assert theirs["results"]["own_large"]["acc_stderr,none"] == pytest.approx(
+        results["metrics"]["own_large"]["acc"]["value"] ** 0.5
+        * (1 - results["metrics"]["own_large"]["acc"]["value"]) ** 0.5
+        / 6**0.5
+    )
+    assert theirs["config"]["fewshot_seed"] == 7
+    for wrong, words in (
+        (["--log-samples"], "--log-samples needs --tasks, and a folder as --out"),
+        (["--seed", "1,2"], "--seed '1,2' is not possible: give one number, or four as in 0,1234,1234,1234"),
+        (["--apply-chat-template"], "the tokenizer has no chat template"),
+        (["--batch-size", "0"], "0 is not possible: it must be at least 1"),
+    ):
+        code, _, error = call(*options[:4], *wrong)
+        assert code != 0
+        assert words in " ".join(error.split())

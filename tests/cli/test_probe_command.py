@@ -236,6 +236,7 @@ def test_target_modules_choose_the_same_layers_for_both_arms(probe, tmp_path):
         (["--match", "none"], "arm lora: --match none leaves its rank open: give --lora-rank"),
         (["--lr", "tune", "--seeds", "0"], "seed 0 chooses the learning rates"),
         (["--tasks", "lambada_openaj"], "lambada_openai"),
+        (["--tasks", "own", "--include-path", "nowhere"], "nowhere: no such folder"),
         (["--tasks", "lambada_openai", "--task-limit", "0"], "--task-limit 0"),
         (["--eval-corpora", "pydoc:1x9"], "is too small"),
         (["--eval-corpora", "nothing"], "unknown corpus 'nothing'"),

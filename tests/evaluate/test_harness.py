@@ -10,7 +10,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 
 from preskip import PreskipConfig
 from preskip.errors import PreskipError
-from preskip.evaluate.harness import LiveModel, model_context_length
+from preskip.evaluate.harness import LiveModel, RequestEncoder, model_context_length
 from tiny_model import tiny_llama
 from tiny_text import PROSE, tiny_tokenizer
 
@@ -70,10 +70,41 @@ def test_log_likelihoods_equal_those_of_lm_eval(name, tokenizer):
 @pytest.mark.parametrize("lead", [True, False])
 def test_rolling_log_likelihoods_equal_those_of_lm_eval(add_bos_token, lead):
     ours, theirs = both(adapted("base"), tiny_tokenizer(lead=lead), add_bos_token=add_bos_token)
+    # lm-eval doubles a start token that the tokenizer adds by itself; without it there is one.
+    theirs.add_bos_token = False if lead else add_bos_token
     asked = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
     expected = theirs.loglikelihood_rolling(asked, disable_tqdm=True)
     assert len(ours.tok_encode(PROSE)) > 3 * CONTEXT_LENGTH
     assert ours.loglikelihood_rolling(asked) == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("lead", [True, False])
+@pytest.mark.parametrize("text", [PROSE[:60], "<s>" + PROSE[:60]])
+def test_the_start_token_stands_once_wherever_it_comes_from(lead, text):
+    tokenizer = tiny_tokenizer(lead=lead)
+    encoder = RequestEncoder(tokenizer, CONTEXT_LENGTH)
+    expected = [0, *tokenizer(PROSE[:60], add_special_tokens=False)["input_ids"]]
+    ((rolling,),) = encoder.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
+    assert rolling == (expected, 1)
+    pairs = [("", text), (text, " x"), ("<s>", PROSE[:60])]
+    for window in encoder.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True):
+        assert window.input_ids[: len(expected)].count(0) == (0 if window.input_ids[0] else 1)
+        assert window.input_ids[:2] != [0, 0]
+
+
+@pytest.mark.parametrize("lead", [True, False])
+def test_texts_generated_in_a_batch_are_those_generated_one_by_one(lead):
+    # lm-eval's backend asks the first prompt of a batch alone whether start tokens are written out.
+    model, tokenizer = adapted("preskip"), tiny_tokenizer(lead=lead)
+    prompts = ["<s>The committee met on", "Ships", PROSE, "<s>farmers paid in grain and", "x", ""]
+    asked = requests("generate_until", [(prompt, {"until": ["."], "max_gen_toks": 6}) for prompt in prompts])
+    one_by_one, in_batches = (
+        LiveModel(model, tokenizer, context_length=CONTEXT_LENGTH, batch_size=size) for size in (1, 4)
+    )
+    texts = one_by_one.generate_until(asked, disable_tqdm=True)
+    assert in_batches.generate_until(asked, disable_tqdm=True) == texts
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=CONTEXT_LENGTH, batch_size=1)
+    assert texts[:-1] == theirs.generate_until(asked[:-1], disable_tqdm=True)
 
 
 def test_prefix_tuning_is_scored_with_its_prefix():

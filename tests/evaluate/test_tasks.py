@@ -40,7 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def manager():
-    return _task_manager(None)
+    return _task_manager(None, defaults=True)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def reference(model, tokenizer, manager, samples=None):
 def test_records_and_metrics_equal_those_of_lm_eval(data, model, manager, hub, limit):
     tokenizer = tiny_tokenizer()
     suite = TaskSuite(TASKS, tokenizer, data_dir=data, limit=limit, context_length=CONTEXT_LENGTH, seed=7)
-    records, metrics = suite.evaluate(model)
+    records, metrics, _ = suite.evaluate(model)
     facts = {task: {**own, "metrics": metrics[task]} for task, own in suite.facts.items()}
     totals = {task: facts[task]["of"] for task in TASKS}
     drawn = {
@@ -205,7 +205,8 @@ def test_bad_tasks_are_one_clear_line(data, monkeypatch, tmp_path):
     with pytest.raises(PreskipError, match=r"unknown task 'lambada_opena': did you mean .*lambada_openai"):
         TaskSuite(["lambada_opena"], tokenizer, data_dir=data)
     with pytest.raises(
-        PreskipError, match=r"data of task piqa are neither in the data directory nor .* give --data-dir"
+        PreskipError,
+        match=r"data of task piqa are neither in the data directory nor .* give --data-dir",
     ):
         TaskSuite(["piqa"], tokenizer, data_dir=data)
     with pytest.raises(PreskipError, match="no task"):
@@ -227,7 +228,7 @@ def test_a_generative_task(model, monkeypatch):
 
     monkeypatch.setattr("preskip.evaluate.harness.LiveModel.generate_until", generate)
     suite = TaskSuite(["gsm8k"], tiny_tokenizer())
-    records, metrics = suite.evaluate(model)
+    records, metrics, _ = suite.evaluate(model)
     assert len(seen) == 8
     key = "exact_match,strict-match"
     assert [record["scores"][key] for record in records] == [1.0, 0.0, *6 * [1.0]]

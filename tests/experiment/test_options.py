@@ -1,12 +1,14 @@
 """What every experiment's options have in common: written once, layered, stored and read back."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
+from preskip.evaluate.task_settings import TaskSettings
 from preskip.experiment.options import ExperimentConfig
 from preskip.experiment.presets import preset_options
 from preskip.experiment.pretrain_options import PretrainConfig
@@ -17,6 +19,10 @@ STORED = sorted((Path(__file__).parents[2] / "results").glob("*/run.json"))
 KINDS = [ProbeConfig, PretrainConfig]
 
 
+# Options that stored runs lack.
+_LATER = {"lora_scale": 1.0, "layers": None, "task_settings": asdict(TaskSettings())}
+
+
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
 def test_stored_runs_of_schema_2_are_read_and_written_back(path):
     record = json.loads(path.read_text())
@@ -25,7 +31,9 @@ def test_stored_runs_of_schema_2_are_read_and_written_back(path):
     assert {name: written[name] for name in record["config"]} == record["config"]
     later = set(written) - set(record["config"])
     assert {name: written[name] for name in later} == {
-        name: value for name, value in {"lora_scale": 1.0, "layers": None}.items() if name in later
+        name: value
+        for name, value in {"lora_scale": 1.0, "layers": None, "task_settings": asdict(TaskSettings())}.items()
+        if name in later
     }
 
 
@@ -70,6 +78,16 @@ def test_a_later_layer_overrides_and_parts_are_merged():
     assert pretrain.overrides == {"num_hidden_layers": 3, "rope_theta": 5, "x": "a", "hidden_size": 64}
     assert pretrain.settings == BranchSettings(init_weights="paper")
     assert pretrain.layers is None
+
+
+def test_lm_evals_options_are_parts_of_a_probe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"include_path": "own", "num_fewshot": "3", "apply_chat_template": True}
+    config = ProbeConfig.from_options({"task_settings": {"system_instruction": "Be short."}}, given)
+    assert config.task_settings == TaskSettings(
+        include_path=str(tmp_path / "own"), num_fewshot=3, apply_chat_template=True, system_instruction="Be short."
+    )
+    assert ProbeConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def test_preset_below_file_below_option():

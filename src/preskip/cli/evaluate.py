@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -19,19 +20,22 @@ from preskip.cli.options import (
     SampleSeed,
     TrustRemoteCode,
     flag,
+    options_of,
 )
 from preskip.errors import PreskipError
+from preskip.evaluate.task_settings import TaskSettings
 from preskip.experiment.parse import parse_names
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from preskip.evaluate.tasks import TaskSuite
-
 # Without --context-length no more than this is read at once, whatever the model could.
 LONGEST_CONTEXT = 2048
+# Resamples for lm-eval's own standard errors, of metrics that have no formula.
+_BOOTSTRAP = 1000
 
 
+@options_of(TaskSettings)
 def evaluate(
     model: Model,
     *,
@@ -52,6 +56,10 @@ def evaluate(
         ),
     ] = None,
     sample_seed: SampleSeed = 0,
+    seed: Annotated[
+        str, flag("lm-eval's seeds: one, or Python's, numpy's, torch's and that of the examples.", "Evaluation")
+    ] = "0,1234,1234,1234",
+    batch_size: Annotated[int, flag("Texts that are generated at once.", "Scoring", hint=int, least=1)] = 8,
     context_length: Annotated[
         Optional[int], flag("Most tokens read at once. Default: as the model, at most 2048.", "Scoring")
     ] = None,
@@ -66,7 +74,9 @@ def evaluate(
     out: Annotated[
         Optional[Path], flag("A new .jsonl file of records, or a new folder with results.json, too.", "Output")
     ] = None,
+    log_samples: Annotated[bool, flag("Write lm-eval's own files to --out, too.", "Output")] = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
     """Score a model on lm-eval tasks and on texts; every figure has an interval over its items or documents."""
     names, texts = list(dict.fromkeys(parse_names(tasks))), list(dict.fromkeys(corpus or []))
@@ -76,9 +86,12 @@ def evaluate(
         raise PreskipError(f"--adapter {adapter}: no such folder; give one saved with save_pretrained")
     if out is not None and out.exists():
         raise PreskipError(f"{out} exists already: choose another --out")
+    settings, seeds = TaskSettings.from_options(given), _seeds(seed)
+    if log_samples and (not names or out is None or out.suffix == ".jsonl"):
+        raise PreskipError("--log-samples needs --tasks, and a folder as --out")
     from preskip.experiment.preflight import check_inputs
 
-    check_inputs(texts, names, data_dir=data_dir, model=model)
+    check_inputs(texts, names, data_dir=data_dir, model=model, include_path=settings.include_path)
     from preskip.progress import progress_bar, say, spinner
 
     with spinner("loading libraries", quiet=as_json):
@@ -112,7 +125,20 @@ def evaluate(
             "in every line"
         )
     with spinner("preparing the tasks", quiet=as_json):
-        task_suite = _task_suite(names, tokenizer, data_dir, limit, sample_seed, length)
+        task_suite = None
+        if names:
+            from preskip.evaluate.tasks import TaskSuite
+
+            task_suite = TaskSuite(
+                names,
+                tokenizer,
+                data_dir=data_dir,
+                limit=limit,
+                seed=sample_seed,
+                context_length=length,
+                settings=settings,
+                seeds=seeds,
+            )
     task_sets = task_suite.sets if task_suite else {}
     if shared := text_suite.sets.keys() & task_sets.keys():
         raise PreskipError(f"a text and a task are both named {min(shared)!r}: rename the text's file")
@@ -133,10 +159,15 @@ def evaluate(
     with progress_bar("score", before + (task_suite.size if task_suite else 0), quiet=as_json) as advance:
         records = text_suite.score(live, batch_tokens=batch_tokens, advance=advance)
         if task_suite is not None:
-            rows, aggregated = task_suite.evaluate(
-                live, batch_tokens=batch_tokens, advance=lambda done, note: advance(before + done, note)
+            scores = task_suite.evaluate(
+                live,
+                batch_tokens=batch_tokens,
+                batch_size=batch_size,
+                bootstrap_iters=_BOOTSTRAP if log_samples else 0,
+                advance=lambda done, note: advance(before + done, note),
             )
-            records += rows
+            records += scores.records
+            aggregated = scores.metrics
     results = {
         **facts,
         "seconds": round(time.perf_counter() - started, 2),
@@ -145,6 +176,17 @@ def evaluate(
         "metrics": summarise(records),
         "lm_eval": aggregated,
     }
+    if named := {name: value for name, value in asdict(settings).items() if value not in (None, False)}:
+        results["task_settings"] = named
+    if out is not None and log_samples:
+        from preskip.evaluate.lm_eval_files import write_lm_eval_files
+
+        about = {"batch_size": batch_size, "device": device, "limit": limit, "bootstrap_iters": _BOOTSTRAP}
+        about |= dict(zip(("random_seed", "numpy_seed", "torch_seed", "fewshot_seed"), seeds, strict=True))
+        about |= {"model_num_parameters": facts["parameters"], "model_dtype": facts["dtype"]}
+        write_lm_eval_files(
+            out, scores.lm_eval, tokenizer, model=model, adapter=facts["adapter"], settings=settings, about=about
+        )
     if out is not None:
         _write(out, records, results)
     if as_json:
@@ -175,14 +217,13 @@ def _context_length(model: Any, asked: int | None) -> int:
     return asked
 
 
-def _task_suite(
-    names: Sequence[str], tokenizer: Any, data_dir: Path | None, limit: int | None, seed: int, length: int
-) -> TaskSuite | None:
-    if not names:
-        return None
-    from preskip.evaluate.tasks import TaskSuite
-
-    return TaskSuite(names, tokenizer, data_dir=data_dir, limit=limit, seed=seed, context_length=length)
+def _seeds(text: str) -> tuple[int, int, int, int]:
+    """As lm-eval reads them: one number for all generators, or four."""
+    parts = parse_names(text)
+    if len(parts) not in (1, 4) or not all(part.isdecimal() and int(part) < 2**32 for part in parts):
+        raise PreskipError(f"--seed {text!r} is not possible: give one number, or four as in 0,1234,1234,1234")
+    python, numpy, torch, fewshot = map(int, parts * (4 // len(parts)))
+    return python, numpy, torch, fewshot
 
 
 def _dtypes(model: Any) -> dict[str, Any]:
@@ -243,6 +284,10 @@ def _print(results: Mapping[str, Any], out: Path | None) -> None:
             text = interval_text(metric, value) or {"value": "–", "interval": ""}
             table.add_row(shown, metric, text["value"], text["interval"], units)
             shown, units = "", ""
+    for name in results["lm_eval"].keys() - results["sets"].keys():
+        for metric, number in results["lm_eval"][name].items():
+            text = interval_text(metric, {"value": number}) or {"value": "–"}
+            table.add_row(f"group {name}", metric, text["value"], "", "")
     note = (
         f"intervals over items or documents; texts with {results['context_length']} tokens of context, "
         f"stride {results['stride']}; {results['seconds']:g} s"

@@ -8,7 +8,7 @@ resizes the embeddings where vocabulary and tokenizer differ in length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,10 +20,12 @@ from preskip.progress import Advance, no_progress
 
 try:
     from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.model import LM, TemplateLM
     from lm_eval.models.utils import resolve_max_length
 except ImportError as error:
     raise PreskipError("lm-eval is not installed: pip install 'preskip[eval]'") from error
+
+GENERATED_AT_ONCE = 8
 
 
 def model_context_length(model: nn.Module | None, tokenizer: Any) -> int:
@@ -76,11 +78,15 @@ class RequestEncoder(TemplateLM):
         return [self._window(context, continuation, text) for text, context, continuation in requests]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
-        """The windows of each text: every token is scored once, windows do not overlap but for the last."""
+        """The windows of each text: every token is scored once, windows do not overlap but for the last.
+
+        The start token stands before a text once, also where the tokenizer adds it by itself or the text begins with
+        it; lm-eval's own backend scores a second one there.
+        """
         options = {"prefix_token": self.prefix_token_id, "max_seq_len": self.max_length, "context_len": 1}
         windows = []
         for text in (request.args[0] for request in requests):
-            overlapping = utils.get_rolling_token_windows(token_list=self.tok_encode(text), **options)
+            overlapping = utils.get_rolling_token_windows(token_list=self._without_start(text), **options)
             pairs = [utils.make_disjoint_window(pair) for pair in overlapping]
             windows.append([self._window(context, continuation, text) for context, continuation in pairs])
         return windows
@@ -88,6 +94,37 @@ class RequestEncoder(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Not for an encoder."""
         raise NotImplementedError("generation needs a model: use LiveModel")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a chat; where the template refuses a system message, without it.
+
+        Raises:
+            PreskipError: the tokenizer has no chat template.
+        """
+        from jinja2.exceptions import TemplateError
+
+        def apply(messages: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        if not self.chat_template(True):
+            raise PreskipError("the tokenizer has no chat template: leave out --apply-chat-template")
+        try:
+            return apply(chat_history)
+        except TemplateError:
+            return apply([message for message in chat_history if message["role"] != "system"])
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The tokenizer's template, None where it has none."""
+        return getattr(self.tokenizer, "chat_template", None) and self.tokenizer.get_chat_template()
+
+    def _without_start(self, text: str) -> list[int]:
+        ids = self.tok_encode(text, add_special_tokens=False)
+        return ids[1:] if ids[:1] == [self.prefix_token_id] else ids
 
     def _window(self, context: list[int], continuation: list[int], text: Any) -> Window:
         if not continuation:
@@ -112,6 +149,7 @@ class LiveModel(RequestEncoder):
         context_length: most tokens read at once; None takes the model's own.
         add_bos_token: whether to put the start token before a text; None leaves it to the tokenizer.
         batch_tokens: see `score_sequences`.
+        batch_size: texts that are generated at once.
         advance: progress over scored sequences.
     """
 
@@ -123,12 +161,14 @@ class LiveModel(RequestEncoder):
         context_length: int | None = None,
         add_bos_token: bool | None = None,
         batch_tokens: int | None = None,
+        batch_size: int = GENERATED_AT_ONCE,
         advance: Advance = no_progress,
     ) -> None:
         length = model_context_length(model, tokenizer) if context_length is None else context_length
         super().__init__(tokenizer, length, add_bos_token=add_bos_token)
         self.model = model
         self.batch_tokens = batch_tokens
+        self.batch_size = batch_size
         self.advance = advance
 
     def score(self, windows: Sequence[Window]) -> list[Score]:
@@ -145,30 +185,72 @@ class LiveModel(RequestEncoder):
         return [-sum(next(scores).nll for _ in text) for text in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Generated text of each request."""
-        return self._backend().generate_until(list(requests), disable_tqdm=disable_tqdm)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a chat."""
-        return self._backend().apply_chat_template(chat_history, add_generation_prompt)
+        """Generated text of each request, `batch_size` at once, with the K/V cache."""
+        try:
+            return self._backend().generate_until(list(requests), disable_tqdm=disable_tqdm)
+        except AssertionError as error:  # max_gen_toks leaves no room for a prompt
+            raise PreskipError(
+                f"lm-eval cannot generate: {error} Raise --context-length, or lower max_gen_toks"
+            ) from None
 
     def _backend(self) -> Any:
         import logging
 
         from lm_eval.models import huggingface
 
+        live = self
+
+        class Backend(huggingface.HFLM):
+            """lm-eval's, which decides by the first prompt of a batch whether all of it begins with a start token."""
+
+            def tok_batch_encode(
+                self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
+            ) -> tuple[Any, Any]:
+                ids = [live.tok_encode(text) or [live.prefix_token_id] for text in strings]
+                rows = [row[-(left_truncate_len or 0) :] for row in ids]
+                batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+                return batch["input_ids"], batch["attention_mask"]
+
         # It warns that a live object was passed, which is the point.
         logger = huggingface.eval_logger
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
-            return huggingface.HFLM(
+            return Backend(
                 pretrained=self.model,
                 tokenizer=self.tokenizer,
                 backend="causal",
                 max_length=self.max_length,
                 add_bos_token=self.add_bos_token,
-                batch_size=1,
+                batch_size=self.batch_size,
             )
         finally:
             logger.setLevel(level)
+
+
+class Answers(LM):
+    """An lm-eval model that has its answers already, but for texts to generate.
+
+    Args:
+        live: what generates.
+        answers: log-likelihoods in lm-eval's form, by `id` of the request.
+    """
+
+    def __init__(self, live: LiveModel, answers: Mapping[int, Any]) -> None:
+        super().__init__()
+        self.live, self.answers = live, answers
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The tokenizer's name, as lm-eval's caches want it."""
+        return self.live.tokenizer_name
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
+        """Of continuations, or of whole texts."""
+        return [self.answers[id(request)] for request in requests]
+
+    loglikelihood_rolling = loglikelihood
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generated text of each request."""
+        return self.live.generate_until(requests, disable_tqdm=True)

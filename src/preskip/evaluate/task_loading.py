@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from preskip.data.local import LocalData, load_local
 from preskip.errors import PreskipError
@@ -17,40 +17,85 @@ from preskip.errors import PreskipError
 _FOLDERS = {"lambada_openai": "lambada", "wikitext": "wikitext", "arc_easy": "arc", "hellaswag": "hellaswag"}
 
 
-def load_tasks(names: Sequence[str], directory: Path | None) -> dict[str, tuple[Any, LocalData | None]]:
-    """Load lm-eval's tasks, groups and tags resolved, in the order asked for.
+class Loaded(NamedTuple):
+    """Tasks in the order asked for, groups and tags resolved.
 
-    Returns:
-        lm-eval's task object and the local data that it reads (None: from the Hub), by the task's name.
+    Args:
+        tasks: lm-eval's task object and the local data that it reads (None: from elsewhere), by the task's name.
+        groups: lm-eval's groups among what was asked for, by name.
+    """
+
+    tasks: dict[str, tuple[Any, LocalData | None]]
+    groups: dict[str, Any]
+
+
+def load_tasks(names: Sequence[str], directory: Path | None, include_path: str | None = None) -> Loaded:
+    """Load lm-eval's tasks, groups and tags.
+
+    Args:
+        names: of tasks, groups or tags, or paths of task files.
+        directory: the data directory.
+        include_path: folder of task files that go before lm-eval's own of the same name.
 
     Raises:
         PreskipError: unknown task, data that cannot be had, or a task that needs images or runs generated code.
     """
+    if include_path and not Path(include_path).is_dir():
+        raise PreskipError(f"--include-path {include_path}: no such folder")
     loaded: dict[str, tuple[Any, LocalData | None]] = {}
+    groups: dict[str, Any] = {}
     for name in dict.fromkeys(names):
-        local = load_local(name, directory)
-        manager = _task_manager(_FOLDERS[name] if local else None)
-        if name not in manager.task_index:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=4)
-            hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists them"
-            raise PreskipError(f"unknown task {name!r}: {hint}")
-        found = manager.load([_with_local_data(name, local)]) if local else _load_from_hub(manager, name)
-        loaded |= {leaf: (task, local) for leaf, task in found["tasks"].items()}
+        own = _task_manager(None, include_path) if include_path else None
+        if own and name in own.task_index and name not in own.all_tags:
+            local = None
+            try:
+                found = own.load([name])
+            except Exception as error:  # task files and their functions raise of every kind
+                if name not in own.all_groups:
+                    reason = " ".join(str(error).split())[:160]
+                    raise PreskipError(
+                        f"task {name} of {include_path} cannot be loaded ({type(error).__name__}: {reason}): mend its "
+                        "file, or its data"
+                    ) from error
+                # A group of the user's may hold tasks of lm-eval's.
+                found = _load(_task_manager(None, include_path, defaults=True), name)
+        else:
+            local = load_local(name, directory)
+            found = _find(name, local, include_path)
+        loaded |= {leaf: (task, local) for leaf, task in found["tasks"].items() if leaf not in loaded}
+        if not local:
+            groups |= found.get("groups", {})
+    order = [*groups, *loaded]
+    if repeated := next((name for name in order if order.count(name) > 1), None):
+        raise PreskipError(f"{repeated!r} names a group and a task: rename one of them")
     for name, (task, _) in loaded.items():
         if getattr(task, "MULTIMODAL", False):
             raise PreskipError(f"task {name} needs images or sound: only text tasks can be evaluated")
         if getattr(task, "UNSAFE_CODE", False):
             raise PreskipError(f"task {name} runs the code that a model writes: this is refused; use lm-eval itself")
-    return loaded
+    return Loaded(loaded, groups)
+
+
+def _find(name: str, local: LocalData | None, include_path: str | None) -> Any:
+    if local:
+        return _task_manager(_FOLDERS[name]).load([_with_local_data(name, local)])
+    manager = _task_manager(None, include_path, defaults=True)
+    is_file = name.endswith((".yaml", ".yml")) and Path(name).is_file()
+    if name not in manager.task_index and not is_file:
+        close = difflib.get_close_matches(name, manager.all_tasks, n=4)
+        hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists them"
+        raise PreskipError(f"unknown task {name!r}: {hint}")
+    return _load(manager, name)
 
 
 @cache
-def _task_manager(folder: str | None) -> Any:
+def _task_manager(folder: str | None, include_path: str | None = None, *, defaults: bool = False) -> Any:
+    """lm-eval's index of one folder of its own tasks, or of the user's folder, with or without all of its own."""
     import lm_eval.tasks
 
-    if folder is None:
-        return lm_eval.tasks.TaskManager()
-    return lm_eval.tasks.TaskManager(include_path=Path(lm_eval.tasks.__file__).parent / folder, include_defaults=False)
+    if folder is not None:
+        include_path = str(Path(lm_eval.tasks.__file__).parent / folder)
+    return lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=defaults)
 
 
 def _with_local_data(name: str, local: LocalData) -> dict[str, Any]:
@@ -68,7 +113,7 @@ def _with_local_data(name: str, local: LocalData) -> dict[str, Any]:
     return {"group": f"local_{name}", "task": [{"task": name, "custom_dataset": build, **lacking}]}
 
 
-def _load_from_hub(manager: Any, name: str) -> Any:
+def _load(manager: Any, name: str) -> Any:
     try:
         return manager.load([name])
     except ImportError as error:
@@ -100,3 +145,25 @@ def quiet_lm_eval() -> Iterator[None]:
         tasks.tqdm = bar
         if bars:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def seeded(python: int, numpy: int, torch: int) -> Iterator[None]:
+    """Seed the generators that tasks and sampled generation draw from, and put them back afterwards."""
+    import random
+
+    import numpy as np
+    from torch import manual_seed
+    from torch.random import fork_rng
+
+    # Tasks draw from numpy's global generator, too.
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with fork_rng():
+        random.seed(python)
+        np.random.seed(numpy)  # noqa: NPY002
+        manual_seed(torch)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002

@@ -15,18 +15,27 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import lm_eval
 import numpy as np
+from lm_eval.utils import simple_parse_args_string
 from torch import nn
 
 from preskip.data.blocks import Window
 from preskip.data.local import LocalData, data_directory
 from preskip.data.wikitext import page_title
 from preskip.errors import PreskipError
-from preskip.evaluate.harness import LiveModel, RequestEncoder, model_context_length
+from preskip.evaluate.harness import (
+    GENERATED_AT_ONCE,
+    Answers,
+    LiveModel,
+    RequestEncoder,
+    model_context_length,
+)
 from preskip.evaluate.likelihood import Score, score_sequences
-from preskip.evaluate.task_loading import load_tasks, quiet_lm_eval
+from preskip.evaluate.task_loading import load_tasks, quiet_lm_eval, seeded
+from preskip.evaluate.task_settings import TaskSettings
 from preskip.evaluate.texts import sample
 from preskip.metrics import METRICS
 from preskip.progress import Advance, no_progress
@@ -38,8 +47,23 @@ _PROMPT_FIELDS = (
     *("description", "target_delimiter", "fewshot_delimiter", "fewshot_config", "num_fewshot", "use_prompt"),
     *("gen_prefix", "metric_list", "filter_list", "generation_kwargs", "repeats"),
 )
-# lm-eval's default seed for choosing few-shot examples.
-_FEWSHOT_SEED = 1234
+# lm-eval's default seeds: Python's, numpy's and torch's generators, and the choice of few-shot examples.
+SEEDS = (0, 1234, 1234, 1234)
+_AS_THEY_ARE = TaskSettings()
+
+
+class TaskScores(NamedTuple):
+    """What a model gets on all tasks.
+
+    Args:
+        records: one per item (or document), in a fixed order.
+        metrics: `{task or group: {metric: value}}` as lm-eval aggregates them.
+        lm_eval: what `lm_eval.evaluate` returns, with its samples.
+    """
+
+    records: list[Record]
+    metrics: dict[str, dict[str, float]]
+    lm_eval: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +72,7 @@ class _Prepared:
 
     name: str
     task: Any
+    chosen: list[int] | None  # positions of the documents, None for all
     docs: list[tuple[str, Any]]  # id and document, in the order of the sample
     windows: list[list[Window]]
     facts: dict[str, Any]
@@ -64,6 +89,8 @@ class TaskSuite:
         seed: of that draw.
         context_length: most tokens read at once; None takes the tokenizer's limit, else 2048 (lm-eval's default). Only
             requests that are longer, and whole documents, depend on it.
+        settings: how lm-eval makes the prompts.
+        seeds: of Python's, numpy's and torch's generators, and of the choice of few-shot examples.
 
     Attributes:
         sets: `{task: {...}}`, the evaluation sets as run.json describes them.
@@ -83,6 +110,8 @@ class TaskSuite:
         limit: int | None = None,
         seed: int = 0,
         context_length: int | None = None,
+        settings: TaskSettings = _AS_THEY_ARE,
+        seeds: tuple[int, int, int, int] = SEEDS,
     ) -> None:
         if not tasks:
             raise PreskipError("no task: name at least one lm-eval task, such as lambada_openai")
@@ -92,9 +121,14 @@ class TaskSuite:
         self.context_length = context_length or model_context_length(None, tokenizer)
         encoder = RequestEncoder(tokenizer, self.context_length)
         directory = data_directory(data_dir)
-        with quiet_lm_eval():
-            loaded = load_tasks(tasks, directory)
-            self._tasks = [_prepare(name, task, local, encoder, limit, seed) for name, (task, local) in loaded.items()]
+        self._settings, self._seeds = settings, seeds
+        with quiet_lm_eval(), seeded(*seeds[:3]):
+            loaded = load_tasks(tasks, directory, settings.include_path)
+            self._groups = loaded.groups
+            self._tasks = [
+                _prepare(name, task, local, encoder, limit, seed, settings, seeds[3])
+                for name, (task, local) in loaded.tasks.items()
+            ]
         self.facts = {prepared.name: prepared.facts for prepared in self._tasks}
         self.sets = {prepared.name: _set_description(prepared, self.context_length) for prepared in self._tasks}
         self.size = sum(len(windows) for prepared in self._tasks for windows in prepared.windows)
@@ -110,39 +144,111 @@ class TaskSuite:
         return self.evaluate(model, batch_tokens=batch_tokens, advance=advance)[0]
 
     def evaluate(
-        self, model: nn.Module, *, batch_tokens: int | None = None, advance: Advance = no_progress
-    ) -> tuple[list[Record], dict[str, dict[str, float]]]:
-        """The records of a model on all tasks, and `{task: {metric: value}}` as lm-eval aggregates them.
+        self,
+        model: nn.Module,
+        *,
+        batch_tokens: int | None = None,
+        batch_size: int = GENERATED_AT_ONCE,
+        bootstrap_iters: int = 0,
+        advance: Advance = no_progress,
+    ) -> TaskScores:
+        """Score a model on all tasks.
 
         Arguments and errors are those of `score_sequences`; `advance` is called with sequences of `size`.
+
+        Args:
+            model: a causal language model.
+            batch_tokens: see `score_sequences`.
+            batch_size: texts that are generated at once.
+            bootstrap_iters: of lm-eval's standard errors in `lm_eval`; 0 leaves them out.
+            advance: progress.
         """
         windows = [window for prepared in self._tasks for several in prepared.windows for window in several]
         scores = iter(score_sequences(model, windows, batch_tokens=batch_tokens, advance=advance))
-        live = LiveModel(model, self.tokenizer, context_length=self.context_length)
+        live = LiveModel(model, self.tokenizer, context_length=self.context_length, batch_size=batch_size)
+        own = [[[next(scores) for _ in several] for several in prepared.windows] for prepared in self._tasks]
+        with quiet_lm_eval(), seeded(*self._seeds[:3]):
+            results = self._lm_eval(live, own, bootstrap_iters)
         records: list[Record] = []
-        metrics: dict[str, dict[str, float]] = {}
-        with quiet_lm_eval():
-            for prepared in self._tasks:
-                own = [[next(scores) for _ in several] for several in prepared.windows]
-                rows, metrics[prepared.name] = _results(prepared, own, live)
-                records += rows
-        return records, metrics
+        for prepared, answers in zip(self._tasks, own, strict=True):
+            records += _records(prepared, answers, results["samples"][prepared.name])
+        aggregated = {**results["results"], **results.get("groups", {})}
+        return TaskScores(records, {name: _metrics(values) for name, values in aggregated.items()}, results)
+
+    def _lm_eval(self, live: LiveModel, scores: Sequence[Sequence[Sequence[Score]]], bootstrap_iters: int) -> Any:
+        """lm-eval's own evaluator on requests that are answered already, but for generation."""
+        answers: dict[int, Any] = {}
+        for prepared, own in zip(self._tasks, scores, strict=True):
+            for instance, several in zip(prepared.task.instances, own, strict=True):
+                instance.resps, instance.filtered_resps = [], {}
+                if instance.request_type == "loglikelihood":
+                    answers[id(instance)] = (-several[0].nll, several[0].greedy)
+                elif instance.request_type == "loglikelihood_rolling":
+                    answers[id(instance)] = -sum(score.nll for score in several)
+        return lm_eval.evaluate(
+            Answers(live, answers),
+            {"tasks": {prepared.name: prepared.task for prepared in self._tasks}, "groups": self._groups},
+            samples={prepared.name: prepared.chosen for prepared in self._tasks if prepared.chosen is not None},
+            bootstrap_iters=bootstrap_iters,
+            system_instruction=self._settings.system_instruction,
+            apply_chat_template=self._settings.apply_chat_template,
+            fewshot_as_multiturn=self._settings.multiturn,
+        )
 
 
 def _prepare(
-    name: str, task: Any, local: LocalData | None, encoder: RequestEncoder, limit: int | None, seed: int
+    name: str,
+    task: Any,
+    local: LocalData | None,
+    encoder: RequestEncoder,
+    limit: int | None,
+    seed: int,
+    settings: TaskSettings,
+    fewshot_seed: int,
 ) -> _Prepared:
-    if task.get_config("num_fewshot") is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    # lm-eval's rule: a task that fixes 0 examples keeps it.
+    own_fewshot = task.get_config("num_fewshot")
+    if own_fewshot != 0:
+        task.set_config(
+            key="num_fewshot", value=settings.num_fewshot if settings.num_fewshot is not None else own_fewshot or 0
+        )
+    if settings.gen_kwargs and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value=simple_parse_args_string(settings.gen_kwargs), update=True)
+    task.set_fewshot_seed(seed=fewshot_seed)
     total = len(task.eval_docs)
     chosen = sample(total, limit, seed)
-    task.build_all_requests(samples=chosen if len(chosen) < total else None)
+    part_of_it = chosen if len(chosen) < total else None
+    chat = settings.apply_chat_template
+    try:
+        task.build_all_requests(
+            samples=part_of_it,
+            system_instruction=settings.system_instruction,
+            apply_chat_template=chat,
+            fewshot_as_multiturn=settings.multiturn,
+            chat_template=encoder.apply_chat_template if chat else None,
+            tokenizer_name=encoder.tokenizer_name if chat else "",
+        )
+    except PreskipError:
+        raise
+    except Exception as error:  # a task's templates and functions raise of every kind
+        reason = " ".join(str(error).split())[:160]
+        raise PreskipError(
+            f"task {name}: its prompts cannot be made ({type(error).__name__}: {reason}): mend its task file, "
+            "or change --num-fewshot and its like"
+        ) from error
+    task.build_all_requests = lambda **_: None  # lm-eval's evaluator would make them again for every model
     every = list(task.eval_docs)
     ids = _ids(name, task, every)
     docs = [(ids[index], every[index]) for index in chosen]
     config = task.dump_config()
-    prompts = json.dumps({key: config.get(key) for key in _PROMPT_FIELDS}, sort_keys=True, default=str)
+    made_of = {key: config.get(key) for key in _PROMPT_FIELDS}
+    if settings.system_instruction is not None:
+        made_of["system_instruction"] = settings.system_instruction
+    if chat:
+        made_of |= {"chat_template": encoder.chat_template(True), "fewshot_as_multiturn": settings.multiturn}
+    if task.get_config("num_fewshot") and fewshot_seed != SEEDS[3]:
+        made_of["fewshot_seed"] = fewshot_seed
+    prompts = json.dumps(made_of, sort_keys=True, default=str)
     path, part = task.get_config("dataset_path"), task.get_config("dataset_name")
     facts = {
         "version": task.VERSION,
@@ -155,7 +261,7 @@ def _prepare(
         "title": local.name if local else name,
         "sha256": local.sha256 if local else _documents_hash(every),
     }
-    return _Prepared(name=name, task=task, docs=docs, windows=_windows(task, encoder), facts=facts)
+    return _Prepared(name=name, task=task, chosen=part_of_it, docs=docs, windows=_windows(task, encoder), facts=facts)
 
 
 def _ids(name: str, task: Any, docs: Sequence[Any]) -> list[str]:
@@ -184,42 +290,38 @@ def _windows(task: Any, encoder: RequestEncoder) -> list[list[Window]]:
     return windows
 
 
-def _results(
-    prepared: _Prepared, scores: Sequence[Sequence[Score]], live: LiveModel
-) -> tuple[list[Record], dict[str, float]]:
-    """Records and aggregated metrics of one task, from lm-eval's filters and metrics on the answers."""
+def _records(
+    prepared: _Prepared, scores: Sequence[Sequence[Score]], samples: Sequence[Mapping[str, Any]]
+) -> list[Record]:
+    """Records of one task, from lm-eval's samples: one for each filter and document."""
     task = prepared.task
     by_doc: dict[int, list[int]] = defaultdict(list)
-    for position, (instance, own) in enumerate(zip(task.instances, scores, strict=True)):
-        instance.resps, instance.filtered_resps = [], {}
+    for position, instance in enumerate(task.instances):
         by_doc[instance.doc_id].append(position)
-        if instance.request_type == "loglikelihood":
-            instance.resps = [(-own[0].nll, own[0].greedy)] * instance.repeats
-        elif instance.request_type == "loglikelihood_rolling":
-            instance.resps = [-sum(score.nll for score in own)] * instance.repeats
-    generating = [instance for instance in task.instances if instance.request_type == "generate_until"]
-    if generating:
-        cloned = [instance for instance in generating for _ in range(instance.repeats)]
-        for instance, text in zip(cloned, live.generate_until(cloned, disable_tqdm=True), strict=True):
-            instance.resps.append(text)
-    task.apply_filters()
-    filters = list(task.instances[0].filtered_resps)
-    values: dict[str, list[Any]] = defaultdict(list)
+    by_filter: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for one in samples:
+        by_filter[one["filter"]].append(one)
     records: list[Record] = []
     for doc_id, (id, doc) in enumerate(prepared.docs):
         positions = sorted(by_doc[doc_id], key=lambda position: task.instances[position].idx)
         metrics: dict[str, Any] = {}
-        for filter in filters:
-            suffix = f",{filter}" if len(filters) > 1 else ""
-            answers = [task.instances[position].filtered_resps[filter] for position in positions]
-            metrics |= {name + suffix: value for name, value in task.process_results(doc, answers).items()}
-        for name, value in metrics.items():
-            values[name].append(value)
+        for filter, several in by_filter.items():
+            suffix = f",{filter}" if len(by_filter) > 1 else ""
+            metrics |= {name + suffix: several[doc_id][name] for name in several[doc_id]["metrics"]}
         own = [score for position in positions for score in scores[position]]
         records.append(_record(prepared.name, id, task, doc, metrics, own))
-    aggregation = task.aggregation()
-    aggregated = {name: aggregation.get(name.split(",")[0], np.mean)(column) for name, column in values.items()}
-    return records, {name: float(value) for name, value in aggregated.items() if _is_number(value)}
+    return records
+
+
+def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
+    """Aggregated values by metric, without the filter's name where there is one filter only."""
+    named = [(*key.rpartition(",")[::2], value) for key, value in values.items() if "," in key]
+    several = len({filter for _, filter, _ in named}) > 1
+    return {
+        f"{metric},{filter}" if several else metric: float(value)
+        for metric, filter, value in named
+        if not metric.endswith("_stderr") and _is_number(value)
+    }
 
 
 def _record(name: str, id: str, task: Any, doc: Any, metrics: Mapping[str, Any], own: Sequence[Score]) -> Any:

@@ -221,6 +221,7 @@ def prepare_heldout(
             limit=config.task_limit,
             seed=config.split_seed,
             context_length=limit,
+            settings=config.task_settings,
         )
         sets |= suite.sets
     paper = None

@@ -119,7 +119,9 @@ class ExperimentConfig:
         """
         values = dict(stored)
         try:
-            values["settings"] = BranchSettings(**values["settings"])
+            for name, kind in _parts(cls).items():
+                if name in values or name == "settings":
+                    values[name] = kind(**values[name])
             for name, what in about(cls).items():
                 if get_origin(what["hint"]) is tuple and values.get(name) is not None:
                     values[name] = tuple(values[name])
@@ -141,8 +143,8 @@ class ExperimentConfig:
         for layer in layers:
             for name, value in layer.items():
                 cls._take(values, name, value)
-        if "settings" in values:
-            values["settings"] = replace(_default(cls, "settings"), **values["settings"])
+        for name in _parts(cls).keys() & values.keys():
+            values[name] = replace(_default(cls, name), **values[name])
         return cls(**cls._complete(values))
 
     @classmethod
@@ -172,6 +174,11 @@ class ExperimentConfig:
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The values of all fields, out of those and of `lr`."""
         raise NotImplementedError
+
+
+def _parts(kind: type) -> dict[str, Any]:
+    """Settings class of each field that is one."""
+    return {name: what["hint"] for name, what in about(kind).items() if what.get("parts") is what["hint"]}
 
 
 def _default(kind: type, name: str) -> Any:

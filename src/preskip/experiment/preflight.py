@@ -28,7 +28,8 @@ def check_experiment(config: ExperimentConfig) -> None:
     corpora = [config.corpus]
     corpora += [parse_extent(text, config.eval_documents, config.eval_words)[0] for text in config.eval_corpora]
     if isinstance(config, ProbeConfig):
-        check_inputs(corpora, config.tasks, data_dir=config.data_dir, model=config.model)
+        own = config.task_settings.include_path
+        check_inputs(corpora, config.tasks, data_dir=config.data_dir, model=config.model, include_path=own)
     else:
         check_inputs(corpora, data_dir=config.data_dir)
 
@@ -39,6 +40,7 @@ def check_inputs(
     *,
     data_dir: Path | str | None = None,
     model: str | None = None,
+    include_path: str | None = None,
 ) -> None:
     """Refuse what is not there, as far as it can be seen without reading it.
 
@@ -47,6 +49,7 @@ def check_inputs(
         tasks: lm-eval tasks.
         data_dir: see `preskip.data.local.data_directory`.
         model: name of a model, or None.
+        include_path: folder of the user's own tasks, whose data nobody here knows, or None.
 
     Raises:
         PreskipError: a path that does not exist, an unknown name, or task data that cannot be had.
@@ -68,7 +71,7 @@ def check_inputs(
                     raise PreskipError(f"corpus {name}: {directory / file} is missing: get the file again")
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise PreskipError("tasks need lm-eval: pip install 'preskip[eval]'")
-    for task in tasks if _is_offline() and not _has_cached_data() else ():
+    for task in tasks if include_path is None and _is_offline() and not _has_cached_data() else ():
         layout = LAYOUT.get(task)
         local = next(iter(layout.files.values())) if layout else None
         if local is None or directory is None or not (directory / local).is_file():

@@ -11,6 +11,7 @@ from preskip.arms import ARMS
 from preskip.arms.arm import MATCHES
 from preskip.arms.catalogue import LORA_ARMS, resolve_arms
 from preskip.errors import PreskipError
+from preskip.evaluate.task_settings import TaskSettings
 from preskip.experiment.options import EVALUATION, TRAINING, WHAT, ExperimentConfig
 from preskip.experiment.parse import listed, parse_by_arm, parse_names
 from preskip.fields import option
@@ -82,6 +83,7 @@ class ProbeConfig(ExperimentConfig):
         (), "lm-eval tasks, separated by commas, e.g. lambada_openai,arc_easy.", EVALUATION, read=parse_names
     )
     task_limit: int | None = option(None, "Items per task, a fixed random sample. Default: all.", EVALUATION, least=1)
+    task_settings: TaskSettings = option(TaskSettings(), parts=TaskSettings)
     nulls: tuple[str, ...] = option((), "Controls of the depth picture: noise,shuffled.", EVALUATION, read=parse_names)
     equal_step: bool = option(False, "Train preskip once more with equal steps per layer.", EVALUATION)
     dtype_audit: bool = option(False, "Score the untouched base in fp32 and bf16, too.", EVALUATION)

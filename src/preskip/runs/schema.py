@@ -595,7 +595,8 @@ class EvalResults(TypedDict):
     environment: Environment
     sets: dict[str, SetFacts]
     metrics: Metrics
-    lm_eval: dict[str, dict[str, float]]  # by task and metric, as lm-eval aggregates them
+    lm_eval: dict[str, dict[str, float]]  # by task or group, and metric, as lm-eval aggregates them
+    task_settings: NotRequired[dict[str, Any]]  # options of `preskip.evaluate.task_settings` other than the defaults
 
 
 class ExplainedSource(TypedDict):

@@ -1,0 +1,198 @@
+"""Own task files, groups, few-shot examples, chats and generation: per item what `lm_eval.simple_evaluate` gives."""
+
+import json
+from pathlib import Path
+
+import datasets
+import lm_eval
+import numpy as np
+import pytest
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_results_filenames, get_sample_results_filenames, make_table
+
+from own_tasks import write_own_tasks
+from preskip.errors import PreskipError
+from preskip.evaluate.lm_eval_files import write_lm_eval_files
+from preskip.evaluate.task_settings import TaskSettings
+from preskip.evaluate.tasks import TaskSuite
+from tiny_model import tiny_llama
+from tiny_text import tiny_tokenizer
+
+TASKS = ["own_group", "own_sums", "own_pages"]
+CHAT = (
+    "<s>{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHAT
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_own_tasks(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return tiny_llama()
+
+
+def close(mine, theirs):
+    """Whether samples are equal, numbers up to rounding."""
+    if isinstance(theirs, (list, tuple)):
+        return len(mine) == len(theirs) and all(map(close, mine, theirs))
+    if isinstance(theirs, dict):
+        return mine.keys() == theirs.keys() and all(close(mine[key], theirs[key]) for key in theirs)
+    if isinstance(theirs, (float, np.floating)):
+        return mine == pytest.approx(theirs, abs=5e-4, rel=1e-4)
+    return mine == theirs
+
+
+CASES = {
+    "plain": {},
+    "examples": {"num_fewshot": 2},
+    "chat": {"num_fewshot": 2, "apply_chat_template": True, "system_instruction": "Answer in one word."},
+    "one turn": {"num_fewshot": 1, "apply_chat_template": True, "fewshot_as_multiturn": False},
+    "instruction": {"system_instruction": "Answer in one word.", "gen_kwargs": "max_gen_toks=3"},
+    "sampled": {"gen_kwargs": "do_sample=True,temperature=0.8,max_gen_toks=6"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("lead", [False, True])
+def test_samples_and_groups_equal_those_of_simple_evaluate(folder, model, case, lead):
+    given, tokenizer = CASES[case], tiny_tokenizer(lead=lead)
+    if "apply_chat_template" in given:
+        tokenizer.chat_template = NO_SYSTEM if lead else CHAT
+    settings = TaskSettings(include_path=str(folder), **given)
+    # lm-eval's backend doubles the start token of rolling texts where the tokenizer adds one by itself.
+    tasks = [task for task in TASKS if not (lead and task == "own_pages")]
+    suite = TaskSuite(tasks, tokenizer, settings=settings, context_length=256)
+    records, metrics, mine = suite.evaluate(model, batch_size=4, bootstrap_iters=100)
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, max_length=256, batch_size=4),
+        tasks=tasks,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=100,
+        **{"fewshot_as_multiturn": settings.multiturn, **given},
+    )
+    for task, samples in theirs["samples"].items():
+        assert close(mine["samples"][task], samples), task
+    for key in ("results", "groups", "group_subtasks", "n-shot", "versions", "higher_is_better", "n-samples"):
+        assert close(mine[key], theirs[key]), key
+    assert metrics["own_group"]["acc"] == pytest.approx(theirs["groups"]["own_group"]["acc,none"])
+    own = [record for record in records if record["set"] == "own_sums"]
+    keys = [f"exact_match,{name}" for name in ("whole", "flexible")]
+    by_filter = [[record["scores"][key] for record in own] for key in keys]
+    samples = theirs["samples"]["own_sums"]
+    assert by_filter == [
+        [one["exact_match"] for one in samples if one["filter"] == name] for name in ("whole", "flexible")
+    ]
+    first = mine["samples"]["own_small"][0]["arguments"][0][0]
+    assert ("Answer in one word." in first) is ("system_instruction" in given and not (lead and case == "chat"))
+    assert first.count("[user]") == (0 if "apply_chat_template" not in given else 3 if case == "chat" else 1)
+
+
+def test_settings_are_part_of_the_prompts_checksum(folder):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+
+    def checksum(seeds=(0, 1, 1, 1234), **given):
+        settings = TaskSettings(include_path=str(folder), **given)
+        return TaskSuite(["own_small"], tokenizer, settings=settings, seeds=seeds).facts["own_small"]["prompt_sha256"]
+
+    found = [
+        checksum(),
+        checksum(num_fewshot=2),
+        checksum(num_fewshot=2, seeds=(0, 1, 1, 5)),
+        checksum(system_instruction="Be short."),
+        checksum(apply_chat_template=True),
+        checksum(num_fewshot=2, apply_chat_template=True, fewshot_as_multiturn=False),
+    ]
+    assert len(set(found)) == len(found)
+    assert checksum(seeds=(0, 1, 1, 5)) == found[0]  # without examples nothing is drawn
+
+
+def test_random_generators_are_left_as_they_were(folder, model):
+    settings = TaskSettings(include_path=str(folder), **CASES["sampled"])
+    state = torch.get_rng_state()
+    suites = [
+        TaskSuite(["own_sums"], tiny_tokenizer(), settings=settings, seeds=(0, 1, seed, 1234)) for seed in (3, 3, 4)
+    ]
+    texts = [[one["resps"] for one in suite.evaluate(model).lm_eval["samples"]["own_sums"]] for suite in suites]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_files_are_those_that_lm_evals_tools_open(folder, model, tmp_path):
+    settings = TaskSettings(include_path=str(folder))
+    suite = TaskSuite(TASKS, tiny_tokenizer(), settings=settings, limit=2)
+    results = suite.evaluate(model, bootstrap_iters=100).lm_eval
+    expected = {task: len(rows) for task, rows in results["samples"].items()}
+    about = {"batch_size": 8, "random_seed": 0}
+    write_lm_eval_files(
+        tmp_path / "out", results, tiny_tokenizer(), model="owner/tiny", adapter=None, settings=settings, about=about
+    )
+    (made,) = (tmp_path / "out").iterdir()
+    assert made.name == "owner__tiny"
+    names = [str(path) for path in made.iterdir()]
+    (record,) = get_results_filenames(names)
+    stored = json.loads(Path(record).read_text())
+    assert stored["model_name"] == "owner/tiny"
+    assert stored["groups"]["own_group"]["acc,none"] == pytest.approx(results["groups"]["own_group"]["acc,none"])
+    assert set(stored["task_hashes"]) == set(expected)
+    assert "own_group" in make_table(stored, "groups")
+    samples = get_sample_results_filenames(names)
+    assert len(samples) == len(expected)
+    for task, rows in expected.items():
+        (file,) = (name for name in samples if f"samples_{task}_" in name)
+        read = datasets.load_dataset("json", data_files=file, split="train", cache_dir=str(tmp_path / "c"))
+        assert len(read) == rows
+        assert {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "doc_hash"} <= set(read.features)
+
+
+def test_own_tasks_go_before_lm_evals_and_paths_are_tasks(folder, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    text = (folder / "own_small.yaml").read_text()
+    (own / "lambada.yaml").write_text(text.replace("task: own_small", "task: lambada_openai"))
+    suite = TaskSuite(["lambada_openai"], tiny_tokenizer(), settings=TaskSettings(include_path=str(own)))
+    assert suite.facts["lambada_openai"]["items"] == 3
+    assert suite.sets["lambada_openai"]["source"] == "Hugging Face data set json"
+
+
+def test_what_cannot_be_done_is_one_line(folder, tmp_path, model):
+    tokenizer = tiny_tokenizer()
+
+    def suite(*tasks, **given):
+        return TaskSuite(list(tasks), tokenizer, settings=TaskSettings(**{"include_path": str(folder), **given}))
+
+    with pytest.raises(PreskipError, match=r"--include-path .*/nowhere: no such folder"):
+        suite("own_small", include_path=str(tmp_path / "nowhere"))
+    with pytest.raises(PreskipError, match="no chat template: leave out --apply-chat-template"):
+        suite("own_small", apply_chat_template=True)
+    with pytest.raises(PreskipError, match="--num-fewshot -1 is not possible: it must be at least 0"):
+        suite("own_small", num_fewshot=-1)
+    with pytest.raises(PreskipError, match=r"task own_small: its prompts cannot be made .* --num-fewshot"):
+        suite("own_small", num_fewshot=100)
+    with pytest.raises(PreskipError, match="--fewshot-as-multiturn needs --apply-chat-template"):
+        suite("own_small", fewshot_as_multiturn=True)
+    settings = TaskSettings(include_path=str(folder), gen_kwargs="max_gen_toks=300")
+    long = TaskSuite(["own_sums"], tokenizer, settings=settings, context_length=64)
+    with pytest.raises(PreskipError, match=r"lm-eval cannot generate: .*\(300\)"):
+        long.evaluate(model)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "t.yaml").write_text((folder / "own_small.yaml").read_text().replace("{{question}}", "{{question.x()}}"))
+    with pytest.raises(PreskipError, match=r"task own_small of .*/broken cannot be loaded \(UndefinedError.*mend its"):
+        suite("own_small", include_path=str(broken))
