@@ -1,10 +1,12 @@
 """Packed blocks hold the documents' tokens and no others; windows score every token exactly once."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from preskip.data.blocks import heldout_windows, pack_blocks, scored_size, text_ids
-from preskip.data.corpus import Document
+from preskip.data.blocks import heldout_windows, pack_blocks, scored_size, text_batches, text_ids
+from preskip.data.corpus import Document, split_text
 from preskip.errors import PreskipError
 from tiny_text import PROSE, tiny_tokenizer
 
@@ -65,6 +67,54 @@ def test_limit_tokenises_no_more_than_needed():
     assert pack_blocks(DOCUMENTS, Counting(), 32, limit_tokens=100).shape == (3, 32)
     assert len(calls) == 1
     assert pack_blocks(DOCUMENTS, Counting(), 32, limit_tokens=10**9).shape[0] > 30
+
+
+def in_memory(documents, tokenizer, seq_len, limit_tokens=None, seed=0, piece_characters=None):
+    """Text by text, everything in memory."""
+    random = np.random.default_rng(seed)
+    texts = [document.text for document in sorted(documents, key=lambda document: document.id)]
+    if piece_characters is not None:
+        texts = [piece for text in texts for piece in split_text(text, piece_characters)]
+    stream = []
+    for index in random.permutation(len(texts)):
+        ids = tokenizer(texts[index], add_special_tokens=False)["input_ids"]
+        stream += [*ids, tokenizer.eos_token_id] if ids else []
+        if limit_tokens is not None and len(stream) >= limit_tokens // seq_len * seq_len:
+            break
+    end = len(stream) if limit_tokens is None else min(len(stream), limit_tokens)
+    blocks = np.asarray(stream[: end // seq_len * seq_len], dtype=np.int32).reshape(-1, seq_len)
+    return blocks[random.permutation(len(blocks))]
+
+
+LONG = [Document(f"d{i % 7}-{i}", ("", "Short.", PROSE * 3, f"No. {i}: {PROSE}")[i % 4], f"d{i}") for i in range(30)]
+
+
+@pytest.mark.parametrize("limit", [None, 1000, 4096, 10**9])
+@pytest.mark.parametrize("pieces", [None, 300])
+@pytest.mark.parametrize("characters", [1, 2000, 10**9])
+def test_blocks_are_those_of_tokenising_in_memory(monkeypatch, limit, pieces, characters):
+    monkeypatch.setattr("preskip.data.blocks.BATCH_CHARACTERS", characters)
+    blocks = pack_blocks(LONG, TOKENIZER, 32, limit_tokens=limit, seed=3, piece_characters=pieces)
+    assert blocks.dtype == np.int32
+    assert np.array_equal(blocks, in_memory(LONG, TOKENIZER, 32, limit, 3, pieces))
+
+
+def test_memory_does_not_grow_with_the_text(monkeypatch):
+    monkeypatch.setattr("preskip.data.blocks.BATCH_CHARACTERS", 2**12)
+    documents = [Document(f"d{i}", PROSE, f"d{i}") for i in range(600)]
+    pack_blocks(documents[:10], TOKENIZER, 64)  # what is loaded and kept at the first call
+    tracemalloc.start()
+    blocks = pack_blocks(documents, TOKENIZER, 64)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert blocks.nbytes > 700_000
+    assert peak < blocks.nbytes / 2  # in memory it takes 3.1 times their size
+
+
+def test_batches_of_texts_are_bounded_and_whole():
+    texts = ["ab", "c", "", "defghi", "j", "k"]
+    assert list(text_batches(texts, 3)) == [["ab", "c", ""], ["defghi"], ["j", "k"]]
+    assert list(text_batches([], 3)) == []
 
 
 def test_pieces_draw_on_many_documents():

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from preskip.data import sotu
-from preskip.data.corpus import Corpus, Document, load_corpus, split_documents, split_text
+from preskip.data.corpus import Corpus, Document, _cut_long, load_corpus, split_documents, split_text
 from preskip.data.tables import Limit
 from preskip.errors import PreskipError
 
@@ -239,3 +239,24 @@ def test_split_refuses():
     for fraction in (0.0, 1.0, -0.1, 2.0, float("nan")):
         with pytest.raises(PreskipError, match="held-out fraction"):
             split_documents(corpus_of({"a": 1, "b": 1}), fraction)
+
+
+@pytest.mark.parametrize("text", ["One two. Three! " * 400, "x" * 5000, "漢字" * 3000, "a  b\t c " * 900])
+def test_a_long_line_is_cut_reading_each_character_a_few_times(text):
+    read = []
+
+    class Counted(str):
+        """A text that counts what is copied out of it."""
+
+        def __getitem__(self, key):
+            part = str.__getitem__(self, key)
+            read.append(len(part))
+            return Counted(part)
+
+        def strip(self):
+            return Counted(str.strip(self))
+
+    parts = _cut_long(Counted(text.strip()), 50)
+    assert sum(read) < 5 * len(text)
+    assert "".join("".join(parts).split()) == "".join(text.split())
+    assert all(0 < len(part) <= 100 for part in parts)

@@ -11,6 +11,22 @@ from tiny_text import PROSE, tiny_tokenizer
 DOCUMENTS = [Document(f"d{i}", f"Record {i}. {PROSE}", f"d{i}") for i in range(5)]
 
 
+LONG = [Document(f"d{i:02d}", ("", "Short.", PROSE * 3, PROSE)[i % 4], f"d{i}") for i in range(20)]
+
+
+@pytest.mark.parametrize("characters", [1, 3000])
+def test_the_file_does_not_depend_on_how_many_texts_are_tokenised_at_once(tokenizer, tmp_path, monkeypatch, characters):
+    monkeypatch.setattr("preskip.data.packed.BATCH_CHARACTERS", characters)
+    done = []
+    record = write_packed(tmp_path, LONG, tokenizer, seed=1, advance=lambda count, note: done.append(count))
+    order = np.random.default_rng(1).permutation(len(LONG))
+    expected = [id for i in order for id in [*tokenizer(LONG[i].text)["input_ids"], tokenizer.eos_token_id]]
+    assert np.fromfile(tmp_path / "tokens.bin", dtype="<u2").tolist() == expected
+    assert record.tokens == len(expected)
+    assert done[-1] == len(LONG)
+    assert len(done) > 3
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()

@@ -1,16 +1,22 @@
 """Documents as tokens: packed blocks to train on, and windows that score every token of a held-out document once."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from preskip.data.corpus import Document, by_id, split_text
 from preskip.errors import PreskipError
+from preskip.runs.files import clear_disk_errors
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+# Characters per call of the tokenizer: its own records of a text take some 100 times the room of the token ids.
+BATCH_CHARACTERS = 2**20
 
 
 class Window(NamedTuple):
@@ -47,7 +53,7 @@ def pack_blocks(
     """Join shuffled documents and cut them into full blocks, in an order drawn from the seed.
 
     The result depends on the documents, not on the order in which they are given. No padding: the rest that does not
-    fill a block is dropped.
+    fill a block is dropped. Tokens go through files, so that memory does not grow with the text.
 
     Args:
         documents: what to train on.
@@ -63,10 +69,10 @@ def pack_blocks(
         progress: a live rich progress display to add a task to.
 
     Returns:
-        Token ids, [blocks, seq_len].
+        Token ids, [blocks, seq_len], memory-mapped.
 
     Raises:
-        PreskipError: `seq_len` or `limit_tokens` too small, or not enough text.
+        PreskipError: `seq_len` or `limit_tokens` too small, not enough text, or a full disk.
     """
     if seq_len < 2:
         raise PreskipError(f"sequence length {seq_len}: must be at least 2")
@@ -81,28 +87,63 @@ def pack_blocks(
     order = random.permutation(len(texts))
     separator = first_token(tokenizer, "eos", "sep", "bos") if eos else None
     wanted = None if limit_tokens is None else limit_tokens // seq_len * seq_len
-    chunks: list[NDArray[np.int32]] = []
-    total = 0
+    total = done = 0
     task = None if progress is None else progress.add_task("Tokenising", total=wanted or len(texts))
-    for done, index in enumerate(order, start=1):
-        ids = text_ids(texts[index], tokenizer)
-        if separator is not None and ids:
-            ids.append(separator)
-        chunks.append(np.asarray(ids, dtype=np.int32))
-        total += len(ids)
-        if progress is not None and task is not None:
-            progress.update(task, completed=done if wanted is None else min(total, wanted))
-        if wanted is not None and total >= wanted:
-            break
-    blocks = (total if wanted is None else min(total, wanted)) // seq_len
-    if blocks < max(1, min_blocks):
-        raise PreskipError(
-            f"corpus too small: {total} training tokens do not fill one batch of {max(1, min_blocks)} × {seq_len}; "
-            f"give more text, or lower the batch size or sequence length"
-        )
-    packed = np.concatenate(chunks)[: blocks * seq_len].reshape(blocks, seq_len)
-    # Otherwise a batch would hold neighbouring blocks of one document.
-    return np.ascontiguousarray(packed[random.permutation(blocks)])
+    with clear_disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as stream:
+        while done < len(texts) and (wanted is None or total < wanted):
+            # A token is seldom more than 4 characters on average, so that little is tokenised that is not wanted.
+            most = BATCH_CHARACTERS if wanted is None else min(BATCH_CHARACTERS, 4 * (wanted - total))
+            batch = next(text_batches((texts[index] for index in order[done:]), most))
+            for ids in batch_ids(batch, tokenizer):
+                if separator is not None and ids:
+                    ids.append(separator)
+                stream.write(np.asarray(ids, dtype=np.int32).tobytes())
+                total += len(ids)
+            done += len(batch)
+            if progress is not None and task is not None:
+                progress.update(task, completed=done if wanted is None else min(total, wanted))
+        blocks = (total if wanted is None else min(total, wanted)) // seq_len
+        if blocks < max(1, min_blocks):
+            raise PreskipError(
+                f"corpus too small: {total} training tokens do not fill one batch of {max(1, min_blocks)} × {seq_len}; "
+                f"give more text, or lower the batch size or sequence length"
+            )
+        # Otherwise a batch would hold neighbouring blocks of one document.
+        return _reordered(stream, random.permutation(blocks), seq_len)
+
+
+def text_batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Texts in their order, as many at once as have so many characters together, but at least one."""
+    batch: list[str] = []
+    length = 0
+    for text in texts:
+        if batch and length + len(text) > characters:
+            yield batch
+            batch, length = [], 0
+        batch.append(text)
+        length += len(text)
+    if batch:
+        yield batch
+
+
+def batch_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Tokenise texts without special tokens; a fast tokenizer spreads them over its threads."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _reordered(stream: IO[bytes], order: NDArray[np.int64], seq_len: int) -> NDArray[np.int32]:
+    """Blocks of a file of tokens in another order, in a file of their own that vanishes with the array.
+
+    Reading and writing leave the blocks out of this process's memory, where mapping both files would not.
+    """
+    size = seq_len * np.dtype(np.int32).itemsize
+    stream.flush()
+    with tempfile.TemporaryFile() as file:
+        for block in order.tolist():
+            stream.seek(block * size)
+            file.write(stream.read(size))
+        file.flush()
+        return np.memmap(file, dtype=np.int32, mode="c", shape=(len(order), seq_len))
 
 
 def heldout_windows(document: Document, tokenizer: Any, context_length: int, stride: int) -> list[Window]:

@@ -208,14 +208,16 @@ def split_text(text: str, characters: int) -> list[str]:
 
 
 def _cut_long(paragraph: str, characters: int) -> list[str]:
-    parts = []
-    while len(paragraph) > 2 * characters:
-        window = paragraph[:characters]
+    parts, start = [], 0
+    while len(paragraph) - start > 2 * characters:
+        window = paragraph[start : start + characters]
         at = max(window.rfind(end) + 1 for end in (". ", "! ", "? ")) or window.rfind(" ")
         at = characters if at < 1 else at
-        parts.append(paragraph[:at].strip())
-        paragraph = paragraph[at:].strip()
-    return [*parts, paragraph]
+        parts.append(window[:at].strip())
+        start += at
+        while paragraph[start : start + 1].isspace():
+            start += 1
+    return [*parts, paragraph[start:]]
 
 
 def _corpus(name: str, texts: Iterable[tuple[str, str, str | None]], source: str, whole: bool = True) -> Corpus:

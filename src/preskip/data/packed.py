@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from preskip.assets import file_sha256
-from preskip.data.blocks import first_token
+from preskip.data.blocks import BATCH_CHARACTERS, batch_ids, first_token, text_batches
 from preskip.data.corpus import Document, by_id
 from preskip.data.tokenizer import fingerprint
 from preskip.errors import PreskipError
@@ -27,8 +27,6 @@ from preskip.progress import Advance, no_progress
 from preskip.runs.files import clear_disk_errors, read_json, write_json
 
 TOKENS, RECORD = "tokens.bin", "tokens.json"
-# Documents per call of the tokenizer, which spreads them over its threads.
-BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +86,23 @@ def write_packed(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
         with temporary.open("wb") as file:
-            for start in range(0, len(ordered), BATCH):
-                batch = [document.text for document in ordered[start : start + BATCH]]
-                rows = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
-                ids = [token for row in rows for token in (row if end is None else [*row, end])]
-                content = np.asarray(ids, dtype=dtype).tobytes()
-                digest.update(content)
-                count += len(ids)
-                file.write(content)
-                advance(start + len(batch), "")
+            done = 0
+            for batch in text_batches((document.text for document in ordered), BATCH_CHARACTERS):
+                for ids in batch_ids(batch, tokenizer):
+                    content = np.asarray(ids if end is None else [*ids, end], dtype=dtype).tobytes()
+                    digest.update(content)
+                    count += len(content)
+                    file.write(content)
+                done += len(batch)
+                advance(done, "")
         temporary.replace(folder / TOKENS)
     record = PackedText(
-        dtype=dtype, tokens=count, documents=len(ordered), sha256=digest.hexdigest(), texts=texts, tokenizer=kind
+        dtype=dtype,
+        tokens=count // np.dtype(dtype).itemsize,
+        documents=len(ordered),
+        sha256=digest.hexdigest(),
+        texts=texts,
+        tokenizer=kind,
     )
     write_json(folder / RECORD, asdict(record))
     return record
