@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preskip.data.corpus import Document, by_id, split_text
+from preskip.data.words import count_words
 from preskip.errors import PreskipError
 from preskip.runs.files import clear_disk_errors
 
@@ -32,7 +33,7 @@ class Window(NamedTuple):
 
 
 class TextSize(NamedTuple):
-    """Bytes (UTF-8) and words (between white space) of the scored text of a document."""
+    """Bytes (UTF-8) and words of the scored text of a document; 0 words where it has none (`preskip.data.words`)."""
 
     bytes: int
     words: int
@@ -186,10 +187,49 @@ def scored_size(document: Document, tokenizer: Any) -> TextSize:
     """Return the bytes and words that the windows of `heldout_windows` score."""
     text = document.text
     if start_token(tokenizer) is None:
+        text = text[_first_end(text, tokenizer) :]
+    return TextSize(len(text.encode("utf-8")), count_words(text))
+
+
+def _first_end(text: str, tokenizer: Any) -> int:
+    """Characters of a text that its first token holds.
+
+    A tokenizer in pure Python has no offsets: its token is looked for at the beginning of the text, without the marks
+    that vocabularies put on pieces of words.
+    """
+    if tokenizer.is_fast:
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        first = next(iter(offsets["offset_mapping"]), (0, 0))
-        text = text[first[1] :]
-    return TextSize(len(text.encode("utf-8")), len(text.split()))
+        return next(iter(offsets["offset_mapping"]), (0, 0))[1]
+    ids = text_ids(text, tokenizer)
+    if not ids:
+        return 0
+    start = len(text) - len(text.lstrip())
+    token = str(tokenizer.convert_ids_to_tokens(ids[0]))
+    piece = token.removesuffix("@@").removesuffix("</w>").lstrip("▁Ġ")
+    if not text[start:].casefold().startswith(piece.casefold()):
+        piece = tokenizer.decode(ids[:1]).strip() or text[start : start + 1]
+    return start + len(piece)
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer with a token that the model has no embedding for; more embeddings than tokens are allowed.
+
+    Args:
+        model: a transformers or PEFT model.
+        tokenizer: that is to be used with it.
+
+    Raises:
+        PreskipError: the token and both sizes are named.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    vocabulary = tokenizer.get_vocab()
+    token, highest = max(vocabulary.items(), key=lambda pair: pair[1], default=("", -1))
+    if highest >= rows:
+        raise PreskipError(
+            f"the tokenizer's token {token!r} has id {highest} and the model has {rows:,} embeddings for the "
+            f"tokenizer's {len(vocabulary):,} tokens: call resize_token_embeddings({highest + 1}) and save the model, or "
+            "give it its own tokenizer"
+        )
 
 
 def text_ids(text: str, tokenizer: Any) -> list[int]:

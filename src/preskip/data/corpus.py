@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from preskip.data import sotu, tables
+from preskip.data.rows import read_text
 from preskip.data.tables import Limit
 from preskip.data.wikitext import is_wikitext, wikitext_pages
 from preskip.errors import PreskipError
+from preskip.progress import say
 
 EMBEDDED_CORPORA = ("pydoc", "sotu")
 # A plain text file has no document borders of its own; this many characters keep a context of several paragraphs.
@@ -69,25 +71,25 @@ def load_corpus(
     name: str,
     *,
     text_column: str | None = None,
-    split: str = "train",
+    split: str | None = "train",
     limit: Limit | None = None,
     progress: bool = True,
 ) -> Corpus:
     """Load a corpus.
 
     Args:
-        name: `sotu`, `pydoc`, a text file, a folder of `.txt` and `.md` files, a `.jsonl` file with a `text` in every
-            line (`id` and `group` optional), a table file or a folder of them (`preskip.data.tables`), or a Hub data
+        name: `sotu`, `pydoc`, a text file, a folder of `.txt` and `.md` files, a file of rows (`preskip.data.rows`;
+            `group` optional, in a `.jsonl` file also `id`) or a folder of them (`preskip.data.tables`), or a Hub data
             set `owner/name` or `owner/name:config`.
-        text_column: column of a table, a Hub data set or a `.jsonl` file; None takes `text`, else (not of `.jsonl`) the
-            column of another usual name, else the only column of strings.
-        split: split of a Hub data set or of a folder of tables.
-        limit: where reading tables and Hub data sets stops; None reads tables whole and Hub data sets up to
-            `preskip.data.tables.HUB_LIMIT`. Other corpora are always read whole.
+        text_column: column of rows; None takes `text`, else that of another usual name, else the only one of strings.
+        split: split of a Hub data set or of a folder of tables; None takes what is scored: `test`, else `validation`,
+            else `train`.
+        limit: where reading rows stops; None reads files whole and Hub data sets up to `preskip.data.tables.HUB_LIMIT`.
+            Texts are always read whole.
         progress: show a progress bar while downloading.
 
     Raises:
-        PreskipError: unknown name, empty, not UTF-8, a JSONL line without text, a damaged table, or a data set that
+        PreskipError: unknown name, empty, not UTF-8, a row whose text is none, a damaged table, or a data set that
             cannot be reached.
     """
     if name == "sotu":
@@ -102,8 +104,6 @@ def load_corpus(
     if name and path.is_dir():
         return _load_folder(name, path, text_column, split, limit, quiet=not progress)
     if path.is_file():
-        if path.suffix.lower() in (".jsonl", ".ndjson"):
-            return _load_jsonl(name, path, text_column or "text")
         if tables.is_table(path):
             return _corpus_of(name, tables.read_file(name, path, text_column, limit, quiet=not progress))
         if path.suffix.lower() in _REFUSED_SUFFIXES:
@@ -239,22 +239,8 @@ def _corpus_of(name: str, found: tables.Reading) -> Corpus:
     return _corpus(name, ((*row[:2], row.group or None) for row in found.rows), found.source, found.whole)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PreskipError(
-            f"corpus file {path} is not UTF-8 (byte {error.start}): convert it, for example with iconv"
-        ) from error
-    except OSError as error:
-        raise PreskipError(f"corpus file {path} cannot be read ({error.strerror}): check its permissions") from error
-    if "\0" in text:
-        raise PreskipError(f"corpus file {path} is not text (it contains zero bytes): give a UTF-8 text file")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _load_text_file(name: str, path: Path) -> Corpus:
-    text = _read_text(path)
+    text = read_text(path)
     if is_wikitext(text.split("\n", _FIRST_LINES)[:_FIRST_LINES]):
         pieces = wikitext_pages(text)
     else:
@@ -266,14 +252,9 @@ def _load_text_file(name: str, path: Path) -> Corpus:
 
 
 def _load_folder(
-    name: str, path: Path, text_column: str | None, split: str, limit: Limit | None, *, quiet: bool
+    name: str, path: Path, text_column: str | None, split: str | None, limit: Limit | None, *, quiet: bool
 ) -> Corpus:
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in (".txt", ".md") and file.is_file()
-        if not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    files = [file for file in tables.files_in(path) if file.suffix.lower() in (".txt", ".md")]
     # A folder as it lies on the Hub has a README.md beside its tables.
     if all(file.name.lower() == "readme.md" for file in files):
         found = tables.read_folder(name, path, text_column, split, limit, quiet=quiet)
@@ -284,29 +265,8 @@ def _load_folder(
             f"corpus folder {path} has no .txt or .md files and no tables (.parquet, .arrow, .csv, .jsonl, .jsonl.gz): "
             "give a folder of texts"
         )
-    texts = [(file.relative_to(path).as_posix(), _read_text(file), None) for file in files]
+    if left := tables.tables_in(path):
+        some = left[0].relative_to(path).as_posix()
+        say(f"corpus folder {path}: {len(left):,} table(s) beside its texts are left out, e.g. {some}", quiet=quiet)
+    texts = [(file.relative_to(path).as_posix(), read_text(file), None) for file in files]
     return _corpus(name, texts, f"folder {path}")
-
-
-def _load_jsonl(name: str, path: Path, column: str) -> Corpus:
-    texts: list[tuple[str, str, str | None]] = []
-    seen: dict[str, int] = {}
-    # Not splitlines: JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"corpus file {path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise PreskipError(f"{where}: not valid JSON ({error}): every line must be one JSON object") from error
-        if not isinstance(entry, dict) or not isinstance(entry.get(column), str):
-            raise PreskipError(f'{where}: no string "{column}": every line must look like {{"{column}": "..."}}')
-        if not entry[column].strip():
-            continue
-        id = str(entry["id"]) if entry.get("id") is not None else f"{path.stem}#{number}"
-        if id in seen:
-            raise PreskipError(f"{where}: id {id!r} is already that of line {seen[id]}: ids must be unique")
-        seen[id] = number
-        texts.append((id, entry[column], str(entry["group"]) if entry.get("group") is not None else None))
-    return _corpus(name, texts, f"JSONL file {path}")

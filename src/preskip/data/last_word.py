@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from preskip.data.blocks import text_ids
 from preskip.data.corpus import Document
 from preskip.errors import PreskipError
 
@@ -113,10 +114,16 @@ def encode_item(item: LastWordItem, tokenizer: Any) -> tuple[list[int], list[int
         PreskipError: no token border lies before the target.
     """
     text = f"{item.context} {item.target}"
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    cut = next((index for index, (_, end) in enumerate(offsets) if end > len(item.context)), len(ids))
-    if cut == 0 or cut == len(ids) or offsets[cut][0] < len(item.context):
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        cut = next((index for index, (_, end) in enumerate(offsets) if end > len(item.context)), len(ids))
+        is_border = 0 < cut < len(ids) and offsets[cut][0] >= len(item.context)
+    else:  # without offsets: there is a border where the context alone gives the same tokens
+        ids, before = text_ids(text, tokenizer), text_ids(item.context, tokenizer)
+        cut = len(before)
+        is_border = 0 < cut < len(ids) and ids[:cut] == before
+    if not is_border:
         raise PreskipError(
             f"last-word item {item.id}: this tokenizer has no token border before {item.target!r}; "
             f"leave out last-word accuracy for this model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from preskip.data.corpus import (
 )
 from preskip.data.tables import Limit
 from preskip.data.wikitext import page_title, wikitext_pages
+from preskip.data.words import beginning
 from preskip.errors import PreskipError
 
 # Share of the training documents that are set aside to choose the learning rate on.
@@ -62,7 +64,7 @@ def load_splits(
     heldout_fraction: float = 0.2,
     seed: int = 0,
     text_column: str | None = None,
-    split: str = "train",
+    split: str | None = "train",
     limit: Limit | None = None,
     progress: bool = True,
 ) -> Splits:
@@ -73,9 +75,9 @@ def load_splits(
         data_dir: the data directory, or None.
         heldout_fraction: share of documents to report on; not for corpora with published parts.
         seed: of the split.
-        text_column: column of a table, a Hub data set or a `.jsonl` file.
-        split: split of a Hub data set or of a folder of tables.
-        limit: where reading tables and Hub data sets stops, see `load_corpus`.
+        text_column: column of rows.
+        split: split of a Hub data set or of a folder of tables; None takes what is scored, see `load_corpus`.
+        limit: where reading rows stops, see `load_corpus`.
         progress: show a progress bar while downloading.
 
     Raises:
@@ -97,20 +99,29 @@ def load_splits(
     )
 
 
-def load_texts(name: str, *, data_dir: Path | None = None, progress: bool = True) -> Corpus:
+def load_texts(
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    text_column: str | None = None,
+    split: str | None = None,
+    progress: bool = True,
+) -> Corpus:
     """Documents to score a given model on: the held-out part of a corpus with published parts, else every document.
 
     Arguments and errors are those of `load_splits`.
     """
     if not _is_published(name):
-        return load_corpus(name, progress=progress)
+        return load_corpus(name, text_column=text_column, split=split, progress=progress)
     return Corpus(name, tuple(_read_part(name, "heldout", data_dir)), TITLES[name])
 
 
 def slug(name: str) -> str:
     """A corpus's name as an evaluation set is named: the last part of a path without its suffix, in safe characters."""
-    last = name.rstrip("/").replace("\\", "/").split("/")[-1]
-    return re.sub(r"[^\w.-]+", "-", re.sub(_SUFFIXES, "", last)).strip("-") or "corpus"
+    last = re.sub(_SUFFIXES, "", name.rstrip("/").replace("\\", "/").split("/")[-1])
+    # Marks belong to their letters: vowels of Thai and Hindi, accents that are written apart.
+    safe = (kept if re.match(r"[\w.-]", kept) or unicodedata.category(kept)[0] == "M" else " " for kept in last)
+    return "-".join("".join(safe).split()).strip("-") or "corpus"
 
 
 def _set_aside(corpus: Corpus, seed: int) -> tuple[list[Document], list[Document]]:
@@ -203,10 +214,9 @@ def locate(name: str, directory: Path) -> str:
 
 
 def choose(documents: Sequence[Document], count: int, words: int, seed: int) -> list[Document]:
-    """A fixed, seeded choice of documents, each cut to its first words, its white space kept."""
+    """A fixed, seeded choice of documents, each cut to its first words (`preskip.data.words.beginning`)."""
     import numpy as np
 
     order = np.random.default_rng(seed).permutation(len(documents))[:count]
-    beginning = re.compile(rf"(?:\s*\S*){{{words}}}")
     chosen = (documents[index] for index in sorted(order))
-    return [Document(document.id, beginning.match(document.text)[0], document.group) for document in chosen]  # type: ignore[index]
+    return [Document(document.id, beginning(document.text, words), document.group) for document in chosen]

@@ -1,11 +1,16 @@
-"""Texts out of what the library `datasets` reads: the Hub, table files, folders of them, data sets saved to disk."""
+"""Texts out of rows: JSON lines, tables, folders of them, data sets saved to disk or on the Hub; one rule for all.
+
+A row whose text is null, missing or blank is left out, and how many were is reported. The column is the one asked for,
+else a usual name, else the only one of strings.
+"""
 
 from __future__ import annotations
 
 import gc
-import glob
 import logging
+import math
 import os
+import re
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +18,19 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from preskip.data.rows import Entry, format_of, is_number, rows_of
 from preskip.data.wikitext import is_wikitext, join_pages
 from preskip.errors import PreskipError, explained
 from preskip.progress import say, spinner
 
-# What the formats are called in `datasets`; a single .jsonl file has a reader of its own (`preskip.data.corpus`).
-_TEXT_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
-_FORMATS = {".parquet": "parquet", ".arrow": "arrow", **_TEXT_FORMATS}
 USUAL_COLUMNS = ("text", "content", "document", "article")
+# What a row may say of its text; never the text itself.
+_ABOUT = ("id", "group")
 # Rows that tell which columns hold strings: a value may be missing in the first.
 _FIRST_ROWS = 20
+# What is scored of a data set in parts, where nothing is asked for: the first of these that it has.
+_SCORED = ("test", "validation", "valid", "val", "dev", "eval", "train")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +60,7 @@ HUB_LIMIT = Limit(reason=_HUB_REASON, documents=10_000, characters=64_000_000)
 
 
 class Row(NamedTuple):
-    """A text, its id, and the group it names itself (JSON only)."""
+    """A text, its id, and the group it names itself."""
 
     id: str
     text: str
@@ -75,8 +83,13 @@ class Reading:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file of this name is read by `datasets`."""
-    return _format(path) is not None
+    """Whether a file of this name has rows."""
+    return format_of(path) is not None
+
+
+def clean_text(text: str) -> str:
+    """A text as it is tokenised: line ends as `\\n`, and U+FFFD for a lone surrogate, which has no bytes in UTF-8."""
+    return _SURROGATE.sub("\ufffd", text).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def is_saved(path: Path) -> bool:
@@ -85,7 +98,62 @@ def is_saved(path: Path) -> bool:
     return is_one or (path / "dataset_dict.json").is_file()
 
 
-def read_hub(name: str, text_column: str | None, split: str, limit: Limit | None, *, quiet: bool) -> Reading:
+class _Scan:
+    """The rows with text of one reading, and how many had none."""
+
+    def __init__(self, text_column: str | None) -> None:
+        self.column = text_column
+        self.rows = self.empty = 0
+
+    def texts(
+        self, where: str, prefix: str, entries: Iterable[Entry], *, stem: str | None = None, is_csv: bool = False
+    ) -> Iterator[Row]:
+        """The rows that have text; the others keep their numbers. Rows that are lines of WikiText become its pages.
+
+        Args:
+            where: what is read, for messages.
+            prefix: of the ids.
+            entries: the rows.
+            stem: of a file whose rows may name their ids; those without one are this and their line.
+            is_csv: a column of numbers is none of strings.
+        """
+        entries = iter(entries)
+        first = list(islice(entries, _FIRST_ROWS))
+        if not first:
+            return
+        column = _text_column(where, [entry.values for entry in first], self.column, is_csv)
+        every = chain(first, entries)
+        if is_wikitext(entry.values.get(column) for entry in first):
+            pages = join_pages((entry.number, entry.values.get(column)) for entry in every)
+            for number, title, page in pages:  # in the order of ids they are in that of the rows
+                yield Row(f"{prefix}#{number:08d} {clean_text(title)}", clean_text(page), None)
+            return
+        seen: dict[str, str] = {}
+        for entry in every:
+            text = entry.values.get(column)
+            self.rows += 1
+            if _is_missing(text):
+                self.empty += 1
+                continue
+            if not isinstance(text, str):
+                raise PreskipError(
+                    f'{where}{entry.place}: no string "{column}" (it is a {_kind(text)}): every row must look like '
+                    f'{{"{column}": "..."}}'
+                )
+            group, own = entry.values.get("group"), entry.values.get("id") if stem is not None else None
+            if own is None:
+                id = f"{prefix}#{entry.number}" if stem is None else f"{stem}#{entry.place.split()[-1]}"
+            else:
+                id = clean_text(str(own))
+                if id in seen:
+                    raise PreskipError(
+                        f"{where}{entry.place}: id {id!r} is already that of {seen[id]}: ids must be unique"
+                    )
+                seen[id] = entry.place.removeprefix(", ")
+            yield Row(id, clean_text(text), None if _is_missing(group) else clean_text(str(group)))
+
+
+def read_hub(name: str, text_column: str | None, split: str | None, limit: Limit | None, *, quiet: bool) -> Reading:
     """Read a data set `owner/name` or `owner/name:config` of the Hub, or of its cache where HF_HUB_OFFLINE is set.
 
     Raises:
@@ -95,32 +163,41 @@ def read_hub(name: str, text_column: str | None, split: str, limit: Limit | None
 
     repository, _, config = name.partition(":")
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    scan = _Scan(text_column)
+    with explained(lambda error: f"corpus {name}: {_explain_hub(error, offline)}"):
+        # Streaming reads no more than the limit, but only a whole download can come from the cache.
+        with _quiet_libraries():
+            found: Any = datasets.load_dataset(repository, config or None, split=split, streaming=not offline)
+        if split is None:
+            split = choose_split(f"corpus {name}", found, None, quiet=quiet)
+            found = found[split]
 
     def texts() -> Generator[Row, None, None]:
         with explained(lambda error: f"corpus {name}: {_explain_hub(error, offline)}"):
-            # Streaming reads no more than the limit, but only a whole download can come from the cache.
-            rows = datasets.load_dataset(repository, config or None, split=split, streaming=not offline)
-            yield from _texts(f"corpus {name}", split, rows, text_column)
+            yield from scan.texts(f"corpus {name}", str(split), _numbered(found))
 
-    return _gather(name, texts(), f"Hugging Face data set {name}, split {split}", limit or HUB_LIMIT, quiet)
+    return _gather(name, texts(), scan, f"Hugging Face data set {name}, split {split}", limit or HUB_LIMIT, quiet)
 
 
 def read_file(name: str, path: Path, text_column: str | None, limit: Limit | None, *, quiet: bool) -> Reading:
-    """Read one table file: Parquet, Arrow, CSV, TSV or JSON, the last three also with `.gz`.
+    """Read one file of rows: JSON lines, JSON, CSV or TSV, these also with `.gz`, Parquet or Arrow.
 
     Raises:
         PreskipError: it cannot be read, or the column is not clear.
     """
-    return _gather(name, _file_texts(path, path.name, text_column), f"file {path}", limit, quiet)
+    scan = _Scan(text_column)
+    stem = path.stem if format_of(path) == "jsonl" and not path.name.lower().endswith(".gz") else None
+    source = f"file {path}" if stem is None else f"JSONL file {path}"
+    return _gather(name, _file_texts(scan, path, path.name, stem), scan, source, limit, quiet)
 
 
 def read_folder(
-    name: str, path: Path, text_column: str | None, split: str, limit: Limit | None, *, quiet: bool
+    name: str, path: Path, text_column: str | None, split: str | None, limit: Limit | None, *, quiet: bool
 ) -> Reading | None:
-    """Read the table files of a folder, or a data set that was saved in it; None where there are none.
+    """Read the files of rows of a folder, or a data set that was saved in it; None where there are none.
 
     Split names in files' and folders' names (`train-0.parquet`, `test/`) are understood as on the Hub; without any, all
-    files are of the split `train`.
+    files are of the split `train`. A split of None takes what is scored: `test`, else `validation`, else `train`.
 
     Raises:
         PreskipError: a file cannot be read, there is no such split, or the column is not clear.
@@ -129,128 +206,147 @@ def read_folder(
     from datasets.data_files import EmptyDatasetError
     from datasets.exceptions import DataFilesNotFoundError
 
-    source = f"folder {path}, split {split}"
+    scan = _Scan(text_column)
+    where = f"corpus folder {path}"
     if is_saved(path):
-        return _gather(name, _saved_texts(path, text_column, split), source, limit, quiet)
+        with explained(lambda error: f"{where} {_explain_file(error, 'saved data set')}"):
+            saved: Any = datasets.load_from_disk(str(path))
+            split = choose_split(where, saved, split, quiet=quiet) if isinstance(saved, Mapping) else split or "train"
+            saved = saved[split] if isinstance(saved, Mapping) else saved
+
+        def rows() -> Generator[Row, None, None]:
+            with explained(lambda error: f"{where} {_explain_file(error, 'saved data set')}"):
+                yield from scan.texts(where, str(split), _numbered(saved))
+
+        return _gather(name, rows(), scan, f"folder {path}, split {split}", limit, quiet)
     place = str(path.resolve())
-    if glob.escape(place) != place and _tables_in(path):
-        raise PreskipError(
-            f"corpus folder {path}: tables in a folder with *, ? or [ in its name cannot be found: rename it"
-        )
+    if re.search(r"[*?\[]", place) and tables_in(path):
+        raise PreskipError(f"{where}: tables in a folder with *, ? or [ in its name cannot be found: rename it")
     with _quiet_libraries():
         try:
             found = datasets.load_dataset_builder(str(path)).config.data_files or {}
         except (EmptyDatasetError, DataFilesNotFoundError):
             return None
         except Exception as error:  # a README.md that describes the folder wrongly, or several data sets in it
-            raise PreskipError(f"corpus folder {path} {_explain_file(error, 'data set')}: name its files") from error
+            raise PreskipError(f"{where} {_explain_file(error, 'data set')}: name its files") from error
     files = {part: [Path(file) for file in files if is_table(Path(file))] for part, files in found.items()}
-    if not any(files.values()):
+    files = {part: own for part, own in files.items() if own}
+    if not files:
         return None
-    _check_split(path, split, files)
-    left = _tables_in(path) - {file.resolve() for part in files.values() for file in part}
+    split = choose_split(where, files, split, quiet=quiet)
+    read = {os.path.realpath(file) for part in files.values() for file in part}
+    left = [file for file in tables_in(path) if os.path.realpath(file) not in read]
     if left:
-        some = min(left).relative_to(path.resolve()).as_posix()
         say(
-            f"corpus folder {path}: {len(left):,} table(s) of no split or of another format are left out, e.g. {some}",
+            f"{where}: {len(left):,} table(s) of no split or of another format are left out, e.g. "
+            f"{left[0].relative_to(path).as_posix()}",
             quiet=quiet,
         )
 
     def texts() -> Generator[Row, None, None]:
         for file in files[split]:
-            yield from _file_texts(file, Path(os.path.relpath(file, path.resolve())).as_posix(), text_column)
+            yield from _file_texts(scan, file, _relative(file, path))
 
-    return _gather(name, texts(), source, limit, quiet)
+    return _gather(name, texts(), scan, f"folder {path}, split {split}", limit, quiet)
 
 
-def _tables_in(folder: Path) -> set[Path]:
-    """The table files of a folder but for hidden ones and those that describe a data set."""
+def tables_in(folder: Path) -> list[Path]:
+    """The files of rows of a folder, links followed, but for hidden ones and those that describe a data set."""
     from datasets.data_files import FILES_TO_IGNORE
 
-    folder = folder.resolve()
-    return {
-        file.resolve()
-        for file in folder.rglob("*")
-        if is_table(file) and file.is_file() and file.name not in FILES_TO_IGNORE
-        if not any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
-    }
+    return [file for file in files_in(folder) if is_table(file) and file.name not in FILES_TO_IGNORE]
 
 
-def _format(path: Path) -> str | None:
-    name = path.name.lower()
-    return _TEXT_FORMATS.get(Path(name[:-3]).suffix) if name.endswith(".gz") else _FORMATS.get(path.suffix.lower())
+def files_in(folder: Path) -> list[Path]:
+    """The files below a folder in the order of their names, links followed, but for hidden ones; none is read twice."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link back to where we have been
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        found += [Path(place) / name for name in names if not name.startswith((".", "__"))]
+    return sorted(file for file in found if file.is_file())
 
 
-def _file_texts(path: Path, prefix: str, text_column: str | None) -> Generator[Row, None, None]:
-    import datasets
-    from pyarrow import parquet
+def choose_split(where: str, parts: Iterable[str], split: str | None, *, quiet: bool) -> str:
+    """The split that was asked for; for None the one to score, which is reported where there are others.
 
-    kind = _format(path)
-    assert kind is not None
-    options: dict[str, Any] = {}
-    if kind == "csv":  # a text "None" or "NA" is a text; only an empty field is missing
-        options = {"keep_default_na": False, "na_values": [""], "sep": "\t" if ".tsv" in path.name.lower() else ","}
-    with explained(lambda error: f"corpus file {path} {_explain_file(error, kind)}"):
-        if kind == "parquet" and parquet.read_metadata(path).num_rows == 0:
-            return  # a shard without rows, which `datasets` takes for damaged
-        # Streaming makes no copy in the cache.
-        rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
-        yield from _texts(f"corpus file {path}", prefix, rows, text_column, has_groups=kind == "json")
-
-
-def _saved_texts(path: Path, text_column: str | None, split: str) -> Generator[Row, None, None]:
-    import datasets
-
-    with explained(lambda error: f"corpus folder {path} {_explain_file(error, 'saved data set')}"):
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, Mapping):
-            _check_split(path, split, saved)
-            saved = saved[split]
-        yield from _texts(f"corpus folder {path}", split, saved, text_column)
+    Raises:
+        PreskipError: there is no such split.
+    """
+    names = [str(part) for part in parts]
+    if split is None:
+        split = next((part for part in _SCORED if part in names), names[0])
+        if len(names) > 1:
+            say(f"{where}: split {split} of {', '.join(names)} is scored (--corpus-split)", quiet=quiet)
+    if split not in names:
+        raise PreskipError(f"{where} has no split {split!r}: choose one of {', '.join(names)} (--corpus-split)")
+    return split
 
 
-def _check_split(path: Path, split: str, parts: Mapping[str, Any]) -> None:
-    if split not in parts:
-        raise PreskipError(
-            f"corpus folder {path} has no split {split!r}: choose one of {', '.join(map(str, parts))} (--corpus-split)"
-        )
+def _relative(file: Path, folder: Path) -> str:
+    """A file's path in its folder, whichever of the two is a link."""
+    for place in (folder, folder.absolute(), folder.resolve()):
+        if file.is_relative_to(place):
+            return file.relative_to(place).as_posix()
+    return Path(os.path.relpath(file, folder.resolve())).as_posix()
 
 
-def _texts(
-    where: str, prefix: str, rows: Iterable[dict[str, Any]], text_column: str | None, *, has_groups: bool = False
-) -> Iterator[Row]:
-    """The rows that have text; the others keep their numbers. Rows that are lines of WikiText become its pages."""
-    rows = iter(rows)
-    first = list(islice(rows, _FIRST_ROWS))
-    if not first:
-        return
-    column = _text_column(where, first, text_column)
-    numbered = enumerate(chain(first, rows))
-    if is_wikitext(row.get(column) for row in first):
-        for number, title, page in join_pages((number, row.get(column)) for number, row in numbered):
-            yield Row(f"{prefix}#{number:08d} {title}", page, None)  # in the order of ids they are in that of the rows
-        return
-    for number, row in numbered:
-        text = row.get(column)
-        if isinstance(text, str) and text.strip():
-            group = row.get("group") if has_groups else None
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-            yield Row(f"{prefix}#{number}", text, None if group is None else str(group))
+def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[Entry]:
+    return (Entry(number, values, f", row {number + 1}") for number, values in enumerate(rows))
 
 
-def _text_column(where: str, rows: list[dict[str, Any]], wanted: str | None) -> str:
+def _file_texts(scan: _Scan, path: Path, prefix: str, stem: str | None = None) -> Generator[Row, None, None]:
+    kind = str(format_of(path))
+    with explained(lambda error: f"corpus file {path} {_explain_file(error, 'json' if kind == 'jsonl' else kind)}"):
+        yield from scan.texts(f"corpus file {path}", prefix, rows_of(path), stem=stem, is_csv=kind == "csv")
+
+
+def _is_missing(value: Any) -> bool:
+    """Null, NaN (what pandas writes for it), or blank."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _kind(value: Any) -> str:
+    words = {bool: "truth value", int: "number", float: "number", list: "list", dict: "object"}
+    return words.get(type(value), type(value).__name__)
+
+
+def _text_column(where: str, rows: list[dict[str, Any]], wanted: str | None, is_csv: bool) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    kinds = {name: {type(row[name]) for row in rows if row.get(name) is not None} for name in columns}
+    if not columns:  # empty objects
+        return wanted or USUAL_COLUMNS[0]
+    kinds: dict[str, set[str]] = {name: set() for name in columns}
+    for row in rows:
+        for name, value in row.items():
+            if not _is_missing(value):
+                kinds[name].add("text" if isinstance(value, str) else _kind(value))
+    if is_csv:  # where every value is written as a text
+        for name in columns:
+            values = [row[name] for row in rows if row[name] is not None]
+            if values and all(map(is_number, values)):
+                kinds[name] = {"number"}
     if wanted is not None:
         if wanted not in columns:
-            raise PreskipError(f"{where} has no column {wanted!r}: it has {', '.join(columns)}")
-        if kinds[wanted] and str not in kinds[wanted]:
+            raise PreskipError(f"{where} has no column {wanted!r}: it has {', '.join(columns)} (--text-column)")
+        if kinds[wanted] and "text" not in kinds[wanted]:
             raise PreskipError(f"{where}: column {wanted!r} holds no text: choose another with --text-column")
         return wanted
-    strings = [name for name in columns if str in kinds[name]]
+    strings = [name for name in columns if "text" in kinds[name] and name not in _ABOUT]
     for usual in USUAL_COLUMNS:
         if usual in strings or kinds.get(usual) == set():  # nothing but missing texts so far
             return usual
+        if usual == "text" and usual in columns:
+            raise PreskipError(
+                f'{where}: no string "text" in any of its first rows (it holds a {min(kinds[usual])}): choose another '
+                "column with --text-column"
+            )
     if len(strings) == 1:
         return strings[0]
     if not strings:
@@ -261,7 +357,9 @@ def _text_column(where: str, rows: list[dict[str, Any]], wanted: str | None) -> 
     )
 
 
-def _gather(name: str, texts: Generator[Row, None, None], source: str, limit: Limit | None, quiet: bool) -> Reading:
+def _gather(
+    name: str, texts: Generator[Row, None, None], scan: _Scan, source: str, limit: Limit | None, quiet: bool
+) -> Reading:
     rows: list[Row] = []
     characters = 0
     whole = True
@@ -279,6 +377,8 @@ def _gather(name: str, texts: Generator[Row, None, None], source: str, limit: Li
         first = f"the first {len(rows):,} documents"
         source = f"{source}, {first}"
         say(f"corpus {name}: read {first} ({characters:,} characters) and left the rest: {limit.reason}", quiet=quiet)
+    if scan.empty and rows:
+        say(f"corpus {name}: {scan.empty:,} of {scan.rows:,} rows have no text and are left out", quiet=quiet)
     return Reading(rows=rows, source=source, whole=whole)
 
 

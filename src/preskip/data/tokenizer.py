@@ -68,7 +68,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     path = Path(name).expanduser()
     is_file = path.suffix == ".json" and path.is_file()
-    if not is_file and not (path / "tokenizer.json").is_file():
+    own_files = ("tokenizer.json", "tokenizer_config.json")  # a tokenizer in pure Python has the second only
+    if not is_file and not any((path / name).is_file() for name in own_files):
         from preskip.assets import load_tokenizer as load_any
 
         return load_any(name, trust_remote_code=trust_remote_code)
