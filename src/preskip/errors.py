@@ -13,6 +13,22 @@ class DivergedError(PreskipError):
 
 
 @contextmanager
+def noted(notes: list[str] | None, what: str) -> Iterator[None]:
+    """Compute one figure on its own: where it fails, that is noted, and the others are kept.
+
+    Args:
+        notes: where; None raises the error.
+        what: the figure.
+    """
+    try:
+        yield
+    except PreskipError as error:
+        if notes is None:
+            raise
+        notes.append(f"no {what}: {error}")
+
+
+@contextmanager
 def explained(explain: Callable[[Exception], str]) -> Iterator[None]:
     """Turn whatever a library raises (many kinds, from several) into one line; our own errors pass.
 

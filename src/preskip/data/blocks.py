@@ -221,14 +221,18 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     Raises:
         PreskipError: the token and both sizes are named.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    check_rows(model.get_input_embeddings().weight.shape[0], tokenizer)
+
+
+def check_rows(rows: int, tokenizer: Any) -> None:
+    """Refuse a tokenizer with a token beyond so many embeddings, see `check_vocabulary`."""
     vocabulary = tokenizer.get_vocab()
     token, highest = max(vocabulary.items(), key=lambda pair: pair[1], default=("", -1))
     if highest >= rows:
         raise PreskipError(
             f"the tokenizer's token {token!r} has id {highest} and the model has {rows:,} embeddings for the "
-            f"tokenizer's {len(vocabulary):,} tokens: call resize_token_embeddings({highest + 1}) and save the model, or "
-            "give it its own tokenizer"
+            f"{len(vocabulary):,} tokens: call resize_token_embeddings({highest + 1}) and save the model, or give it "
+            "its own tokenizer"
         )
 
 

@@ -78,7 +78,7 @@ def write_packed(
         found = read_record(folder)
         if (found.texts, found.tokenizer) == (texts, kind) and _is_whole(folder / TOKENS, found):
             return found
-    dtype = "<u2" if max(tokenizer.get_vocab().values(), default=0) < 2**16 else "<u4"  # ids may have gaps
+    dtype = "<u2" if max(len(tokenizer) - 1, *tokenizer.get_vocab().values()) < 2**16 else "<u4"  # ids may have gaps
     end = first_token(tokenizer, "eos", "bos", "cls")
     digest, count = hashlib.sha256(), 0
     temporary = folder / f".{TOKENS}"

@@ -22,7 +22,7 @@ from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
 from preskip.evaluate.published import accuracy_distance, perplexity_distance, published_figures, recognise_published
 from preskip.evaluate.texts import TextSet, score_texts
-from preskip.progress import progress_bar, spinner
+from preskip.progress import progress_bar, say, spinner
 from preskip.runs.schema import DtypeAudit, Family, PublishedAudit, Record
 from preskip.stats import ALPHA, DEFAULT_MARGINS, apply_family, compare, summarise
 
@@ -83,7 +83,7 @@ def dtype_audit(
 
     def score(model: nn.Module, label: str) -> list[Record]:
         with progress_bar(f"score in {label}", total, quiet=quiet) as advance:
-            records = score_texts(model, texts, tokenizer, batch_tokens=batch_tokens, advance=advance)
+            records = score_texts(model, texts, tokenizer, batch_tokens=batch_tokens, advance=advance, keep_failed=True)
             if suite is not None:
                 records += suite.score(
                     model, batch_tokens=batch_tokens, advance=lambda done, note: advance(windows + done, note)
@@ -110,6 +110,7 @@ def dtype_audit(
         with torch.autocast(device, dtype=torch.bfloat16) if autocasts else nullcontext():
             records[label] = score(model, label)
         seconds[label] = round(time.perf_counter() - started, 2)
+    notes: list[str] = []
     report: DtypeAudit = {
         "model": model_name,
         "device": device,
@@ -121,7 +122,7 @@ def dtype_audit(
                 "weights": weights,
                 "computes": "bfloat16" if autocasts else weights,
                 "seconds": seconds[label],
-                "metrics": summarise(records[label]),
+                "metrics": summarise(records[label], notes=notes),
             }
             for label, (weights, autocasts) in DTYPES.items()
         },
@@ -130,13 +131,15 @@ def dtype_audit(
             for label in DTYPES
             if label != REFERENCE
             for entry in apply_family(
-                compare(records[label], records[REFERENCE], arm=label, reference=REFERENCE),
+                compare(records[label], records[REFERENCE], arm=label, reference=REFERENCE, notes=notes),
                 family,
                 suite.sets if suite else {},
             )
         ],
         "published": None if name is None else _published(name, records),
     }
+    for note in dict.fromkeys(notes):
+        say(note, quiet=quiet)
     return Audited(records=records, report=report)
 
 

@@ -6,6 +6,7 @@ tokens, d width, V vocabulary, S scored positions.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ from preskip.data.blocks import Window, heldout_windows, scored_size
 from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem, encode_item
 from preskip.errors import DivergedError, PreskipError
-from preskip.progress import Advance, no_progress
-from preskip.runs.schema import DocumentRecord, ItemRecord
+from preskip.progress import Advance, no_progress, say
+from preskip.runs.schema import DocumentRecord, ItemRecord, Record
 
 T = TypeVar("T")
 # Rows of logits whose loss is computed at once: its copies of V numbers each stay small beside the logits. On a
@@ -29,6 +30,8 @@ T = TypeVar("T")
 # back, and fresh pages take as long as the loss itself.
 _LOSS_ROWS = 256
 _LOSS_NUMBERS = 2**19
+_FAILED = "its log-likelihood is NaN or infinite"
+_NOT_FINITE = "the model's log-likelihood is NaN or infinite: try --dtype float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ def score_sequences(
     *,
     batch_tokens: int | None = None,
     advance: Advance = no_progress,
+    keep_failed: bool = False,
 ) -> list[Score]:
     """Score many sequences, in the given order.
 
@@ -83,12 +87,13 @@ def score_sequences(
         batch_tokens: upper bound of padded tokens per forward pass; it does not change the scores. None takes 512 on a
             processor, whose caches hold that, and 4,096 elsewhere.
         advance: progress, called as advance(done sequences, note).
+        keep_failed: give a sequence whose log-likelihood is not finite a score of NaN, unless all are so.
 
     Returns:
         One score per sequence, in the given order.
 
     Raises:
-        PreskipError: a log-likelihood is NaN or infinite.
+        DivergedError: a log-likelihood is NaN or infinite.
     """
     was_training = model.training
     model.eval()
@@ -120,22 +125,28 @@ def score_sequences(
             with head_only_at(base_model(model), *places):
                 # No mask: what stands behind a token cannot change it, and without one attention has its fast path.
                 logits = model(input_ids=ids.to(device), use_cache=False).logits[0]
-            nll, greedy = token_scores(logits, torch.tensor(targets, device=device))
+            nll, greedy = token_scores(logits, torch.tensor(targets, device=device), strict=not keep_failed)
             sizes = [len(sequences[index].input_ids) - sequences[index].scored_from for index in members]
             for index, row_nll, row_greedy in zip(members, nll.split(sizes), greedy.split(sizes), strict=True):
-                scores[index] = Score(nll=row_nll.sum().item(), tokens=len(row_nll), greedy=bool(row_greedy.all()))
+                nats = row_nll.sum().item()
+                nats = nats if math.isfinite(nats) else math.nan
+                scores[index] = Score(nll=nats, tokens=len(row_nll), greedy=bool(row_greedy.all()))
             done += len(members)
             advance(done, "")
     finally:
         model.train(was_training)
+    if sequences and all(score is not None and math.isnan(score.nll) for score in scores):
+        raise DivergedError(_NOT_FINITE)
     return scores  # type: ignore[return-value]
 
 
-def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def token_scores(
+    logits: torch.Tensor, targets: torch.Tensor, *, strict: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats (float64) of each target [S], and whether it is the most likely one, from logits [S, V]; in fp32.
 
     Raises:
-        DivergedError: a log-likelihood is NaN or infinite.
+        DivergedError: a log-likelihood is NaN or infinite, and `strict` is set.
     """
     on_cpu = logits.device.type == "cpu"
     rows = max(1, min(_LOSS_ROWS, _LOSS_NUMBERS // logits.shape[-1])) if on_cpu else _LOSS_ROWS
@@ -145,8 +156,8 @@ def token_scores(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
         nll.append(torch.nn.functional.cross_entropy(part, wanted, reduction="none"))
         greedy.append(part.argmax(-1) == wanted)
     nats = torch.cat(nll).double().cpu()
-    if not torch.isfinite(nats).all():
-        raise DivergedError("the model's log-likelihood is NaN or infinite: try --dtype float32")
+    if strict and not torch.isfinite(nats).all():
+        raise DivergedError(_NOT_FINITE)
     return nats, torch.cat(greedy).cpu()
 
 
@@ -157,7 +168,8 @@ def check_causal(model: nn.Module) -> None:
     Raises:
         PreskipError: other tokens behind the first change its logits, as in BERT and other masked language models.
     """
-    ids = torch.tensor([[1] + 15 * [2], [1] + 15 * [3]], device=next(model.parameters()).device)
+    device, rows = next(model.parameters()).device, model.get_input_embeddings().weight.shape[0]  # type: ignore
+    ids = torch.tensor([[1] + 15 * [2], [1] + 15 * [3]], device=device) % rows
     first, second = model(input_ids=ids, use_cache=False).logits[:, 0].float()  # [V], the same context in both
     if (first - second).abs().max() > 5e-3 * first.abs().max():  # rounding in bfloat16 stays below
         raise PreskipError(
@@ -198,7 +210,8 @@ def document_records(
 ) -> list[DocumentRecord]:
     """One item record per document of the set `name`: summed nats, tokens, UTF-8 bytes and words of the scored text.
 
-    Documents of a group that has others in the set (pieces of one book, versions of one speech) are a cluster.
+    Documents of a group that has others in the set (pieces of one book, versions of one speech) are a cluster. One
+    whose score is not finite has none; it is reported.
     """
     members = Counter(document.group for document in documents)
     sizes = [scored_size(document, tokenizer) for document in documents]
@@ -217,14 +230,53 @@ def document_records(
             "bytes": size.bytes,
             "words": size.words,
         }
+        if not math.isfinite(nats):
+            record |= {"nll": None, "failed": _FAILED}
         records.append({**record, "cluster": document.group} if members[document.group] > 1 else record)
+    say_failed(records)
     return records
 
 
-def last_word_windows(items: Sequence[LastWordItem], tokenizer: Any) -> list[Window]:
-    """The token sequence of each item; its target's tokens are scored."""
-    encoded = (encode_item(item, tokenizer) for item in items)
-    return [Window(context + target, len(context)) for context, target in encoded]
+def say_failed(records: Sequence[Record]) -> None:
+    """Name what could not be scored, in one line per set."""
+    failed: dict[str, list[str]] = {}
+    for record in records:
+        if "failed" in record:
+            failed.setdefault(record["set"], []).append(record["id"])
+    for name, ids in failed.items():
+        more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
+        say(f"{name}: {ids[0]!r}{more} left out: {_FAILED}")
+
+
+def last_word_windows(
+    items: Sequence[LastWordItem], tokenizer: Any, limit: int | None = None
+) -> tuple[list[LastWordItem], list[Window], list[str]]:
+    """The items that this tokenizer can encode within the model's context, and their token sequences.
+
+    Args:
+        items: passages with their last words; the tokens of these are scored.
+        tokenizer: a Hugging Face tokenizer.
+        limit: most tokens that the model reads, or None.
+
+    Returns:
+        Items, windows, and for each item that is left out a line that names it.
+    """
+    kept: list[LastWordItem] = []
+    windows: list[Window] = []
+    left: list[str] = []
+    for item in items:
+        try:
+            context, target = encode_item(item, tokenizer)
+        except PreskipError as error:
+            left.append(str(error))
+            continue
+        window = Window(context + target, len(context))
+        if limit is not None and len(window.input_ids) > limit + 1:
+            left.append(f"last-word item {item.id}: {len(window.input_ids) - 1} tokens exceed the context of {limit}")
+            continue
+        kept.append(item)
+        windows.append(window)
+    return kept, windows, left
 
 
 def last_word_records(name: str, items: Sequence[LastWordItem], scores: Sequence[Score]) -> list[ItemRecord]:
@@ -232,8 +284,9 @@ def last_word_records(name: str, items: Sequence[LastWordItem], scores: Sequence
 
     acc is 1 if every token of the target is the most likely one; nll is in nats, summed over the target's tokens.
     """
-    return [
-        {
+    records: list[ItemRecord] = []
+    for item, score in zip(items, scores, strict=True):
+        record: ItemRecord = {
             "set": name,
             "kind": "item",
             "id": item.id,
@@ -242,5 +295,8 @@ def last_word_records(name: str, items: Sequence[LastWordItem], scores: Sequence
             "tokens": score.tokens,
             "target": item.target,
         }
-        for item, score in zip(items, scores, strict=True)
-    ]
+        if math.isnan(score.nll):
+            record |= {"scores": {}, "failed": _FAILED}
+        records.append(record)
+    say_failed(records)
+    return records

@@ -30,6 +30,7 @@ class TextSet:
         owners: for each window the index of its document.
         context_length: most tokens read at once.
         stride: tokens scored per window behind the first.
+        notes: what was left out, and why.
     """
 
     name: str
@@ -38,11 +39,15 @@ class TextSet:
     owners: list[int]
     context_length: int
     stride: int
+    notes: tuple[str, ...] = ()
 
     def describe(self, tokenizer: Any, *, domain: Domain, title: str, source: str, sha256: str | None) -> SetFacts:
         """The set as run.json describes it."""
         sizes = [scored_size(document, tokenizer) for document in self.documents]
         groups = len({document.group for document in self.documents})
+        notes = list(self.notes)
+        if without := sum(size.words == 0 for size in sizes):
+            notes.append(f"no word perplexity: no spaces stand between the words of {without:,} of its documents")
         clusters: Any = {"clusters": groups} if 1 < groups < len(self.documents) else {}
         return {
             "kind": "document",
@@ -58,6 +63,7 @@ class TextSet:
             "bytes": sum(size.bytes for size in sizes),
             "words": sum(size.words for size in sizes),
             "primary": "bits_per_byte",
+            **({"notes": notes} if notes else {}),  # type: ignore[typeddict-item]
         }
 
 
@@ -66,11 +72,20 @@ def prepare_texts(
 ) -> TextSet:
     """Cut documents into windows; a stride of None is `context_length`, its largest.
 
+    A document that gives no token to score is left out and named.
+
     Raises:
         PreskipError: a stride out of range.
     """
     stride = context_length if stride is None else stride
     windows, owners = document_windows(documents, tokenizer, context_length=context_length, stride=stride)
+    scored = set(owners)
+    notes = []
+    if left := [document.id for number, document in enumerate(documents) if number not in scored]:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        notes = [f"{left[0]!r}{more} left out: the tokenizer gives no token to score"]
+        places = {number: place for place, number in enumerate(sorted(scored))}
+        documents, owners = [documents[number] for number in places], [places[number] for number in owners]
     return TextSet(
         name=name,
         documents=list(documents),
@@ -78,6 +93,7 @@ def prepare_texts(
         owners=owners,
         context_length=context_length,
         stride=stride,
+        notes=tuple(notes),
     )
 
 
@@ -88,13 +104,14 @@ def score_texts(
     *,
     batch_tokens: int | None = None,
     advance: Advance = no_progress,
+    keep_failed: bool = False,
 ) -> list[Record]:
     """One record per document of some sets, in their order, with the tokenizer that they were prepared with.
 
     The other arguments and errors are those of `score_sequences`; `advance` is called with windows of all sets.
     """
     every = [window for text in texts for window in text.windows]
-    scores = score_sequences(model, every, batch_tokens=batch_tokens, advance=advance)
+    scores = score_sequences(model, every, batch_tokens=batch_tokens, advance=advance, keep_failed=keep_failed)
     records: list[Record] = []
     for text in texts:
         own, scores = scores[: len(text.windows)], scores[len(text.windows) :]
@@ -121,6 +138,8 @@ class TextSuite:
         limit: at most so many documents of each corpus, drawn without replacement; None takes all.
         seed: of that draw.
         data_dir: the data directory, or None.
+        text_column: column of rows, see `preskip.data.splits.load_texts`.
+        split: of a data set in parts, see there.
         progress: show a progress bar while downloading.
 
     Attributes:
@@ -141,13 +160,16 @@ class TextSuite:
         limit: int | None = None,
         seed: int = 0,
         data_dir: Path | None = None,
+        text_column: str | None = None,
+        split: str | None = None,
         progress: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.sets: dict[str, SetFacts] = {}
         self._texts: list[TextSet] = []
         for given in corpora:
-            name, corpus = slug(given), load_texts(given, data_dir=data_dir, progress=progress)
+            name = slug(given)
+            corpus = load_texts(given, data_dir=data_dir, text_column=text_column, split=split, progress=progress)
             if name in self.sets:
                 raise PreskipError(f"two texts are named {name!r}: rename one of the files")
             documents = sorted(corpus.documents, key=lambda document: document.id)
@@ -165,4 +187,6 @@ class TextSuite:
         self, model: nn.Module, *, batch_tokens: int | None = None, advance: Advance = no_progress
     ) -> list[Record]:
         """One record per document, in a fixed order; see `score_texts`."""
-        return score_texts(model, self._texts, self.tokenizer, batch_tokens=batch_tokens, advance=advance)
+        return score_texts(
+            model, self._texts, self.tokenizer, batch_tokens=batch_tokens, advance=advance, keep_failed=True
+        )

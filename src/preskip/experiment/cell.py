@@ -13,6 +13,7 @@ import torch
 from preskip.experiment.frozen import Frozen
 from preskip.experiment.prepared import Prepared
 from preskip.experiment.scratch import Scratch
+from preskip.progress import say
 from preskip.runs.directory import RunDirectory
 from preskip.runs.environment import hardware_name
 from preskip.runs.files import clear_disk_errors, write_json, write_jsonl
@@ -69,10 +70,17 @@ def run_cell(run: Path | Prepared, arm: str, seed: int) -> CellSummary:
             prepared.save(built, cell)
         parameters = built.parameters
         trained = time.perf_counter()
+        notes: list[str] = []
         items = prepared.heldout.score(
-            built.model, prepared.tokenizer, label, batch_tokens=config.eval_batch_tokens, quiet=prepared.quiet
+            built.model,
+            prepared.tokenizer,
+            label,
+            batch_tokens=config.eval_batch_tokens,
+            quiet=prepared.quiet,
+            notes=notes,
         )
         measured = prepared.measure(built, label)
+        notes += measured.pop("notes", [])
     summary: Any = {
         "arm": arm,
         "seed": seed,
@@ -84,7 +92,10 @@ def run_cell(run: Path | Prepared, arm: str, seed: int) -> CellSummary:
         "train_seconds": round(trained - started, 2),
         "evaluate_seconds": round(time.perf_counter() - trained, 2),
         **measured,
+        **({"notes": notes} if notes else {}),
     }
+    for note in notes:
+        say(f"{label}: {note}", quiet=prepared.quiet)
     write_jsonl(cell.items, items)
     write_json(cell.summary, summary)
     shutil.rmtree(cell.checkpoints, ignore_errors=True)

@@ -18,7 +18,7 @@ from preskip.analysis.depth import text_profile
 from preskip.arms import ARMS, Arm, ArmContext, attention_paths, branch_parameters, resolve_arms
 from preskip.arms.insert import Inserted, insert
 from preskip.assets import load_model, load_tokenizer, resolve_model
-from preskip.data.blocks import pack_blocks, scored_size
+from preskip.data.blocks import check_vocabulary, pack_blocks, scored_size
 from preskip.data.splits import Splits, choose, locate
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
@@ -26,7 +26,7 @@ from preskip.evaluate.published import recognise_published
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import LAST_WORD, load_corpora, local_data, prepare_heldout
-from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
+from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, measured, started_in
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.progress import progress_bar, progress_display, spinner
 from preskip.runs.directory import Cell, RunDirectory
@@ -75,6 +75,7 @@ class Frozen(Prepared):
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
             )
+        check_vocabulary(base, tokenizer)
         check_causal(base)
         text_config = base.config.get_text_config()
         limit = getattr(text_config, "max_position_embeddings", None)
@@ -87,7 +88,7 @@ class Frozen(Prepared):
         arms = resolve_arms(config.arms)
         described = {arm.name: _arm_facts(arm, context, config) for arm in arms}
         with spinner("preparing the held-out texts", quiet=quiet):
-            heldout = prepare_heldout(config, corpora, tokenizer, limit, local_data(config, directory))
+            heldout = prepare_heldout(config, corpora, tokenizer, limit, local_data(config, directory), quiet)
         blocks = _training_blocks(config, splits, tokenizer, quiet)
         prepared = cls(
             run=run,
@@ -155,9 +156,16 @@ class Frozen(Prepared):
 
     def measure(self, built: Inserted, label: str) -> dict[str, Any]:
         """See `Prepared.measure`."""
-        depth = text_profile(self.base, self.heldout.texts[0])
-        ablation = self._ablate(built, label) if depth and self.config.ablation_documents else []
-        return {"kv_cache_bytes_per_token": cache_bytes(built.model), "depth": depth, "ablation": ablation}
+        notes: list[str] = []
+        found: dict[str, Any] = {"kv_cache_bytes_per_token": None, "depth": [], "ablation": []}
+        with measured(notes, "size of the cache"):
+            found["kv_cache_bytes_per_token"] = cache_bytes(built.model)
+        with measured(notes, "depth profile"):
+            found["depth"] = text_profile(self.base, self.heldout.texts[0])
+        if found["depth"] and self.config.ablation_documents:
+            with measured(notes, "ablation"):
+                found["ablation"] = self._ablate(built, label)
+        return {**found, "notes": notes}
 
     def _ablate(self, built: Inserted, label: str) -> list[AblationRow]:
         """Loss change when one layer's skip or enrichment is switched off, on the beginnings of in-domain documents."""
@@ -238,7 +246,8 @@ def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig) -> ArmFacts:
 @torch.inference_mode()
 def cache_bytes(model: nn.Module, tokens: int = 16) -> float | None:
     """Bytes of the K/V cache per token that the model keeps after reading `tokens`; None where it keeps none."""
-    ids = torch.arange(tokens, device=next(model.parameters()).device)[None] + 2
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    ids = (torch.arange(tokens, device=next(model.parameters()).device)[None] + 2) % rows
     cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
     layers = getattr(cache, "layers", None)
     if not layers or any(getattr(layer, "keys", None) is None for layer in layers):

@@ -15,14 +15,14 @@ from preskip.data.last_word import LastWordItem, build_items
 from preskip.data.local import LAMBADA_DEVELOPMENT, data_directory, lambada_development
 from preskip.data.splits import Splits, choose, load_splits, locate, slug
 from preskip.data.tables import Limit
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, noted
 from preskip.evaluate.likelihood import last_word_records, last_word_windows, score_sequences
 from preskip.evaluate.paper import LENGTH, PaperItems, encode_paper_items, load_paper_data, paper_scores
 from preskip.evaluate.texts import TextSet, prepare_texts, score_texts
 from preskip.experiment.parse import parse_extent
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
-from preskip.progress import progress_bar
+from preskip.progress import progress_bar, say
 from preskip.runs.schema import Domain, Record, SetFacts
 
 if TYPE_CHECKING:
@@ -66,9 +66,19 @@ class HeldOut:
     sets: dict[str, SetFacts] = field(default_factory=dict)
 
     def score(
-        self, model: nn.Module, tokenizer: Any, label: str, *, batch_tokens: int | None, quiet: bool
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        label: str,
+        *,
+        batch_tokens: int | None,
+        quiet: bool,
+        notes: list[str] | None = None,
     ) -> list[Record]:
-        """One record per document and item of every evaluation set."""
+        """One record per document and item of every evaluation set.
+
+        Where `notes` are given, tasks that fail are noted there and left out, and the rest is kept.
+        """
         done = 0
 
         def step(size: int) -> dict[str, Any]:
@@ -80,13 +90,17 @@ class HeldOut:
         sizes = [sum(len(text.windows) for text in self.texts), len(self.item_windows)]
         sizes += [self.suite.size if self.suite else 0, len(self.paper.windows) if self.paper else 0]
         with progress_bar(f"evaluate {label}", sum(sizes), quiet=quiet) as advance:
-            records = score_texts(model, self.texts, tokenizer, **step(sizes[0]))
-            scores = score_sequences(model, self.item_windows, **step(sizes[1]))
-            records += last_word_records(LAST_WORD, self.items, scores)
+            records = score_texts(model, self.texts, tokenizer, keep_failed=True, **step(sizes[0]))
+            if self.items:
+                with noted(notes, "last words"):
+                    scores = score_sequences(model, self.item_windows, keep_failed=True, **step(sizes[1]))
+                    records += last_word_records(LAST_WORD, self.items, scores)
             if self.suite is not None:
-                records += self.suite.score(model, **step(sizes[2]))
+                with noted(notes, "tasks"):
+                    records += self.suite.score(model, **step(sizes[2]))
             if self.paper is not None:
-                records += paper_scores(model, self.paper, **step(sizes[3]))
+                with noted(notes, "scores by the paper's protocol"):
+                    records += paper_scores(model, self.paper, **step(sizes[3]))
         return records
 
 
@@ -117,6 +131,7 @@ def load_corpora(
         "progress": not quiet,
     }
     home: dict[str, Any] = {"text_column": config.text_column, "split": config.corpus_split, "limit": limit}
+    other: dict[str, Any] = {"text_column": config.eval_text_column, "split": config.eval_corpus_split}
     extents = {config.corpus: (config.eval_documents, config.eval_words)}
     for text in config.eval_corpora:
         name, documents, words = parse_extent(text, config.eval_documents, config.eval_words)
@@ -124,7 +139,13 @@ def load_corpora(
     scored = []
     for name, (documents, words) in extents.items():
         is_home = name == config.corpus
-        splits = load_splits(locate(name, directory), **options, **(home if is_home else {}))
+        try:
+            splits = load_splits(locate(name, directory), **options, **(home if is_home else other))
+        except PreskipError as error:
+            if is_home:
+                raise
+            text = str(error).replace("--text-column", "--eval-text-column")
+            raise PreskipError(text.replace("--corpus-split", "--eval-corpus-split")) from None
         scored.append(Scored(splits, documents, words, "in" if is_home else "out"))
     require(config, "held-out", scored[0].splits.heldout, 2)
     names = [*(slug(text.splits.name) for text in scored), *reserved]
@@ -151,6 +172,11 @@ def prepare_documents(config: Config, corpora: Sequence[Scored], tokenizer: Any,
     for splits, count, words, domain in corpora:
         documents = choose(splits.heldout, count, words, config.split_seed)
         text = prepare_texts(slug(splits.name), documents, tokenizer, context_length=context_length)
+        if len(text.documents) < 2:
+            raise PreskipError(
+                f"corpus {splits.name} has {len(text.documents)} held-out document(s) with tokens to score, 2 are "
+                "needed: give more text"
+            )
         texts.append(text)
         title = f"{text.name}, held-out documents"
         sets[text.name] = text.describe(
@@ -160,7 +186,12 @@ def prepare_documents(config: Config, corpora: Sequence[Scored], tokenizer: Any,
 
 
 def prepare_heldout(
-    config: ProbeConfig, corpora: Sequence[Scored], tokenizer: Any, limit: int | None, data_dir: Path | None
+    config: ProbeConfig,
+    corpora: Sequence[Scored],
+    tokenizer: Any,
+    limit: int | None,
+    data_dir: Path | None,
+    quiet: bool = True,
 ) -> HeldOut:
     """Choose and tokenise all that a frozen model is scored on, and what its learning rates are chosen on.
 
@@ -170,6 +201,7 @@ def prepare_heldout(
         tokenizer: of the base.
         limit: the model's context, in tokens; longer items are left out.
         data_dir: the folder of local data, or None.
+        quiet: do not report what is left out.
 
     Raises:
         PreskipError: too little text, or a task that is unavailable.
@@ -196,7 +228,10 @@ def prepare_heldout(
             prepare_texts(slug(name), choose(texts, *extent), tokenizer, context_length=config.context_length)
             for name, texts in unseen.items()
         ]
-    items, item_windows = _last_words(config, home.heldout, tokenizer, limit) if config.last_word_items else ([], [])
+    items: list[LastWordItem] = []
+    item_windows: list[Window] = []
+    if config.last_word_items:
+        items, item_windows = _last_words(config, home.heldout, tokenizer, limit, quiet)
     if items:
         sets[LAST_WORD] = {
             "kind": "item",
@@ -234,19 +269,20 @@ def prepare_heldout(
 
 
 def _last_words(
-    config: ProbeConfig, documents: Sequence[Document], tokenizer: Any, limit: int | None
+    config: ProbeConfig, documents: Sequence[Document], tokenizer: Any, limit: int | None, quiet: bool
 ) -> tuple[list[LastWordItem], list[Window]]:
     try:
         items = build_items(documents, config.last_word_items, config.split_seed)
-        windows = last_word_windows(items, tokenizer)
     except PreskipError as error:
         raise PreskipError(f"{error} (--last-word-items 0)") from None
-    fitting = [
-        pair for pair in zip(items, windows, strict=True) if limit is None or len(pair[1].input_ids) <= limit + 1
-    ]
-    if len({item.document for item, _ in fitting}) < 2:
+    items, windows, left = last_word_windows(items, tokenizer, limit)
+    few = len({item.document for item in items}) < 2
+    if few and not left:
         raise PreskipError(
-            "the last-word items that fit the model's context come from fewer than 2 held-out documents: give more text"
-            " or leave them out (--last-word-items 0)"
+            "the last-word items come from fewer than 2 held-out documents: give more text or leave them out "
+            "(--last-word-items 0)"
         )
-    return [item for item, _ in fitting], [window for _, window in fitting]
+    if left:
+        what = "last words are not scored, " if few else ""
+        say(f"{what}{len(left)} of {len(left) + len(items)} last-word items are left out: {left[0]}", quiet=quiet)
+    return ([], []) if few else (items, windows)

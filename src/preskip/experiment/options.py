@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar, get_origin
 
 from preskip.branch_settings import BRANCH, SKIP_POSITIONS, BranchSettings
 from preskip.errors import PreskipError
-from preskip.experiment.parse import parse_extent, parse_layers, parse_names, parse_number, parse_seeds
+from preskip.experiment.parse import parse_corpora, parse_extent, parse_layers, parse_names, parse_number, parse_seeds
 from preskip.fields import about, allowed, flags, is_allowed, option
 
 C = TypeVar("C", bound="ExperimentConfig")
@@ -64,8 +64,10 @@ class ExperimentConfig:
     eval_documents: int = option(50, "Held-out documents to score.", EVALUATION, least=2)
     eval_words: int = option(140, "Words scored per document, from its beginning.", EVALUATION, least=1)
     eval_corpora: tuple[str, ...] = option(
-        (), "Texts no arm trains on, separated by commas: books,wikitext2:62x850.", EVALUATION, read=parse_names
+        (), "Texts no arm trains on, separated by commas: books,wikitext2:62x850.", EVALUATION, read=parse_corpora
     )
+    eval_text_column: str | None = option(None, "Column of --eval-corpora. Default: that of texts.", EVALUATION)
+    eval_corpus_split: str | None = option(None, "Split of --eval-corpora. Default: test, if any.", EVALUATION)
     eval_batch_tokens: int | None = option(
         None, "Padded tokens per forward pass. Default: 512 on a cpu, else 4096.", EVALUATION, least=1
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from preskip.errors import PreskipError
@@ -14,6 +15,19 @@ def parse_names(text: str | Sequence[Any]) -> tuple[str, ...]:
     """Read a list separated by commas; a sequence (of a file) is taken part by part."""
     parts = text.split(",") if isinstance(text, str) else map(str, text)
     return tuple(part.strip() for part in parts if part.strip())
+
+
+def parse_corpora(text: str | Sequence[Any]) -> tuple[str, ...]:
+    """Read a list of corpora separated by commas; a comma in the path of what exists does not separate."""
+    if not isinstance(text, str):
+        return parse_names(text)
+    parts, found = text.split(","), []
+    while parts:
+        joined = (",".join(parts[:count]).strip() for count in range(len(parts), 1, -1))
+        whole = next((name for name in joined if Path(re.sub(r":\d+x\d+$", "", name)).exists()), parts[0].strip())
+        parts = parts[whole.count(",") + 1 :]
+        found.append(whole)
+    return parse_names(found)
 
 
 def parse_seeds(text: str | int | Sequence[Any]) -> tuple[int, ...]:

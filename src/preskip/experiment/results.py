@@ -37,13 +37,19 @@ def summarise_run(run: RunDirectory) -> Results:
     manifest = run.manifest
     facts, family = manifest["arms"], manifest["family"]
     summaries, items = finished_cells(run, list(facts), manifest["seeds"])
-    comparisons = compare_arms(items, family, manifest["sets"]) if len(items) > 1 else []
+    notes = [
+        f"{arm} seed {cell['seed']}: {note}"
+        for arm, cells in summaries.items()
+        for cell in cells
+        for note in cell.get("notes", ())
+    ]
+    comparisons = compare_arms(items, family, manifest["sets"], notes=notes) if len(items) > 1 else []
     kind: RunKind = {"kind": manifest["kind"]} if "kind" in manifest else {}
     results: Results = {
         "schema_version": SCHEMA_VERSION,
         **kind,
         "sets": manifest["sets"],
-        "arms": {arm: arm_results(found, items[arm], facts[arm]) for arm, found in summaries.items()},
+        "arms": {arm: arm_results(found, items[arm], facts[arm], notes) for arm, found in summaries.items()},
         "family": family,
         "comparisons": comparisons,
         "power": measured_power(comparisons, family),
@@ -69,6 +75,8 @@ def summarise_run(run: RunDirectory) -> Results:
             arm: {str(seed): _curve(read_jsonl(run.cell(arm, seed).train_log)) for seed in seeds}
             for arm, seeds in items.items()
         }
+    if notes:
+        results["notes"] = notes
     return results
 
 
@@ -86,13 +94,19 @@ def finished_cells(
     return summaries, {arm: {seed: rows for seed, (_, rows) in by_seed.items()} for arm, by_seed in loaded.items()}
 
 
-def arm_results(summaries: Sequence[CellSummary], items: Mapping[int, list[Record]], facts: ArmFacts) -> ArmResults:
+def arm_results(
+    summaries: Sequence[CellSummary],
+    items: Mapping[int, list[Record]],
+    facts: ArmFacts,
+    notes: list[str] | None = None,
+) -> ArmResults:
     """One arm's entry of results.json.
 
     Args:
         summaries: content of cell.json of each seed.
         items: records by seed.
         facts: the arm's entry of run.json.
+        notes: where to note a metric that cannot be computed; None raises its error.
     """
     cells: Sequence[Mapping[str, Any]] = summaries
     known: Mapping[str, Any] = facts
@@ -102,7 +116,7 @@ def arm_results(summaries: Sequence[CellSummary], items: Mapping[int, list[Recor
         **{key: known[key] for key in FACTS if key in known},
         "learning_rate": cells[0]["learning_rate"],
         "seeds": [cell["seed"] for cell in cells],
-        "metrics": summarise(items),
+        "metrics": summarise(items, notes=notes),
         **{key: float(np.mean(values)) if values else None for key, values in means.items()},
         "peak_memory_bytes": max(cell["peak_memory_bytes"] for cell in cells),
     }

@@ -28,7 +28,7 @@ from preskip.arms import SCRATCH_ARMS, resolve_arms
 from preskip.arms.insert import Inserted
 from preskip.arms.plan import Plan, Planner, on_meta
 from preskip.arms.shape import tokenizer_fields
-from preskip.data.blocks import pack_blocks
+from preskip.data.blocks import check_rows, pack_blocks
 from preskip.data.corpus import Document
 from preskip.data.packed import PackedText, open_blocks, write_packed
 from preskip.data.splits import Splits, locate
@@ -37,7 +37,7 @@ from preskip.errors import PreskipError
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import HeldOut, load_corpora, prepare_documents, require
-from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
+from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, measured, started_in
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.reading import CHARACTERS_PER_TOKEN, amount_read, reading_limit
 from preskip.progress import progress_bar, spinner
@@ -77,6 +77,7 @@ class Scratch(Prepared):
         tokenizer = _tokenizer(run, config, splits, quiet)
         plans = plan_arms(config, tokenizer)
         first = plans[config.arms[0]]
+        check_rows(first.config.vocab_size, tokenizer)
         reach = getattr(first.config, "max_position_embeddings", None)
         longest = max(config.seq_len, config.scoring_context)
         if reach is not None and longest > reach:
@@ -242,7 +243,11 @@ class Scratch(Prepared):
 
     def measure(self, built: Inserted, label: str) -> dict[str, Any]:
         """See `Prepared.measure`."""
-        return {"depth": text_profile(built.model, self.heldout.texts[0])}
+        notes: list[str] = []
+        found: dict[str, Any] = {"depth": []}
+        with measured(notes, "depth profile"):
+            found["depth"] = text_profile(built.model, self.heldout.texts[0])
+        return {**found, "notes": notes}
 
 
 def build_model(config: PretrainConfig, plan: Plan, seed: int) -> nn.Module:

@@ -172,12 +172,12 @@ def _trial(prepared: Frozen, arm: str, folder: Path, rung: int, steps: int, rate
     return entry
 
 
-def _difference(records: list[Record], base: list[Record], name: str) -> Limits:
+def _difference(records: Sequence[Any], base: Sequence[Any], name: str) -> Limits:
     """Bits per byte, arm minus base, over the documents of one set."""
     own, other = (
         {row["id"]: row for row in rows if row["kind"] == "document" and row["set"] == name} for rows in (records, base)
     )
-    ids = sorted(own)
+    ids = sorted(own)  # all have a score: what is not finite has ended the trial
     interval = paired_ratio_difference(
         [own[id]["nll"] for id in ids], [other[id]["nll"] for id in ids], [own[id]["bytes"] for id in ids]
     )

@@ -107,6 +107,7 @@ class SetFacts(TypedDict):
     lm_eval: NotRequired[LmEvalFacts]  # of a task of lm-eval
     higher_is_better: NotRequired[dict[str, bool]]  # by metric, as lm-eval states it of a task
     sample: NotRequired[Sample]  # of a text of `preskip eval`
+    notes: NotRequired[list[str]]  # what was left out of it, and why
 
 
 class Declared(TypedDict):
@@ -256,11 +257,12 @@ class DocumentRecord(TypedDict):
     set: str
     kind: Literal["document"]
     id: str
-    nll: float  # nats, summed over the scored tokens
+    nll: float | None  # nats, summed over the scored tokens; None where it has failed
     tokens: int  # scored
     bytes: int  # UTF-8, of the scored text
-    words: int  # of the scored text
+    words: int  # of the scored text; 0 where it has none (`preskip.data.words`)
     cluster: NotRequired[str | None]  # with others of which it is resampled
+    failed: NotRequired[str]  # why it has no score: it is left out
 
 
 class ItemRecord(TypedDict):
@@ -269,7 +271,8 @@ class ItemRecord(TypedDict):
     set: str
     kind: Literal["item"]
     id: str
-    scores: dict[str, float]  # by metric
+    scores: dict[str, float]  # by metric; empty where it has failed
+    failed: NotRequired[str]  # why it has no score: it is left out
     cluster: NotRequired[str | None]  # with others of which it is resampled
     tokens: NotRequired[int]  # of a last word
     target: NotRequired[str]  # the last word
@@ -353,6 +356,7 @@ class CellSummary(TypedDict):
     final_eval_loss: NotRequired[float | None]  # nats per token of the development blocks
     tokens_per_second: NotRequired[float]  # median
     mfu: NotRequired[float | None]  # median
+    notes: NotRequired[list[str]]  # what could not be computed of it, and why
 
 
 class ControlSummary(TypedDict):
@@ -576,6 +580,7 @@ class Results(RunKind):
     search: NotRequired[dict[str, Search]]  # by tuned arm
     dtype_audit: NotRequired[DtypeAudit]
     curves: NotRequired[dict[str, dict[str, list[CurvePoint]]]]  # from scratch, by arm and seed
+    notes: NotRequired[list[str]]  # what could not be computed, and why
 
 
 class EvalResults(TypedDict):
@@ -597,6 +602,7 @@ class EvalResults(TypedDict):
     metrics: Metrics
     lm_eval: dict[str, dict[str, float]]  # by task or group, and metric, as lm-eval aggregates them
     task_settings: NotRequired[dict[str, Any]]  # options of `preskip.evaluate.task_settings` other than the defaults
+    notes: NotRequired[list[str]]  # what could not be computed or was left out, and why
 
 
 class ExplainedSource(TypedDict):

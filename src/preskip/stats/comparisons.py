@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, noted
 from preskip.metrics import DEFAULT_MARGINS
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import Comparison, Family, Metrics, MetricValue, PairedDifference, SetFacts
@@ -21,16 +21,17 @@ from preskip.stats.tests import paired_accuracy_difference
 from preskip.stats.verdicts import margin_of
 
 
-def summarise(items: SeedItems, *, confidence: float = CONFIDENCE) -> Metrics:
+def summarise(items: SeedItems, *, confidence: float = CONFIDENCE, notes: list[str] | None = None) -> Metrics:
     """The `metrics` of one arm in results.json, from its item records.
 
     Args:
         items: records (items.jsonl) by seed id, one list per seed, or one list for a single seed.
         confidence: level, default 0.95.
+        notes: where to note a metric that cannot be computed and is left out; None raises its error.
 
     Returns:
         {set: {metric: {"value", "low", "high", "confidence"}}}; documents give bits_per_byte and word_perplexity,
-        items one metric per score. Clusters are resampled whole.
+        items one metric per score. Clusters are resampled whole. Texts without words have no word perplexity.
 
     Raises:
         PreskipError: no items, damaged records, or seeds that hold different items.
@@ -38,17 +39,22 @@ def summarise(items: SeedItems, *, confidence: float = CONFIDENCE) -> Metrics:
     rows = list(by_seed(items, "the arm").values())
     metrics: Metrics = {}
     for table in tables(rows, "the seeds of one arm"):
-        if table.kind == "document":
-            bits, nats = (
-                RatioDistribution(table.column("nll"), table.shared_column(size), table.clusters, scale=scale).interval(
-                    confidence
-                )
-                for size, scale in (("bytes", 1 / math.log(2)), ("words", 1.0))
-            )
-            metrics[table.name] = {"bits_per_byte": bits.as_dict(), "word_perplexity": _perplexity(nats.as_dict())}
-        else:
-            metrics[table.name] = {score: _mean(table.column(score), table, confidence) for score in table.scores}
+        own = metrics[table.name] = {}
+        for metric in ("bits_per_byte", "word_perplexity") if table.kind == "document" else table.scores:
+            with noted(notes, f"{metric} of {table.name}"):
+                if table.kind == "item":
+                    own[metric] = _mean(table.column(metric), table, confidence)
+                elif metric == "bits_per_byte":
+                    own[metric] = _nats(table, "bytes", 1 / math.log(2), confidence)
+                elif (table.shared_column("words") > 0).all():
+                    own[metric] = _perplexity(_nats(table, "words", 1.0, confidence))
     return metrics
+
+
+def _nats(table: Table, size: str, scale: float, confidence: float) -> MetricValue:
+    """Nats over bytes or words, of all documents together."""
+    sizes = table.shared_column(size)
+    return RatioDistribution(table.column("nll"), sizes, table.clusters, scale=scale).interval(confidence).as_dict()
 
 
 def compare(
@@ -60,6 +66,7 @@ def compare(
     sets: Sequence[str] | None = None,
     margins: Mapping[str, float] = DEFAULT_MARGINS,
     confidence: float = CONFIDENCE,
+    notes: list[str] | None = None,
 ) -> list[PairedDifference]:
     """The `comparisons` entries (arm - reference) of results.json, paired on seeds and item ids.
 
@@ -80,6 +87,7 @@ def compare(
         sets: evaluation sets to compare. Default: all that both hold.
         margins: equivalence margins by "metric" or "set.metric", in the metric's unit.
         confidence: level, default 0.95.
+        notes: see `summarise`.
 
     Raises:
         PreskipError: no common seed or set, different items in a set, or different bytes for the same document.
@@ -89,45 +97,46 @@ def compare(
     for table in tables([*rows_a, *rows_b], f"{arm} and {reference}", sets):
         clusters = table.clusters
         for metric in ["bits_per_byte"] if table.kind == "document" else table.scores:
-            column = table.column("nll" if table.kind == "document" else metric)
-            a, b = column[: len(rows_a)], column[len(rows_a) :]
-            gained = lost = None
-            distribution: Distribution
-            if table.kind == "item" and _is_right_or_wrong(column):
-                found = paired_accuracy_difference(a, b, clusters)
-                distribution, gained, lost, p_value = found.distribution, found.gained, found.lost, found.p_value
-                if distribution.seeds > 1 or clusters is not None:
-                    p_value = max(p_value, distribution.p_value())
-            else:
-                sizes = table.shared_column("bytes") if table.kind == "document" else np.ones(len(table.ids))
-                scale = 1 / math.log(2) if table.kind == "document" else 1.0
-                distribution = RatioDistribution(a - b, sizes, clusters, scale=scale)
-                p_value = distribution.p_value()
-            interval = distribution.interval(confidence)
-            margin = margin_of(margins, table.name, metric)
-            entries.append(
-                {
-                    "set": table.name,
-                    "metric": metric,
-                    "arm": arm,
-                    "reference": reference,
-                    "difference": interval.value,
-                    "low": interval.low,
-                    "high": interval.high,
-                    "confidence": confidence,
-                    "seeds": interval.seeds,
-                    "units": len(table.ids),
-                    "unit": table.kind,
-                    "clusters": None if clusters is None else interval.units,
-                    "covers": f"seeds and {table.kind}s" if interval.seeds > 1 else f"{table.kind}s only",
-                    "gained": gained,
-                    "lost": lost,
-                    "p_value": p_value,
-                    "deviations": distribution.components,
-                    "margin": margin,
-                    "p_equivalence": None if margin is None else distribution.p_equivalence(margin),
-                }
-            )
+            with noted(notes, f"{metric} of {table.name}, {arm} and {reference}"):
+                column = table.column("nll" if table.kind == "document" else metric)
+                a, b = column[: len(rows_a)], column[len(rows_a) :]
+                gained = lost = None
+                distribution: Distribution
+                if table.kind == "item" and _is_right_or_wrong(column):
+                    found = paired_accuracy_difference(a, b, clusters)
+                    distribution, gained, lost, p_value = found.distribution, found.gained, found.lost, found.p_value
+                    if distribution.seeds > 1 or clusters is not None:
+                        p_value = max(p_value, distribution.p_value())
+                else:
+                    sizes = table.shared_column("bytes") if table.kind == "document" else np.ones(len(table.ids))
+                    scale = 1 / math.log(2) if table.kind == "document" else 1.0
+                    distribution = RatioDistribution(a - b, sizes, clusters, scale=scale)
+                    p_value = distribution.p_value()
+                interval = distribution.interval(confidence)
+                margin = margin_of(margins, table.name, metric)
+                entries.append(
+                    {
+                        "set": table.name,
+                        "metric": metric,
+                        "arm": arm,
+                        "reference": reference,
+                        "difference": interval.value,
+                        "low": interval.low,
+                        "high": interval.high,
+                        "confidence": confidence,
+                        "seeds": interval.seeds,
+                        "units": len(table.ids),
+                        "unit": table.kind,
+                        "clusters": None if clusters is None else interval.units,
+                        "covers": f"seeds and {table.kind}s" if interval.seeds > 1 else f"{table.kind}s only",
+                        "gained": gained,
+                        "lost": lost,
+                        "p_value": p_value,
+                        "deviations": distribution.components,
+                        "margin": margin,
+                        "p_equivalence": None if margin is None else distribution.p_equivalence(margin),
+                    }
+                )
     return entries
 
 
@@ -140,6 +149,7 @@ def compare_arms(
     sets: Sequence[str] | None = None,
     confidence: float = CONFIDENCE,
     advance: Advance = no_progress,
+    notes: list[str] | None = None,
 ) -> list[Comparison]:
     """Pairs of arms compared, with the family's correction and verdicts: `comparisons` of results.json.
 
@@ -152,21 +162,24 @@ def compare_arms(
         sets: evaluation sets to compare. Default: all that a pair shares.
         confidence: level, default 0.95.
         advance: told how many pairs are done, and which was the last.
+        notes: see `summarise`.
     """
     if pairs is None:
         declared = {(entry["arm"], entry["reference"]) for entry in family.get("declared", ())}
         pairs = [pair if pair in declared else pair[::-1] for pair in combinations(items, 2)]
     entries: list[PairedDifference] = []
     for number, (arm, reference) in enumerate(pairs, 1):
-        entries += compare(
-            items[arm],
-            items[reference],
-            arm=arm,
-            reference=reference,
-            sets=sets,
-            margins=family.get("margins", DEFAULT_MARGINS),
-            confidence=confidence,
-        )
+        with noted(notes, f"comparison of {arm} and {reference}"):
+            entries += compare(
+                items[arm],
+                items[reference],
+                arm=arm,
+                reference=reference,
+                sets=sets,
+                margins=family.get("margins", DEFAULT_MARGINS),
+                confidence=confidence,
+                notes=notes,
+            )
         advance(number, f"{arm} - {reference}")
     return apply_family(entries, family, described)
 

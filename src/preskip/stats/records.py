@@ -179,5 +179,8 @@ def _aligned(key: str, found: Sequence[Mapping[str, Record]], name: str) -> Tabl
     kinds = {record["kind"] for records in found for record in records.values()}
     if len(kinds) > 1:
         raise PreskipError(f"{key} of {name} mixes documents and items: items.jsonl is damaged, evaluate again")
-    ids = sorted(first)
+    # What failed in one row is left out of all, so that they stay paired.
+    ids = [identity for identity in sorted(first) if not any("failed" in records[identity] for records in found)]
+    if not ids:
+        raise PreskipError(f"{name}: every item of {key} has failed in some seed or arm: try --dtype float32")
     return Table(key, kinds.pop(), ids, [[records[identity] for identity in ids] for records in found])

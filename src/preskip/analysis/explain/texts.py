@@ -11,6 +11,8 @@ from preskip.analysis.explain.reading import Text
 from preskip.data.corpus import EMBEDDED_CORPORA, Document
 from preskip.data.local import data_directory
 from preskip.data.splits import choose, load_splits, load_texts, locate
+from preskip.data.tables import clean_text
+from preskip.data.words import count_words
 from preskip.errors import PreskipError
 from preskip.runs.files import read_json
 from preskip.runs.weights import Source
@@ -19,7 +21,15 @@ DEFAULT_CORPUS = "sotu"
 
 
 def heldout_texts(
-    source: Source, corpus: str | None, count: int, words: int, *, data_dir: Path | None, quiet: bool = True
+    source: Source,
+    corpus: str | None,
+    count: int,
+    words: int,
+    *,
+    text_column: str | None = None,
+    split: str | None = None,
+    data_dir: Path | None,
+    quiet: bool = True,
 ) -> tuple[list[Text], list[str]]:
     """The held-out documents to read, and all of them as the reference of how frequent tokens are.
 
@@ -31,14 +41,16 @@ def heldout_texts(
         corpus: name as `preskip.data.corpus.load_corpus` takes it; None is the run's, else sotu.
         count: most documents.
         words: of each, from its beginning.
+        text_column: column of rows; None is the run's, else the one that holds text.
+        split: of a data set in parts; None is the run's, else what is scored (`preskip.data.corpus.load_corpus`).
         data_dir: folder of local data; None is the run's, else the default.
         quiet: no progress.
 
     Raises:
         PreskipError: a corpus that cannot be had, or fewer than 2 documents.
     """
-    documents = _documents(source, corpus, data_dir, quiet)
-    usable = [document for document in documents if len(document.text.split()) > 1]
+    documents = _documents(source, corpus, text_column, split, data_dir, quiet)
+    usable = [document for document in documents if count_words(document.text) != 1]
     if len(usable) < 2:
         raise PreskipError(f"{len(usable)} held-out document is too few for an interval: give another --corpus")
     seed = source.config.get("split_seed", 0)
@@ -49,26 +61,31 @@ def heldout_texts(
     return texts, [document.text for document in documents]
 
 
-def _documents(source: Source, corpus: str | None, data_dir: Path | None, quiet: bool) -> Sequence[Document]:
+def _documents(
+    source: Source, corpus: str | None, text_column: str | None, split: str | None, data_dir: Path | None, quiet: bool
+) -> Sequence[Document]:
     config = source.config
     own = config.get("corpus")
     stored = None if source.run is None else source.run / "data" / "heldout.json"
-    if corpus in (None, own) and stored is not None and stored.is_file():  # a run from scratch
+    is_own = corpus in (None, own) and own is not None
+    if is_own and stored is not None and stored.is_file():  # a run from scratch
         return [Document(entry["id"], entry["text"], entry["id"]) for entry in read_json(stored)[0]["documents"]]
     name = locate(corpus or own or DEFAULT_CORPUS, source.directory)
     given = data_dir or (locate(config["data_dir"], source.directory) if config.get("data_dir") else None)
     if name in (own and locate(own, source.directory), *EMBEDDED_CORPORA):
-        is_own = corpus in (None, own) and own is not None
-        options = {"text_column": config.get("text_column"), "split": config["corpus_split"]} if is_own else {}
+        if is_own:
+            text_column, split = text_column or config.get("text_column"), split or config["corpus_split"]
         return load_splits(
             name,
             data_dir=data_directory(given),
             heldout_fraction=config.get("heldout_fraction", 0.2),
             seed=config.get("split_seed", 0),
+            text_column=text_column,
+            split=split,
             progress=not quiet,
-            **options,
         ).heldout
-    return load_texts(name, data_dir=data_directory(given), progress=not quiet).documents
+    found = load_texts(name, data_dir=data_directory(given), text_column=text_column, split=split, progress=not quiet)
+    return found.documents
 
 
 def given_texts(given: Sequence[str]) -> list[Text]:
@@ -84,7 +101,7 @@ def given_texts(given: Sequence[str]) -> list[Text]:
         if not is_file and len(value.split()) == 1 and path.suffix in (".txt", ".md"):
             raise PreskipError(f"--text {value}: no such file")
         try:
-            text = path.read_text(encoding="utf-8") if is_file else value
+            text = clean_text(path.read_text(encoding="utf-8") if is_file else value)
         except (OSError, UnicodeDecodeError):
             raise PreskipError(f"--text {value} cannot be read: give a UTF-8 text file") from None
         if not text.strip():
