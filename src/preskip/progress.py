@@ -1,4 +1,7 @@
-"""What is said on the terminal: text as it stands, and the progress of long steps on stderr."""
+"""What is said on the terminal: text as it stands, and the progress of long steps on stderr.
+
+Nothing here ends the work that it shows: what goes wrong in showing it is passed over.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -73,7 +77,7 @@ def progress_display(description: str, *, quiet: bool = False) -> Iterator[Progr
         columns[1:1] = [BarColumn(bar_width=28)]
         columns[3:3] = [TimeElapsedColumn()]
         columns.append(_NoteColumn())
-    with Progress(*columns, console=out) as progress:
+    with _shown(Progress(*columns, console=out)) as progress:
         yield progress
 
 
@@ -95,7 +99,8 @@ def progress_bar(description: str, total: int, *, quiet: bool = False) -> Iterat
         task = progress.add_task(description, total=total)
 
         def advance(done: int, note: str = "") -> None:
-            progress.update(task, completed=done, note=note)
+            with suppress(Exception):
+                progress.update(task, completed=done, note=note)
 
         yield advance
 
@@ -187,14 +192,36 @@ def spinner(description: str, *, quiet: bool = False) -> Iterator[None]:
         with _beating(description, None, quiet=quiet):
             yield
         return
-    with out.status(Text(f"{description} ...")):
+    with _shown(out.status(Text(f"{description} ..."))):
         yield
 
 
+@contextmanager
+def _shown(display: Any) -> Iterator[Any]:
+    """A display of rich while a block runs: what fails in showing it does not end what it shows."""
+    with suppress(Exception):
+        display.start()
+    try:
+        yield display
+    finally:
+        with suppress(Exception):
+            display.stop()
+
+
+@contextmanager
+def drawn(what: str, *, quiet: bool = False) -> Iterator[None]:
+    """Draw results that are written already: where that fails it is said, and they are kept."""
+    try:
+        yield
+    except Exception as error:
+        say(f"no {what}: {' '.join(str(error).split()) or type(error).__name__}", quiet=quiet, style="yellow")
+
+
 def say(text: str, *, quiet: bool = False, style: str = "") -> None:
-    """Print one line on stderr, or nothing."""
+    """Print one line on stderr, or nothing; where stderr is closed or full, the work goes on without it."""
     if not quiet:
-        console(stderr=True, soft_wrap=True).print(text, style=style)
+        with suppress(Exception):
+            console(stderr=True, soft_wrap=True).print(text, style=style)
 
 
 class _NoteColumn(ProgressColumn):

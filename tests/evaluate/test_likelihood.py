@@ -8,7 +8,7 @@ import zoo
 from preskip.data.blocks import Window
 from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem
-from preskip.errors import PreskipError
+from preskip.errors import DivergedError, PreskipError
 from preskip.evaluate.likelihood import (
     check_causal,
     document_records,
@@ -18,7 +18,7 @@ from preskip.evaluate.likelihood import (
     score_sequences,
     token_scores,
 )
-from preskip.evaluate.texts import prepare_texts
+from preskip.evaluate.texts import prepare_texts, score_texts
 from tiny_model import tiny_llama
 from tiny_text import PROSE, tiny_tokenizer
 
@@ -166,13 +166,44 @@ def test_documents_of_a_group_are_a_cluster():
 def test_last_word_records():
     tokenizer, model = tiny_tokenizer(), tiny_llama()
     items = [LastWordItem("a#1", "a", "The ships waited for the", "harbor")]
-    windows = last_word_windows(items, tokenizer)
+    items, windows, left = last_word_windows(items, tokenizer)
+    assert left == []
     assert tokenizer.decode(windows[0].input_ids[windows[0].scored_from :]) == " harbor"
     (record,) = last_word_records("words", items, score_sequences(model, windows))
     nll, greedy = naive(model, windows[0])
     assert record["scores"]["nll"] == pytest.approx(nll, abs=1e-4)
     assert record["scores"]["acc"] == greedy
     assert (record["set"], record["id"], record["cluster"], record["target"]) == ("words", "a#1", "a", "harbor")
+
+
+def test_an_item_beyond_the_context_is_named_and_the_others_are_kept():
+    items = [LastWordItem("a#1", "a", "The ships waited for the", "harbor"), LastWordItem("b#1", "b", "a " * 90, "b")]
+    kept, windows, left = last_word_windows(items, tiny_tokenizer(), 40)
+    assert [item.id for item in kept] == ["a#1"]
+    assert len(windows) == 1
+    assert left[0].startswith("last-word item b#1: ")
+    assert left[0].endswith("tokens exceed the context of 40")
+
+
+def test_a_document_that_is_not_finite_is_named_and_the_others_are_kept(capsys):
+    """One embedding is NaN: the document that holds its token has no score, the other has the same as without it."""
+    tokenizer, model = tiny_tokenizer(), tiny_llama()
+    documents = [Document("a", "The ships waited.", "a"), Document("b", "The ships waited. Q now.", "b")]
+    (clean,) = score_texts(model, [prepare_texts("t", documents[:1], tokenizer, context_length=64)], tokenizer)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokenizer("Q")["input_ids"][0]] = float("nan")
+    text = prepare_texts("t", documents, tokenizer, context_length=64)
+    with pytest.raises(DivergedError):
+        score_texts(model, [text], tokenizer)
+    good, bad = score_texts(model, [text], tokenizer, keep_failed=True)
+    assert good["nll"] == pytest.approx(clean["nll"], rel=1e-6)
+    assert (bad["nll"], bad["failed"]) == (None, "its log-likelihood is NaN or infinite")
+    assert "t: 'b' left out: its log-likelihood is NaN" in capsys.readouterr().err
+
+
+def test_a_vocabulary_of_a_few_tokens_can_be_checked():
+    for size in (3, 4, 10):
+        check_causal(tiny_llama(vocab_size=size))
 
 
 def test_a_window_may_fill_the_whole_context():

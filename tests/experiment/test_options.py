@@ -32,7 +32,13 @@ def test_stored_runs_of_schema_2_are_read_and_written_back(path):
     later = set(written) - set(record["config"])
     assert {name: written[name] for name in later} == {
         name: value
-        for name, value in {"lora_scale": 1.0, "layers": None, "task_settings": asdict(TaskSettings())}.items()
+        for name, value in {
+            "lora_scale": 1.0,
+            "layers": None,
+            "task_settings": asdict(TaskSettings()),
+            "eval_text_column": None,
+            "eval_corpus_split": None,
+        }.items()
         if name in later
     }
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,7 +163,8 @@ def _follow(process: "subprocess.Popen[bytes]", wheel: Wheel, folders: tuple[Pat
         task = bar.add_task(f"Downloading {wheel.requirement}", total=wheel.size)
         while process.poll() is None:
             # The finished file lies in both places for a moment.
-            bar.update(task, completed=min(wheel.size, max(size_of(folder) for folder in folders)))
+            with suppress(Exception):  # what only shows progress must not end the download
+                bar.update(task, completed=min(wheel.size, max(size_of(folder) for folder in folders)))
             time.sleep(0.1)
         if process.returncode == 0:
             bar.update(task, completed=wheel.size)

@@ -153,7 +153,8 @@ def explain(
     except BaseException:
         shutil.rmtree(workspace, ignore_errors=True)
         raise
-    written = save_figures(content, figures) if figures is not None else []
+    written = figures and written_or_said(lambda folder: save_figures(content, folder), figures, "figures", as_json)
+    written = written or []
     if as_json:
         shown = {key: value for key, value in content.items() if key != "documents"}
         print(

@@ -102,16 +102,16 @@ def make_run(
     asked = None if resume is not None else _asked(course.kind, given, config)
     if asked is not None:
         check_experiment(asked)
-        out = out or default_out(asked.subject, asked.corpus)
-        check_place(out)
+        places = [out] if out is not None else free_places(default_out(asked.subject, asked.corpus))
+        check_place(places[0])
     with spinner("loading libraries", quiet=as_json):
         quiet_libraries()
         from preskip.experiment.run import finish_run, start_run
         from preskip.runs.directory import RunDirectory
         from preskip.runs.environment import resolve_dtype
-    if asked is not None and out is not None:
+    if asked is not None:
         share_batch(asked.batch_size, asked.micro_batch)
-        run = start_run(asked, out, ["preskip", *sys.argv[1:]])
+        run = _started(lambda path: start_run(asked, path, ["preskip", *sys.argv[1:]]), places)
         reason = resolve_dtype(asked.dtype, run.manifest["config"]["device"])[1]
     else:
         run, reason = RunDirectory.open(resume), "as before"  # type: ignore[arg-type]
@@ -158,6 +158,23 @@ def _follow(course: Course, given: Mapping[str, Any], file: Path | None, resume:
         sys.exit(1)  # the main process says why
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has nothing to tidy, and waits where Python sees no signals
     follow_run(device)
+
+
+def _started(start: Callable[[Path], RunDirectory], places: Sequence[Path]) -> RunDirectory:
+    """The new run, at the first of the places that no other run has taken meanwhile."""
+    for path in places[:-1]:
+        try:
+            return start(path)
+        except PreskipError:
+            if not path.exists():
+                raise
+    return start(places[-1])
+
+
+def free_places(named: Path) -> list[Path]:
+    """Where a run may be that was given no place; of two that are started in one second, each finds its own."""
+    numbered = [named, *(named.with_name(f"{named.name}-{number}") for number in range(2, 100))]
+    return [path for path in numbered if not path.exists()]
 
 
 def default_out(*names: str) -> Path:
@@ -216,11 +233,8 @@ def write_report(run: RunDirectory, quiet: bool) -> Path | None:
 
 def written_or_said(write: Callable[[Path], Written], folder: Path, what: str, quiet: bool) -> Written | None:
     """What `write` makes of a folder, or None where it cannot: the reason is said, and what is stored stays."""
-    from preskip.progress import say, spinner
+    from preskip.progress import drawn, spinner
 
-    try:
-        with spinner(f"writing {what}", quiet=quiet):
-            return write(folder)
-    except PreskipError as error:
-        say(f"no {what}: {error}", quiet=quiet, style="yellow")
-        return None
+    with drawn(what, quiet=quiet), spinner(f"writing {what}", quiet=quiet):
+        return write(folder)
+    return None

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from preskip.assets import load_model
+from preskip.data.blocks import check_vocabulary
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
 from preskip.evaluate.published import accuracy_distance, perplexity_distance, published_figures, recognise_published
@@ -103,6 +104,7 @@ def dtype_audit(
                 model = load_model(model_name, getattr(torch, weights), device, attn_implementation, trust_remote_code)
             loaded = weights
         if label == REFERENCE:
+            check_vocabulary(model, tokenizer)
             check_causal(model)
             rounded = _share_rounded(model)
             name = published or recognise_published(model_name, model.config)

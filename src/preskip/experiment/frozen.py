@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -84,9 +85,12 @@ class Frozen(Prepared):
             raise PreskipError(
                 f"{longest} tokens exceed the model's context of {limit}: lower --seq-len/--context-length"
             )
-        context = _context(config, base)
         arms = resolve_arms(config.arms)
-        described = {arm.name: _arm_facts(arm, context, config) for arm in arms}
+        try:
+            context = _context(config, base)
+            described = {arm.name: _arm_facts(arm, context, config) for arm in arms}
+        except PreskipError as error:
+            raise PreskipError(_in_options(str(error))) from None
         with spinner("preparing the held-out texts", quiet=quiet):
             heldout = prepare_heldout(config, corpora, tokenizer, limit, local_data(config, directory), quiet)
         blocks = _training_blocks(config, splits, tokenizer, quiet)
@@ -177,6 +181,14 @@ class Frozen(Prepared):
         passes = ablation_passes(built.model, text.windows, batch_tokens)
         with progress_bar(f"ablate {label}", passes, quiet=self.quiet) as advance:
             return ablate(built.model, text.windows, text.owners, sizes, batch_tokens=batch_tokens, advance=advance)
+
+
+def _in_options(text: str) -> str:
+    """A message about fields of a PEFT configuration, in the options that stand for them."""
+    text = re.sub(r"layers_to_transform=\[([\d, ]+)\]", lambda found: f"--layers {found[1].replace(' ', '')}", text)
+    for field in ("target_modules", "exclude_modules"):
+        text = text.replace(f"{field}=", f"--{field.replace('_', '-')} ").replace(field, f"--{field.replace('_', '-')}")
+    return text.replace("layers_to_transform", "--layers")
 
 
 def _context(config: ProbeConfig, base: nn.Module) -> ArmContext:

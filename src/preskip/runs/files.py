@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from preskip.errors import PreskipError
 
 # Ends the names of files that are being written.
 TEMPORARY = ".tmp"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @contextmanager
@@ -112,7 +114,7 @@ def write_json(path: Path, value: Any) -> None:
         PreskipError: a number is not finite, or the disk is full.
     """
     try:
-        text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+        text = _json(value, indent=1)
     except ValueError as error:
         raise PreskipError(f"{path.name} would hold NaN or infinity: a result is not finite ({error})") from error
     write_text(path, text + "\n")
@@ -125,7 +127,13 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         for key, value in {**row, **row.get("scores", {})}.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise PreskipError(f"{path.name} line {number}: {key} is {value}: a result is not finite")
-    write_text(path, "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(_json(row) + "\n" for row in rows))
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """JSON in UTF-8; half of a surrogate pair, as in a path that is not UTF-8, is escaped."""
+    text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
+    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def read_json(path: Path) -> Any:

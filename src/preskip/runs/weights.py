@@ -27,7 +27,8 @@ def adapter_folders(folder: Path) -> list[Path]:
         Folders with an adapter_config.json; none where there is no adapter.
 
     Raises:
-        PreskipError: one of the stacked adapters is missing.
+        PreskipError: one of the stacked adapters is missing, or they are no stack: adapters of one type with numbers
+            for names.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         return [folder]
@@ -35,7 +36,12 @@ def adapter_folders(folder: Path) -> list[Path]:
     missing = set(range(1, max(2, *numbers) + 1)) - numbers if numbers else set()
     if missing:
         raise PreskipError(f"adapter {folder} holds stacked adapters, but number {min(missing)} is missing")
-    return [folder / str(number) for number in sorted(numbers)]
+    parts = [folder / str(number) for number in sorted(numbers)]
+    kinds = [read_json(part / ADAPTER_CONFIG).get("peft_type") for part in parts]
+    if len(set(kinds)) < len(kinds):  # what is stacked is of different types
+        names = ", ".join(part.name for part in parts)
+        raise PreskipError(f"adapter {folder} holds {len(parts)} adapters, {names}: give one of them, e.g. {parts[0]}")
+    return parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,21 +194,24 @@ def _adapter(path: Path) -> Source:
         raise PreskipError(
             f"{path} holds a {' and a '.join(kinds)} adapter, which has no branch: give a Preskip adapter"
         )
-    place = path.resolve()
-    match place.parts[-4:]:
-        case ("arms", arm, seed, _) if re.fullmatch(r"seed-\d+", seed) and (place.parents[3] / "run.json").is_file():
-            run = place.parents[3]
-            return Source(
-                kind="adapter",
-                name=run.name,
-                weights=path,
-                is_checkpoint=False,
-                arm=arm,
-                seed=int(seed.removeprefix("seed-")),
-                run=run,
-                manifest=RunDirectory.open(run).manifest,
-            )
-    return Source(kind="adapter", name=place.name, weights=path, is_checkpoint=False)
+    # A run, or a folder in it, may be reached through a link: first as it is named, then where it lies.
+    for place in (path.absolute(), path.resolve()):
+        match place.parts[-4:]:
+            case ("arms", arm, seed, _) if (
+                re.fullmatch(r"seed-\d+", seed) and (place.parents[3] / "run.json").is_file()
+            ):
+                run = place.parents[3]
+                return Source(
+                    kind="adapter",
+                    name=run.name,
+                    weights=path,
+                    is_checkpoint=False,
+                    arm=arm,
+                    seed=int(seed.removeprefix("seed-")),
+                    run=run,
+                    manifest=RunDirectory.open(run).manifest,
+                )
+    return Source(kind="adapter", name=path.resolve().name, weights=path, is_checkpoint=False)
 
 
 def _checkpoint(path: Path) -> Source:

@@ -25,15 +25,17 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     """
     peak = PeakMemory()
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        with suppress(Exception):
+            torch.cuda.reset_peak_memory_stats(device)
         yield peak
-        peak.bytes = torch.cuda.max_memory_allocated(device)
+        with suppress(Exception):
+            peak.bytes = torch.cuda.max_memory_allocated(device)
         return
-    process, done = psutil.Process(), threading.Event()
+    done = threading.Event()
 
     def sample() -> None:
-        with suppress(psutil.Error):  # what only measures must not end the work
-            peak.bytes = max(peak.bytes, process.memory_info().rss)
+        with suppress(Exception):  # what only measures must not end the work
+            peak.bytes = max(peak.bytes, psutil.Process().memory_info().rss)
 
     def watch() -> None:
         sample()
