@@ -77,7 +77,7 @@ def progress_display(description: str, *, quiet: bool = False) -> Iterator[Progr
         columns[1:1] = [BarColumn(bar_width=28)]
         columns[3:3] = [TimeElapsedColumn()]
         columns.append(_NoteColumn())
-    with _shown(Progress(*columns, console=out)) as progress:
+    with _shown(_Display(*columns, console=out)) as progress:
         yield progress
 
 
@@ -199,10 +199,12 @@ def spinner(description: str, *, quiet: bool = False) -> Iterator[None]:
 @contextmanager
 def _shown(display: Any) -> Iterator[Any]:
     """A display of rich while a block runs: what fails in showing it does not end what it shows."""
+    started = False
     with suppress(Exception):
         display.start()
+        started = True
     try:
-        yield display
+        yield display if started else None
     finally:
         with suppress(Exception):
             display.stop()
@@ -222,6 +224,12 @@ def say(text: str, *, quiet: bool = False, style: str = "") -> None:
     if not quiet:
         with suppress(Exception):
             console(stderr=True, soft_wrap=True).print(text, style=style)
+
+
+class _Display(Progress):
+    def refresh(self) -> None:
+        with suppress(Exception):  # tasks are added and updated whether or not they can be drawn
+            super().refresh()
 
 
 class _NoteColumn(ProgressColumn):
