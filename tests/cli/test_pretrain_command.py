@@ -287,7 +287,8 @@ def test_a_corrupt_shard_is_refused_by_a_cell_and_mended_by_a_resume(again, fini
 
 def test_other_text_under_the_same_name_is_refused(again, corpus, tmp_path, capsys):
     record = stored(again, "run.json")
-    other = write_corpus(tmp_path / "records.jsonl", documents=20)
+    other = write_corpus(tmp_path / "records.jsonl")
+    other.write_text(other.read_text().replace("record", "report"))
     record["config"]["corpus"] = str(other)
     (again / "run.json").write_text(json.dumps(record))
     assert call("--resume", again) == 1
