@@ -124,7 +124,7 @@ def texts() -> Iterator[Odd]:
     yield of_bytes("e.txt", b"", None)
     yield of_bytes("f.txt", b" \n\n\t", None)
     yield of_bytes("g.md", joined.encode(), PROSE)
-    yield of_bytes("h.txt.gz", gzip.compress(joined.encode()), None)
+    yield of_bytes("h.txt.gz", gzip.compress(joined.encode(), mtime=0), None)
     yield of_bytes("i.pdf", b"%PDF-1.4", None)
 
 
@@ -158,7 +158,7 @@ def lines() -> Iterator[Odd]:
         yield of_bytes(f"l.{suffix}", jsonl('{"n": ' + "9" * 5000 + "}"), None)
     for suffix in ("jsonl", "jsonl.gz"):
         twice = b'{"text": "one", "id": 1}\n{"text": "two", "id": 1}'
-        packed = gzip.compress(twice) if suffix.endswith("gz") else twice
+        packed = gzip.compress(twice, mtime=0) if suffix.endswith("gz") else twice
         yield of_bytes(f"m.{suffix}", packed, None if suffix == "jsonl" else ["one", "two"])
     yield of_bytes("n.json", json.dumps(PROSE).encode(), PROSE)
     yield of_bytes("o.json", json.dumps([*PROSE, {"text": "mixed"}]).encode(), None)
@@ -177,7 +177,7 @@ def tables() -> Iterator[Odd]:
     for name, separator in (("a.csv", ";"), ("b.csv", "\t"), ("c.csv", "|"), ("d.tsv", ","), ("e.csv.gz", ";")):
         rows = [f"n{separator}text", *(f'{n}{separator}"{text}"' for n, text in enumerate(PROSE))]
         raw = "\n".join(rows).encode()
-        yield of_bytes(name, gzip.compress(raw) if name.endswith("gz") else raw, PROSE)
+        yield of_bytes(name, gzip.compress(raw, mtime=0) if name.endswith("gz") else raw, PROSE)
     yield of_bytes("f.csv", "\n".join(f"{n},{text}" for n, text in enumerate(PROSE)).encode(), None)
     yield of_bytes("g.csv", "\n".join(PROSE).encode(), None)
     yield of_bytes("h.csv", b"text\nHello, world\nFoo", None)
