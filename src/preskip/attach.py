@@ -23,15 +23,26 @@ from preskip.errors import PreskipError
 
 CHILD = "preskip"
 
-# Names under which a block holds its self-attention, most specific first.
-ATTENTION_NAMES = ("self_attn", "self_attention", "attention", "attn")
+# Paths under which a block holds its self-attention, most specific first. T5's blocks are lists of parts; Zamba's share
+# one transformer among several layers.
+ATTENTION_NAMES = (
+    "self_attn", "self_attention", "attention", "attn", "layer.0.SelfAttention", "layer.0.LocalSelfAttention",
+    "layer.0.TransientGlobalSelfAttention", "shared_transformer.self_attn",
+)  # fmt: skip
+
+# Names for whatever mixes the tokens of a block: attention only where the class says so (Nemotron-H, RecurrentGemma).
+MIXER_NAMES = ("mixer", "temporal_block")
 
 # What transformers' configs call layers whose mixing of tokens is no attention, whatever their modules are called.
-OTHER_LAYERS = ("linear_attention", "conv", "moe")
+OTHER_LAYERS = ("linear_attention", "conv", "moe", "mamba", "recurrent")
+
+# `layers_to_transform` and `--layers`: every layer that has attention.
+ATTENTION_LAYERS = "attention"
 
 # Linear layers that read an attention's hidden_states, to learn its width from; Conv1D (GPT-2) stores its transpose.
 INPUT_PROJECTIONS = (
     "q_proj", "qkv_proj", "query_key_value", "query", "Wqkv", "c_attn", "q_a_proj", "qkv", "in_proj", "wqkv", "W_pack",
+    "q", "q_lin",
 )  # fmt: skip
 
 # Blocks that norm the attention's output before the residual sum. Keyed by class, because the name alone lies:
@@ -50,6 +61,10 @@ POST_ATTENTION_NORMS = {
     "Olmo2DecoderLayer": "post_attention_layernorm",
     "Olmo3DecoderLayer": "post_attention_layernorm",
 }
+
+
+# Arguments of an attention that bring keys, values or queries from elsewhere (DeBERTa's decoding passes its queries).
+ELSEWHERE = ("key_value_states", "encoder_hidden_states", "query_states")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +132,8 @@ def find_sites(model: nn.Module) -> Sites:
         others = {i for i, kind in enumerate(kinds_of) if kind in OTHER_LAYERS} if len(kinds_of) == len(stack) else ()
         targets = [None if index in others else _attention_of(block) for index, block in enumerate(stack)]
         if not any(targets):
-            seen[stack_name] = [name for name, _ in stack[0].named_children()]
+            kinds = sorted({f"({kinds_of[index]})" for index in others})
+            seen[stack_name] = [*(name for name, _ in stack[0].named_children()), *kinds]
             continue
         for index, target in enumerate(targets):
             if target is None:
@@ -126,21 +142,31 @@ def find_sites(model: nn.Module) -> Sites:
                 name = f"{stack_name}.{index}.{target}"
                 sites.append(AttentionSite(name=name, target=target, stack=stack_name, layer=index))
     if not sites:
-        kinds = "; ".join(f"{name}: {', '.join(children) or 'no children'}" for name, children in seen.items())
+        found = "; ".join(f"{name}: {', '.join(children) or 'no children'}" for name, children in seen.items())
+        names = ", ".join(name for name in ATTENTION_NAMES if "." not in name)
         raise PreskipError(
-            f"no self-attention found in {type(model).__name__} (looked for {', '.join(ATTENTION_NAMES)} in its "
-            f"blocks{f'; found {kinds}' if kinds else ''}): name the modules with target_modules"
+            f"no self-attention found in {type(model).__name__} (looked for {names} in its "
+            f"blocks{f'; found {found}' if found else ''}): name the modules with target_modules, if it has any"
         )
     return Sites(attentions=tuple(sites), blocks_without=tuple(without))
 
 
 def _attention_of(block: nn.Module) -> str | None:
-    children = dict(block.named_children())
-    name = next((name for name in ATTENTION_NAMES if name in children), None)
-    if name is None or not any(True for _ in children[name].parameters()):
-        return None
-    inner = dict(children[name].named_children())
-    return f"{name}.self" if {"self", "output"} <= set(inner) else name
+    for name in (*ATTENTION_NAMES, *MIXER_NAMES):
+        found = _descendant(block, name)
+        if found is None or (name in MIXER_NAMES and not type(found).__name__.endswith("Attention")):
+            continue
+        if not any(True for _ in found.parameters()):
+            return None
+        return f"{name}.self" if {"self", "output"} <= {child for child, _ in found.named_children()} else name
+    return None
+
+
+def _descendant(block: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = block
+    for part in path.split("."):
+        found = found._modules.get(part) if found is not None else None
+    return found
 
 
 def input_width(attention: nn.Module, default: int | None = None) -> int:
@@ -232,7 +258,8 @@ def check_layers(model: nn.Module, sites: Sites, layers: Sequence[int] | None) -
         if sites.blocks_without:
             raise PreskipError(
                 f"{type(model).__name__} has blocks without a known self-attention: "
-                f"{_some(list(sites.blocks_without))}; give layers_to_transform={sites.layers} to adapt only the others"
+                f"{_some(list(sites.blocks_without))}; give layers_to_transform={sites.layers} to adapt only the "
+                f"others, or {ATTENTION_LAYERS!r}, which means the same"
             )
     elif not layers or not set(layers) <= set(sites.layers):
         first, last = sites.layers[0], sites.layers[-1]
@@ -241,6 +268,21 @@ def check_layers(model: nn.Module, sites: Sites, layers: Sequence[int] | None) -
             f"layers_to_transform={list(layers)} is not possible: {type(model).__name__} has attention in layers "
             f"{available}"
         )
+
+
+def choose_layers(model: nn.Module, sites: Sites, layers: Sequence[int] | str | None) -> list[int] | None:
+    """Layer indices, checked (`check_layers`); `ATTENTION_LAYERS` becomes those that have attention, None stays.
+
+    Raises:
+        PreskipError: as `check_layers`, or another text.
+    """
+    if isinstance(layers, str) and layers != ATTENTION_LAYERS:
+        raise PreskipError(
+            f"layers_to_transform={layers!r} is not possible: give layer indices or {ATTENTION_LAYERS!r}"
+        )
+    chosen = None if layers is None else sites.layers if isinstance(layers, str) else list(layers)
+    check_layers(model, sites, chosen)
+    return chosen
 
 
 def coverage(names: Iterable[str], sites: Sites, layers: Iterable[int]) -> str:
@@ -289,7 +331,7 @@ def with_hidden_states(
 
 
 def _replace_input(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    if kwargs.get("key_value_states") is not None or kwargs.get("encoder_hidden_states") is not None:
+    if any(kwargs.get(name) is not None for name in ELSEWHERE):
         raise PreskipError(
             f"{type(attention).__name__} runs as cross-attention: a branch can only enrich self-attention"
         )

@@ -7,14 +7,17 @@ branch. Both look like any other attention from outside.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from preskip.attach import hidden_states_of
+from preskip.attach import ELSEWHERE, find_sites, hidden_states_of
 from preskip.errors import PreskipError
 
 # The classes of attention on which the method's equation is tested (tests/adapter/test_families.py).
@@ -28,6 +31,9 @@ TESTED = {
 TOKENS = 4
 
 
+Call = tuple[tuple, dict[str, Any]]
+
+
 class _Seen(Exception):
     """The attention has been called: the rest of the pass is not needed."""
 
@@ -35,28 +41,40 @@ class _Seen(Exception):
 def check_role(model: nn.Module, paths: Sequence[str]) -> None:
     """Refuse an attention whose output or input is not what the method needs; one of each untested class is tried.
 
+    A tested class is tried, too, where it stands elsewhere than in a block's self-attention.
+
     Args:
         model: the base; nothing of it is changed.
         paths: of the attention modules that would get a branch.
 
     Raises:
-        PreskipError: the class and the reason: its output is not [B, T, d], holds a residual or a norm, or the hidden
-            states reach it twice; or the model could not be run on a small input, so that nothing is known.
+        PreskipError: the class and the reason: its output is not [B, T, d], holds a residual or a norm, is no softmax
+            over tokens, or it reads more of the tokens than the hidden states given once; or the model could not be
+            run on a small input, so that nothing is known.
     """
-    chosen: dict[str, str] = {}
+    try:
+        known = {site.name for site in find_sites(model).attentions}
+    except PreskipError:
+        known = set()
+    chosen: dict[tuple[str, str], str] = {}
     for path in paths:
-        kind = type(model.get_submodule(path)).__name__
-        if kind not in TESTED:
-            chosen.setdefault(kind, path)
-    for kind, path in chosen.items():
-        if problem := _problem(model.get_submodule(path), *_call(model, kind, path)):
-            raise PreskipError(f"{kind} at {path} cannot have a branch: {problem}; leave it out with exclude_modules")
+        kind = type(model.get_submodule(path))
+        is_tested = kind.__name__ in TESTED and kind.__module__.startswith("transformers.")
+        if not (is_tested and path in known):
+            chosen.setdefault((kind.__name__, path.rpartition(".")[2]), path)
+    for (name, _), path in chosen.items():
+        implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        if problem := _problem(model.get_submodule(path), *_calls(model, name, path), implementation):
+            raise PreskipError(
+                f"{name} at {path} cannot have a branch: {problem}; leave it out with exclude_modules or "
+                "layers_to_transform"
+            )
 
 
-def _call(model: nn.Module, kind: str, path: str) -> tuple[tuple, dict[str, Any]]:
-    """Arguments with which a model calls one of its attention modules: the innermost model that can be run."""
+def _calls(model: nn.Module, kind: str, path: str) -> tuple[Call, Call]:
+    """How a model calls one of its attention modules on two inputs: the innermost model that can be run."""
     attention = model.get_submodule(path)
-    calls: list[tuple[tuple, dict[str, Any]]] = []
+    calls: list[Call] = []
 
     def keep(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         calls.append((args, kwargs))
@@ -66,13 +84,15 @@ def _call(model: nn.Module, kind: str, path: str) -> tuple[tuple, dict[str, Any]
     handle = attention.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
     try:
         for around in _models_around(model, path):
+            calls.clear()
             try:
-                with torch.no_grad(), _evaluating(around):
-                    around(**small_input(around))
-            except _Seen:
-                return calls[0]
+                for number in (0, 1):
+                    with torch.no_grad(), _evaluating(around), suppress(_Seen):
+                        around(**small_input(around, number))
             except Exception as error:  # whatever a model raises on an input that is not for it
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            if len(calls) == 2:
+                return calls[0], calls[1]
     finally:
         handle.remove()
     raise PreskipError(
@@ -102,11 +122,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def small_input(model: Any) -> dict[str, torch.Tensor]:
+def small_input(model: Any, number: int = 0) -> dict[str, torch.Tensor]:
     """A few tokens, a picture or a sound, as the model's config describes what it reads.
 
     Args:
         model: a transformers model.
+        number: 0 or 1, for one input or another.
 
     Raises:
         PreskipError: it has no config that tells.
@@ -114,39 +135,61 @@ def small_input(model: Any) -> dict[str, torch.Tensor]:
     config = getattr(model, "config", None)
     if config is None:
         raise PreskipError(f"{type(model).__name__} has no config that tells what it reads")
-    weight = next(weight for weight in model.parameters() if weight.is_floating_point())
+    weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+    # Weights that accelerate keeps on disk are on the meta device; what runs is where the others are.
+    weight = next((weight for weight in weights if not weight.is_meta), weights[0])
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None) or weight.device
+    floats = partial(torch.full, fill_value=float(number), device=device, dtype=weight.dtype)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    ids = torch.arange(TOKENS, device=weight.device)[None] % getattr(text, "vocab_size", TOKENS)  # [1, T]
+    names = inspect.signature(model.forward).parameters
+    ids = _plain_ids(text, number).to(device)  # [1, T]
     main = getattr(model, "main_input_name", "input_ids")
     values: dict[str, torch.Tensor] = {}
     vision = getattr(config, "vision_config", config)
     if main == "input_ids" or hasattr(config, "text_config"):
         values["input_ids"] = ids
-    if main == "pixel_values" or (main == "input_ids" and hasattr(config, "projection_dim")):
-        size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-        shape = (1, getattr(vision, "num_channels", 3), size, size)
-        values["pixel_values"] = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+    if main == "pixel_values" or (hasattr(config, "text_config") and hasattr(config, "projection_dim")):
+        channels = getattr(vision, "num_channels", 3)
+        if "spatial_shapes" in names:  # SigLIP 2 reads patches
+            values["pixel_values"] = floats((1, TOKENS, channels * vision.patch_size**2))
+            values["pixel_attention_mask"] = torch.ones((1, TOKENS), dtype=torch.long, device=device)
+            values["spatial_shapes"] = torch.tensor([[2, TOKENS // 2]], device=device)
+        else:
+            size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+            values["pixel_values"] = floats((1, channels, size, size))
     if main == "input_features":
-        shape3 = (1, config.num_mel_bins, 2 * config.max_source_positions)
-        values["input_features"] = torch.zeros(shape3, device=weight.device, dtype=weight.dtype)
+        values["input_features"] = floats((1, config.num_mel_bins, 2 * config.max_source_positions))
     if main == "input_values":
-        values["input_values"] = torch.zeros((1, 4000), device=weight.device, dtype=weight.dtype)
-    if getattr(config, "is_encoder_decoder", False):
+        values["input_values"] = floats((1, 4000))
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
         values["decoder_input_ids"] = ids
     return values
 
 
-def _problem(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """What is wrong with an attention, or None."""
+def _plain_ids(config: Any, number: int) -> torch.Tensor:
+    """Token ids [1, T], of which a model knows nothing special where there are others."""
+    vocabulary = getattr(config, "vocab_size", TOKENS)
+    special = {value for key, value in vars(config).items() if key.endswith(("_token_id", "_token_index"))}
+    plain = [token for token in range(min(vocabulary, 8 * TOKENS)) if token not in special] or [0]
+    return torch.tensor([[plain[(number * TOKENS + index) % len(plain)] for index in range(TOKENS)]])
+
+
+def _problem(attention: nn.Module, call: Call, other: Call, implementation: str | None) -> str | None:
+    """What is wrong with an attention, or None; it was called in two ways, on two inputs of the model."""
+    args, kwargs = call
+    if any(kwargs.get(name) is not None for name in ELSEWHERE):
+        return "it runs as cross-attention"
     hidden_states = hidden_states_of(args, kwargs)
-    rest = [*enumerate(args[1:], 2), *((name, value) for name, value in kwargs.items() if name != "hidden_states")]
-    for name, value in rest:
-        is_same = isinstance(value, torch.Tensor) and value.shape == hidden_states.shape
-        if is_same and torch.equal(value, hidden_states):
+    others = dict(_tensors(*other))
+    for name, value in _tensors(args, kwargs):
+        if value.shape == hidden_states.shape and torch.equal(value, hidden_states):
             return f"it is given the hidden states once more, as its argument {name}, which a branch would not enrich"
+        if name in others and value.shape == others[name].shape and not torch.equal(value, others[name]):
+            return f"its argument {name} depends on the tokens, too, and a branch would not enrich it"
     if hidden_states.is_meta:
         return "its weights are on the meta device, where nothing can be computed to check it"
-    with torch.no_grad(), ExitStack() as stack:
+    functions = _Functions()
+    with torch.no_grad(), functions, ExitStack() as stack:
         stack.enter_context(_evaluating(attention))
         for module in attention.modules():
             if is_linear(module):
@@ -161,7 +204,30 @@ def _problem(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str |
             "its output is not 0 where all its projections give 0, so it holds a residual, a norm or projections that "
             "are no linear layers"
         )
+    if implementation in ("eager", "sdpa") and not functions.softmax:  # kernels of their own cannot be seen
+        return "it mixes tokens without a softmax, so it is another kind of layer"
     return None
+
+
+def _tensors(args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The numbers that a call gives beside the hidden states, by name or place."""
+    named = {**{str(place): value for place, value in enumerate(args[1:], 2)}, **kwargs}
+    for name, value in named.items():
+        if name != "hidden_states" and isinstance(value, torch.Tensor) and value.is_floating_point():
+            yield name, value
+
+
+class _Functions(TorchFunctionMode):
+    """Looks whether a softmax is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmax = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        name = getattr(func, "__name__", "")
+        self.softmax = self.softmax or "softmax" in name or name == "scaled_dot_product_attention"
+        return func(*args, **(kwargs or {}))
 
 
 def is_linear(module: nn.Module) -> bool:

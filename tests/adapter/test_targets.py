@@ -99,14 +99,16 @@ class Hybrid(nn.Module):
         self.config = llama.config
         self.layers = llama.model.layers
         for index in (1, 3):
-            self.layers[index].mixer = self.layers[index].self_attn
+            self.layers[index].token_mixer = self.layers[index].self_attn
             del self.layers[index].self_attn
 
 
 def test_blocks_without_attention_are_named_and_can_be_left_out() -> None:
     model = Hybrid()
     before = fingerprint(model)
-    with pytest.raises(PreskipError, match=r"Hybrid has blocks without .*: layers.1, layers.3; give .*=\[0, 2\]"):
+    with pytest.raises(
+        PreskipError, match=r"Hybrid has blocks without .*: layers.1, layers.3; give .*=\[0, 2\].*, or 'attention'"
+    ):
         get_peft_model(model, PreskipConfig())
     with pytest.raises(PreskipError, match=r"layers_to_transform=\[1\].*Hybrid has attention in layers \[0, 2\]"):
         get_peft_model(model, PreskipConfig(layers_to_transform=[1]))
@@ -183,11 +185,11 @@ def test_a_failure_half_way_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(zoo.logits(adapter, "bert"), logits)
 
 
-@pytest.mark.parametrize("kind", ["t5", "mamba"])
+@pytest.mark.parametrize("kind", ["xlnet", "mamba"])
 def test_unknown_models_are_refused_with_what_they_have(kind: str) -> None:
-    if kind == "t5":
-        config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
-        model, found = transformers.T5ForConditionalGeneration(config), "encoder.block: layer"
+    if kind == "xlnet":
+        config = transformers.XLNetConfig(vocab_size=64, d_model=16, n_layer=2, n_head=4, d_inner=32)
+        model, found = transformers.XLNetLMHeadModel(config), "transformer.layer: rel_attn, ff"
     else:
         config = transformers.MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
         model, found = transformers.MambaForCausalLM(config), "backbone.layers: norm, mixer"

@@ -55,7 +55,8 @@ class PreskipConfig(_BranchConfig):
             decoder.
         exclude_modules: names or a regular expression of modules to leave out.
         modules_to_save: other modules to train and save whole, e.g. a classification head.
-        layers_to_transform: layer index or indices to adapt. Default: all.
+        layers_to_transform: layer index or indices to adapt, or "attention": all that have attention, which the hybrids
+            with other layers need said. Default: all.
         layers_pattern: name of the list of blocks, where a model has several.
 
     Raises:
@@ -72,8 +73,8 @@ class PreskipConfig(_BranchConfig):
     modules_to_save: Optional[list[str]] = field(
         default=None, metadata={"help": "Other modules to train and save whole."}
     )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "Layer indices to adapt. Default: all."}
+    layers_to_transform: Optional[Union[list[int], int, str]] = field(
+        default=None, metadata={"help": "Layer indices to adapt, or 'attention'. Default: all."}
     )
     layers_pattern: Optional[Union[list[str], str]] = field(
         default=None, metadata={"help": "Name of the list of blocks, where a model has several."}

@@ -23,7 +23,7 @@ from preskip.attach import (
     INPUT_PROJECTIONS,
     Sites,
     attach,
-    check_layers,
+    choose_layers,
     coverage,
     detach,
     find_sites,
@@ -91,9 +91,14 @@ class PreskipModel(BaseTuner):
     def _resolve_targets(self, model: nn.Module, config: PreskipConfig) -> None:
         """Fill in the default targets and refuse, before anything is changed, what cannot be adapted whole."""
         sites = find_sites(model) if config.target_modules is None else None
+        if sites is not None and sites.blocks_without and config.layers_to_transform is None:
+            _check_roles(model, [site.name for site in sites.attentions])  # before advice to choose among them
         layers = _layer_list(config)
+        if sites is not None or isinstance(layers, str):
+            layers = choose_layers(model, sites or find_sites(model), layers)
+        if isinstance(config.layers_to_transform, str):
+            config.layers_to_transform = layers
         if sites is not None:
-            check_layers(model, sites, layers)
             _set_default_targets(model, sites, config)
         inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, PreskipLayer))
         keys = [key for key, _ in model.named_modules() if key and not f"{key}.".startswith(inside)]
@@ -105,6 +110,10 @@ class PreskipModel(BaseTuner):
             )
         for key in matched:
             _check_is_attention(key, model.get_submodule(key))
+        nested = [key for key in matched if any(key.startswith(f"{other}.") for other in matched)]
+        if nested:
+            raise PreskipError(f"{nested[0]} lies inside another target: name one module per layer in target_modules")
+        _check_roles(model, matched)
         if sites is not None and config.exclude_modules is None:
             problem = coverage(matched, sites, sites.layers if layers is None else layers)
             if problem:
@@ -112,12 +121,8 @@ class PreskipModel(BaseTuner):
         for layer in layers or ():
             if not any(f".{layer}." in f".{key}." for key in matched) and config.exclude_modules is None:
                 raise PreskipError(f"layers_to_transform: layer {layer} gets no branch, only {', '.join(matched)}")
-        nested = [key for key in matched if any(key.startswith(f"{other}.") for other in matched)]
-        if nested:
-            raise PreskipError(f"{nested[0]} lies inside another target: name one module per layer in target_modules")
         for key in matched:
             self._placement(model, key, config)
-        check_role(model, [key for key in matched if not hasattr(model.get_submodule(key), CHILD)])
         wanted = config.modules_to_save or []
         if wanted and not any(key.rpartition(".")[2] in wanted or key.endswith(tuple(wanted)) for key in keys):
             raise PreskipError(f"modules_to_save={list(wanted)} match nothing in {type(model).__name__}")
@@ -243,9 +248,9 @@ def _has_tuner_layers(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def _layer_list(config: PreskipConfig) -> list[int] | None:
+def _layer_list(config: PreskipConfig) -> Any:
     layers = config.layers_to_transform
-    return [layers] if isinstance(layers, int) else (list(layers) if layers is not None else None)
+    return [layers] if isinstance(layers, int) else layers
 
 
 def _set_default_targets(model: nn.Module, sites: Sites, config: PreskipConfig) -> None:
@@ -273,10 +278,15 @@ def _check_is_attention(key: str, module: Any) -> None:
     if {"self", "output"} <= children.keys():
         raise PreskipError(f"{key} holds its attention and the sum behind it: target {key.rpartition('.')[2]}.self")
     is_linear = hasattr(inner, "in_features") or isinstance(inner, (nn.Embedding, nn.ModuleList, nn.ModuleDict))
-    is_named_so = key.rpartition(".")[2] in ATTENTION_NAMES or type(inner).__name__.endswith(("Attention", "Attn"))
+    is_named_so = key.endswith(ATTENTION_NAMES) or type(inner).__name__.endswith(("Attention", "Attn"))
     holds_projections = any(name in INPUT_PROJECTIONS for name in children)
     if is_linear or not children or not (is_named_so or holds_projections):
         raise PreskipError(f"{key} ({type(inner).__name__}) is not an attention module: {mend}")
+
+
+def _check_roles(model: nn.Module, paths: list[str]) -> None:
+    """`check_role` of the attentions that have no branch yet."""
+    check_role(model, [path for path in paths if not hasattr(model.get_submodule(path), CHILD)])
 
 
 def _listed_attentions(model: nn.Module) -> str:
