@@ -90,7 +90,7 @@ def enclose(model: nn.Module, name: str, branches: dict[str, dict[str, torch.Ten
     """
     family = zoo.FAMILIES[name]
     for path in family.attention:
-        for layer in range(zoo.LAYERS):
+        for layer in family.layers:
             attention = model.get_submodule(path.format(layer))
             behind = model.get_submodule(family.dense.format(layer)) if family.dense else attention
             w, skips = branches[path.format(layer)], []
@@ -118,7 +118,8 @@ def test_every_family_against_its_own_attention_enclosed(name: str) -> None:
     base, hooks_before = zoo.logits(model, name), hooks(model)
     sites = find_sites(model)
     assert {site.name for site in sites.attentions} == zoo.FAMILIES[name].attention_names
-    assert (sites.blocks_without, sites.layers) == ((), list(range(zoo.LAYERS)))
+    assert sites.layers == list(zoo.FAMILIES[name].layers)
+    assert bool(sites.blocks_without) == (zoo.FAMILIES[name].chosen is not None)
 
     branches = dict(zip((site.name for site in sites.attentions), add_branches(model), strict=True))
     enclose(reference, name, {path: weights(branch) for path, branch in branches.items()})

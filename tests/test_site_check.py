@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -17,10 +19,9 @@ TINY = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
 }  # fmt: skip
 VISION = {key: value for key, value in TINY.items() if key != "vocab_size"} | {"image_size": 16, "patch_size": 8}
-WHISPER = {
-    "vocab_size": 64, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_mel_bins": 8,
-    "max_source_positions": 10, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+T5 = {
+    "vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+    "decoder_start_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
 
 
@@ -42,40 +43,91 @@ def test_the_tested_classes_are_those_of_the_families() -> None:
     assert found == TESTED
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "reason"),
-    [
-        ("Albert", {**TINY, "embedding_size": 16}, "holds a residual, a norm"),
-        ("MPNet", TINY, "holds a residual, a norm"),
-        ("SqueezeBert", {**TINY, "embedding_size": 32}, r"its output is dict, its input \(1, 32, 4\)"),
-        (
-            "Funnel",
-            {"vocab_size": 64, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64, "block_sizes": [1, 1]},
-            "given the hidden states once more, as its argument 2",
-        ),
-    ],
-)
-def test_what_the_method_cannot_use_is_refused_with_its_reason(name: str, settings: dict, reason: str) -> None:
-    model = build(name, **settings)
+def test_no_tested_family_would_be_refused(monkeypatch) -> None:
+    monkeypatch.setattr("preskip.site_check.TESTED", set())
+    for name in zoo.FAMILIES.keys() - {"bloom"}:  # whose attention adds the residual: its sum is tested with it
+        family = zoo.FAMILIES[name]
+        check_role(zoo.build(name), sorted(family.attention_names))
+
+
+@pytest.mark.parametrize("name", zoo.REFUSED)
+def test_what_the_method_cannot_use_is_refused_with_its_reason(name: str) -> None:
+    model = zoo.build_refused(name)
     keys, hooks = list(model.state_dict()), [len(m._forward_hooks) for m in model.modules()]
-    with pytest.raises(PreskipError, match=reason):
-        get_peft_model(model, PreskipConfig())
+    for layers in (None, "attention"):
+        with pytest.raises(PreskipError, match=re.escape(zoo.REFUSED[name].why)) as caught:
+            get_peft_model(model, PreskipConfig(layers_to_transform=layers))
+        assert "\n" not in str(caught.value)
     assert list(model.state_dict()) == keys
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
 @pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("bart", r".*encoder_attn"),
+        ("t5", r".*EncDecAttention"),
+        ("whisper", r".*decoder.*_attn"),
+    ],
+)
+def test_cross_attention_is_refused_before_anything_runs(name: str, target: str) -> None:
+    with pytest.raises(PreskipError, match="it runs as cross-attention"):
+        get_peft_model(zoo.build(name), PreskipConfig(target_modules=target))
+
+
+class Bare(nn.Module):
+    """A model of one block whose attention reads a second tensor, made of the tokens (and of nothing else)."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, second) -> None:
+        super().__init__()
+        self.config = transformers.LlamaConfig(**TINY)
+        self.embed = nn.Embedding(64, 32)
+        self.layers = nn.ModuleList([nn.Module()])
+        self.layers[0].self_attn = TwoReader()
+        self.second = second
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        return self.layers[0].self_attn(x, self.second(x))
+
+
+class TwoReader(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, hidden_states, memory):
+        scores = self.q_proj(hidden_states) @ self.k_proj(memory).transpose(1, 2)
+        return self.q_proj(scores.softmax(-1) @ hidden_states)
+
+
+def test_a_second_argument_made_of_the_tokens_is_refused_and_one_that_is_not_is_none_of_its_business() -> None:
+    with pytest.raises(PreskipError, match="its argument 2 depends on the tokens, too"):
+        check_role(Bare(lambda x: 2 * x), ["layers.0.self_attn"])
+    with pytest.raises(PreskipError, match="given the hidden states once more, as its argument 2"):
+        check_role(Bare(lambda x: x.clone()), ["layers.0.self_attn"])
+    check_role(Bare(torch.zeros_like), ["layers.0.self_attn"])
+
+
+def test_a_class_of_a_tested_name_from_elsewhere_is_checked() -> None:
+    model = Bare(lambda x: 2 * x)
+    model.layers[0].self_attn.__class__ = type("LlamaAttention", (TwoReader,), {})
+    with pytest.raises(PreskipError, match=r"LlamaAttention at .* depends on the tokens"):
+        check_role(model, ["layers.0.self_attn"])
+
+
+@pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("Electra", {**TINY, "embedding_size": 16}),
-        ("DebertaV2", TINY),
         ("DistilBert", {"vocab_size": 64, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
         ("Granite", {**TINY, "num_key_value_heads": 2}),
         ("Mpt", {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4}),
         ("Dinov2", VISION),
-        ("CLIPVision", VISION),
-        ("SiglipVision", VISION),
-        ("Whisper", WHISPER),
+        ("Siglip2Vision", {**VISION, "num_patches": 4}),
+        ("LongT5", {**T5, "encoder_attention_type": "transient-global"}),
+        ("SwitchTransformers", {**T5, "num_experts": 2}),
     ],
 )
 def test_others_get_a_branch_that_changes_nothing_at_first_and_something_later(name: str, settings: dict) -> None:
@@ -121,18 +173,23 @@ def test_training_mode_is_put_back_module_by_module() -> None:
     assert [module.training for module in model.modules()] == before
 
 
-def test_linear_attention_is_not_taken_for_attention() -> None:
-    model = build(
-        "MiniMax",
-        **TINY,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        layer_types=["linear_attention", "full_attention"],
-    )
+@pytest.mark.parametrize("name", [name for name, family in zoo.FAMILIES.items() if family.chosen])
+def test_of_a_hybrid_the_attention_layers_are_found_and_the_others_named(name: str) -> None:
+    family, model = zoo.FAMILIES[name], zoo.build(name)
     found = find_sites(model)
-    assert [site.name for site in found.attentions] == ["layers.1.self_attn"]
-    assert found.blocks_without == ("layers.0",)
-    with pytest.raises(PreskipError, match=r"layers_to_transform=\[1\]"):
+    assert {site.name for site in found.attentions} == family.attention_names
+    count = len(model.model.layers)
+    assert found.blocks_without == tuple(f"model.layers.{i}" for i in range(count) if i not in family.layers)
+    advice = rf"{found.blocks_without[0]}.*layers_to_transform={list(family.layers)}".replace("[", r"\[")
+    with pytest.raises(PreskipError, match=advice):
         get_peft_model(model, PreskipConfig())
-    adapted = get_peft_model(model, PreskipConfig(layers_to_transform=[1]))
-    assert sum(".preskip.skip." in key for key in adapted.state_dict()) == 1
+    adapted = get_peft_model(model, PreskipConfig(layers_to_transform="attention"))
+    assert adapted.peft_config["default"].layers_to_transform == list(family.layers)
+    assert sum(".preskip.skip." in key for key in adapted.state_dict()) == len(family.layers)
+
+
+def test_another_word_for_layers_is_refused() -> None:
+    with pytest.raises(
+        PreskipError, match="layers_to_transform='mamba' is not possible: give layer indices or 'attention'"
+    ):
+        get_peft_model(zoo.build("jamba"), PreskipConfig(layers_to_transform="mamba"))

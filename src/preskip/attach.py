@@ -27,7 +27,7 @@ CHILD = "preskip"
 # one transformer among several layers.
 ATTENTION_NAMES = (
     "self_attn", "self_attention", "attention", "attn", "layer.0.SelfAttention", "layer.0.LocalSelfAttention",
-    "layer.0.TransientGlobalSelfAttention", "shared_transformer.self_attn",
+    "layer.0.TransientGlobalSelfAttention", "shared_transformer.self_attn", "shared_transf.self_attn",
 )  # fmt: skip
 
 # Names for whatever mixes the tokens of a block: attention only where the class says so (Nemotron-H, RecurrentGemma).
@@ -42,7 +42,7 @@ ATTENTION_LAYERS = "attention"
 # Linear layers that read an attention's hidden_states, to learn its width from; Conv1D (GPT-2) stores its transpose.
 INPUT_PROJECTIONS = (
     "q_proj", "qkv_proj", "query_key_value", "query", "Wqkv", "c_attn", "q_a_proj", "qkv", "in_proj", "wqkv", "W_pack",
-    "q", "q_lin",
+    "q", "q_lin", "query_proj",
 )  # fmt: skip
 
 # Blocks that norm the attention's output before the residual sum. Keyed by class, because the name alone lies:

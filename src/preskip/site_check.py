@@ -22,11 +22,15 @@ from preskip.errors import PreskipError
 
 # The classes of attention on which the method's equation is tested (tests/adapter/test_families.py).
 TESTED = {
-    "BartAttention", "BertSelfAttention", "BloomAttention", "CohereAttention", "DeepseekV3Attention", "FalconAttention",
-    "GPT2Attention", "GPTJAttention", "GPTNeoAttention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention",
-    "Glm4Attention", "GptOssAttention", "LlamaAttention", "MistralAttention", "MixtralAttention", "ModernBertAttention",
+    "BartAttention", "BertSelfAttention", "BloomAttention", "CLIPAttention", "CohereAttention",
+    "DeepseekV3Attention", "DisentangledSelfAttention", "ElectraSelfAttention", "FalconAttention",
+    "FalconH1Attention", "GPT2Attention", "GPTJAttention", "GPTNeoAttention", "GPTNeoXAttention",
+    "Gemma2Attention", "Gemma3Attention", "Gemma3nTextAttention", "Gemma4TextAttention", "Glm4Attention",
+    "GptOssAttention", "GraniteMoeHybridAttention", "JambaAttention", "Lfm2Attention", "LlamaAttention",
+    "MiniMaxAttention", "MistralAttention", "MixtralAttention", "ModernBertAttention", "NemotronHAttention",
     "OPTAttention", "Olmo2Attention", "Phi3Attention", "PhiAttention", "Qwen2Attention", "Qwen3Attention",
-    "RobertaSelfAttention", "SmolLM3Attention", "StableLmAttention", "ViTAttention",
+    "Qwen3NextAttention", "RecurrentGemmaAttention", "RobertaSelfAttention", "SiglipAttention", "SmolLM3Attention",
+    "StableLmAttention", "T5Attention", "UMT5Attention", "ViTAttention", "WhisperAttention",
 }  # fmt: skip
 TOKENS = 4
 
@@ -169,7 +173,8 @@ def small_input(model: Any, number: int = 0) -> dict[str, torch.Tensor]:
 def _plain_ids(config: Any, number: int) -> torch.Tensor:
     """Token ids [1, T], of which a model knows nothing special where there are others."""
     vocabulary = getattr(config, "vocab_size", TOKENS)
-    special = {value for key, value in vars(config).items() if key.endswith(("_token_id", "_token_index"))}
+    named = [value for key, value in vars(config).items() if key.endswith(("_token_id", "_token_index"))]
+    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
     plain = [token for token in range(min(vocabulary, 8 * TOKENS)) if token not in special] or [0]
     return torch.tensor([[plain[(number * TOKENS + index) % len(plain)] for index in range(TOKENS)]])
 
@@ -194,15 +199,15 @@ def _problem(attention: nn.Module, call: Call, other: Call, implementation: str 
         for module in attention.modules():
             if is_linear(module):
                 stack.callback(module.register_forward_hook(_nothing).remove)
-        output = attention(*args, **kwargs)
-    first = output[0] if isinstance(output, tuple) else output
+        outputs = [attention(*one, **more) for one, more in (call, other)]
+    first, second = (output[0] if isinstance(output, tuple) else output for output in outputs)
     if not isinstance(first, torch.Tensor) or first.shape != hidden_states.shape:
         found = tuple(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
         return f"its output is {found}, its input {tuple(hidden_states.shape)}"
-    if first.abs().max() > 0:
+    if not torch.equal(first, second):  # equal: nothing, or biases
         return (
-            "its output is not 0 where all its projections give 0, so it holds a residual, a norm or projections that "
-            "are no linear layers"
+            "its output depends on its input also where all its projections give 0, so it holds a residual, a norm or "
+            "projections that are no linear layers"
         )
     if implementation in ("eager", "sdpa") and not functions.softmax:  # kernels of their own cannot be seen
         return "it mixes tokens without a softmax, so it is another kind of layer"

@@ -6,18 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
 from torch.nn.functional import gelu, silu
 
 import zoo
 from equations import attention, enriched, heads, linear, norm, rms_norm, rotate
-from preskip import PreskipConfig
 from preskip.analysis.ablation import ablate, ablation_passes, switched_off
 from preskip.analysis.branches import live_branches, parts_of
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import score_sequences
 from preskip.stats import paired_ratio_difference
+from tiny_explain import adapted
 
 WINDOWS = [
     Window(np.random.default_rng(i).integers(8, zoo.VOCABULARY, size).tolist(), 1 + i % 3)
@@ -26,12 +25,6 @@ WINDOWS = [
 OWNERS, SIZES = [0, 0, 1, 2, 2], [50, 20, 70, 99]
 TEXT = [name for name, family in zoo.FAMILIES.items() if family.causal and family.kind == "text"]
 PARTS = ("skip", "enrichment")
-
-
-def adapted(name, **settings):
-    model = get_peft_model(zoo.build(name), PreskipConfig(**settings))
-    zoo.randomise(model)
-    return model.eval()
 
 
 def branch_weights(branches):

@@ -26,6 +26,7 @@ def adapted_llama(std: float = 0.1, **settings):
 
 
 def adapted(name: str, **settings):
-    model = get_peft_model(zoo.build(name), PreskipConfig(**settings))
+    config = PreskipConfig(**{"layers_to_transform": zoo.FAMILIES[name].chosen, **settings})
+    model = get_peft_model(zoo.build(name), config)
     zoo.randomise(model)
     return model.eval()

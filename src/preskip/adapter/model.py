@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -335,8 +335,10 @@ def _stray_base_tensors(tuner: nn.Module, found: set[str]) -> list[str]:
     base = {key for key, _ in tuner.named_parameters() if f".{CHILD}." not in key}
     if base <= found:
         return []
-    get_embeddings = (getattr(tuner, name, None) for name in ("get_input_embeddings", "get_output_embeddings"))
-    embeddings = [get() for get in get_embeddings if callable(get)]
+    embeddings = []
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # models of two towers have none of their own
+            embeddings.append(getattr(tuner, name)())
     allowed = {id(p) for module in embeddings if isinstance(module, nn.Module) for p in module.parameters()}
     tensors = dict(tuner.named_parameters(remove_duplicate=False))
     strays = (key for key in found & tensors.keys() if id(tensors[key]) not in allowed)

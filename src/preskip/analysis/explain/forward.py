@@ -25,7 +25,7 @@ from preskip.evaluate.likelihood import batches, token_scores
 # skip's output with attention's and with the MLP's.
 MEASURES = ("skip", "attention", "change", "input", "attention_cosine", "mlp_cosine")
 # Children of a block whose output is the MLP's; Bloom's adds the residual itself.
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2")
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2", "mlp_block")
 INNER_MLPS = {"BloomBlock": "mlp.dense_4h_to_h"}
 
 
