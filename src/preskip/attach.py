@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.branch_settings import SKIP_POSITIONS
+from preskip.branch_settings import ATTENTION_LAYERS, SKIP_POSITIONS
 from preskip.errors import PreskipError
 
 CHILD = "preskip"
@@ -35,9 +35,6 @@ MIXER_NAMES = ("mixer", "temporal_block")
 
 # What transformers' configs call layers whose mixing of tokens is no attention, whatever their modules are called.
 OTHER_LAYERS = ("linear_attention", "conv", "moe", "mamba", "recurrent")
-
-# `layers_to_transform` and `--layers`: every layer that has attention.
-ATTENTION_LAYERS = "attention"
 
 # Linear layers that read an attention's hidden_states, to learn its width from; Conv1D (GPT-2) stores its transpose.
 INPUT_PROJECTIONS = (
@@ -151,6 +148,31 @@ def find_sites(model: nn.Module) -> Sites:
     return Sites(attentions=tuple(sites), blocks_without=tuple(without))
 
 
+def site_of(model: nn.Module, name: str) -> AttentionSite:
+    """The place of an attention that was chosen by its path, whatever it is called.
+
+    Args:
+        model: holds it.
+        name: its path.
+
+    Raises:
+        PreskipError: it lies in no list of blocks, so it has no layer.
+    """
+    parts = name.split(".")
+    # The innermost list that holds it by a number; T5's blocks are lists of parts themselves, and found by name.
+    try:
+        known = next((site for site in find_sites(model).attentions if site.name == name), None)
+    except PreskipError:
+        known = None
+    if known is not None:
+        return known
+    for end in range(len(parts) - 2, 0, -1):
+        stack = ".".join(parts[:end])
+        if isinstance(model.get_submodule(stack), nn.ModuleList):
+            return AttentionSite(name=name, target=".".join(parts[end + 1 :]), stack=stack, layer=int(parts[end]))
+    raise PreskipError(f"{name} lies in no list of blocks, so it has no layer: a branch cannot sit there")
+
+
 def _attention_of(block: nn.Module) -> str | None:
     for name in (*ATTENTION_NAMES, *MIXER_NAMES):
         found = _descendant(block, name)
@@ -258,8 +280,8 @@ def check_layers(model: nn.Module, sites: Sites, layers: Sequence[int] | None) -
         if sites.blocks_without:
             raise PreskipError(
                 f"{type(model).__name__} has blocks without a known self-attention: "
-                f"{_some(list(sites.blocks_without))}; give layers_to_transform={sites.layers} to adapt only the "
-                f"others, or {ATTENTION_LAYERS!r}, which means the same"
+                f"{_some(list(sites.blocks_without))}; give layers_to_transform={sites.layers} or "
+                f"{ATTENTION_LAYERS!r} (on the command line --layers {ATTENTION_LAYERS}) to adapt only the others"
             )
     elif not layers or not set(layers) <= set(sites.layers):
         first, last = sites.layers[0], sites.layers[-1]

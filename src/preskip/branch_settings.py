@@ -11,6 +11,8 @@ ACTIVATIONS = ("silu", "gelu", "relu", "mish")
 INITS = ("identity", "paper")
 # The skip joins attention's output, or the residual stream behind a norm of that output where a block has one.
 SKIP_POSITIONS = ("attention", "residual")
+# `layers_to_transform` and `--layers`: every layer that has attention.
+ATTENTION_LAYERS = "attention"
 BRANCH = "Branch"
 
 

@@ -105,6 +105,9 @@ def test_hybrids_and_encoder_decoders_generate_the_same_with_and_without_cache(n
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     before = base.generate(**given, **{key: prompt}, **options)
+    uncached = base.generate(**given, **{key: prompt}, use_cache=False, **options)
+    if zoo.difference(torch.cat(before.logits), torch.cat(uncached.logits)) > 1e-4:
+        pytest.skip("this transformers' own cache of the base gives other logits (UMT5 before 5.23)")
     model = get_peft_model(base, PreskipConfig(layers_to_transform=zoo.FAMILIES[name].chosen)).eval()
     zoo.randomise(model)
     ids, steps = prompt, []

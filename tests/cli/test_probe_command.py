@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import zoo
 from conforming import run_faults
 from local_data import write_local_data
 from preskip.cli.main import main
@@ -197,6 +198,24 @@ def test_every_branch_option_reaches_the_adapter(probe, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["arms"]["preskip"]["trainable_parameters"] == 3 * 32 * 16 + 2 * 32 * 4
     assert results["arms"]["preskip"]["learning_rate"] == 1e-4
+
+
+def test_layers_attention_adapts_exactly_the_attention_layers_of_a_hybrid(probe, inputs, tmp_path):
+    sizes = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 256}
+    zoo.build("lfm2", **sizes).save_pretrained(tmp_path / "lfm2")
+    for file in inputs[0].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "lfm2")
+    code, _, err = probe("--arms", "none,preskip,lora", model=tmp_path / "lfm2")
+    assert code != 0
+    assert "model.layers.0; give layers_to_transform=[1] or 'attention' (on the command line --layers attention)" in err
+    code, _, err = probe("--arms", "none,preskip,lora", "--layers", "attention", model=tmp_path / "lfm2")
+    assert code == 0, err
+    for arm in ("preskip", "lora"):
+        tensors = load_file(tmp_path / "run" / "arms" / arm / "seed-42" / "adapter" / "adapter_model.safetensors")
+        assert tensors
+        assert all(".layers.1.self_attn." in key for key in tensors)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [row["layer"] for row in results["depth"]["preskip"]["42"]] == [1]
 
 
 def test_target_modules_choose_the_same_layers_for_both_arms(probe, tmp_path):

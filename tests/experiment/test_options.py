@@ -96,6 +96,13 @@ def test_lm_evals_options_are_parts_of_a_probe(tmp_path, monkeypatch):
     assert ProbeConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+def test_layers_may_be_the_word_attention_in_every_form():
+    for given in ("attention", ["attention"], ("attention",)):
+        config = ProbeConfig.from_options({"layers": given})
+        assert config.layers == ("attention",)
+        assert ProbeConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
 def test_preset_below_file_below_option():
     file, given = {"preset": "standard", "steps": 30, "save_steps": 10}, {"steps": 40}
     config = ProbeConfig.from_options(preset_options(ProbeConfig, [file, given]), file, given)
@@ -148,6 +155,8 @@ def test_rates_of_a_pretraining():
         (ProbeConfig, {"heldout_fraction": 1}, "--heldout-fraction 1.0 is not possible: it must be > 0 and < 1"),
         (ProbeConfig, {"layers": [1, 1]}, "--layers needs one or more different layer indices"),
         (PretrainConfig, {"layers": "1-"}, "--layers '1-' is not a list of layers"),
+        (ProbeConfig, {"layers": "mamba"}, "--layers 'mamba' is not a list of layers, e.g. 0-5,10, nor 'attention'"),
+        (PretrainConfig, {"layers": "attention"}, "--layers attention is for models with other layers, too"),
         (PretrainConfig, {"max_grad_norm": float("inf")}, "--max-grad-norm inf is not possible: it must be > 0"),
         (PretrainConfig, {"weight_decay": "x"}, "--weight-decay x is not possible: it must be >= 0 and < 10"),
     ],

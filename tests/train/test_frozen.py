@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
+import zoo
 from preskip import PreskipConfig
 from preskip.errors import PreskipError
 from preskip.runs.files import read_jsonl
@@ -198,3 +199,22 @@ def test_peak_memory_sees_what_is_gone_before_the_block_ends(monkeypatch):
     with peak_memory(torch.device("cpu")) as peak:
         assert seen.wait(60)
     assert peak.bytes == 7
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_the_routers_term_of_a_mixture_of_experts_is_trained_on_and_not_reported(tmp_path, micro_batch):
+    """The log holds the next-token loss alone, computed here from the logits; the weights follow the whole loss."""
+    rows, moved, trained = {}, {}, {}
+    for term in (True, False):
+        torch.manual_seed(0)
+        base = zoo.build("mixtral", vocab_size=400, output_router_logits=term, router_aux_loss_coef=5.0)
+        trained[term] = get_peft_model(base, PreskipConfig(init_weights="paper", init_std=0.1))
+        before = weights(trained[term])
+        with torch.no_grad():
+            ids = torch.stack([BlockDataset(BLOCKS, 4, 1)[i]["input_ids"] for i in range(4)])
+            logits = trained[term](input_ids=ids).logits[:, :-1].flatten(0, 1)
+            first = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()
+        rows[term] = train(trained[term], tmp_path / str(term), steps=2, micro_batch_size=micro_batch)
+        moved[term] = weights(trained[term]) - before
+        assert rows[term][0]["loss"] == pytest.approx(first, abs=1e-5)
+    assert not torch.allclose(moved[True], moved[False], rtol=0.1)

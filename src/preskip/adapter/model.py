@@ -28,6 +28,7 @@ from preskip.attach import (
     detach,
     find_sites,
     input_width,
+    site_of,
     tap_of,
     text_decoder,
 )
@@ -110,6 +111,7 @@ class PreskipModel(BaseTuner):
             )
         for key in matched:
             _check_is_attention(key, model.get_submodule(key))
+            site_of(model, key)
         nested = [key for key in matched if any(key.startswith(f"{other}.") for other in matched)]
         if nested:
             raise PreskipError(f"{nested[0]} lies inside another target: name one module per layer in target_modules")

@@ -9,7 +9,7 @@ from torch import nn
 
 from preskip.adapter import base_model
 from preskip.adapter.layer import PreskipLayer
-from preskip.attach import CHILD, POST_ATTENTION_NORMS, AttentionSite, find_sites, tap_of
+from preskip.attach import CHILD, POST_ATTENTION_NORMS, AttentionSite, site_of, tap_of
 from preskip.branch import BranchSettings, PreskipBranch
 
 PARTS = ("skip", "enrichment")
@@ -66,11 +66,11 @@ def live_branches(model: nn.Module) -> list[LiveBranch]:
     """
     base = base_model(model)
     found = []
-    for site in find_sites(base).attentions:
-        attention = base.get_submodule(site.name)
+    for name, attention in base.named_modules():
         module = getattr(attention, CHILD, None)
         if not isinstance(module, PreskipLayer | PreskipBranch) or not parts_of(module):
             continue
+        site = site_of(base, name)
         path, _, target = site.name.rpartition(".")
         if isinstance(module, PreskipLayer):
             tap = module.tap

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from preskip.branch_settings import ATTENTION_LAYERS
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
@@ -35,6 +36,19 @@ class LoraRanks:
     rank_pattern: dict[str, int]
     targets: tuple[str, ...]
     parameters: int
+
+
+def attention_layers(model: nn.Module, layers: tuple[int | str, ...] | None) -> tuple[int, ...] | None:
+    """The layer indices that `--layers` means: `("attention",)` is every layer that has attention, None stays.
+
+    Raises:
+        PreskipError: the model has no known attention.
+    """
+    from preskip.attach import find_sites
+
+    if layers == (ATTENTION_LAYERS,):
+        return tuple(find_sites(model).layers)
+    return layers  # type: ignore[return-value]
 
 
 def attention_paths(

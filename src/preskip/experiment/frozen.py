@@ -16,7 +16,7 @@ from torch import nn
 
 from preskip.analysis.ablation import ablate, ablation_passes
 from preskip.analysis.depth import text_profile
-from preskip.arms import ARMS, Arm, ArmContext, attention_paths, branch_parameters, resolve_arms
+from preskip.arms import ARMS, Arm, ArmContext, attention_layers, attention_paths, branch_parameters, resolve_arms
 from preskip.arms.insert import Inserted, insert
 from preskip.assets import load_model, load_tokenizer, resolve_model
 from preskip.data.blocks import check_vocabulary, pack_blocks, scored_size
@@ -192,12 +192,13 @@ def _in_options(text: str) -> str:
 
 
 def _context(config: ProbeConfig, base: nn.Module) -> ArmContext:
-    targets = attention_paths(base, config.layers, config.target_modules, config.exclude_modules)
+    layers = attention_layers(base, config.layers)
+    targets = attention_paths(base, layers, config.target_modules, config.exclude_modules)
     return ArmContext(
         base=base,
         settings=config.settings,
         skip_position=config.skip_position,
-        layers=config.layers,
+        layers=layers,
         targets=tuple(targets),
         by_name=config.target_modules is not None or config.exclude_modules is not None,
         budget=branch_parameters(base, config.settings, targets),

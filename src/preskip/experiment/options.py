@@ -39,8 +39,8 @@ class ExperimentConfig:
     seeds: tuple[int, ...] = option(
         (), "Seeds of initialisation and data order, the same for all arms, e.g. 1,2,3.", WHAT, read=parse_seeds
     )
-    layers: tuple[int, ...] | None = option(
-        None, "Layers to adapt, e.g. 0-5,10. Default: all.", WHAT, read=parse_layers
+    layers: tuple[int | str, ...] | None = option(
+        None, "Layers to adapt, e.g. 0-5,10, or attention. Default: all.", WHAT, read=parse_layers
     )
     dtype: str = option("auto", "Base weights: auto, float32, bfloat16, float16.", WHAT, choices=DTYPES)
     device: str = option("auto", "auto, cpu or cuda.", WHAT)

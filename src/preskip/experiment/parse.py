@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from preskip.branch_settings import ATTENTION_LAYERS
 from preskip.errors import PreskipError
 
 
@@ -45,21 +46,23 @@ def parse_seeds(text: str | int | Sequence[Any]) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def parse_layers(text: str | int | Sequence[int] | None) -> tuple[int, ...] | None:
-    """Read `--layers`: `0-5,10` gives 0, 1, 2, 3, 4, 5, 10; None gives None.
+def parse_layers(text: str | int | Sequence[int | str] | None) -> tuple[int | str, ...] | None:
+    """Read `--layers`: `0-5,10` gives 0, 1, 2, 3, 4, 5, 10; `attention` stays, all that have it; None gives None.
 
     Raises:
         PreskipError: not a list of numbers and ranges.
     """
     if text is None:
         return None
-    layers: list[int] = []
+    if text == ATTENTION_LAYERS or (not isinstance(text, int) and tuple(text) == (ATTENTION_LAYERS,)):
+        return (ATTENTION_LAYERS,)
+    layers: list[int | str] = []
     for part in str(text).split(",") if isinstance(text, (str, int)) else map(str, text):
         first, dash, last = part.strip().partition("-")
         try:
             layers += range(int(first), int(last if dash else first) + 1)
         except ValueError:
-            raise PreskipError(f"--layers {text!r} is not a list of layers, e.g. 0-5,10") from None
+            raise PreskipError(f"--layers {text!r} is not a list of layers, e.g. 0-5,10, nor 'attention'") from None
     return tuple(layers)
 
 

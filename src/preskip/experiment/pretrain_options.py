@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.arms import SCRATCH_ARMS, resolve_arms
-from preskip.branch_settings import BranchSettings
+from preskip.branch_settings import ATTENTION_LAYERS, BranchSettings
 from preskip.errors import PreskipError
 from preskip.experiment.options import DTYPES, EVALUATION, TRAINING, WHAT, ExperimentConfig
 from preskip.experiment.parse import parse_by_arm, parse_names, parse_overrides, parse_tokens
@@ -57,7 +57,7 @@ class PretrainConfig(ExperimentConfig):
     )
     vocab_size: int = option(2048, "Tokens of the tokenizer that is trained.", WHAT, least=258)
     arms: tuple[str, ...] = option(("base", "base-wide", "base-flops", "preskip"), f"{', '.join(SCRATCH_ARMS)}.")
-    layers: tuple[int, ...] | None = option(
+    layers: tuple[int | str, ...] | None = option(
         None, "Layers that get a branch, e.g. 0-5,10. Default: all. The depth is --num-layers."
     )
     settings: BranchSettings = PAPER
@@ -104,6 +104,8 @@ class PretrainConfig(ExperimentConfig):
     def __post_init__(self) -> None:
         resolve_arms(self.arms, SCRATCH_ARMS)
         super().__post_init__()
+        if self.layers == (ATTENTION_LAYERS,):
+            raise PreskipError("--layers attention is for models with other layers, too: here each layer has attention")
         if self.eval_steps % self.log_steps:
             raise PreskipError(f"--eval-steps {self.eval_steps} must be a multiple of --log-steps {self.log_steps}")
         if self.tokens < self.tokens_per_step:

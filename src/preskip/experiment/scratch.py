@@ -278,7 +278,7 @@ def plan_arms(config: PretrainConfig, tokenizer: Any | None) -> dict[str, Plan]:
         own_vocabulary=config.tokenizer is not None,
         settings=config.settings,
         skip_position=config.skip_position,
-        layers=config.layers,
+        layers=config.layers,  # type: ignore[arg-type]  # numbers: see PretrainConfig
         seq_len=config.seq_len,
         steps=config.steps,
         tokens_per_step=config.tokens_per_step,

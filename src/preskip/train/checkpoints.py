@@ -11,11 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 
+from preskip.adapter import base_model
 from preskip.assets import file_sha256
 from preskip.errors import PreskipError
 from preskip.progress import say
@@ -70,6 +72,25 @@ class ResumableTrainer(Trainer):
         if fault is not None:
             raise PreskipError(f"checkpoint {asked} cannot be used ({fault}): give another one")
         return Path(asked)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As `Trainer.compute_loss`, reported without the router's term of a mixture of experts.
+
+        The gradient is that of the whole loss; its value, which is logged and evaluated, is the language model's.
+        """
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if getattr(outputs, "aux_loss", None) is not None:
+            base = base_model(self.accelerator.unwrap_model(model))
+            given = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            size = base.config.get_text_config().vocab_size
+            with torch.no_grad():
+                plain = base.loss_function(outputs.logits, inputs["labels"], vocab_size=size, **given)
+            if given and self.args.average_tokens_across_devices:  # as Trainer scales its own
+                plain = plain * self.accelerator.num_processes
+            loss = loss + (plain - loss.detach())
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; the mean loss of the whole training counts the steps before a resume, too."""
