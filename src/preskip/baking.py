@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from preskip.adapter import base_model
 from preskip.architecture.config import branch_settings, with_branch
@@ -82,7 +84,7 @@ def bake(
         # Written beside its place and renamed: what is at `out` is whole.
         workspace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
-            baked.save_pretrained(workspace)
+            _save(baked, workspace)
             if tokenizer is not None:
                 tokenizer.save_pretrained(workspace)
             (workspace / STUB).write_text(_stub(family), encoding="utf-8")
@@ -129,6 +131,10 @@ def _find(model: nn.Module, adapter: str | None) -> tuple[Any, _Adapter]:
         )
     if getattr(base, "is_quantized", False) or getattr(base, "quantization_method", None) is not None:
         raise PreskipError("a quantised base cannot be baked: load it in full precision and put the adapter on that")
+    if any(tensor.is_meta for tensor in base.state_dict().values()):
+        raise PreskipError(
+            "parts of the base are offloaded and not in memory: load it whole (without device_map) to bake it"
+        )
     own = {path: layer for path, layer in layers.items() if name in layer.settings}
     first = next(iter(own.values()))
     return base, _Adapter(
@@ -156,9 +162,13 @@ def _rebuild(base: Any, adapter: _Adapter, family: Architecture, keep_float32: b
         attn_implementation=base.config._attn_implementation,
     )
     config.dtype = base.dtype
+    tensors = _plain_keys(base.state_dict(), adapter.name)
+    # An embedding that was trained apart from the output it was tied to is a tensor of its own from here on.
+    tied = getattr(base, "_tied_weights_keys", None) or {}
+    if any(tensors[one].data_ptr() != tensors[other].data_ptr() for one, other in tied.items() if one in tensors):
+        config.tie_word_embeddings = False
     with torch.device("meta"):
         baked: Any = family.causal_lm(config)
-    tensors = _plain_keys(base.state_dict(), adapter.name)
     if base.dtype == torch.bfloat16 and not keep_float32:  # float16 branches compute in float32 (`preskip.casting`)
         tensors = {key: value.to(base.dtype) if f".{CHILD}." in key else value for key, value in tensors.items()}
     baked.load_state_dict(tensors, strict=True, assign=True)
@@ -175,6 +185,22 @@ def _rebuild(base: Any, adapter: _Adapter, family: Architecture, keep_float32: b
     if base.can_generate():
         baked.generation_config = base.generation_config
     return baked.eval()
+
+
+def _save(baked: Any, folder: Path) -> None:
+    """`save_pretrained`, also where the base's generation config contradicts itself: it is kept as it is."""
+    given = baked.generation_config if baked.can_generate() else None
+    try:
+        if given is not None:
+            given.validate(strict=True)
+    except ValueError as error:
+        reason = next(line for line in str(error).splitlines()[1:] if line)
+        warnings.warn(f"the base's generation config contradicts itself and is kept so: {reason}", stacklevel=3)
+        baked.generation_config = GenerationConfig()
+    baked.save_pretrained(folder)
+    if given is not None and baked.generation_config is not given:
+        given.to_json_file(folder / "generation_config.json")
+        baked.generation_config = given
 
 
 def _plain_keys(state: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:

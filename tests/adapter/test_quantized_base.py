@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import zoo
-from preskip import PreskipConfig
+from preskip import PreskipConfig, PreskipError, bake
 from preskip.adapter import PreskipLayer
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -83,3 +83,23 @@ def test_qlora_and_a_branch_on_one_quantised_base(quantized) -> None:
     assert torch.equal(zoo.logits(both, "llama"), alone)
     zoo.randomise(both, seed=5)
     assert zoo.difference(zoo.logits(both, "llama"), alone) > 1e-3
+
+
+def test_a_base_saved_quantised_is_loaded_and_adapted_as_such(quantized, tmp_path) -> None:
+    quantized().save_pretrained(tmp_path / "saved")
+    build = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()  # noqa: E731
+    base = build()
+    assert base.is_quantized
+    assert type(base.model.layers[0].self_attn.q_proj).__name__ in ("Linear4bit", "Linear8bitLt")
+    untouched = zoo.logits(base, "llama")
+    assert zoo.difference(untouched, zoo.logits(quantized(), "llama")) <= 1e-5
+    model = get_peft_model(base, PreskipConfig()).eval()
+    assert torch.equal(zoo.logits(model, "llama"), untouched)
+    assert {m.width for m in model.modules() if isinstance(m, PreskipLayer)} == {64}
+    zoo.randomise(model)
+    wanted = zoo.logits(model, "llama")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "adapter").eval()
+    assert torch.equal(zoo.logits(loaded, "llama"), wanted)
+    with pytest.raises(PreskipError, match="a quantised base cannot be baked"):
+        bake(model, tmp_path / "baked")

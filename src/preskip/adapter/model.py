@@ -199,6 +199,17 @@ class PreskipModel(BaseTuner):
             raise PreskipError("Preskip does not support a different adapter per row (adapter_names)")
         yield
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a weighted sum of weights is no weighted sum of branches.
+
+        Raises:
+            PreskipError: with what is possible instead.
+        """
+        raise PreskipError(
+            "Preskip adapters cannot be combined into one: a branch is not linear in its weights; several active at "
+            "once add up, as after model.base_model.set_adapter(['a', 'b'])"
+        )
+
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(CANNOT_MERGE)
 
@@ -309,6 +320,17 @@ def expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Siz
     return expected
 
 
+def _check_shapes(tuner: nn.Module, found: dict[str, torch.Tensor]) -> None:
+    """Name a tensor beside the branches that has another shape than the model's; torch would list them all."""
+    tensors = dict(tuner.named_parameters(remove_duplicate=False))
+    for key, tensor in found.items():
+        if key in tensors and tensors[key].shape != tensor.shape and not hasattr(tensors[key], "quant_state"):
+            sizes = f"{tuple(tensor.shape)} in the checkpoint, this model has {tuple(tensors[key].shape)}"
+            rows = tensor.shape[0] if tensor.shape[1:] == tensors[key].shape[1:] else None
+            mend = f": call resize_token_embeddings({rows}) on the base first" if rows and tensor.ndim == 2 else ""
+            raise PreskipError(f"{key} has shape {sizes}{mend}")
+
+
 def _check_loaded(tuner: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
     """Load-state-dict pre-hook: an adapter that occurs in a checkpoint must occur whole, finite and in shape."""
     own = {key.removeprefix(prefix): value for key, value in state_dict.items() if f".{CHILD}." in key}
@@ -321,8 +343,9 @@ def _check_loaded(tuner: nn.Module, state_dict: dict[str, torch.Tensor], prefix:
             check_tensors({key: own[key] for key in own if f".{name}." in key}, expected, allow_extra=True)
     extra = sorted(own.keys() - known.keys())
     if own:
-        others = {key.removeprefix(prefix) for key in state_dict if f".{CHILD}." not in key}
-        extra += _stray_base_tensors(tuner, others)
+        others = {key.removeprefix(prefix): value for key, value in state_dict.items() if f".{CHILD}." not in key}
+        _check_shapes(tuner, others)
+        extra += _stray_base_tensors(tuner, set(others))
     if extra:
         raise PreskipError(f"the checkpoint holds a tensor that this adapter has no place for: {extra[0]}")
     if not state_dict and names:

@@ -25,6 +25,11 @@ def make_load_adapter_strict() -> None:
 
 def _load_adapter(load: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     before = set(_preskip_adapters(model))
+    if kwargs.get("hotswap") is True and before:
+        raise PreskipError(
+            "Preskip adapters cannot be hot-swapped by PEFT, which does so for LoRA alone: load the other under its "
+            "own name and switch with set_adapter, or copy its weights in place with set_peft_model_state_dict"
+        )
     try:
         report = load(*args, **kwargs)
     except RuntimeError as error:

@@ -37,10 +37,10 @@ def bake(
         quiet_libraries()
         import torch
 
-        from preskip.assets import load_model, load_tokenizer
+        from preskip.assets import load_model
         from preskip.baking import bake as bake_checkpoint
         from preskip.data.splits import locate
-        from preskip.evaluate.adapters import load_adapter
+        from preskip.evaluate.adapters import load_adapter, load_tokenizer_of
         from preskip.runs.weights import find_source
     source = find_source(adapter)
     base_name = model or (source.base and locate(source.base, source.directory))
@@ -50,7 +50,7 @@ def bake(
     with spinner(f"loading {base_name} ({resolved})", quiet=as_json):
         base = load_model(base_name, dtype=getattr(torch, resolved), trust_remote_code=trust_remote_code)
         live = load_adapter(base, adapter)
-        tokenizer = load_tokenizer(base_name, trust_remote_code)
+        tokenizer = load_tokenizer_of(base_name, adapter, trust_remote_code)
     card = _card(source, out.name)
     with spinner(f"writing {out}", quiet=as_json):
         bake_checkpoint(live, out, tokenizer=tokenizer, base_name=base_name)

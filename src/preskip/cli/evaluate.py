@@ -213,10 +213,10 @@ def _load(
 ) -> tuple[nn.Module, Any]:
     import torch
 
-    from preskip.assets import load_model, load_tokenizer
-    from preskip.evaluate.adapters import load_adapter
+    from preskip.assets import load_model
+    from preskip.evaluate.adapters import load_adapter, load_tokenizer_of
 
-    tokenizer = load_tokenizer(name, trust_remote_code=trust)
+    tokenizer = load_tokenizer_of(name, adapter, trust)
     base = load_model(name, getattr(torch, dtype), device, attention, trust)
     return (base if adapter is None else load_adapter(base, adapter)), tokenizer
 

@@ -182,10 +182,10 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
     """The model with its branches, and its tokenizer."""
     import torch
 
-    from preskip.assets import load_model, load_tokenizer
+    from preskip.assets import load_model
     from preskip.data.blocks import check_vocabulary
     from preskip.data.splits import locate
-    from preskip.evaluate.adapters import load_adapter
+    from preskip.evaluate.adapters import load_adapter, load_tokenizer_of
     from preskip.evaluate.likelihood import check_causal
 
     if source.is_checkpoint and model is not None:
@@ -196,7 +196,7 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
     live = load_model(name, getattr(torch, dtype), device, None, trust)
     if not source.is_checkpoint:
         live = load_adapter(live, source.weights)
-    tokenizer = load_tokenizer(name, trust)
+    tokenizer = load_tokenizer_of(name, None if source.is_checkpoint else source.weights, trust)
     check_vocabulary(live, tokenizer)
     check_causal(live)
     return live, tokenizer

@@ -10,6 +10,7 @@ from torch import nn
 
 import preskip.adapter  # noqa: F401 - registers the PEFT method
 from preskip.adapter.norms import float32_norms
+from preskip.data.tokenizer import load_tokenizer
 from preskip.errors import PreskipError
 from preskip.runs.weights import ADAPTER_CONFIG, adapter_folders
 
@@ -36,10 +37,40 @@ def load_adapter(base: nn.Module, folder: Path) -> Any:
     if not parts:
         raise PreskipError(f"adapter {folder} has no {ADAPTER_CONFIG}: give a folder saved with save_pretrained")
     model: Any = None
+    for part in parts:
+        _resize_embeddings(base, part / _WEIGHTS)
     own = {id(weight) for weight in base.parameters()}
     for part in parts:
         model = _load_one(base, part, {id(weight) for weight in base.parameters()} - own)
     return model.eval()
+
+
+def load_tokenizer_of(name: str, folder: Path | None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer saved beside an adapter (with the tokens that were added for it), else the base's.
+
+    Args:
+        name: the base, see `preskip.data.tokenizer.load_tokenizer`.
+        folder: of the adapter, or None.
+        trust_remote_code: allow code from the checkpoint's repository to run.
+    """
+    has_own = folder is not None and (folder / "tokenizer.json").is_file()
+    return load_tokenizer(str(folder) if has_own else name, trust_remote_code=trust_remote_code)
+
+
+def _resize_embeddings(base: Any, weights: Path) -> None:
+    """Give the base as many token embeddings as the adapter brings, which was trained with added tokens."""
+    from safetensors import SafetensorError, safe_open
+
+    embeddings = base.get_input_embeddings()
+    path = next(path for path, module in base.named_modules() if module is embeddings)
+    try:
+        with safe_open(weights, framework="pt") as file:
+            key = f"base_model.model.{path}.weight"
+            rows = file.get_slice(key).get_shape()[0] if key in file.keys() else None  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return  # named when it is loaded
+    if rows is not None and rows != embeddings.num_embeddings:
+        base.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def _load_one(base: nn.Module, folder: Path, earlier: set[int]) -> Any:
