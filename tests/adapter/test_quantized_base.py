@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import zoo
 from preskip import PreskipConfig, PreskipError, bake
 from preskip.adapter import PreskipLayer
+from preskip.assets import weights_dtype
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -103,3 +104,11 @@ def test_a_base_saved_quantised_is_loaded_and_adapted_as_such(quantized, tmp_pat
     assert torch.equal(zoo.logits(loaded, "llama"), wanted)
     with pytest.raises(PreskipError, match="a quantised base cannot be baked"):
         bake(model, tmp_path / "baked")
+
+
+def test_facts_are_those_of_what_was_loaded(quantized) -> None:
+    base = quantized()
+    plain = zoo.build("llama", hidden_size=64, head_dim=16)
+    assert weights_dtype(base) == f"float32, matrices {quantized.kind} (bitsandbytes)"
+    assert weights_dtype(plain) == "float32"
+    assert base.num_parameters() == sum(parameter.numel() for parameter in plain.parameters())

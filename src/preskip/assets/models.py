@@ -141,6 +141,18 @@ def load_model(
     return model.eval().to(device)
 
 
+def weights_dtype(model: Any) -> str:
+    """What a loaded model's weights are, e.g. `float32`; of a quantised one `float32, matrices nf4 (bitsandbytes)`."""
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    if getattr(model, "quantization_method", None) is None:
+        return dtype
+    config = model.config.quantization_config
+    method = str(getattr(config.quant_method, "value", config.quant_method))
+    kind = config.bnb_4bit_quant_type if getattr(config, "load_in_4bit", False) else None
+    kind = "int8" if getattr(config, "load_in_8bit", False) else kind
+    return f"{dtype}, matrices {f'{kind} ({method})' if kind else method}"
+
+
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer of a model.
 

@@ -242,14 +242,17 @@ def _seeds(text: str) -> tuple[int, int, int, int]:
 def _dtypes(model: Any) -> dict[str, Any]:
     """What the weights of the base and of the adapter really are, and how attention is computed."""
     from preskip.adapter import base_model
+    from preskip.assets import weights_dtype
 
     base = base_model(model)
+    own = {id(parameter) for parameter in base.parameters()}
     adapted = [parameter for name, parameter in model.named_parameters() if _is_adapter(model, name)]
     return {
-        "dtype": str(base.get_input_embeddings().weight.dtype).removeprefix("torch."),
+        "dtype": weights_dtype(base),
         "adapter_dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in adapted})) or None,
         "attn_implementation": base.config._attn_implementation,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        # Of packed matrices what they stand for; prompt learning keeps its weights beside the base.
+        "parameters": base.num_parameters() + sum(p.numel() for p in model.parameters() if id(p) not in own),
         "adapter_parameters": sum(parameter.numel() for parameter in adapted),
     }
 

@@ -138,7 +138,7 @@ def explain(
         timings = {"load": round(loaded, 2), **result["timings"]}
         content: Explain = {
             "schema_version": EXPLAIN_VERSION,
-            **_facts(found, live, model, resolved),
+            **_facts(found, live, model),
             **result,
             "timings": {**timings, "total": round(time.perf_counter() - started, 2)},
             "environment": environment.describe(device),
@@ -235,9 +235,10 @@ def _add_null(layers: Sequence[ExplainedLayer], null: Sequence[NullRun]) -> None
         }
 
 
-def _facts(source: Source, live: Any, model: str | None, dtype: str) -> ExplainFacts:
+def _facts(source: Source, live: Any, model: str | None) -> ExplainFacts:
     from preskip.adapter import base_model
     from preskip.analysis.branches import live_branches
+    from preskip.assets import weights_dtype
     from preskip.version import __version__
 
     base = base_model(live)
@@ -254,8 +255,8 @@ def _facts(source: Source, live: Any, model: str | None, dtype: str) -> ExplainF
             "type": base.config.model_type,
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
-            "parameters": sum(parameter.numel() for parameter in base.parameters()),
-            "dtype": dtype,
+            "parameters": base.num_parameters(),  # of packed matrices what they stand for
+            "dtype": weights_dtype(base),
         },
         "settings": asdict(live_branches(live)[0].active()[0][0]),
     }

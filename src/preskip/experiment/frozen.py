@@ -18,7 +18,7 @@ from preskip.analysis.ablation import ablate, ablation_passes
 from preskip.analysis.depth import text_profile
 from preskip.arms import ARMS, Arm, ArmContext, attention_layers, attention_paths, branch_parameters, resolve_arms
 from preskip.arms.insert import Inserted, insert
-from preskip.assets import load_model, load_tokenizer, resolve_model
+from preskip.assets import load_model, load_tokenizer, resolve_model, weights_dtype
 from preskip.data.blocks import check_vocabulary, pack_blocks, scored_size
 from preskip.data.splits import Splits, choose, locate
 from preskip.errors import PreskipError
@@ -112,10 +112,10 @@ class Frozen(Prepared):
             "model": {
                 "name": config.model,
                 "type": base.config.model_type,
-                "parameters": sum(parameter.numel() for parameter in base.parameters()),
+                "parameters": base.num_parameters(),  # of packed matrices what they stand for
                 "layers": text_config.num_hidden_layers,
                 "hidden_size": text_config.hidden_size,
-                "dtype": config.dtype,
+                "dtype": weights_dtype(base),
                 "attn_implementation": base.config._attn_implementation,
                 "source": source.source,
                 "sha256": source.sha256,
