@@ -97,7 +97,7 @@ def test_perplexity_distance():
 def test_the_papers_table_has_its_arms_columns_and_headline_changes():
     for model in ("pythia-160m", "pythia-410m"):
         table = paper_table(model)
-        assert list(table) == ["none", "preproj", "lora", "preproj+lora", "preskip"]
+        assert list(table) == ["none", "preproj", "lora-attention", "preproj+lora", "preskip"]
         assert all(set(row) == {"trainable_parameters", *COLUMNS} for row in table.values())
     table = paper_table("pythia-160m")
     assert table["preskip"]["paper:lambada"] / table["none"]["paper:lambada"] - 1 == pytest.approx(0.406, abs=5e-4)
