@@ -26,7 +26,7 @@ class Diagram(NamedTuple):
     before: bool  # the pre-projection on the way into attention
     beside: bool  # the pre-projection on a way of its own around attention
     skip: bool  # a way around attention, from the enriched input where there is one
-    lora: bool
+    lora: bool  # on the projections inside attention
     norms: bool
 
 
@@ -37,7 +37,7 @@ def diagram(arm: str, settings: Mapping[str, Any]) -> Diagram:
     else:
         pre, skip, enrich = BRANCHES.get(arm, (False, False, True))
     beside = pre and not enrich
-    return Diagram(pre and enrich, beside, skip or beside, "r" in settings, arm == "layernorm")
+    return Diagram(pre and enrich, beside, skip or beside, "r" in settings and arm != "lora-mlp", arm == "layernorm")
 
 
 def arm_lines(record: Manifest, results: Results) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ def reference_arm(results: Results) -> str:
 
 def rivals(results: Results) -> list[str]:
     """What the page's first screen holds the reference arm against: the plain arm, then LoRA or the plain controls."""
-    others = ("base-wide", "base-deep", "base-flops") if is_pretraining(results) else ("lora",)
+    others = ("base-wide", "base-deep", "base-flops") if is_pretraining(results) else ("lora", "lora-attention")
     return [arm for arm in (plain_arm(results), *others) if arm in results["arms"] and arm != reference_arm(results)]
 
 

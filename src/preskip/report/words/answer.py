@@ -11,6 +11,7 @@ from preskip.runs.schema import Results
 NAMES = {
     "none": "the untouched model",
     "lora": "LoRA",
+    "lora-attention": "LoRA on attention alone",
     "base": "the plain architecture",
     "base-wide": "a plain model with as many weights",
     "base-deep": "a plain model with more layers",
@@ -64,5 +65,5 @@ def listed(words: Iterable[str]) -> str:
 
 def _name(results: Results, arm: str, rival: str) -> str:
     budgets = {results["arms"][name].get("budget") for name in (arm, rival)}
-    same = rival == "lora" and budgets == {"matched"}
+    same = rival.startswith("lora") and budgets == {"matched"}
     return NAMES.get(rival, rival) + (" of the same size" if same else "")
