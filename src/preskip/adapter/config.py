@@ -46,9 +46,10 @@ _BranchConfig: Any = make_dataclass(
 class PreskipConfig(_BranchConfig):
     """Configuration of a Preskip adapter (arXiv 2604.10791): pre-projection and content skip.
 
+    What a branch is made of are the fields of `preskip.BranchSettings`, with their defaults: expansion, activation,
+    gated, dropout, preprojection, content_skip, enrich_attention, skip_rank, init_weights, init_std, skip_init_std.
+
     Args:
-        expansion, activation, gated, dropout, preprojection, content_skip, enrich_attention, skip_rank, init_weights,
-            init_std, skip_init_std: what a branch is made of, with the defaults of `preskip.BranchSettings`.
         skip_position: "attention" (default) adds the skip to the attention's output; "residual" adds it behind a
             post-attention norm where the block has one (Gemma 2/3, GLM-4, OLMo 2).
         target_modules: names or a regular expression of attention modules. Default: every self-attention of the text
