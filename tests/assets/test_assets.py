@@ -331,7 +331,7 @@ def test_embedded_model_is_converted_once(tiny_embedded, cache, folder, capsys):
     assert assets.load_model("smollm2", torch.bfloat16).dtype == torch.bfloat16
     assert (cache / "models" / "smollm2" / "model.safetensors").stat().st_mtime_ns == before
     assert list((cache / "tmp").iterdir()) == []
-    assert "tensors" not in capsys.readouterr().err
+    assert "GGUF tensors" not in capsys.readouterr().err
 
 
 def test_damaged_conversion_is_made_again(tiny_embedded, cache):
