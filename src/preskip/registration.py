@@ -3,15 +3,20 @@
 Both take seconds to import, and `preskip --help` should not. The classes of the architectures derive from transformers'
 model classes, which cannot be imported while transformers is half-way through importing itself; that is when its Auto
 classes are usually loaded. So the types are registered when a config of one is first asked for.
+
+Beside torch and transformers nothing is needed here: a server imports this without PEFT.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
+import sys
+from collections.abc import Callable, Mapping
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-
-import wrapt
 
 from preskip.model_types import PREFIX, TYPES
 
@@ -25,10 +30,39 @@ class _LazyTypes(dict):
         return super().__contains__(key)
 
 
+class _AfterImport(MetaPathFinder):
+    """Calls a function with a module once that module has been executed."""
+
+    def __init__(self, waiting: Mapping[str, Callable[[Any], None]]) -> None:
+        self.waiting = waiting
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The module's own spec, whose loader calls the function afterwards; None for all other modules."""
+        call = self.waiting.get(fullname)
+        if call is None:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is None or spec.loader is None:
+            return spec
+        # A copy: some loaders serve many modules.
+        execute, spec.loader = spec.loader.exec_module, copy.copy(spec.loader)
+
+        def execute_and_call(module: ModuleType) -> None:
+            execute(module)
+            call(module)
+
+        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
+        return spec
+
+
 def install() -> None:
     """Hook into PEFT and transformers; at once where they are loaded already."""
-    wrapt.register_post_import_hook(_extend_peft, "peft")
-    wrapt.register_post_import_hook(_extend_auto_config, "transformers.models.auto.configuration_auto")
+    waiting = {"peft": _extend_peft, "transformers.models.auto.configuration_auto": _extend_auto_config}
+    for name, call in waiting.items():
+        if name in sys.modules:
+            call(sys.modules[name])
+    sys.meta_path.insert(0, _AfterImport(waiting))
 
 
 def _extend_peft(module: ModuleType) -> None:

@@ -7,10 +7,11 @@ method is wrapped; other adapter types pass through untouched.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
-import wrapt
+from transformers.integrations.peft import PeftAdapterMixin
 
 from preskip.adapter.checkpoint import refuse
 from preskip.adapter.config import PreskipConfig
@@ -20,7 +21,14 @@ from preskip.errors import PreskipError
 
 def make_load_adapter_strict() -> None:
     """Wrap `transformers.PreTrainedModel.load_adapter`; to be called once."""
-    wrapt.wrap_function_wrapper("transformers.integrations.peft", "PeftAdapterMixin.load_adapter", _load_adapter)
+    mixin: Any = PeftAdapterMixin
+    load = mixin.load_adapter
+
+    @wraps(load)
+    def strict(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return _load_adapter(load, model, args, kwargs)
+
+    mixin.load_adapter = strict
 
 
 def _load_adapter(load: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -31,14 +39,14 @@ def _load_adapter(load: Callable[..., Any], model: Any, args: tuple, kwargs: dic
             "own name and switch with set_adapter, or copy its weights in place with set_peft_model_state_dict"
         )
     try:
-        report = load(*args, **kwargs)
+        report = load(model, *args, **kwargs)
     except RuntimeError as error:
         wrong_shape = bool(_preskip_adapters(model) - before) and "ignore_mismatched_sizes" in str(error)
         _undo(model, before)
         if not wrong_shape:
             raise
         # Once more, only to learn which tensor it was: the error does not say.
-        report = load(*args, **{**kwargs, "ignore_mismatched_sizes": True})
+        report = load(model, *args, **{**kwargs, "ignore_mismatched_sizes": True})
     except Exception:
         _undo(model, before)
         raise

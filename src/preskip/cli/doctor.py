@@ -8,16 +8,19 @@ import sys
 from typing import Any
 
 from preskip.cli.options import Json
+from preskip.serve.versions import serving_problem
 from preskip.version import __version__
 
 # Modules that a command needs beyond the required dependencies, and what installs them.
 EXTRAS = {
-    "probe's report.html, report": (("altair", "vl_convert", "jinja2"), "pip install 'preskip[report]'"),
+    "all commands but bake, serve and doctor": (
+        ("datasets", "gguf", "pyarrow", "scipy"),
+        "pip install 'preskip[train]'",
+    ),
     "eval, --tasks": (("lm_eval",), "pip install 'preskip[eval]'"),
+    "probe's report.html, report": (("altair", "vl_convert", "jinja2"), "pip install 'preskip[report]'"),
     "quantised bases": (("bitsandbytes",), "pip install 'preskip[quantized]'"),
 }
-# Recorded in a run where they are installed; no command needs them without its extra.
-OPTIONAL = ("lm_eval",)
 OLDEST = {"torch": (2, 6), "transformers": (5, 17), "peft": (0, 20)}
 
 
@@ -39,15 +42,15 @@ def examine() -> dict[str, Any]:
     """Everything that `preskip doctor` shows, as one JSON value."""
     from preskip.runs.environment import PACKAGES, computes_in_bfloat16, describe, version_of
 
-    required = [name for name in PACKAGES if name not in OPTIONAL]
-    problems = [f"{name} is not installed" for name in required if version_of(name) is None]
+    optional = {module for modules, _ in EXTRAS.values() for module in modules}
+    problems = [f"{name} is not installed" for name in PACKAGES if name not in optional and version_of(name) is None]
     for name, oldest in OLDEST.items():
         version = version_of(name)
         if version and tuple(int(part) for part in version.split(".")[:2]) < oldest:
             problems.append(f"{name} {version} is too old: {'.'.join(map(str, oldest))} or newer is needed")
     facts: dict[str, Any] = {"preskip": __version__, "executable": sys.executable, "problems": problems}
     if version_of("torch") is None:
-        return facts | {"environment": None, "devices": [], "cache": None, "missing": {}}
+        return facts | {"environment": None, "devices": [], "cache": None, "missing": {}, "serving_problem": None}
     import torch
 
     from preskip import assets
@@ -64,7 +67,13 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "cache": assets.status(),
         "missing": {command: entry for command, entry in missing.items() if entry["modules"]},
+        "serving_problem": serving_problem(),
     }
+
+
+def extra_for(module: str | None) -> str | None:
+    """The command that installs a missing module of an extra; None for any other module."""
+    return next((mend for modules, mend in EXTRAS.values() if (module or "").split(".")[0] in modules), None)
 
 
 def _print(facts: dict[str, Any]) -> None:
@@ -92,6 +101,11 @@ def _print(facts: dict[str, Any]) -> None:
         out.print(Text.assemble((f"optional, missing for {command}:", "yellow"), text), soft_wrap=True)
     for problem in facts["problems"]:
         out.print(Text.assemble(("problem:", "red"), f" {problem}"), soft_wrap=True)
+    if facts["serving_problem"]:
+        text = f" {facts['serving_problem']}"
+        out.print(Text.assemble(("preskip serve falls back to transformers:", "yellow"), text), soft_wrap=True)
+    else:
+        out.print("preskip serve works with vLLM", style="green")
     if not facts["problems"]:
         out.print("all required packages are here", style="green")
 

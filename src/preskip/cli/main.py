@@ -17,7 +17,7 @@ from preskip.cli.audit import audit
 from preskip.cli.bake import bake
 from preskip.cli.compare import compare
 from preskip.cli.data import data
-from preskip.cli.doctor import doctor
+from preskip.cli.doctor import doctor, extra_for
 from preskip.cli.evaluate import evaluate
 from preskip.cli.explain import explain
 from preskip.cli.power import power
@@ -75,16 +75,24 @@ def main(arguments: list[str] | None = None) -> None:
         with _terminated_like_ctrl_c():
             app(arguments, console=console())
     except (PreskipError, CycloptsError) as error:
-        text = " ".join(_words(error).split())
-        if "--json" in arguments:
-            print(json.dumps({"error": text}))
-        console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), f" {text}"))
-        sys.exit(1)
+        _fail(_words(error), arguments)
     except KeyboardInterrupt:
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (mend := extra_for(error.name)) is None:
+            raise
+        _fail(f"this needs {error.name}, which is not installed: {mend}", arguments)
     finally:
         if is_process:  # a second Ctrl-C would only print a traceback of the libraries' clean-up
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _fail(words: str, arguments: list[str]) -> NoReturn:
+    text = " ".join(words.split())
+    if "--json" in arguments:
+        print(json.dumps({"error": text}))
+    console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), f" {text}"))
+    sys.exit(1)
 
 
 def _words(error: Exception) -> str:

@@ -1,0 +1,88 @@
+"""Branches and hooks of a model whose modules an engine has replaced: put back, counted, and missed aloud."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from preskip.attach import CHILD, attach, detach, find_sites, tap_of
+from preskip.errors import PreskipError
+
+
+def put_back(
+    model: nn.Module, config: Any, plain: Callable[[Any, str], nn.Module] | None = None, *, is_whole: bool = True
+) -> None:
+    """Register every branch's hooks anew, on the modules that are there now.
+
+    Args:
+        model: built from a `preskip_<type>` config; its norms and linear layers may be replaced since.
+        config: of the model.
+        plain: makes, of a layer of a branch and its path, the layer to put in its place.
+        is_whole: False where this process has some of the layers only (pipeline parallelism).
+
+    Raises:
+        PreskipError: a layer that should have a branch has none.
+    """
+    for attention, branch, tap, path in _branches(model, config, is_whole):
+        if plain is not None:
+            for part, linear in branch.linears.items():
+                setattr(branch, part, plain(linear, f"{path}.{part}"))
+        detach(attention)
+        attach(attention, branch, tap)
+
+
+def check_hooks(model: nn.Module, config: Any, *, is_whole: bool = True) -> int:
+    """Count the branches whose hooks are all on modules that the model calls.
+
+    Args:
+        model: see `put_back`.
+        config: of the model.
+        is_whole: see `put_back`.
+
+    Returns:
+        How many there are: all that should be.
+
+    Raises:
+        PreskipError: a branch or one of its hooks is missing.
+    """
+    count = 0
+    for attention, branch, tap, path in _branches(model, config, is_whole):
+        expected = [attention._forward_pre_hooks, attention._forward_hooks]
+        if tap is not None:
+            expected.append(tap._forward_hooks)
+        handles = branch.hook_handles
+        found = [
+            handle.hooks_dict_ref() if handle.id in (handle.hooks_dict_ref() or ()) else None for handle in handles
+        ]
+        if len(found) != len(expected) or any(a is not b for a, b in zip(found, expected, strict=True)):
+            raise PreskipError(
+                f"a hook of {path} is lost: the engine has replaced a module around it, and would answer as if the "
+                "branch were another"
+            )
+        count += 1
+    return count
+
+
+def _is_registered(handle: Any) -> bool:
+    hooks = handle.hooks_dict_ref()
+    return hooks is not None and handle.id in hooks
+
+
+def _branches(model: nn.Module, config: Any, is_whole: bool) -> Iterator[tuple[Any, Any, nn.Module | None, str]]:
+    """Each attention that should have a branch: itself, the branch, the tap, and the branch's path."""
+    chosen = set(range(config.num_hidden_layers) if config.preskip_layers is None else config.preskip_layers)
+    sites = [site for site in find_sites(model).attentions if site.layer in chosen]
+    have = [site for site in sites if isinstance(getattr(model.get_submodule(site.name), CHILD, None), nn.Module)]
+    expected = len(chosen) if is_whole else len(sites)
+    if len(have) != expected:
+        raise PreskipError(
+            f"{len(have)} of {expected} branches are in the model that would be served, which would answer wrongly: "
+            "see `preskip doctor` for versions that are tested"
+        )
+    for site in have:
+        attention: Any = model.get_submodule(site.name)
+        path, _, target = site.name.rpartition(".")
+        tap = tap_of(model.get_submodule(path), target, config.preskip_skip_position)
+        yield attention, getattr(attention, CHILD), tap, f"{site.name}.{CHILD}"

