@@ -180,20 +180,23 @@ def _beating(description: str, total: int | None, *, quiet: bool) -> Iterator[Ad
 
 
 @contextmanager
-def spinner(description: str, *, quiet: bool = False) -> Iterator[None]:
+def spinner(description: str, *, quiet: bool = False) -> Iterator[Callable[[str], None]]:
     """Show that a step without countable units goes on; it leaves nothing behind on the terminal.
 
     Args:
         description: what is being done.
         quiet: show nothing.
+
+    Yields:
+        A function that shows a note behind the description.
     """
     out = console(stderr=True)
     if quiet or not out.is_terminal:
         with _beating(description, None, quiet=quiet):
-            yield
+            yield lambda note: None
         return
-    with _shown(out.status(Text(f"{description} ..."))):
-        yield
+    with _shown(out.status(Text(f"{description} ..."))) as status:
+        yield lambda note: status.update(Text(f"{description} ... {note}"[: out.width - 4], overflow="ellipsis"))
 
 
 @contextmanager

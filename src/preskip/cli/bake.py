@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
+from preskip.progress import quiet_libraries, say, spinner
 
 if TYPE_CHECKING:
     from preskip.report.cards.content import Card
@@ -29,11 +30,39 @@ def bake(
         raise PreskipError(f"{adapter} has no adapter_config.json: give a folder of a saved adapter")
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another folder")
-    from preskip.progress import say, spinner
+    facts = bake_saved(adapter, out, model=model, dtype=dtype, trust_remote_code=trust_remote_code, quiet=as_json)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    say(f"{facts['model_type']}, base weights {facts['dtype']}, {facts['bytes'] / 1e6:,.0f} MB, logits difference 0")
+    print(out)
 
-    with spinner("loading libraries", quiet=as_json):
-        from preskip.progress import quiet_libraries
 
+def bake_saved(
+    adapter: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    with_card: bool = True,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Bake an adapter that is on disk, and keep the result only if its logits are those of the adapted model.
+
+    Args:
+        adapter: its folder.
+        out: the folder to make.
+        model: the base; None takes the recorded one.
+        dtype: of the base's weights.
+        trust_remote_code: see `preskip.assets.load_model`.
+        with_card: describe the run that the adapter is of in README.md.
+        quiet: show nothing.
+
+    Returns:
+        What `preskip bake --json` prints.
+    """
+    with spinner("loading libraries", quiet=quiet):
         quiet_libraries()
         import torch
 
@@ -47,21 +76,21 @@ def bake(
     if not base_name:
         raise PreskipError(f"{adapter} does not say which base it was trained on: give it with --model")
     resolved = dtype if dtype != "auto" else "float32" if source.run is None else source.dtype
-    with spinner(f"loading {base_name} ({resolved})", quiet=as_json):
+    with spinner(f"loading {base_name} ({resolved})", quiet=quiet):
         base = load_model(base_name, dtype=getattr(torch, resolved), trust_remote_code=trust_remote_code)
         live = load_adapter(base, adapter)
         tokenizer = load_tokenizer_of(base_name, adapter, trust_remote_code)
-    card = _card(source, out.name)
-    with spinner(f"writing {out}", quiet=as_json):
+    card = _card(source, out.name) if with_card else None
+    with spinner(f"writing {out}", quiet=quiet):
         bake_checkpoint(live, out, tokenizer=tokenizer, base_name=base_name)
-    with spinner("comparing its logits", quiet=as_json):
+    with spinner("comparing its logits", quiet=quiet):
         difference = _difference(live, out, getattr(torch, resolved))
     if difference != 0.0:
         shutil.rmtree(out)
         raise PreskipError(f"the baked model's logits differ by up to {difference:.3g}: nothing was kept")
     if card is not None:
         card.write(out)
-    facts: dict[str, Any] = {
+    return {
         "out": str(out),
         "base": base_name,
         "dtype": resolved,
@@ -69,11 +98,6 @@ def bake(
         "bytes": sum(file.stat().st_size for file in out.iterdir()),
         "logits_difference": difference,
     }
-    if as_json:
-        print(json.dumps(facts, indent=1))
-        return
-    say(f"{facts['model_type']}, base weights {resolved}, {facts['bytes'] / 1e6:,.0f} MB, logits difference 0")
-    print(out)
 
 
 def _card(source: Source, name: str) -> Card | None:

@@ -24,6 +24,7 @@ from preskip.cli.power import power
 from preskip.cli.pretrain import pretrain
 from preskip.cli.probe import probe
 from preskip.cli.report import report
+from preskip.cli.serve import serve
 from preskip.errors import PreskipError
 from preskip.progress import console
 from preskip.version import __version__
@@ -50,6 +51,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     report,
     pretrain,
     bake,
+    serve,
     data,
     doctor,
 )

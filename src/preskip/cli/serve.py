@@ -1,0 +1,161 @@
+"""`preskip serve`: an OpenAI server on a baked checkpoint, an adapter or a run, and the check that its branch runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+from preskip.cli.bake import bake_saved
+from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
+from preskip.errors import PreskipError
+from preskip.progress import quiet_libraries, say, spinner
+from preskip.serve.versions import serving_problem
+from preskip.version import __version__
+
+if TYPE_CHECKING:
+    from preskip.serve.checkpoint import Facts
+
+WITHOUT_SERVER = "transformers' own server needs fastapi and uvicorn: pip install 'preskip[serve]'"
+
+
+def serve(
+    source: Annotated[Path, flag("A baked checkpoint, an adapter, or a run.")],
+    *,
+    model: Base = None,
+    dtype: DtypeOfRun = "auto",
+    check: Annotated[bool, flag("Compare the engine with transformers, print the differences, and end.")] = False,
+    engine: Annotated[str, flag("auto, vllm or transformers.", choices=("auto", "vllm", "transformers"))] = "auto",
+    host: Annotated[str, flag("Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, flag("Port to listen on.", hint=int, least=1, most=65535)] = 8000,
+    name: Annotated[Optional[str], flag("Model name that requests give. Default: the source's.")] = None,
+    engine_args: Annotated[str, flag("More arguments for the engine, e.g. '--max-model-len 2048'.")] = "",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Serve a model with its branch through an OpenAI API, with vLLM where it is installed.
+
+    An adapter is baked into the cache first, once. Ctrl-C or SIGTERM stops the server and all that it has started.
+    """
+    from preskip.serve.server import check_memory, check_port, command, reason_in, running, wait
+
+    if not check:
+        check_port(host, port)
+    chosen = _engine(engine, needs_server=not check, quiet=as_json)
+    folder = _checkpoint(source, model, dtype, trust_remote_code, quiet=as_json)
+    with spinner("reading the checkpoint", quiet=as_json):
+        quiet_libraries()
+        from preskip.runs.environment import resolve_device
+        from preskip.serve.checkpoint import examine
+
+        facts = examine(folder)
+    device = resolve_device("auto")
+    check_memory(facts.weight_bytes, device)
+    computed = facts.dtype if dtype == "auto" else dtype
+    if check:
+        from preskip.cli.serve_check import run_check
+
+        run_check(facts, chosen, computed, eager=device == "cpu", as_json=as_json)
+        return
+    say(_described(facts), quiet=as_json)
+    shown = name or source.resolve().name
+    more = shlex.split(engine_args)
+    arguments = command(chosen, folder, host=host, port=port, name=shown, dtype=computed, device=device, more=more)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    log = Path(tempfile.mkstemp(prefix="preskip-serve-", suffix=".log")[1])
+    say(f"starting {chosen}, which may take minutes; its log is {log}", quiet=as_json)
+    with running(arguments, log) as server:
+        with spinner(f"starting {chosen}", quiet=as_json) as note:
+            wait(server, log, f"{url}/health", note)
+        if as_json:
+            facts_shown = {"url": f"{url}/v1", "model": shown, "engine": chosen, "checkpoint": str(folder)}
+            print(json.dumps(facts_shown | {"pid": server.pid, "log": str(log)}, indent=1), flush=True)
+        else:
+            print(_client(f"{url}/v1", shown), flush=True)
+        code = server.wait()
+    raise PreskipError(f"the server ended by itself (exit code {code}): {reason_in(log)}")
+
+
+def _engine(engine: str, *, needs_server: bool, quiet: bool) -> str:
+    """The engine to use: vLLM, or transformers with a line that says why."""
+    problem = serving_problem()
+    if engine == "vllm" and problem:
+        raise PreskipError(problem)
+    if engine == "transformers" or problem:
+        from transformers.utils.import_utils import is_serve_available
+
+        if needs_server and not is_serve_available():
+            raise PreskipError(WITHOUT_SERVER if engine == "transformers" else f"{problem}; or {WITHOUT_SERVER}")
+        if engine == "auto":
+            say(f"falling back to transformers, which answers one request at a time: {problem}", quiet=quiet)
+        return "transformers"
+    return "vllm"
+
+
+def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: bool, *, quiet: bool) -> Path:
+    """The folder to serve: what is baked already, or what this bakes into the cache."""
+    if source.is_file() or source.suffix == ".gguf":
+        raise PreskipError(
+            f"{source} is a file: GGUF and llama.cpp know no branch; give a baked checkpoint, an adapter or a run"
+        )
+    from preskip.runs.weights import find_source
+
+    found = find_source(source)
+    if found.is_checkpoint:
+        return found.weights
+    if found.others:
+        raise PreskipError(f"{source} carries a {found.others[0]} adapter, too: merge it into the base first")
+    from preskip.assets.cache import cache_dir, workspace
+
+    key = _key(found.weights, model or found.base or "", dtype)
+    place = cache_dir() / "baked" / key
+    if not place.is_dir():
+        with workspace(f"baked-{key}") as work:
+            if not place.is_dir():  # baked by another process while we waited
+                made = work / "checkpoint"
+                bake_saved(
+                    found.weights,
+                    made,
+                    model=model,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                    with_card=False,
+                    quiet=quiet,
+                )
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(made, place)
+    say(f"baked checkpoint: {place}", quiet=quiet)
+    return place
+
+
+def _key(adapter: Path, base: str, dtype: str) -> str:
+    """Names what a bake depends on: the adapter's content, the base's name and files, the dtype, this version."""
+    digest = hashlib.sha256(f"{__version__}\0{dtype}\0{base}\0".encode())
+    for file in sorted(adapter.glob("adapter_*")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    for file in sorted(Path(base).glob("*.safetensors")) if base and Path(base).is_dir() else ():
+        digest.update(f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:24]
+
+
+def _described(facts: Facts) -> str:
+    return (
+        f"{facts.config.model_type}, {facts.dtype}: {facts.weight_bytes / 1e6:,.0f} MB of weights, "
+        f"{facts.weight_ratio:.3f} times the base's; {facts.cache_bytes:,} bytes of keys and values per token, as many "
+        "as the base's"
+    )
+
+
+def _client(url: str, name: str) -> str:
+    """How to ask the server, on the command line and in Python."""
+    body = json.dumps({"model": name, "prompt": "The state of the Union", "max_tokens": 32})
+    return f"""curl {url}/completions -H 'Content-Type: application/json' -d '{body}'
+
+from openai import OpenAI
+client = OpenAI(base_url="{url}", api_key="none")
+print(client.completions.create(model={name!r}, prompt="The state of the Union", max_tokens=32).choices[0].text)
+"""

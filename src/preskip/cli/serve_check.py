@@ -1,0 +1,56 @@
+"""`preskip serve --check`: what the check found, as a table or JSON, and the exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from preskip.progress import spinner
+from preskip.serve.check import Checked, check
+from preskip.serve.checkpoint import Facts
+
+
+def run_check(facts: Facts, engine: str, dtype: str, *, eager: bool, as_json: bool) -> None:
+    """Check, show, and end the process with 1 where the check fails.
+
+    Args:
+        facts: of the checkpoint.
+        engine: see `preskip.serve.check.check`.
+        dtype: see `preskip.serve.check.check`.
+        eager: let vLLM compile nothing.
+        as_json: print one JSON document.
+    """
+    with spinner("checking", quiet=as_json) as note:
+        found = check(facts, engine, dtype, options={"enforce_eager": eager}, note=note)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        _show(found)
+    if found.problem:
+        sys.exit(1)
+
+
+def _show(found: Checked) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(f"{found.engine}, {found.dtype}, {found.tokens} prompt tokens")
+    for heading in ("largest difference", "mean difference"):
+        table.add_column(heading, justify="right")
+    for words, largest, mean in (
+        ("engine to transformers", found.largest, found.mean),
+        ("engine to transformers without the branch", found.without_largest, found.without_mean),
+        ("the base: engine to transformers", found.base_largest, found.base_mean),
+    ):
+        table.add_row(words, f"{largest:.2g}", f"{mean:.2g}")
+    console.print(table)
+    console.print(f"greedy tokens equal: {found.greedy_equal} of {found.greedy}", highlight=False)
+    blocks = "" if found.blocks is None else f"K/V blocks: {found.blocks:,}, the base's {found.base_blocks:,}; "
+    console.print(f"{blocks}{found.cache_bytes:,} bytes of keys and values per token, as the base", highlight=False)
+    if found.problem:
+        console.print(f"[bold red]failed:[/] {escape(found.problem)}", highlight=False)
+    else:
+        console.print("[green]passed: the engine runs the branch[/]")

@@ -1,0 +1,230 @@
+"""Whether an engine runs the branch: the same prompts through the engine and through transformers, with it and without.
+
+An engine that ignores a branch, or loses a hook of it, answers fluently and without an error. So the engine's log
+probabilities must lie on transformers' own, and nearer to those with the branch than to those without.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from preskip.errors import PreskipError
+from preskip.serve.checkpoint import Facts, without_branch
+
+# The largest difference of a log probability that float32 may show; 16 bits are held against the base's own.
+FLOAT32_TOLERANCE = 1e-3
+TIMES_THE_BASE = 1.5
+NEW_TOKENS = 32
+PROMPTS = (
+    "The state of the Union is strong because our people are strong, and because",
+    "A list of three colours: red, green,",
+    "In the beginning there was nothing but the sea, and over it a wind that came from the north; then, one morning,",
+    "def add(first, second):\n    return",
+)
+
+
+class Scores(TypedDict, total=False):
+    """Log probabilities of each prompt's tokens but the first, greedy continuations, and an engine's K/V blocks."""
+
+    logprobs: list[list[float]]
+    tokens: list[list[int]]
+    blocks: int
+    block_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What the check found; differences are of log probabilities of prompt tokens, in nats.
+
+    Attributes:
+        engine, dtype: what was checked.
+        tokens: how many prompt tokens were scored.
+        largest, mean: engine against transformers.
+        without_largest, without_mean: engine against transformers with the branch switched off.
+        base_largest, base_mean: the base in the engine against the base in transformers.
+        greedy_equal, greedy: equal tokens of the greedy continuations, and all of them.
+        blocks, base_blocks: of the engine's K/V cache in the same memory; None where it has none.
+        cache_bytes: of keys and values per token, the base's and this model's.
+        problem: why the check failed; None where it passed.
+    """
+
+    engine: str
+    dtype: str
+    tokens: int
+    largest: float
+    mean: float
+    without_largest: float
+    without_mean: float
+    base_largest: float
+    base_mean: float
+    greedy_equal: int
+    greedy: int
+    blocks: int | None
+    base_blocks: int | None
+    cache_bytes: int
+    problem: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As one JSON object."""
+        return asdict(self)
+
+
+def check(facts: Facts, engine: str, dtype: str, *, options: dict[str, Any], note: Callable[[str], None]) -> Checked:
+    """Run the check.
+
+    Args:
+        facts: of the checkpoint.
+        engine: "vllm" or "transformers".
+        dtype: in which both compute.
+        options: further arguments of vLLM's `LLM`.
+        note: told what is being done.
+
+    Raises:
+        PreskipError: the engine does not start.
+    """
+    prompts = _prompts(facts)
+    with tempfile.TemporaryDirectory(prefix="preskip-check-") as place:
+        base = without_branch(facts.folder, Path(place) / "base")
+        note(f"{engine} with the branch")
+        ours = engine_scores(engine, facts.folder, dtype, prompts, options)
+        note(f"{engine} with the base alone")
+        its_base = engine_scores(engine, base, dtype, prompts, {**options, "model_impl": "transformers"})
+        note("transformers")
+        expected = transformers_scores(facts.folder, dtype, prompts)
+        without = transformers_scores(base, dtype, prompts)
+    return compare(facts, engine, dtype, ours=ours, base=its_base, expected=expected, without=without)
+
+
+def compare(
+    facts: Facts, engine: str, dtype: str, *, ours: Scores, base: Scores, expected: Scores, without: Scores
+) -> Checked:
+    """Judge scores.
+
+    Args:
+        facts: of the checkpoint.
+        engine: see `check`.
+        dtype: see `check`.
+        ours: the engine's, with the branch.
+        base: the engine's, of the base alone.
+        expected: transformers', with the branch.
+        without: transformers', without it: the base alone.
+    """
+    largest, mean = _difference(ours, expected)
+    without_largest, without_mean = _difference(ours, without)
+    base_largest, base_mean = _difference(base, without)
+    pairs = [(a, b) for x, y in zip(ours["tokens"], expected["tokens"], strict=True) for a, b in zip(x, y, strict=True)]
+    limit = FLOAT32_TOLERANCE if dtype == "float32" else TIMES_THE_BASE * base_mean
+    found = largest if dtype == "float32" else mean
+    what = "the largest difference" if dtype == "float32" else "the mean difference"
+    problem = None
+    if not found <= limit:  # also where it is no number
+        problem = f"{what} to transformers is {found:.2g}, more than {limit:.2g}"
+        if without_mean < mean:
+            problem = f"the engine ignores the branch: {problem}, and without the branch it is {without_mean:.2g}"
+    elif not mean < without_mean / 2:
+        problem = (
+            "the branch changes too little for this check to see it: the mean difference to transformers is "
+            f"{mean:.2g} with the branch and {without_mean:.2g} without"
+        )
+    elif ours.get("blocks") != base.get("blocks"):
+        problem = f"the K/V cache has {ours.get('blocks')} blocks, the base's in the same memory {base.get('blocks')}"
+    return Checked(
+        engine=engine,
+        dtype=dtype,
+        tokens=sum(map(len, expected["logprobs"])),
+        largest=largest,
+        mean=mean,
+        without_largest=without_largest,
+        without_mean=without_mean,
+        base_largest=base_largest,
+        base_mean=base_mean,
+        greedy_equal=sum(a == b for a, b in pairs),
+        greedy=len(pairs),
+        blocks=ours.get("blocks"),
+        base_blocks=base.get("blocks"),
+        cache_bytes=facts.cache_bytes,
+        problem=problem,
+    )
+
+
+def _difference(a: Scores, b: Scores) -> tuple[float, float]:
+    """Largest and mean absolute difference of two sets of log probabilities."""
+    pairs = zip(a["logprobs"], b["logprobs"], strict=True)
+    every = [abs(x - y) for one, other in pairs for x, y in zip(one, other, strict=True)]
+    return max(every), sum(every) / len(every)
+
+
+def _prompts(facts: Facts) -> list[list[int]]:
+    """The prompts as token ids; without a tokenizer, random ones."""
+    import torch
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(facts.folder)
+        prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    except Exception:  # whatever is missing there, the check needs no text
+        prompts = []
+    if prompts and max(map(max, prompts)) < facts.config.vocab_size:
+        return prompts
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(facts.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 17, 30, 40)]
+
+
+def transformers_scores(folder: Path, dtype: str, prompts: Sequence[list[int]]) -> Scores:
+    """What transformers gives, each prompt by itself."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    settings = copy.deepcopy(model.generation_config)
+    settings.eos_token_id = None
+    result = Scores(logprobs=[], tokens=[])
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            table = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            answer = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
+                generation_config=settings,
+            )  # fmt: skip
+        result["logprobs"].append(table.gather(-1, ids[0, 1:, None])[:, 0].tolist())
+        result["tokens"].append(answer[0, len(prompt) :].tolist())
+    return result
+
+
+def engine_scores(
+    engine: str, folder: Path, dtype: str, prompts: Sequence[list[int]], options: dict[str, Any]
+) -> Scores:
+    """What an engine gives for all prompts at once.
+
+    Raises:
+        PreskipError: it ended without an answer.
+    """
+    if engine == "transformers":
+        return transformers_scores(folder, dtype, prompts)
+    from preskip.serve.server import environment, reason_in
+
+    asked = {"model": str(folder), "dtype": dtype, "prompts": prompts, "new_tokens": NEW_TOKENS, "options": options}
+    with tempfile.TemporaryDirectory(prefix="preskip-check-") as place:
+        answer, log = Path(place) / "answer.json", Path(place) / "log.txt"
+        with log.open("wb") as output:
+            done = subprocess.run(
+                [sys.executable, "-m", "preskip.serve.vllm_scores", str(answer)],
+                input=json.dumps(asked).encode(),
+                stdout=output,
+                stderr=output,
+                env={**environment(), "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")},
+            )
+        if done.returncode or not answer.is_file():
+            raise PreskipError(f"{engine} does not serve {folder}: {reason_in(log)}")
+        return json.loads(answer.read_text())

@@ -1,0 +1,145 @@
+"""A checkpoint folder before any engine opens it: whole, of ours, and how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preskip.attach import CHILD
+from preskip.errors import PreskipError, explained
+from preskip.model_types import PREFIX
+from preskip.runs.files import read_json
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a checkpoint holds.
+
+    Attributes:
+        folder: where it lies.
+        config: transformers' config of it.
+        dtype: of its weights, as the config says.
+        weight_bytes: of all tensors.
+        branch_bytes: of those of the branches.
+        cache_bytes: of one token's keys and values in all layers, in `dtype`.
+    """
+
+    folder: Path
+    config: Any
+    dtype: str
+    weight_bytes: int
+    branch_bytes: int
+    cache_bytes: int
+
+    @property
+    def weight_ratio(self) -> float:
+        """Weight bytes over the base's."""
+        return self.weight_bytes / (self.weight_bytes - self.branch_bytes)
+
+
+def examine(folder: Path) -> Facts:
+    """Read a checkpoint's config and the heads of its weight files.
+
+    Raises:
+        PreskipError: it is no `preskip_<type>` checkpoint in safetensors, a file is missing or cut short, or a layer's
+            branch is not in it.
+    """
+    kind = str(read_json(folder / "config.json").get("model_type"))
+    if not kind.startswith(PREFIX):
+        raise PreskipError(f"{folder} is a {kind} model without a branch: serve it with vLLM itself")
+    from transformers import AutoConfig
+
+    with explained(lambda error: f"{folder}/config.json cannot be read ({' '.join(str(error).split())[:200]})"):
+        config: Any = AutoConfig.from_pretrained(folder)
+    sizes = dict(_tensor_sizes(folder))
+    layers = config.preskip_layers
+    with_branch = {key.partition(f".{CHILD}.")[0] for key in sizes if f".{CHILD}." in key}
+    expected = config.num_hidden_layers if layers is None else len(layers)
+    if len(with_branch) != expected:
+        raise PreskipError(
+            f"{folder} holds {len(with_branch)} of {expected} branches: the checkpoint is incomplete, bake it again"
+        )
+    dtype = str(config.dtype or "float32").removeprefix("torch.")
+    import torch
+
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Facts(
+        folder=folder,
+        config=config,
+        dtype=dtype,
+        weight_bytes=sum(sizes.values()),
+        branch_bytes=sum(size for key, size in sizes.items() if f".{CHILD}." in key),
+        cache_bytes=2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize,
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        PreskipError: there is none, or the index names one that is missing.
+    """
+    if (folder / _INDEX).is_file():
+        files = [folder / name for name in sorted(set(read_json(folder / _INDEX)["weight_map"].values()))]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise PreskipError(f"{file} does not exist: the checkpoint is incomplete, bake it again")
+    return files
+
+
+def _tensor_sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    """Bytes of each tensor, from the files' heads, whose length and offsets must fit the file."""
+    for file in weight_files(folder):
+        with explained(lambda error, file=file: f"{file} is damaged or cut short ({error}): bake it again"):  # type: ignore[misc]
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                if length > file.stat().st_size:
+                    raise ValueError("its head is longer than the file")
+                head = json.loads(stream.read(length))
+            head.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in head.values()), default=0)
+            if 8 + length + end != file.stat().st_size:
+                raise ValueError(f"{file.stat().st_size} of {8 + length + end} bytes")
+        for key, entry in head.items():
+            yield key, entry["data_offsets"][1] - entry["data_offsets"][0]
+
+
+def without_branch(folder: Path, out: Path) -> Path:
+    """Write the base that a checkpoint was baked from: the same tensors without the branches, under the base's type.
+
+    Args:
+        folder: a baked checkpoint.
+        out: a new folder.
+
+    Returns:
+        `out`.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True)
+    config = read_json(folder / "config.json")
+    base = {key: value for key, value in config.items() if not key.startswith(PREFIX) and key != "auto_map"}
+    base["model_type"] = config["model_type"].removeprefix(PREFIX)
+    base["architectures"] = [name.removeprefix("Preskip") for name in config["architectures"]]
+    (out / "config.json").write_text(json.dumps(base, indent=1))
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as source:
+            kept = {key: source.get_tensor(key) for key in source.keys() if f".{CHILD}." not in key}  # noqa: SIM118
+        save_file(kept, out / file.name, metadata={"format": "pt"})
+    if (folder / _INDEX).is_file():
+        index = read_json(folder / _INDEX)
+        index["weight_map"] = {key: name for key, name in index["weight_map"].items() if f".{CHILD}." not in key}
+        (out / _INDEX).write_text(json.dumps(index))
+    for file in folder.iterdir():
+        if file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja") and not (out / file.name).exists():
+            (out / file.name).write_bytes(file.read_bytes())
+    return out

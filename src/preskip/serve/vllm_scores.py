@@ -1,0 +1,39 @@
+"""vLLM's log probabilities of prompts, and its greedy continuations: `python -m preskip.serve.vllm_scores`.
+
+Reads {"model", "dtype", "prompts", "new_tokens", "options"} as JSON on stdin and writes its answer to the file that is
+named on the command line. A process of its own: what vLLM holds is free again when it ends.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Score the prompts on stdin."""
+    asked = json.load(sys.stdin)
+    from vllm import LLM, SamplingParams
+
+    longest = max(map(len, asked["prompts"])) + asked["new_tokens"] + 1
+    options: dict[str, Any] = {"max_model_len": longest, "enable_prefix_caching": False, "seed": 0, **asked["options"]}
+    llm: Any = LLM(asked["model"], dtype=asked["dtype"], **options)
+    wanted = SamplingParams(temperature=0, max_tokens=asked["new_tokens"], prompt_logprobs=0, ignore_eos=True)
+    answers = llm.generate([{"prompt_token_ids": prompt} for prompt in asked["prompts"]], wanted, use_tqdm=False)
+    cache = llm.llm_engine.vllm_config.cache_config
+    result = {
+        "logprobs": [
+            [row[token].logprob for token, row in zip(prompt[1:], answer.prompt_logprobs[1:], strict=True)]
+            for prompt, answer in zip(asked["prompts"], answers, strict=True)
+        ],
+        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+        "blocks": cache.num_gpu_blocks,
+        "block_tokens": cache.block_size,
+    }
+    Path(sys.argv[1]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
