@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
+from cyclopts import Parameter
+
 from preskip.cli.bake import bake_saved
 from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
@@ -33,7 +35,9 @@ def serve(
     host: Annotated[str, flag("Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, flag("Port to listen on.", hint=int, least=1, most=65535)] = 8000,
     name: Annotated[Optional[str], flag("Model name that requests give. Default: the source's.")] = None,
-    engine_args: Annotated[str, flag("More arguments for the engine, e.g. '--max-model-len 2048'.")] = "",
+    engine_args: Annotated[
+        str, Parameter(help="More arguments for the engine, e.g. '--max-model-len 2048'.", allow_leading_hyphen=True)
+    ] = "",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:

@@ -173,7 +173,7 @@ def _prompts(facts: Facts) -> list[list[int]]:
         prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     except Exception:  # whatever is missing there, the check needs no text
         prompts = []
-    if prompts and max(map(max, prompts)) < facts.config.vocab_size:
+    if prompts and all(len(prompt) > 1 and max(prompt) < facts.config.vocab_size for prompt in prompts):
         return prompts
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(facts.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 17, 30, 40)]

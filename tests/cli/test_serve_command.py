@@ -1,0 +1,124 @@
+"""`preskip serve` through the real command, with a stand-in for the engine; the real one is `make test-serve`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import sys
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+import preskip.cli.serve as command
+from commands import preskip
+from preskip import PreskipConfig
+from preskip.serve import server
+from tiny_model import save_tiny_llama, tiny_llama
+from zoo import randomise
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A base and an adapter of it, and a cache of its own."""
+    monkeypatch.setenv("PRESKIP_CACHE", str(tmp_path / "cache"))
+    save_tiny_llama(tmp_path / "model")
+    model = get_peft_model(tiny_llama(), PreskipConfig())
+    randomise(model)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "model")
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+def test_check_of_an_adapter_bakes_it_once(place, capsys, monkeypatch):
+    assert preskip("serve", place / "adapter", "--check", "--engine", "transformers", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["problem"], found["largest"], found["engine"]) == (None, 0.0, "transformers")
+    (baked,) = (place / "cache" / "baked").iterdir()
+    assert json.loads((baked / "config.json").read_text())["model_type"] == "preskip_llama"
+    before = baked.stat().st_mtime_ns
+    assert preskip("serve", place / "adapter", "--check", "--engine", "transformers") == 0
+    assert "passed: the engine runs the branch" in capsys.readouterr().out
+    assert [folder.stat().st_mtime_ns for folder in (place / "cache" / "baked").iterdir()] == [before]
+    # Another adapter of the same base is another checkpoint.
+    weights = place / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert preskip("serve", place / "adapter", "--check", "--engine", "transformers") == 0
+    assert len(list((place / "cache" / "baked").iterdir())) == 2
+
+
+def test_the_exit_code_says_that_the_branch_is_ignored(place, capsys, monkeypatch):
+    from preskip.serve import check
+
+    def ignoring(engine, folder, dtype, prompts, options):
+        from preskip.serve.checkpoint import without_branch
+
+        is_base = json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+        return check.transformers_scores(folder if is_base else without_branch(folder, place / "b"), dtype, prompts)
+
+    monkeypatch.setattr(check, "engine_scores", ignoring)
+    assert preskip("serve", place / "adapter", "--check", "--engine", "transformers") == 1
+    assert "failed: the engine ignores the branch" in " ".join(capsys.readouterr().out.split())
+
+
+def test_serving_prints_how_to_ask_and_says_when_the_engine_is_gone(place, capsys, monkeypatch):
+    """The stand-in answers one health check and ends, as an engine does whose process was killed."""
+    code = (
+        "import http.server, sys\n"
+        "class A(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self): self.send_response(200); self.end_headers()\n"
+        "print('EngineDeadError: the engine core died', flush=True)\n"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), A).handle_request()\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    asked = {}
+
+    def stand_in(engine, checkpoint, **options):
+        asked.update(options, engine=engine)
+        return [sys.executable, "-c", code, str(options["port"])]
+
+    monkeypatch.setattr(server, "command", stand_in)
+    monkeypatch.setattr(command, "serving_problem", lambda: None)
+    more = ["--name", "mine", "--engine-args", "--max-model-len 64"]
+    assert preskip("serve", place / "adapter", "--port", port, *more) == 1
+    out, err = capsys.readouterr()
+    assert out, err
+    assert f"curl http://127.0.0.1:{port}/v1/completions" in out
+    assert "client.completions.create(model='mine'" in out
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: the server ended by itself (exit code 0): EngineDeadError: the engine core died")
+    assert (asked["engine"], asked["name"], asked["dtype"]) == ("vllm", "mine", "float32")
+    assert asked["more"] == ["--max-model-len", "64"]
+
+
+@pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm"])
+def test_what_cannot_be_served_ends_in_one_line(case, place, capsys, monkeypatch):
+    monkeypatch.setattr(command, "serving_problem", lambda: "vLLM is not installed: pip install vllm")
+    source, more = place / "adapter", ["--engine", "transformers"]
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    if case == "port":
+        taken = socket.socket()
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        more, words = ["--port", taken.getsockname()[1]], "cannot be used"
+    elif case == "gguf":
+        source, words = place / "model.gguf", "GGUF and llama.cpp know no branch"
+        source.write_bytes(b"GGUF")
+    elif case == "lora":
+        get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(place / "lora")
+        source, words = place / "lora", "holds a LORA adapter, which has no branch"
+    elif case == "cut":
+        assert preskip("bake", place / "adapter", place / "baked") == 0
+        weights = place / "baked" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-9])
+        source, words = place / "baked", "is damaged or cut short"
+    elif case == "nothing":
+        source, words = place / "model", "is a llama model, which has no branch"
+    else:
+        more, words = ["--engine", "vllm"], "vLLM is not installed: pip install vllm"
+    assert preskip("serve", source, *more) == 1
+    (line,) = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith("error: ")]
+    assert words in line
+    shutil.rmtree(place / "cache", ignore_errors=True)

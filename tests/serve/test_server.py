@@ -1,0 +1,114 @@
+"""The child process that serves: waited for, explained when it dies, stopped with all that it has started."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from preskip import PreskipError
+from preskip.serve import server
+
+# Starts a child of its own, answers /health, and ends by itself after as many answers as it is told.
+ENGINE = """
+import http.server, os, signal, subprocess, sys
+port, answers, stubborn, children = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "stubborn", sys.argv[4]
+if stubborn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import signal, sys; print('ready', flush=True); signal.pause()"],
+                         stdout=subprocess.PIPE, start_new_session=True)
+child.stdout.readline()
+open(children, "w").write(str(child.pid))
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+    def log_message(self, *args): pass
+print("INFO 11-29 02:20:34 [x.py:1] listening", flush=True)
+listening = http.server.HTTPServer(("127.0.0.1", port), Answer)
+for _ in range(answers):
+    listening.handle_request()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def engine(tmp_path, *, answers=1000, kind="plain") -> tuple[list[str], str, Path]:
+    """Command, health check and the file with the child's pid."""
+    port = free_port()
+    arguments = [sys.executable, "-c", ENGINE, str(port), str(answers), kind, str(tmp_path / "child")]
+    return arguments, f"http://127.0.0.1:{port}/health", tmp_path / "child"
+
+
+@pytest.mark.parametrize("kind", ["plain", "stubborn"])
+def test_all_that_a_server_has_started_ends_with_it(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "GRACE", 30.0 if kind == "plain" else 0.5)
+    arguments, url, child = engine(tmp_path, kind=kind)
+    notes = []
+    with server.running(arguments, tmp_path / "log") as process:
+        server.wait(process, tmp_path / "log", url, notes.append)
+        pid = int(child.read_text())
+        assert psutil.pid_exists(pid)
+        assert server.is_healthy(url)
+    assert process.returncode is not None
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not server.is_healthy(url)
+    assert server.last_line(tmp_path / "log") == "listening"
+
+
+def test_an_error_in_the_block_ends_the_server_too(tmp_path):
+    arguments, url, _ = engine(tmp_path)
+
+    def interrupted(note):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), server.running(arguments, tmp_path / "log") as process:
+        server.wait(process, tmp_path / "log", url, interrupted)
+    assert process.returncode is not None
+
+
+def test_a_server_that_dies_says_why_in_one_line(tmp_path):
+    code = (
+        "print('(EngineCore pid=8) ERROR 11-29 02:37:15 [core.py:9] ValueError: not enough memory for the cache')\n"
+        "raise RuntimeError('Engine core initialization failed. See root cause above.')"
+    )
+    arguments = [sys.executable, "-c", code]
+    with (
+        pytest.raises(PreskipError, match="ended before it answered: ValueError: not enough memory for the") as error,
+        server.running(arguments, tmp_path / "log") as process,
+    ):
+        server.wait(process, tmp_path / "log", "http://127.0.0.1:9/health", lambda note: None)
+    assert str(tmp_path / "log") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_port_in_use_and_too_little_memory_are_refused(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PreskipError, match=rf"port {port} of 127.0.0.1 cannot be used \(Address already in use\)"):
+            server.check_port("127.0.0.1", port)
+    server.check_port("127.0.0.1", port)
+    server.check_memory(1 << 20, "cpu")
+    with pytest.raises(PreskipError, match=r"the weights take 1024\.0 GiB and .* GiB of cpu memory are free"):
+        server.check_memory(1 << 40, "cpu")
+
+
+def test_commands_and_environment(monkeypatch):
+    more = {"host": "::1", "port": 1, "name": "n", "dtype": "bfloat16", "more": ["--max-model-len", "8"]}
+    vllm = server.command("vllm", Path("/c"), device="cpu", **more)
+    assert vllm[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert "--enforce-eager" in vllm
+    assert vllm[-2:] == ["--max-model-len", "8"]
+    assert "--enforce-eager" not in server.command("vllm", Path("/c"), device="cuda", **more)
+    assert server.command("transformers", Path("/c"), device="cpu", **more)[2] == "preskip.serve.transformers_server"
+    monkeypatch.setitem(os.environ, "VLLM_CPU_KVCACHE_SPACE", "7")
+    assert server.environment()["VLLM_CPU_KVCACHE_SPACE"] == "7"
