@@ -9,7 +9,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def bake(
     model: nn.Module,
     out: Path | str,
     *,
-    adapter: str | None = None,
+    adapter: str | Sequence[str] | None = None,
     tokenizer: Any = None,
     base_name: str | None = None,
     keep_float32: bool = False,
@@ -46,7 +47,8 @@ def bake(
     Args:
         model: a PEFT model with a Preskip adapter, or a model with one injected. It is not changed.
         out: the folder to make; must not exist.
-        adapter: which adapter; None is the active one.
+        adapter: which adapter; None is the active one. Several names: their branches lie side by side, and calls and
+            `generate` of the baked model take `adapter_names`, one per row; without, all rows have the first one's.
         tokenizer: saved beside the model, if given.
         base_name: what the model card calls the base; None takes the adapter's record.
         keep_float32: store the branch in float32 beside a bfloat16 base, and load it so, for further training. By
@@ -63,7 +65,9 @@ def bake(
     out = Path(out)
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another folder")
-    base, found = _find(model, adapter)
+    base = base_model(model)
+    names = [adapter] if adapter is None or isinstance(adapter, str) else list(dict.fromkeys(adapter))
+    found = [_find(model, base, name) for name in names]
     family = architecture(base.config.model_type) if base.config.model_type in TYPES else None
     if family is None:
         raise PreskipError(
@@ -72,7 +76,7 @@ def bake(
     if type(base).__name__ != family.causal_lm.__bases__[-1].__name__:
         raise PreskipError(f"{type(base).__name__} cannot be baked: only its causal language model can")
     baked = _rebuild(base, found, family, keep_float32)
-    recorded = getattr(model, "peft_config", {}).get(found.name)
+    recorded = getattr(model, "peft_config", {}).get(found[0].name)
     source = base_name or getattr(recorded, "base_model_name_or_path", None) or base.config.name_or_path
     baked.config.auto_map = {
         "AutoConfig": f"{Path(STUB).stem}.{family.config.__name__}",
@@ -107,13 +111,12 @@ class _Adapter:
     modules: frozenset[str]
 
 
-def _find(model: nn.Module, adapter: str | None) -> tuple[Any, _Adapter]:
-    """The base model and the adapter on it, after what can be known before building anything."""
+def _find(model: nn.Module, base: nn.Module, adapter: str | None) -> _Adapter:
+    """An adapter on a model's base, after what can be known before building anything."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from preskip.adapter import PreskipLayer
 
-    base = base_model(model)
     layers = {name: module for name, module in base.named_modules() if isinstance(module, PreskipLayer)}
     names = sorted({name for layer in layers.values() for name in layer.settings})
     if not names:
@@ -137,7 +140,7 @@ def _find(model: nn.Module, adapter: str | None) -> tuple[Any, _Adapter]:
         )
     own = {path: layer for path, layer in layers.items() if name in layer.settings}
     first = next(iter(own.values()))
-    return base, _Adapter(
+    return _Adapter(
         name=name,
         settings=first.settings[name],
         skip_position="attention" if first.tap is None else "residual",
@@ -145,8 +148,17 @@ def _find(model: nn.Module, adapter: str | None) -> tuple[Any, _Adapter]:
     )
 
 
-def _rebuild(base: Any, adapter: _Adapter, family: Architecture, keep_float32: bool) -> Any:
+def _rebuild(base: Any, adapters: Sequence[_Adapter], family: Architecture, keep_float32: bool) -> Any:
     """The model with branches, on the base's own tensors."""
+    adapter = adapters[0]
+    for other in adapters[1:]:
+        if (other.skip_position, other.modules) != (adapter.skip_position, adapter.modules):
+            raise PreskipError(
+                f"adapters {adapter.name!r} and {other.name!r} do not sit at the same layers and position: bake them "
+                "one by one"
+            )
+    if adapters[1:] and any(".modules_to_save." in key for key, _ in base.named_parameters()):
+        raise PreskipError("adapters with modules_to_save cannot lie side by side: bake them one by one")
     sites = {site.name: site.layer for site in find_sites(base).attentions}
     strays = sorted(adapter.modules - sites.keys())
     if strays:
@@ -159,10 +171,13 @@ def _rebuild(base: Any, adapter: _Adapter, family: Architecture, keep_float32: b
         preskip_skip_position=adapter.skip_position,
         preskip_layers=None if len(layers) == len(sites) else layers,
         preskip_keep_float32=keep_float32,
+        preskip_adapters={own.name: asdict(own.settings) for own in adapters} if adapters[1:] else None,
         attn_implementation=base.config._attn_implementation,
     )
     config.dtype = base.dtype
-    tensors = _plain_keys(base.state_dict(), adapter.name)
+    tensors: dict[str, torch.Tensor] = {}
+    for own in adapters:
+        tensors |= _plain_keys(base.state_dict(), own.name, f"{own.name}." if adapters[1:] else "")
     # An embedding that was trained apart from the output it was tied to is a tensor of its own from here on.
     tied = getattr(base, "_tied_weights_keys", None) or {}
     if any(tensors[one].data_ptr() != tensors[other].data_ptr() for one, other in tied.items() if one in tensors):
@@ -203,15 +218,18 @@ def _save(baked: Any, folder: Path) -> None:
         baked.generation_config = given
 
 
-def _plain_keys(state: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
-    """A PEFT model's tensors under plain names: this adapter's branches and trained copies, no other adapter's."""
+def _plain_keys(state: dict[str, torch.Tensor], adapter: str, within: str = "") -> dict[str, torch.Tensor]:
+    """A PEFT model's tensors under plain names: this adapter's branches and trained copies, no other adapter's.
+
+    The branch's have `within` before the part's name.
+    """
     plain: dict[str, torch.Tensor] = {}
     copies = f".modules_to_save.{adapter}."
     for key, tensor in state.items():
         if f".{CHILD}." in key:
             path, part, owner, leaf = key.rsplit(".", 3)
             if owner == adapter:
-                plain[f"{path}.{part}.{leaf}"] = tensor
+                plain[f"{path}.{within}{part}.{leaf}"] = tensor
         elif copies in key:
             plain[key.replace(copies, ".")] = tensor
         elif ".modules_to_save." not in key:
@@ -240,13 +258,16 @@ def short_card(baked: Any, source: str | None) -> str:
     count = sum(p.numel() for name, p in baked.named_parameters() if f".{CHILD}." in name)
     settings = branch_settings(baked.config)
     named = ", ".join(f"{field.name} {getattr(settings, field.name)}" for field in fields(BranchSettings))
-    layers = baked.config.preskip_layers
+    layers, several = baked.config.preskip_layers, baked.config.preskip_adapters
+    facts = [f"Branch: {named}", f"Layers: {'all' if layers is None else layers}"]
+    if several:
+        facts = [f"Adapters, for `adapter_names`: {escape(', '.join(several))}", facts[1]]
     return card_text(
         data,
         f"# {escape(source or baked.config.model_type)} with a pre-projection and a content skip",
         f"`{baked.config.model_type}`: {escape(source or 'a base model')} with the branches of a trained Preskip "
         f"adapter (arXiv 2604.10791) built in, {count:,} weights beside the base's. Baked with preskip {__version__}.",
-        bullets([f"Branch: {named}", f"Layers: {'all' if layers is None else layers}"]),
+        bullets(facts),
         code_block(loading(REGISTERS), "python"),
         LICENCE,
     )

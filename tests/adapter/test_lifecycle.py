@@ -204,11 +204,44 @@ def test_merging_is_refused_with_its_reason(method: str) -> None:
     assert torch.equal(zoo.logits(model, "llama"), before)
 
 
-def test_an_adapter_per_row_is_refused() -> None:
+@torch.no_grad()
+def test_each_row_of_a_mixed_batch_is_as_with_its_adapter_alone() -> None:
+    model = adapted("gemma2", skip_position="residual")
+    model.add_adapter("second", PreskipConfig(skip_position="residual", gated=True))
+    model.add_adapter("third", PreskipConfig(skip_position="residual", enrich_attention=False, layers_to_transform=[1]))
+    for seed, name in ((4, "second"), (5, "third")):
+        model.set_adapter(name)
+        zoo.randomise(model, seed=seed)
+    values = zoo.inputs("gemma2", batch=5)
+    alone = {}
+    for name in ("default", "second", "third"):
+        model.set_adapter(name)
+        alone[name] = model.eval()(**values).logits
+    with model.disable_adapter():
+        alone["__base__"] = model(**values).logits
+    names = ["second", "__base__", "default", "third", "second"]
+    mixed = model(**values, adapter_names=names).logits
+    for row, name in enumerate(names):
+        assert zoo.difference(mixed[row], alone[name][row]) < 1e-5, name
+    assert zoo.difference(alone["default"], alone["second"]) > 0.1
+    assert torch.equal(model(**values).logits, alone["third"]), "the active adapter is as before"
+    # Beams: each prompt's rows follow each other.
+    ids = values["input_ids"][:2]
+    beams = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    both = model.generate(input_ids=ids, adapter_names=["second", "default"], **beams)
+    for row, name in enumerate(("second", "default")):
+        model.set_adapter(name)
+        assert torch.equal(both[row], model.generate(input_ids=ids[row : row + 1], **beams)[0])
+
+
+@pytest.mark.parametrize("names", [["default", "fourth"], [], ["default", "default", "default"]])
+def test_names_that_do_not_fit_a_batch_are_refused(names) -> None:
     model = adapted()
-    model.add_adapter("second", PreskipConfig())
-    with pytest.raises(PreskipError, match=r"different adapter per row \(adapter_names\)"):
-        model(**zoo.inputs("llama"), adapter_names=["default", "second"])
+    with pytest.raises(PreskipError, match=r"adapter_names=|adapter names do not fit a batch of 2 rows"):
+        model(**zoo.inputs("llama"), adapter_names=names)
+    assert model.base_model.model.model.layers[0].self_attn.preskip.row_names is None
+    with pytest.raises(PreskipError, match="is for inference"):
+        model.train()(**zoo.inputs("llama"), adapter_names=["default"])
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

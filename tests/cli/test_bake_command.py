@@ -102,3 +102,22 @@ def test_what_cannot_be_baked_ends_in_one_line(case, place, tmp_path, capsys):
     assert error.startswith("error: ")
     assert words in error
     assert case == "exists" or not out.exists()
+
+
+def test_several_adapters_side_by_side(place, tmp_path, capsys):
+    arm = place / "run" / "arms" / "preskip"
+    given = [f"{name}={arm / f'seed-{seed}' / 'adapter'}" for seed, name in ((1, "a"), (2, "b"))]
+    assert preskip("bake", *given, tmp_path / "out", "--base", place / "model", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["logits_difference"] == 0.0
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    ids = torch.arange(20)[None].repeat(2, 1)
+    with torch.no_grad():
+        mixed = baked(ids, adapter_names=["b", "a"]).logits
+        for row, seed in enumerate((2, 1)):
+            base = AutoModelForCausalLM.from_pretrained(place / "model")
+            wanted = PeftModel.from_pretrained(base, arm / f"seed-{seed}" / "adapter").eval()(ids[:1]).logits[0]
+            assert (mixed[row] - wanted).abs().max() < 1e-5
+    unnamed = [text.partition("=")[2] for text in given]
+    assert preskip("bake", *unnamed, tmp_path / "twice") == 1
+    assert "two adapters are called 'adapter': give them as NAME=FOLDER" in capsys.readouterr().err
+    assert preskip("bake", given[0]) == 1

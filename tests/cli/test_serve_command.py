@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import preskip.cli.serve as command
 from commands import preskip
+from ports import free_port
 from preskip import PreskipConfig
 from preskip.serve import server
 from tiny_model import save_tiny_llama, tiny_llama
@@ -70,10 +71,7 @@ def test_serving_prints_how_to_ask_and_says_when_the_engine_is_gone(place, capsy
         "print('EngineDeadError: the engine core died', flush=True)\n"
         "http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), A).handle_request()\n"
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    asked = {}
+    port, asked = free_port(), {}
 
     def stand_in(engine, checkpoint, **options):
         asked.update(options, engine=engine)

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ports import free_port
 from preskip import PreskipError
 from preskip.serve import server
 
@@ -32,12 +33,6 @@ listening = http.server.HTTPServer(("127.0.0.1", port), Answer)
 for _ in range(answers):
     listening.handle_request()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def engine(tmp_path, *, answers=1000, kind="plain") -> tuple[list[str], str, Path]:

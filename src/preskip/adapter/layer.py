@@ -8,6 +8,7 @@ from torch import nn
 
 from preskip import branch as arithmetic
 from preskip.branch import PARTS, BranchSettings, PreskipBranch
+from preskip.rows import by_row
 
 CANNOT_MERGE = (
     "a Preskip branch depends non-linearly on its input and cannot be merged into the base weights: keep the adapter, "
@@ -39,6 +40,8 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
             self.add_module(part, nn.ModuleDict())
         self.dropout = nn.ModuleDict()
         self.settings: dict[str, BranchSettings] = {}
+        # Of the rows of the batch that is being computed, in place of the active adapters.
+        self.row_names: list[str] | None = None
         self.merged_adapters: list[str] = []
         self._active_adapter = []
 
@@ -90,7 +93,9 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
         return self.linears(name), self.settings[name], dropout
 
     def enrich(self, x: torch.Tensor) -> torch.Tensor:
-        """What attention reads, [B, T, d]: x̃ of the active adapters (`preskip.branch.enrich`)."""
+        """What attention reads, [B, T, d]: x̃ of the active adapters, or of each row's (`preskip.branch.enrich`)."""
+        if self.row_names is not None:
+            return by_row(x, self.row_names, self._enrich_rows, x)
         active = [name for name in self._active() if self.settings[name].enrich_attention]
         if len(active) <= 1:
             return arithmetic.enrich(x, *self._parts(active[0])) if active else x
@@ -98,12 +103,21 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
 
     def content(self, attention_input: torch.Tensor) -> torch.Tensor | None:
         """What goes around attention, [B, T, d], summed over the active adapters (`preskip.branch.content`)."""
+        if self.row_names is not None:
+            return by_row(attention_input, self.row_names, self._content_rows, torch.zeros_like(attention_input))
         total = None
         for name in self._active():
             part = arithmetic.content(attention_input, *self._parts(name))
             if part is not None:
                 total = part if total is None else total + part
         return total
+
+    def _enrich_rows(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
+        is_read = name in self.settings and self.settings[name].enrich_attention
+        return arithmetic.enrich(x, *self._parts(name)) if is_read else None
+
+    def _content_rows(self, name: str, attention_input: torch.Tensor) -> torch.Tensor | None:
+        return arithmetic.content(attention_input, *self._parts(name)) if name in self.settings else None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused for its own adapters; a no-op when LoRA stacked on top merges its own.

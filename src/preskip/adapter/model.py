@@ -33,6 +33,7 @@ from preskip.attach import (
     text_decoder,
 )
 from preskip.errors import PreskipError
+from preskip.rows import check_names
 from preskip.site_check import check_role
 
 
@@ -195,9 +196,24 @@ class PreskipModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise PreskipError("Preskip does not support a different adapter per row (adapter_names)")
-        yield
+        """PEFT's mixed batches: with `adapter_names`, one per row, each row has the branch of its own adapter."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise PreskipError("adapter_names is for inference: call model.eval() first")
+        layers = [module for module in self.modules() if isinstance(module, PreskipLayer)]
+        names = check_names(names, sorted({name for layer in layers for name in layer.settings}))
+        if any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.modules()):
+            raise PreskipError("adapter_names does not reach modules_to_save: use one adapter at a time")
+        try:
+            for layer in layers:
+                layer.row_names = names
+            yield
+        finally:
+            for layer in layers:
+                layer.row_names = None
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of weights is no weighted sum of branches.

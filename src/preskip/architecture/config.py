@@ -19,12 +19,14 @@ DEFAULTS: dict[str, Any] = {
     "preskip_skip_position": "attention",
     "preskip_layers": None,
     "preskip_keep_float32": False,
+    "preskip_adapters": None,
 }
 _TYPES: dict[str, Any] = {
     **{PREFIX + name: kind for name, kind in get_type_hints(BranchSettings).items()},
     "preskip_skip_position": str,
     "preskip_layers": Optional[list[int]],
     "preskip_keep_float32": bool,
+    "preskip_adapters": Optional[dict[str, Any]],
 }
 
 
@@ -40,13 +42,23 @@ def branch_settings(config: PreTrainedConfig) -> BranchSettings:
         raise PreskipError(f"{config.model_type} config, field {PREFIX}{error}") from None
 
 
+def adapter_settings(config: Any) -> dict[str, BranchSettings]:
+    """What the branches of each adapter are made of, by name, the first one first; {} where there is one alone.
+
+    Raises:
+        PreskipError: a value is out of range or two fields contradict each other.
+    """
+    return {name: BranchSettings(**fields) for name, fields in (config.preskip_adapters or {}).items()}
+
+
 class BranchConfigMixin:
     """Checks the `preskip_*` fields; a config read from a base checkpoint starts its branches at identity."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         config: Any = self
-        branch_settings(config).shapes(config.hidden_size)
+        for settings in (branch_settings(config), *adapter_settings(config).values()):
+            settings.shapes(config.hidden_size)
         position, layers, count = config.preskip_skip_position, config.preskip_layers, config.num_hidden_layers
         if position not in SKIP_POSITIONS:
             raise PreskipError(
@@ -103,7 +115,8 @@ def config_class(base_type: str) -> type[PreTrainedConfig]:
             "model_type": f"{PREFIX}{base_type}",
             "__module__": "preskip.architecture.models",
             "__doc__": f"{base.__name__} with the branch's fields (`preskip.branch.BranchSettings`), `preskip_` before "
-            "each, `preskip_skip_position`, `preskip_layers` (None for all), and `preskip_keep_float32` (True: the "
-            "branch's weights are float32 whatever dtype the rest is loaded in).",
+            "each, `preskip_skip_position`, `preskip_layers` (None for all), `preskip_keep_float32` (True: its "
+            "weights are float32 whatever dtype the rest is loaded in), and `preskip_adapters` (settings by name, of "
+            "several adapters side by side).",
         },
     )

@@ -18,7 +18,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from preskip.architecture.config import branch_settings, config_class
+from preskip.architecture.config import adapter_settings, branch_settings, config_class
+from preskip.architecture.several import PicksByName, SeveralBranches
 from preskip.attach import CHILD, attach, find_sites, input_width, tap_of
 from preskip.branch import BranchSettings, PreskipBranch, initialise
 from preskip.errors import PreskipError
@@ -67,18 +68,20 @@ class BranchMixin:
 
 
 def _attach_all(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    settings, layers = branch_settings(config), config.preskip_layers
+    settings, several, layers = branch_settings(config), adapter_settings(config), config.preskip_layers
     for site in find_sites(model).attentions:
         if layers is not None and site.layer not in layers:
             continue
         attention = model.get_submodule(site.name)
         path, _, target = site.name.rpartition(".")
-        branch = PreskipBranch(input_width(attention, config.hidden_size), settings)
+        width = input_width(attention, config.hidden_size)
+        branch: Any = SeveralBranches(width, several) if several else PreskipBranch(width, settings)
         if torch.get_default_dtype() == torch.bfloat16 and not config.preskip_keep_float32:
             branch.to(torch.bfloat16)  # as the rest of the model is made and loaded
-        for part, linear in branch.linears.items():
-            # On the Linear: transformers calls `_init_weights` only for modules with weights of their own.
-            linear.preskip_part = (part, settings)  # type: ignore[assignment]
+        for own in branch.values() if several else (branch,):
+            for part, linear in own.linears.items():
+                # On the Linear: transformers calls `_init_weights` only for modules with weights of their own.
+                linear.preskip_part = (part, own.settings)
         attach(attention, branch, tap_of(model.get_submodule(path), target, config.preskip_skip_position))
 
 
@@ -103,9 +106,10 @@ def architecture(base_type: str) -> Architecture:
     classes = []
     for mapping, auto in ((MODEL_MAPPING, AutoModel), (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM)):
         model: Any = mapping[base]
+        picks = (PicksByName,) if auto is AutoModelForCausalLM else ()
         with_branch = type(
             f"Preskip{model.__name__}",
-            (BranchMixin, model),
+            (*picks, BranchMixin, model),
             {
                 "config_class": config,
                 "__module__": __name__,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
-from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
+from cyclopts import Parameter
+
+from preskip.cli.options import DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
 from preskip.progress import quiet_libraries, say, spinner
 
@@ -17,20 +20,29 @@ if TYPE_CHECKING:
 
 
 def bake(
-    adapter: Annotated[Path, flag("Folder of a Preskip adapter, e.g. RUN/arms/preskip/seed-1/adapter.")],
-    out: Annotated[Path, flag("The folder to make; must not exist.")],
-    *,
-    model: Base = None,
+    *paths: Annotated[str, flag("The adapter's folder, or several as NAME=FOLDER, and last the folder to make.")],
+    model: Annotated[
+        Optional[str],
+        Parameter(name=["--model", "--base"], help="The adapter's base. Default: what the run or the adapter names."),
+    ] = None,
     dtype: DtypeOfRun = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Write base + adapter as one checkpoint of type preskip_<type>, and check that its logits are the same."""
-    if not (adapter / "adapter_config.json").is_file():
-        raise PreskipError(f"{adapter} has no adapter_config.json: give a folder of a saved adapter")
+    """Write base + adapter as one checkpoint of type preskip_<type>, and check that its logits are the same.
+
+    Several adapters of one base lie side by side, and calls and `generate` take `adapter_names`, one per row.
+    """
+    if len(paths) < 2:
+        raise PreskipError("give an adapter, e.g. RUN/arms/preskip/seed-1/adapter, and the folder to make")
+    *given, last = paths
+    adapters, out = _named(given), Path(last)
+    for adapter in adapters.values():
+        if not (adapter / "adapter_config.json").is_file():
+            raise PreskipError(f"{adapter} has no adapter_config.json: give a folder of a saved adapter")
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another folder")
-    facts = bake_saved(adapter, out, model=model, dtype=dtype, trust_remote_code=trust_remote_code, quiet=as_json)
+    facts = bake_saved(adapters, out, model=model, dtype=dtype, trust_remote_code=trust_remote_code, quiet=as_json)
     if as_json:
         print(json.dumps(facts, indent=1))
         return
@@ -38,8 +50,21 @@ def bake(
     print(out)
 
 
+def _named(given: Sequence[str]) -> dict[str, Path]:
+    """Adapters by name: as given before a `=`, else their folders'."""
+    named: dict[str, Path] = {}
+    for text in given:
+        name, sign, folder = text.partition("=")
+        path = Path(folder) if sign and not Path(text).exists() else Path(text)
+        name = name if path != Path(text) else path.resolve().name
+        if name in named:
+            raise PreskipError(f"two adapters are called {name!r}: give them as NAME=FOLDER")
+        named[name] = path
+    return named
+
+
 def bake_saved(
-    adapter: Path,
+    adapters: Mapping[str, Path],
     out: Path,
     *,
     model: str | None = None,
@@ -48,10 +73,10 @@ def bake_saved(
     with_card: bool = True,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Bake an adapter that is on disk, and keep the result only if its logits are those of the adapted model.
+    """Bake adapters that are on disk, and keep the result only if its logits are those of the adapted model.
 
     Args:
-        adapter: its folder.
+        adapters: their folders, by name; the name of a lone one does not matter.
         out: the folder to make.
         model: the base; None takes the recorded one.
         dtype: of the base's weights.
@@ -69,22 +94,24 @@ def bake_saved(
         from preskip.assets import load_model
         from preskip.baking import bake as bake_checkpoint
         from preskip.data.splits import locate
-        from preskip.evaluate.adapters import load_adapter, load_tokenizer_of
+        from preskip.evaluate.adapters import load_adapter, load_named, load_tokenizer_of
         from preskip.runs.weights import find_source
-    source = find_source(adapter)
+    first, *others = adapters.values()
+    source = find_source(first)
     base_name = model or (source.base and locate(source.base, source.directory))
     if not base_name:
-        raise PreskipError(f"{adapter} does not say which base it was trained on: give it with --model")
+        raise PreskipError(f"{first} does not say which base it was trained on: give it with --model")
     resolved = dtype if dtype != "auto" else "float32" if source.run is None else source.dtype
     with spinner(f"loading {base_name} ({resolved})", quiet=quiet):
         base = load_model(base_name, dtype=getattr(torch, resolved), trust_remote_code=trust_remote_code)
-        live = load_adapter(base, adapter)
-        tokenizer = load_tokenizer_of(base_name, adapter, trust_remote_code)
-    card = _card(source, out.name) if with_card else None
+        live = load_named(base, adapters) if others else load_adapter(base, first)
+        tokenizer = load_tokenizer_of(base_name, first, trust_remote_code)
+    card = _card(source, out.name) if with_card and not others else None
     with spinner(f"writing {out}", quiet=quiet):
-        bake_checkpoint(live, out, tokenizer=tokenizer, base_name=base_name)
+        names = list(adapters) if others else None
+        bake_checkpoint(live, out, adapter=names, tokenizer=tokenizer, base_name=base_name)
     with spinner("comparing its logits", quiet=quiet):
-        difference = _difference(live, out, getattr(torch, resolved))
+        difference = _difference(live, out, getattr(torch, resolved), names)
     if difference != 0.0:
         shutil.rmtree(out)
         raise PreskipError(f"the baked model's logits differ by up to {difference:.3g}: nothing was kept")
@@ -109,8 +136,8 @@ def _card(source: Source, name: str) -> Card | None:
     return baked_card(source.run, source.arm, source.seed, name)
 
 
-def _difference(live: Any, out: Path, dtype: Any) -> float:
-    """The largest difference of the logits of the adapted and the baked model, on 64 tokens."""
+def _difference(live: Any, out: Path, dtype: Any, names: Sequence[str] | None) -> float:
+    """The largest difference of the logits of the adapted and the baked model, on 64 tokens, over all adapters."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -119,5 +146,12 @@ def _difference(live: Any, out: Path, dtype: Any) -> float:
     generator = torch.Generator().manual_seed(0)
     vocabulary = live.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocabulary, (1, 64), generator=generator)
-    with torch.inference_mode():
-        return (live(input_ids=ids).logits - baked(input_ids=ids).logits).abs().max().item()
+    largest = 0.0
+    for name in names or ("",):
+        picked = {"adapter_names": [name]} if name else {}
+        if name:
+            live.set_adapter(name)
+        with torch.inference_mode():
+            difference = live(input_ids=ids).logits - baked(input_ids=ids, **picked).logits
+        largest = max(largest, difference.abs().max().item())
+    return largest

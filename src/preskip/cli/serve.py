@@ -60,11 +60,19 @@ def serve(
     device = resolve_device("auto")
     check_memory(facts.weight_bytes, device)
     computed = facts.dtype if dtype == "auto" else dtype
+    if check and facts.config.preskip_adapters:
+        raise PreskipError(f"{folder} holds several adapters: check each of them, baked by itself")
     if check:
         from preskip.cli.serve_check import run_check
 
         run_check(facts, chosen, computed, eager=device == "cpu", as_json=as_json)
         return
+    several = facts.config.preskip_adapters
+    if several and chosen == "vllm":
+        if engine == "vllm":
+            raise PreskipError("vLLM does not tell a model which request a token is of: use --engine transformers")
+        chosen = _engine("transformers", needs_server=True, quiet=as_json)
+        say("falling back to transformers: vLLM cannot pick one of several adapters per request", quiet=as_json)
     say(_described(facts), quiet=as_json)
     shown = name or source.resolve().name
     more = shlex.split(engine_args)
@@ -79,7 +87,7 @@ def serve(
             facts_shown = {"url": f"{url}/v1", "model": shown, "engine": chosen, "checkpoint": str(folder)}
             print(json.dumps(facts_shown | {"pid": server.pid, "log": str(log)}, indent=1), flush=True)
         else:
-            print(_client(f"{url}/v1", shown), flush=True)
+            print(_client(f"{url}/v1", next(iter(several)) if several else shown), flush=True)
         code = server.wait()
     raise PreskipError(f"the server ended by itself (exit code {code}): {reason_in(log)}")
 
@@ -122,7 +130,7 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
             if not place.is_dir():  # baked by another process while we waited
                 made = work / "checkpoint"
                 bake_saved(
-                    found.weights,
+                    {"adapter": found.weights},
                     made,
                     model=model,
                     dtype=dtype,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 import preskip.adapter  # noqa: F401 - registers the PEFT method
 from preskip.adapter.norms import float32_norms
 from preskip.data.tokenizer import load_tokenizer
-from preskip.errors import PreskipError
-from preskip.runs.weights import ADAPTER_CONFIG, adapter_folders
+from preskip.errors import PreskipError, explained
+from preskip.runs.files import read_json
+from preskip.runs.weights import ADAPTER_CONFIG, PEFT_TYPE, adapter_folders
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -71,6 +73,33 @@ def _resize_embeddings(base: Any, weights: Path) -> None:
         return  # named when it is loaded
     if rows is not None and rows != embeddings.num_embeddings:
         base.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def load_named(base: nn.Module, folders: Mapping[str, Path]) -> Any:
+    """Put several saved Preskip adapters of one base on it, each under its name; the first one is active.
+
+    Args:
+        base: the model that they were trained on; it is changed in place.
+        folders: by name.
+
+    Returns:
+        The PEFT model in evaluation mode.
+
+    Raises:
+        PreskipError: one is missing, of another type, or does not fit the model in every tensor.
+    """
+    from peft import PeftModel
+
+    model: Any = None
+    for name, folder in folders.items():
+        if [read_json(part / ADAPTER_CONFIG).get("peft_type") for part in adapter_folders(folder)] != [PEFT_TYPE]:
+            raise PreskipError(f"{folder} is no single Preskip adapter: give a folder saved with save_pretrained")
+        with explained(lambda error, folder=folder: f"adapter {folder} does not fit this model: {error}"):  # type: ignore[misc]
+            if model is None:
+                model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+            else:
+                model.load_adapter(str(folder), adapter_name=name)
+    return model.eval()
 
 
 def _load_one(base: nn.Module, folder: Path, earlier: set[int]) -> Any:

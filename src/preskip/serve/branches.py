@@ -23,8 +23,13 @@ def put_back(
         is_whole: False where this process has some of the layers only (pipeline parallelism).
 
     Raises:
-        PreskipError: a layer that should have a branch has none.
+        PreskipError: a layer that should have a branch has none, or there are several adapters to pick from.
     """
+    if config.preskip_adapters:
+        raise PreskipError(
+            f"the checkpoint holds {len(config.preskip_adapters)} adapters, and vLLM does not tell a model which "
+            "request a token is of: serve it with --engine transformers, or bake them one by one"
+        )
     for attention, branch, tap, path in _branches(model, config, is_whole):
         if plain is not None:
             for part, linear in branch.linears.items():

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,38 +41,61 @@ def main() -> None:
     options = vars(parser.parse_args())
     name, folder = options.pop("name"), options.pop("folder")
 
+    from transformers import AutoConfig
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager
 
     put_classes_on(model_manager.transformers)
     os.chdir(folder)
-    serve_here_as(model_manager.ModelManager, name)
+    config: Any = AutoConfig.from_pretrained(".")
+    serve_here_as(model_manager.ModelManager, name, list(config.preskip_adapters or ()))
     Serve(model_timeout=-1, **options)
 
 
-def serve_here_as(manager: Any, name: str) -> None:
-    """Let the server load the checkpoint of this folder as it starts, under a name, and no other.
+class Named:
+    """A model with several adapters, as a server sees it that asks for one of them."""
+
+    # One request at a time picks: its choice is held by the model.
+    _turn = threading.Lock()
+
+    def __init__(self, model: Any, adapter: str) -> None:
+        self._model, self._adapter = model, adapter
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's, every row with this adapter."""
+        with self._turn:
+            return self._model.generate(*args, adapter_names=[self._adapter], **kwargs)
+
+
+def serve_here_as(manager: Any, name: str, adapters: Sequence[str] = ()) -> None:
+    """Let the server load the checkpoint of this folder as it starts, once, under a name, and no other.
 
     Args:
         manager: the server's class that loads models.
         name: what requests give as `model`.
+        adapters: of a checkpoint with several: what requests give in its place.
     """
     load, begin = manager.load_model_and_processor, manager.__init__
+    names = list(adapters) or [name]
 
     def load_by_name(self: Any, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
         asked = model_id_and_revision.partition("@")[0]
-        if asked != name:
+        if asked not in names:
             from fastapi import HTTPException
 
-            raise HTTPException(404, f"there is no model {asked!r} here: ask for {name}")
-        return load(self, ".@main", *args, **kwargs)
+            raise HTTPException(404, f"there is no model {asked!r} here: ask for {', '.join(names)}")
+        model, processor = load(self, ".@main", *args, **kwargs)
+        return (Named(model, asked) if adapters else model), processor
 
     def begin_and_load(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
-        self.load_model_and_processor(name)
+        self.load_model_and_processor(names[0])
 
     manager.load_model_and_processor, manager.__init__ = load_by_name, begin_and_load
-    manager.get_gen_models = staticmethod(lambda cache_dir=None: [{"id": name, "object": "model"}])
+    manager.get_gen_models = staticmethod(lambda cache_dir=None: [{"id": name, "object": "model"} for name in names])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,59 @@
+"""A batch whose rows use different branches: the base computes all rows at once, each branch those of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+
+from preskip.errors import PreskipError
+
+# PEFT's name for a row that no adapter changes.
+BASE = "__base__"
+
+
+def by_row(
+    x: torch.Tensor, names: Sequence[str], run: Callable[[str, torch.Tensor], torch.Tensor | None], rest: torch.Tensor
+) -> torch.Tensor:
+    """Run each name's branch on the rows of that name.
+
+    Args:
+        x: the batch, [B, T, d].
+        names: one per row, or one per group of consecutive rows of equal size (beams, several answers to a prompt).
+        run: name and rows [b, T, d] → [b, T, d], or None where that branch gives nothing.
+        rest: what rows keep whose branch gives nothing, [B, T, d].
+
+    Returns:
+        [B, T, d].
+
+    Raises:
+        PreskipError: the batch cannot be divided among the names.
+    """
+    if x.shape[0] % len(names):
+        raise PreskipError(
+            f"{len(names)} adapter names do not fit a batch of {x.shape[0]} rows: give one name per row of the input"
+        )
+    each = x.shape[0] // len(names)
+    for name in dict.fromkeys(names):
+        if name == BASE:
+            continue
+        places = [row * each + copy for row, own in enumerate(names) if own == name for copy in range(each)]
+        rows = torch.tensor(places, device=x.device)
+        part = run(name, x.index_select(0, rows))
+        if part is not None:
+            rest = rest.index_copy(0, rows, part.to(rest.dtype))
+    return rest
+
+
+def check_names(names: Sequence[str], known: Collection[str]) -> list[str]:
+    """The names of a batch's rows, checked.
+
+    Raises:
+        PreskipError: no name, or one that is not known.
+    """
+    unknown = [name for name in names if name not in known and name != BASE]
+    if unknown or not names or isinstance(names, str):
+        raise PreskipError(
+            f"adapter_names={names!r} is not possible: give one name per row, out of {', '.join([*known, BASE])}"
+        )
+    return list(names)
