@@ -1,4 +1,4 @@
-"""Tokens per second of a baked checkpoint and of its base in vLLM, side by side: `python serve_throughput.py CHECKPOINT`.
+"""Tokens per second of a baked checkpoint and its base in vLLM, side by side: `python serve_throughput.py CHECKPOINT`.
 
 Both engines are up at once and take turns, so that what else the machine does meets both alike; the ratio is the median
 over pairs of turns. Decoding reads every weight once per step, so at a batch of 1 the ratio should be near that of the

@@ -15,9 +15,8 @@ OPTIONS = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 
 
 def tiny(base_type="llama", family="llama", **fields):
-    made = architecture(base_type).causal_lm(
-        architecture(base_type).config(**{**zoo.FAMILIES[family].settings, **fields})
-    )
+    config = architecture(base_type).config(**{**zoo.FAMILIES[family].settings, **fields})
+    made = architecture(base_type).causal_lm(config)
     for parameter in made.parameters():
         parameter.requires_grad_(True)
     zoo.randomise(made, std=0.2)
