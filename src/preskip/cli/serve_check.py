@@ -31,11 +31,12 @@ def run_check(facts: Facts, engine: str, dtype: str, *, eager: bool, as_json: bo
 
 
 def _show(found: Checked) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console()
+    from preskip.progress import console
+
+    out = console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column(f"{found.engine}, {found.dtype}, {found.tokens} prompt tokens")
     for heading in ("largest difference", "mean difference"):
@@ -46,11 +47,11 @@ def _show(found: Checked) -> None:
         ("the base: engine to transformers", found.base_largest, found.base_mean),
     ):
         table.add_row(words, f"{largest:.2g}", f"{mean:.2g}")
-    console.print(table)
-    console.print(f"greedy tokens equal: {found.greedy_equal} of {found.greedy}", highlight=False)
+    out.print(table)
+    out.print(f"greedy tokens equal: {found.greedy_equal} of {found.greedy}")
     blocks = "" if found.blocks is None else f"K/V blocks: {found.blocks:,}, the base's {found.base_blocks:,}; "
-    console.print(f"{blocks}{found.cache_bytes:,} bytes of keys and values per token, as the base", highlight=False)
+    out.print(f"{blocks}{found.cache_bytes:,} bytes of keys and values per token, as the base")
     if found.problem:
-        console.print(f"[bold red]failed:[/] {escape(found.problem)}", highlight=False)
+        out.print(Text.assemble(("failed:", "bold red"), f" {found.problem}"), soft_wrap=True)
     else:
-        console.print("[green]passed: the engine runs the branch[/]")
+        out.print("passed: the engine runs the branch", style="green")
