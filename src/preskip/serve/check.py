@@ -216,8 +216,9 @@ def engine_scores(
     from preskip.serve.server import environment, reason_in
 
     asked = {"model": str(folder), "dtype": dtype, "prompts": prompts, "new_tokens": NEW_TOKENS, "options": options}
+    log = Path(tempfile.mkstemp(prefix="preskip-check-", suffix=".log")[1])  # stays where the check fails
     with tempfile.TemporaryDirectory(prefix="preskip-check-") as place:
-        answer, log = Path(place) / "answer.json", Path(place) / "log.txt"
+        answer = Path(place) / "answer.json"
         with log.open("wb") as output:
             done = subprocess.run(
                 [sys.executable, "-m", "preskip.serve.vllm_scores", str(answer)],
@@ -228,4 +229,5 @@ def engine_scores(
             )
         if done.returncode or not answer.is_file():
             raise PreskipError(f"{engine} does not serve {folder}: {reason_in(log)}")
+        log.unlink()
         return json.loads(answer.read_text())
