@@ -16,6 +16,7 @@ from types import ModuleType
 import transformers
 
 from preskip.model_types import PREFIX, TYPES
+from preskip.serve.versions import NOT_IN_VLLM
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "capabilities.md"
@@ -57,7 +58,6 @@ def zoo() -> ModuleType:
 
 def page() -> str:
     """The page's Markdown."""
-    serves = importlib.util.find_spec("preskip.serve") is not None
     rows = ["| family | reads | adapter | architecture | bake | serve |", "|---|---|---|---|---|---|"]
     known = zoo()
     for name, family in sorted(known.FAMILIES.items()):
@@ -66,11 +66,15 @@ def page() -> str:
         adapter = "its attention layers" if family.chosen else "yes"
         rows.append(
             f"| `{name}` | {READS[family.kind]} | {adapter} | {f'`{PREFIX}{model_type}`' if built_in else '–'} | "
-            f"{'yes' if built_in else '–'} | {'yes' if serves and built_in else '–'} |"
+            f"{'yes' if built_in else '–'} | {_served(model_type) if built_in else '–'} |"
         )
-    served = "" if serves else "\nServing is not built yet: see [Serve](serve.md).\n"
     reasons = "".join(f"| {name} | {refused.why} |\n" for name, refused in sorted(known.REFUSED.items()))
-    return HEAD + "\n".join(rows) + "\n" + served + REFUSED + reasons
+    return HEAD + "\n".join(rows) + "\n" + REFUSED + reasons
+
+
+def _served(model_type: str) -> str:
+    """The engines that `preskip serve` can use."""
+    return "transformers" if model_type in NOT_IN_VLLM else "vLLM, transformers"
 
 
 if __name__ == "__main__":

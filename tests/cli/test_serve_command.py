@@ -91,7 +91,7 @@ def test_serving_prints_how_to_ask_and_says_when_the_engine_is_gone(place, capsy
     assert asked["more"] == ["--max-model-len", "64"]
 
 
-@pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm"])
+@pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm", "as lora", "several"])
 def test_what_cannot_be_served_ends_in_one_line(case, place, capsys, monkeypatch):
     monkeypatch.setattr(command, "serving_problem", lambda: "vLLM is not installed: pip install vllm")
     source, more = place / "adapter", ["--engine", "transformers"]
@@ -112,6 +112,13 @@ def test_what_cannot_be_served_ends_in_one_line(case, place, capsys, monkeypatch
         weights = place / "baked" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-9])
         source, words = place / "baked", "is damaged or cut short"
+    elif case == "as lora":
+        more += ["--engine-args", f"--enable-lora --lora-modules a={place / 'adapter'}"]
+        words = "is a Preskip adapter, which is no LoRA"
+    elif case == "several":
+        assert preskip("bake", f"a={place / 'adapter'}", f"b={place / 'adapter'}", place / "both") == 0
+        monkeypatch.setattr(command, "serving_problem", lambda: None)
+        source, more, words = place / "both", ["--engine", "vllm"], "none can pick its adapter: use --engine transf"
     elif case == "nothing":
         source, words = place / "model", "is a llama model, which has no branch"
     else:

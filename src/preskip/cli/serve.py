@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -15,8 +16,9 @@ from cyclopts import Parameter
 from preskip.cli.bake import bake_saved
 from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
+from preskip.model_types import PREFIX
 from preskip.progress import quiet_libraries, say, spinner
-from preskip.serve.versions import serving_problem
+from preskip.serve.versions import NOT_IN_VLLM, serving_problem
 from preskip.version import __version__
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ def serve(
     """
     from preskip.serve.server import check_memory, check_port, command, reason_in, running, wait
 
+    more = shlex.split(engine_args)
+    _refuse_as_lora(more)
     if not check:
         check_port(host, port)
     chosen = _engine(engine, needs_server=not check, quiet=as_json)
@@ -60,22 +64,21 @@ def serve(
     device = resolve_device("auto")
     check_memory(facts.weight_bytes, device)
     computed = facts.dtype if dtype == "auto" else dtype
-    if check and facts.config.preskip_adapters:
+    several = facts.config.preskip_adapters
+    if check and several:
         raise PreskipError(f"{folder} holds several adapters: check each of them, baked by itself")
+    if chosen == "vllm" and (problem := _not_in_vllm(facts)):
+        if engine == "vllm":
+            raise PreskipError(f"{problem}: use --engine transformers")
+        chosen = _engine("transformers", needs_server=not check, quiet=as_json)
+        say(f"falling back to transformers: {problem}", quiet=as_json)
     if check:
         from preskip.cli.serve_check import run_check
 
         run_check(facts, chosen, computed, eager=device == "cpu", as_json=as_json)
         return
-    several = facts.config.preskip_adapters
-    if several and chosen == "vllm":
-        if engine == "vllm":
-            raise PreskipError("vLLM does not tell a model which request a token is of: use --engine transformers")
-        chosen = _engine("transformers", needs_server=True, quiet=as_json)
-        say("falling back to transformers: vLLM cannot pick one of several adapters per request", quiet=as_json)
     say(_described(facts), quiet=as_json)
     shown = name or source.resolve().name
-    more = shlex.split(engine_args)
     arguments = command(chosen, folder, host=host, port=port, name=shown, dtype=computed, device=device, more=more)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log = Path(tempfile.mkstemp(prefix="preskip-serve-", suffix=".log")[1])
@@ -106,6 +109,14 @@ def _engine(engine: str, *, needs_server: bool, quiet: bool) -> str:
             say(f"falling back to transformers, which answers one request at a time: {problem}", quiet=quiet)
         return "transformers"
     return "vllm"
+
+
+def _not_in_vllm(facts: Facts) -> str | None:
+    """Why vLLM cannot serve a checkpoint that transformers can; None where it can."""
+    if facts.config.preskip_adapters:
+        return "vLLM does not tell a model which request a token is of, so none can pick its adapter"
+    base_type = facts.config.model_type.removeprefix(PREFIX)
+    return f"vLLM's Transformers backend does not load {base_type} models" if base_type in NOT_IN_VLLM else None
 
 
 def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: bool, *, quiet: bool) -> Path:
@@ -152,6 +163,17 @@ def _key(adapter: Path, base: str, dtype: str) -> str:
     for file in sorted(Path(base).glob("*.safetensors")) if base and Path(base).is_dir() else ():
         digest.update(f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:24]
+
+
+def _refuse_as_lora(arguments: Sequence[str]) -> None:
+    """Refuse Preskip adapters that an engine is told to take for LoRA, which it would do wrongly or not at all."""
+    for argument in arguments:
+        path = Path(argument.rpartition("=")[2]) / "adapter_config.json"
+        if path.is_file() and json.loads(path.read_text()).get("peft_type") == "PRESKIP":
+            raise PreskipError(
+                f"{path.parent} is a Preskip adapter, which is no LoRA: its branch depends non-linearly on its input "
+                f"and cannot be added to a weight; bake it, or `preskip serve {path.parent}`"
+            )
 
 
 def _described(facts: Facts) -> str:

@@ -182,22 +182,19 @@ def _prompts(facts: Facts) -> list[list[int]]:
 def transformers_scores(folder: Path, dtype: str, prompts: Sequence[list[int]]) -> Scores:
     """What transformers gives, each prompt by itself."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     auto: Any = AutoModelForCausalLM
     # The faster attentions leave out what some models have (Gemma 2 caps its scores), and engines do not.
     model = auto.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
-    settings = copy.deepcopy(model.generation_config)
-    settings.eos_token_id = None
+    settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.generation_config = copy.deepcopy(settings)  # nothing of the checkpoint's own is mixed in
     result = Scores(logprobs=[], tokens=[])
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.inference_mode():
             table = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-            answer = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0,
-                generation_config=settings,
-            )  # fmt: skip
+            answer = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         result["logprobs"].append(table.gather(-1, ids[0, 1:, None])[:, 0].tolist())
         result["tokens"].append(answer[0, len(prompt) :].tolist())
     return result

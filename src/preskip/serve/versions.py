@@ -7,6 +7,8 @@ import importlib.metadata
 # Tested with these; the plug-in overrides one method of vLLM's Transformers backend, which changes between versions.
 VLLM = ((0, 32), (0, 33))
 TRANSFORMERS = ((5, 17), (5, 20))
+# vLLM's Transformers backend does not load these, with a branch or without: "weights were not initialized".
+NOT_IN_VLLM = ("gpt2",)
 
 
 def vllm_version() -> str | None:
