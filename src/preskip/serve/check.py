@@ -33,10 +33,14 @@ PROMPTS = (
 
 
 class Scores(TypedDict, total=False):
-    """Log probabilities of each prompt's tokens but the first, greedy continuations, and an engine's K/V blocks."""
+    """Log probabilities of each prompt's tokens but the first, greedy continuations, and an engine's K/V blocks.
+
+    `cached` counts the prompt tokens that the continuations took from the prefix cache.
+    """
 
     logprobs: list[list[float]]
     tokens: list[list[int]]
+    cached: int
     blocks: int
     block_tokens: int
 

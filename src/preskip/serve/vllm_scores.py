@@ -20,15 +20,19 @@ def main() -> None:
     longest = max(map(len, asked["prompts"])) + asked["new_tokens"] + 1
     options: dict[str, Any] = {"max_model_len": longest, "enable_prefix_caching": False, "seed": 0, **asked["options"]}
     llm: Any = LLM(asked["model"], dtype=asked["dtype"], **options)
-    wanted = SamplingParams(temperature=0, max_tokens=asked["new_tokens"], prompt_logprobs=0, ignore_eos=True)
-    answers = llm.generate([{"prompt_token_ids": prompt} for prompt in asked["prompts"]], wanted, use_tqdm=False)
+    prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
+    scored = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    # A second time for the continuations: prompts that are scored do not read the prefix cache.
+    greedy = SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True)
+    answers = llm.generate(prompts, greedy, use_tqdm=False)
     cache = llm.llm_engine.vllm_config.cache_config
     result = {
         "logprobs": [
             [row[token].logprob for token, row in zip(prompt[1:], answer.prompt_logprobs[1:], strict=True)]
-            for prompt, answer in zip(asked["prompts"], answers, strict=True)
+            for prompt, answer in zip(asked["prompts"], scored, strict=True)
         ],
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+        "cached": sum(answer.num_cached_tokens or 0 for answer in answers),
         "blocks": cache.num_gpu_blocks,
         "block_tokens": cache.block_size,
     }

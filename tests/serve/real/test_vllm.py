@@ -79,6 +79,7 @@ def judged(checkpoints, case, options, dtype="float32", prompts=PROMPTS):
     """The engine's scores under some options, judged as `preskip serve --check` does; for float32 the base runs not."""
     folder, base = checkpoints(case)
     ours = engine_scores("vllm", folder, dtype, prompts, {"enforce_eager": True, **options})
+    assert (ours["cached"] >= 3 * 256) if "enable_prefix_caching" in options else (ours["cached"] == 0)
     expected, without = (transformers_scores(place, dtype, prompts) for place in (folder, base))
     its_base = {**without, "blocks": ours["blocks"]}
     if dtype != "float32":
@@ -87,7 +88,8 @@ def judged(checkpoints, case, options, dtype="float32", prompts=PROMPTS):
     print(
         f"\n{case} {dtype} {options or 'eager'}: largest {found.largest:.2g}, mean {found.mean:.2g}, without "
         f"{found.without_largest:.2g}, base {found.base_largest:.2g} (mean {found.base_mean:.2g}), greedy "
-        f"{found.greedy_equal} of {found.greedy}, blocks {found.blocks}, base {found.base_blocks}"
+        f"{found.greedy_equal} of {found.greedy}, blocks {found.blocks}, base {found.base_blocks}, "
+        f"{ours['cached']} prompt tokens from the cache"
     )
     return found
 
@@ -108,15 +110,17 @@ def test_float32_is_as_in_transformers(checkpoints, case):
     ],
     ids=["compiled", "tensor parallel", "chunked prefill and prefix caching"],
 )
-def test_every_way_of_running_is_the_same(checkpoints, case, options):
-    """Prompts that share a beginning come twice, so that the second time it is in the cache."""
-    prompts = [PROMPTS[3] + prompt for prompt in PROMPTS[:2]] * 2 if "enable_prefix_caching" in options else PROMPTS
+def test_every_way_of_running_is_the_same(checkpoints, case, options, monkeypatch):
+    """Prompts share a beginning of two K/V blocks, and are longer than what one step may compute."""
+    if "tensor_parallel_size" in options:  # one core each, also where all memory is one node
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    prompts = [PROMPTS[3] * 4 + prompt for prompt in PROMPTS] if "enable_prefix_caching" in options else PROMPTS
     found = judged(checkpoints, case, options, prompts=prompts)
     assert found.problem is None
     assert found.greedy_equal == found.greedy
 
 
-@pytest.mark.parametrize("case", ["llama"])
+@pytest.mark.parametrize("case", CASES)
 def test_bfloat16_is_as_near_as_the_base(checkpoints, case):
     found = judged(checkpoints, case, {}, dtype="bfloat16")
     assert found.problem is None
