@@ -1,6 +1,7 @@
 """A GGUF file as an ordinary model: dequantised, without the quantisation marks that forbid training and saving."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -175,6 +176,8 @@ def check_readable(path: Path) -> None:
 def _explain(path: Path, error: Exception) -> str:
     """What a reader of untrusted bytes raised, in one line that names the file."""
     text = " ".join(str(error).split())
+    if isinstance(error, ImportError) and importlib.util.find_spec("gguf") is None:
+        return f"GGUF file {path}: reading it needs gguf, which is not installed: pip install 'preskip[train]'"
     if isinstance(error, (MemoryError, ImportError)):
         raise error
     if "not supported" in text or isinstance(error, NotImplementedError):
