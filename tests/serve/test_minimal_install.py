@@ -7,10 +7,12 @@ import importlib.util
 import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
+from pathlib import Path
 
 import pytest
 
 from preskip import registration
+from preskip.assets import gguf_files
 
 # What a server's environment lacks: nothing of it may be imported, nor found by transformers.
 ABSENT = ("peft", "accelerate", "wrapt", "datasets", "scipy", "gguf", "psutil", "pyarrow", "pandas", "lm_eval")
@@ -100,3 +102,11 @@ def test_a_module_imported_later_is_extended_and_stays_itself(tmp_path, monkeypa
     assert importlib.reload(module) is module
     assert seen == [(module, 1)] * 2
     monkeypatch.delitem(sys.modules, "imported_later")
+
+
+def test_a_gguf_file_without_its_reader_names_the_extra(monkeypatch):
+    """What transformers raises then is an ImportError that names no module."""
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        line = gguf_files._explain(Path("a.gguf"), ImportError("Please install torch and gguf>=0.10.0"))
+    assert line == "GGUF file a.gguf: reading it needs gguf, which is not installed: pip install 'preskip[train]'"
