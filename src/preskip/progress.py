@@ -95,7 +95,9 @@ def progress_bar(description: str, total: int, *, quiet: bool = False) -> Iterat
             yield beat
         return
     with progress_display(description) as progress:
-        assert progress is not None
+        if progress is None:  # the terminal is gone
+            yield no_progress
+            return
         task = progress.add_task(description, total=total)
 
         def advance(done: int, note: str = "") -> None:

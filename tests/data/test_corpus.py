@@ -201,7 +201,7 @@ def test_hub_columns_and_cap(monkeypatch, columns, wanted, expected):
     monkeypatch.setattr(datasets, "load_dataset", fake)
     corpus = load_corpus("some/set:part", text_column=wanted, limit=Limit(reason="three", documents=3))
     assert calls == [("some/set", "part", "train", True)]
-    assert [(d.id, d.text) for d in corpus.documents] == [(f"train#{i}", expected) for i in range(3)]
+    assert [(d.id, d.text) for d in corpus.documents] == [(f"train#{i + 1}", expected) for i in range(3)]
     assert len(load_corpus("some/set", text_column=wanted, limit=Limit(reason="five", documents=5)).documents) == 5
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from preskip.data.corpus import load_corpus
-from preskip.data.splits import load_splits, slug
+from preskip.data.splits import choose, load_splits, slug
 from preskip.data.tables import HUB_LIMIT, Limit
 from preskip.errors import PreskipError
 
@@ -55,9 +55,63 @@ FILES = ["a.parquet", "a.arrow", "a.csv", "a.CSV", "a.tsv", "a.csv.gz", "a.tsv.g
 def test_every_format_gives_the_same_texts(tmp_path, name):
     path = write(tmp_path / name.lower()).rename(tmp_path / name)
     corpus = load_corpus(str(path), progress=False)
-    assert [(d.id, d.text) for d in corpus.documents] == [(f"{name}#{row}", text) for row, text in READ]
+    assert [(d.id, d.text) for d in corpus.documents] == [
+        (f"{path.name.split('.')[0]}#{row + 1}", text) for row, text in READ
+    ]
     assert corpus.documents[0].group == corpus.documents[-1].group != corpus.documents[1].group
     assert (corpus.whole, corpus.source) == (True, f"file {path}")
+
+
+FORMS = ["jsonl", "ndjson", "jsonl.gz", "json", "json.gz", "csv", "csv.gz", "tsv", "parquet", "arrow"]
+
+
+def every_form(folder, frame, monkeypatch):
+    """The same rows as a file of each form, saved to disk, and on the Hub; all parts are named train."""
+    paths = [write(folder / form / f"train.{form.replace('ndjson', 'jsonl')}", frame) for form in FORMS]
+    paths[1] = paths[1].rename(paths[1].with_suffix(".ndjson"))
+    rows = datasets.Dataset.from_pandas(frame, preserve_index=False)
+    rows.save_to_disk(folder / "saved")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: iter(rows) if a[0] == "some/set" else load(*a, **o))
+    return [*paths, folder / "saved", "some/set", *(path.parent for path in paths)]
+
+
+@pytest.mark.parametrize(
+    "ids", [None, [f"{n * 7 % 24:02d}x" for n in range(24)], ["b", None, "", *"cdefghijklmnopqrstuvw"]]
+)
+def test_one_content_has_the_same_ids_and_gives_the_same_choice_in_every_form(tmp_path, monkeypatch, ids):
+    texts = [f"Ship {n} sailed past the old mill." for n in range(24)]
+    frame = pd.DataFrame({"text": texts} if ids is None else {"id": ids, "text": texts})
+    expected = [id or f"train#{n + 1}" for n, id in enumerate(ids or [None] * 24)]
+    chosen = []
+    for path in every_form(tmp_path, frame, monkeypatch):
+        assert found(path, split="train") == list(zip(expected, texts, strict=True)), path
+        parts = load_splits(str(path), heldout_fraction=0.4, progress=False)
+        chosen.append([document.id for document in choose(parts.heldout, 3, 99, 1)])
+    assert len(chosen[0]) == 3
+    assert chosen.count(chosen[0]) == len(chosen)
+
+
+def test_ids_that_occur_twice_are_refused_in_every_form(tmp_path, monkeypatch):
+    frame = pd.DataFrame({"text": ["one", "two", "three"], "id": ["a", "b", "a"]})
+    for path in every_form(tmp_path, frame, monkeypatch):
+        with pytest.raises(
+            PreskipError, match=r"(line|row|item) [34]: id 'a' is already that of (line|row|item) [12]: "
+        ):
+            load_corpus(str(path), progress=False)
+    write(tmp_path / "parts/one.csv", frame[:2])
+    write(tmp_path / "parts/two.csv", frame[1:])
+    with pytest.raises(
+        PreskipError, match=r"two\.csv, line 2: id 'b' is already that of corpus file .*one\.csv, line 3:"
+    ):
+        load_corpus(str(tmp_path / "parts"), progress=False)
+
+
+def test_files_of_one_stem_keep_their_ids_apart(tmp_path):
+    write(tmp_path / "a.json", pd.DataFrame({"text": ["one"]}))
+    write(tmp_path / "a.jsonl", pd.DataFrame({"text": ["two"]}))
+    assert found(tmp_path) == [("a.json#1", "one"), ("a.jsonl#1", "two")]
 
 
 def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
@@ -68,10 +122,10 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     (tmp_path / "README.md").write_text("About the shards.")
     (tmp_path / "notes.json").write_text("{}")
     assert found(tmp_path) == [
-        ("a.jsonl.gz#0", "one"),
-        ("a.jsonl.gz#1", "two"),
-        ("b.jsonl.gz#0", "three"),
-        ("sub/c.jsonl.gz#0", "four"),
+        ("a#1", "one"),
+        ("a#2", "two"),
+        ("b#1", "three"),
+        ("sub/c#1", "four"),
     ]
     linked = tmp_path.parent / f"{tmp_path.name}-link"
     linked.symlink_to(tmp_path)
@@ -87,8 +141,8 @@ def test_texts_of_a_folder_come_before_its_tables(tmp_path):
 def test_splits_of_a_folder_are_kept_apart(tmp_path):
     for split in ("train", "test"):
         write(tmp_path / "data" / f"{split}-00000-of-00001.parquet", pd.DataFrame({"text": [f"of {split}"]}))
-    assert found(tmp_path) == [("data/train-00000-of-00001.parquet#0", "of train")]
-    assert found(tmp_path, split="test") == [("data/test-00000-of-00001.parquet#0", "of test")]
+    assert found(tmp_path) == [("data/train-00000-of-00001#1", "of train")]
+    assert found(tmp_path, split="test") == [("data/test-00000-of-00001#1", "of test")]
     with pytest.raises(PreskipError, match="no split 'dev': choose one of train, test"):
         load_corpus(str(tmp_path), split="dev", progress=False)
 
@@ -125,16 +179,16 @@ def test_a_shard_without_rows_is_passed_over(tmp_path):
     with pytest.raises(PreskipError, match=r"a\.parquet is empty: give one with text"):
         load_corpus(str(tmp_path / "a.parquet"), progress=False)
     write(tmp_path / "b.parquet", FRAME)
-    assert found(tmp_path) == [(f"b.parquet#{row}", text) for row, text in READ]
+    assert found(tmp_path) == [(f"b#{row + 1}", text) for row, text in READ]
 
 
 def test_saved_data_sets(tmp_path):
     whole = datasets.Dataset.from_pandas(FRAME, preserve_index=False)
     whole.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": whole, "test": whole.select([5])}).save_to_disk(tmp_path / "two")
-    expected = [(f"train#{row}", text) for row, text in READ]
+    expected = [(f"train#{row + 1}", text) for row, text in READ]
     assert found(tmp_path / "one") == found(tmp_path / "two") == expected
-    assert found(tmp_path / "two", split="test") == [("test#0", "naïve")]
+    assert found(tmp_path / "two", split="test") == [("test#1", "naïve")]
     with pytest.raises(PreskipError, match="no split 'dev': choose one of train, test"):
         load_corpus(str(tmp_path / "two"), split="dev", progress=False)
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"no arrow")
@@ -185,7 +239,7 @@ def test_a_column_of_jsonl(tmp_path):
 def test_the_first_texts_may_be_missing(tmp_path):
     rows = 50
     frame = pd.DataFrame({"title": ["t"] * rows, "text": [None] * (rows - 1) + ["late"]})
-    assert found(write(tmp_path / "a.parquet", frame)) == [(f"a.parquet#{rows - 1}", "late")]
+    assert found(write(tmp_path / "a.parquet", frame)) == [(f"a#{rows}", "late")]
 
 
 @pytest.mark.parametrize(
@@ -253,7 +307,7 @@ def test_a_table_that_does_not_exist(tmp_path):
 def test_limits(tmp_path, limit, documents, capsys):
     path = write(tmp_path / "a.parquet", pd.DataFrame({"text": [f"naïve {n:03d}"[:9] for n in range(7)]}))
     corpus = load_corpus(str(path), limit=limit)
-    assert [document.id for document in corpus.documents] == [f"a.parquet#{n}" for n in range(documents)]
+    assert [document.id for document in corpus.documents] == [f"a#{n + 1}" for n in range(documents)]
     assert not corpus.whole
     assert corpus.source.endswith(f", the first {documents} documents")
     line = f"corpus {path}: read the first {documents} documents ({9 * documents} characters) and left the rest: r\n"

@@ -14,6 +14,7 @@ RUN += ["--heldout-fraction", "0.4", "--device", "cpu", "--dtype", "float32"]
 SMALL = ["--num-layers", 1, "--hidden-size", 8, "--heads", 1, "--kv-heads", 1, "--mlp-width", 8, "--eval-blocks", 1]
 SMALL += ["--report-to", "none", "--peak-flops", "1e9"]
 MORE = [f"{text} {text.replace('Record', 'Report')}" for text in PROSE] + [text.upper() for text in PROSE]
+TEXT_IDS = [f"a#{number:02d}" for number in range(len(MORE))]
 ALL = [odd for odd in every() if odd.options != ("accident",)][::2]  # all of them are read in test_reading.py
 ACCIDENTS = [odd for odd in every() if odd.options == ("accident",)][:20]
 
@@ -86,13 +87,16 @@ def walk(name, places, odd, folder, capsys, monkeypatch):
 def test_every_form_through_every_command(name, form, places, tmp_path, capsys, monkeypatch):
     def make(folder):
         if form != "txt":
-            return write(folder / f"a.{form}", [*MORE[:3], None, *MORE[3:]])
+            return write(folder / f"a.{form}", [*MORE[:3], None, *MORE[3:]], number="id")
         (folder / "a.txt").write_text("\f".join(MORE))
         return folder / "a.txt"
 
     code, document = walk(name, places, Odd(form, make, MORE), tmp_path, capsys, monkeypatch)
     assert code == 0, document
     if name == "eval":
+        items = (tmp_path / "work" / "out" / "items.jsonl").read_text().splitlines()
+        ids = [str(number) for number in range(len(MORE) + 1) if number != 3]
+        assert sorted(json.loads(item)["id"] for item in items) == sorted(ids if form != "txt" else TEXT_IDS)
         assert document["sets"]["a"]["documents"] == len(MORE)
         assert document["sets"]["a"]["bytes"] == sum(len(text.encode()) for text in MORE)
 

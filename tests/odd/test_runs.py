@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from commands import PROBE, make_run, preskip
-from preskip.cli.runs import _started
+from preskip.cli.runs import _started, free_places
 from preskip.data.corpus import split_text
 from preskip.data.splits import slug
 from preskip.errors import PreskipError
@@ -20,13 +20,10 @@ from preskip.runs.weights import adapter_folders, find_source
 from tiny_model import save_tiny_llama, write_corpus
 
 
-class Asked:
-    subject, corpus = "model", "sotu"
-
-
 def test_two_runs_started_in_one_second(tmp_path, monkeypatch):
+    """Both have looked for a free place before either has begun."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("preskip.cli.runs.default_out", lambda *names: Path("runs/now"))
+    places = free_places(Path("runs/now"))
 
     def start(path):
         if path.exists():
@@ -34,15 +31,16 @@ def test_two_runs_started_in_one_second(tmp_path, monkeypatch):
         path.mkdir(parents=True)
         return path
 
-    assert [str(_started(start, None, Asked)) for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
+    assert [str(_started(start, places)) for _ in range(3)] == ["runs/now", "runs/now-2", "runs/now-3"]
+    assert free_places(Path("runs/now"))[0] == Path("runs/now-4")
     with pytest.raises(PreskipError, match="exists already"):
-        _started(start, Path("runs/now"), Asked)  # a place that was asked for is not changed
+        _started(start, places[:1])  # a place that was asked for is not changed
 
     def refused(path):
         raise PreskipError("no such device")
 
     with pytest.raises(PreskipError, match="no such device"):
-        _started(refused, None, Asked)
+        _started(refused, places[4:])
 
 
 def test_a_run_that_is_moved_or_linked_is_resumed_and_explained(tmp_path, capsys, monkeypatch):

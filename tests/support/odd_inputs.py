@@ -52,13 +52,13 @@ def read(content: list[Any]) -> list[str]:
     return [text.replace("\r\n", "\n").replace("\r", "\n") for text in content if text and text.strip()]
 
 
-def write(path: Path, texts: list[Any], column: str = "text") -> Path:
-    """Write texts as a table in the form that the name says, with pyarrow or the standard library."""
+def write(path: Path, texts: list[Any], column: str = "text", number: str = "n") -> Path:
+    """Write texts and their numbers as a table in the form that the name says, with pyarrow or the standard library."""
     path.parent.mkdir(parents=True, exist_ok=True)
     form = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
-    rows = [{column: text, "n": number} for number, text in enumerate(texts)]
+    rows = [{column: text, number: count} for count, text in enumerate(texts)]
     if form in ("parquet", "arrow"):
-        table = pa.table({column: texts, "n": list(range(len(texts)))})
+        table = pa.table({column: texts, number: list(range(len(texts)))})
         if form == "parquet":
             pq.write_table(table, path)
         else:
@@ -68,7 +68,7 @@ def write(path: Path, texts: list[Any], column: str = "text") -> Path:
     if form in ("csv", "tsv"):
         buffer = io.StringIO(newline="")
         writer = csv.writer(buffer, delimiter="\t" if form == "tsv" else ",")
-        writer.writerows([[column, "n"], *([row[column] or "", row["n"]] for row in rows)])
+        writer.writerows([[column, number], *([row[column] or "", row[number]] for row in rows)])
         content = buffer.getvalue()
     else:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
@@ -156,10 +156,9 @@ def lines() -> Iterator[Odd]:
         yield of_bytes(f"j.{suffix}", jsonl('{"text": ' + "[" * 100_000), None)
         yield of_bytes(f"k.{suffix}", jsonl('{"text": NaN}'), PROSE)
         yield of_bytes(f"l.{suffix}", jsonl('{"n": ' + "9" * 5000 + "}"), None)
-    for suffix in ("jsonl", "jsonl.gz"):
+    for suffix in ("jsonl", "jsonl.gz", "json"):
         twice = b'{"text": "one", "id": 1}\n{"text": "two", "id": 1}'
-        packed = gzip.compress(twice, mtime=0) if suffix.endswith("gz") else twice
-        yield of_bytes(f"m.{suffix}", packed, None if suffix == "jsonl" else ["one", "two"])
+        yield of_bytes(f"m.{suffix}", gzip.compress(twice, mtime=0) if suffix.endswith("gz") else twice, None)
     yield of_bytes("n.json", json.dumps(PROSE).encode(), PROSE)
     yield of_bytes("o.json", json.dumps([*PROSE, {"text": "mixed"}]).encode(), None)
     yield of_bytes("p.json", json.dumps([{"text": "a b"}, {"text": 5}, {"text": "c"}]).encode(), None)

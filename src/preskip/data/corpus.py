@@ -79,7 +79,7 @@ def load_corpus(
 
     Args:
         name: `sotu`, `pydoc`, a text file, a folder of `.txt` and `.md` files, a file of rows (`preskip.data.rows`;
-            `group` optional, in a `.jsonl` file also `id`) or a folder of them (`preskip.data.tables`), or a Hub data
+            `id` and `group` optional) or a folder of them (`preskip.data.tables`), or a Hub data
             set `owner/name` or `owner/name:config`.
         text_column: column of rows; None takes `text`, else that of another usual name, else the only one of strings.
         split: split of a Hub data set or of a folder of tables; None takes what is scored: `test`, else `validation`,

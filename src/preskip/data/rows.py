@@ -37,6 +37,11 @@ def format_of(path: Path) -> str | None:
     return _TEXT_FORMATS.get(Path(name[:-3]).suffix) if name.endswith(".gz") else _FORMATS.get(path.suffix.lower())
 
 
+def without_form(name: str) -> str:
+    """A file's name without what stands for its form: `a` of `a.jsonl.gz`."""
+    return str(Path(name[:-3] if name.lower().endswith(".gz") else name).with_suffix(""))
+
+
 def rows_of(path: Path) -> Iterator[Entry]:
     """The rows of a file; they are read as they are asked for, except those of JSON that is no JSON lines.
 

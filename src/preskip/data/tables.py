@@ -1,7 +1,8 @@
 """Texts out of rows: JSON lines, tables, folders of them, data sets saved to disk or on the Hub; one rule for all.
 
 A row whose text is null, missing or blank is left out, and how many were is reported. The column is the one asked for,
-else a usual name, else the only one of strings.
+else a usual name, else the only one of strings. A row's id is the `id` that it names, else where it stands: the file's
+name without its form, or the split, and the row's number from 1; so one content has the same ids in every form.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preskip.data.rows import Entry, format_of, is_number, rows_of
+from preskip.data.rows import Entry, format_of, is_number, rows_of, without_form
 from preskip.data.wikitext import is_wikitext, join_pages
 from preskip.errors import PreskipError, explained
 from preskip.progress import say, spinner
@@ -104,17 +105,15 @@ class _Scan:
     def __init__(self, text_column: str | None) -> None:
         self.column = text_column
         self.rows = self.empty = 0
+        self.named: dict[str, tuple[str, str]] = {}  # where each id stands that a row names itself
 
-    def texts(
-        self, where: str, prefix: str, entries: Iterable[Entry], *, stem: str | None = None, is_csv: bool = False
-    ) -> Iterator[Row]:
+    def texts(self, where: str, prefix: str, entries: Iterable[Entry], *, is_csv: bool = False) -> Iterator[Row]:
         """The rows that have text; the others keep their numbers. Rows that are lines of WikiText become its pages.
 
         Args:
             where: what is read, for messages.
-            prefix: of the ids.
+            prefix: of the ids of rows that name none.
             entries: the rows.
-            stem: of a file whose rows may name their ids; those without one are this and their line.
             is_csv: a column of numbers is none of strings.
         """
         entries = iter(entries)
@@ -128,7 +127,6 @@ class _Scan:
             for number, title, page in pages:  # in the order of ids they are in that of the rows
                 yield Row(f"{prefix}#{number:08d} {clean_text(title)}", clean_text(page), None)
             return
-        seen: dict[str, str] = {}
         for entry in every:
             text = entry.values.get(column)
             self.rows += 1
@@ -140,17 +138,26 @@ class _Scan:
                     f'{where}{entry.place}: no string "{column}" (it is a {_kind(text)}): every row must look like '
                     f'{{"{column}": "..."}}'
                 )
-            group, own = entry.values.get("group"), entry.values.get("id") if stem is not None else None
-            if own is None:
-                id = f"{prefix}#{entry.number}" if stem is None else f"{stem}#{entry.place.split()[-1]}"
-            else:
-                id = clean_text(str(own))
-                if id in seen:
-                    raise PreskipError(
-                        f"{where}{entry.place}: id {id!r} is already that of {seen[id]}: ids must be unique"
-                    )
-                seen[id] = entry.place.removeprefix(", ")
-            yield Row(id, clean_text(text), None if _is_missing(group) else clean_text(str(group)))
+            group = entry.values.get("group")
+            yield Row(
+                self._id(where, prefix, entry),
+                clean_text(text),
+                None if _is_missing(group) else clean_text(str(group)),
+            )
+
+    def _id(self, where: str, prefix: str, entry: Entry) -> str:
+        own = entry.values.get("id")
+        id = f"{prefix}#{entry.number + 1}" if _is_missing(own) else clean_text(str(own))
+        if id in self.named:
+            file, place = self.named[id]
+            first = place.removeprefix(", ") if file == where else file + place
+            raise PreskipError(
+                f"{where}{entry.place}: id {id!r} is already that of {first}: ids must be unique; call the column "
+                "group if rows of one value belong together"
+            )
+        if "id" in entry.values:
+            self.named[id] = where, entry.place
+        return id
 
 
 def read_hub(name: str, text_column: str | None, split: str | None, limit: Limit | None, *, quiet: bool) -> Reading:
@@ -186,9 +193,7 @@ def read_file(name: str, path: Path, text_column: str | None, limit: Limit | Non
         PreskipError: it cannot be read, or the column is not clear.
     """
     scan = _Scan(text_column)
-    stem = path.stem if format_of(path) == "jsonl" and not path.name.lower().endswith(".gz") else None
-    source = f"file {path}" if stem is None else f"JSONL file {path}"
-    return _gather(name, _file_texts(scan, path, path.name, stem), scan, source, limit, quiet)
+    return _gather(name, _file_texts(scan, path, without_form(path.name)), scan, f"file {path}", limit, quiet)
 
 
 def read_folder(
@@ -243,9 +248,12 @@ def read_folder(
             quiet=quiet,
         )
 
+    own = [_relative(file, path) for file in files[split]]
+    stems = [without_form(name) for name in own]
+
     def texts() -> Generator[Row, None, None]:
-        for file in files[split]:
-            yield from _file_texts(scan, file, _relative(file, path))
+        for file, place, stem in zip(files[split], own, stems, strict=True):
+            yield from _file_texts(scan, file, stem if stems.count(stem) == 1 else place)
 
     return _gather(name, texts(), scan, f"folder {path}, split {split}", limit, quiet)
 
@@ -300,10 +308,10 @@ def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[Entry]:
     return (Entry(number, values, f", row {number + 1}") for number, values in enumerate(rows))
 
 
-def _file_texts(scan: _Scan, path: Path, prefix: str, stem: str | None = None) -> Generator[Row, None, None]:
+def _file_texts(scan: _Scan, path: Path, prefix: str) -> Generator[Row, None, None]:
     kind = str(format_of(path))
     with explained(lambda error: f"corpus file {path} {_explain_file(error, 'json' if kind == 'jsonl' else kind)}"):
-        yield from scan.texts(f"corpus file {path}", prefix, rows_of(path), stem=stem, is_csv=kind == "csv")
+        yield from scan.texts(f"corpus file {path}", prefix, rows_of(path), is_csv=kind == "csv")
 
 
 def _is_missing(value: Any) -> bool:
