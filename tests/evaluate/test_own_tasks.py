@@ -1,6 +1,7 @@
 """Own task files, groups, few-shot examples, chats and generation: per item what `lm_eval.simple_evaluate` gives."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -12,11 +13,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_results_filenames, get_sample_results_filenames, make_table
 
-from own_tasks import write_own_tasks
+from own_tasks import SENTENCES, write_own_tasks
 from preskip.errors import PreskipError
 from preskip.evaluate.lm_eval_files import write_lm_eval_files
 from preskip.evaluate.task_settings import TaskSettings
 from preskip.evaluate.tasks import TaskSuite
+from preskip.stats import compare_arms
 from tiny_model import tiny_llama
 from tiny_text import tiny_tokenizer
 
@@ -196,3 +198,96 @@ def test_what_cannot_be_done_is_one_line(folder, tmp_path, model):
     (broken / "t.yaml").write_text((folder / "own_small.yaml").read_text().replace("{{question}}", "{{question.x()}}"))
     with pytest.raises(PreskipError, match=r"task own_small of .*/broken cannot be loaded \(UndefinedError.*mend its"):
         suite("own_small", include_path=str(broken))
+
+
+BAD = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/bad.jsonl}}}}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{text.strip() and context}}}}"
+doc_to_target: "{{{{text.split('|')[-1]}}}}"
+target_delimiter: ""
+metric_list: {metrics}
+"""
+
+
+def test_empty_over_long_and_failing_items_are_named_and_the_rest_is_kept(tmp_path, model, monkeypatch):
+    """The figures are those of the same task without the bad items."""
+    fine = ["a|the ships waited", "b|the wind was calm", "c|nobody knew"]
+    texts = [fine[0], "d|", fine[1], "e|" + "ships waited in the harbor " * 20, None, fine[2]]
+    metrics = {
+        "items": ("loglikelihood", "[{metric: acc}, {metric: perplexity}]"),
+        "pages": ("loglikelihood_rolling", "[{metric: word_perplexity}, {metric: bits_per_byte}]"),
+    }
+    found = {}
+    for place, content in {"odd": texts, "fine": fine}.items():
+        folder = tmp_path / place
+        folder.mkdir()
+        rows = [{"text": text, "context": "Once", "id": f"item {(text or 'null')[0]}"} for text in content]
+        (folder / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, (kind, own) in metrics.items():
+            (folder / f"{name}.yaml").write_text(BAD.format(name=name, folder=folder, kind=kind, metrics=own))
+        settings = TaskSettings(include_path=str(folder))
+        suite = TaskSuite(["items", "pages"], tiny_tokenizer(), settings=settings, context_length=64)
+        found[place] = suite, *suite.evaluate(model)
+    (odd, records, values, _), (_, expected, right, _) = found["odd"], found["fine"]
+    names = [record["id"] for record in records if record["set"] == "items"]
+    assert names == ["item a", "item b", "item c"]
+    d, e, n = odd.sets["items"]["notes"]
+    assert d == "'item d' left out: an empty continuation cannot be scored: ('Once', '')"
+    assert re.fullmatch(r"'item e' left out: a continuation of \d+ tokens exceeds the context length 64: raise it", e)
+    assert n.startswith("'item n' left out: its prompt cannot be made (")
+    assert [note.split(":")[0] for note in odd.sets["pages"]["notes"]] == ["'item d' left out", "'item n' left out"]
+    assert odd.sets["items"]["items"] == 3
+    mine, theirs = ([one for one in part if one["set"] == "items"] for part in (records, expected))
+    assert close(mine, theirs)
+    assert close(values["items"], right["items"])
+    long = next(one for one in records if one["id"] == "item e")
+    assert long["set"] == "pages"  # a text may be longer than a window
+    # What fails as it is scored is named in its record, and lm-eval's figures are of the rest.
+    task = odd._tasks[0].task
+    process = task.process_results
+    monkeypatch.setattr(
+        task, "process_results", lambda doc, answers: process(doc, answers) if "b|" not in doc["text"] else {}["x"]
+    )
+    records, values, _ = odd.evaluate(model)
+    failed = [record for record in records if "failed" in record]
+    assert [(one["id"], one["scores"], one["failed"]) for one in failed] == [
+        ("item b", {}, "the task cannot score its answer (KeyError: 'x')")
+    ]
+    kept = [one["scores"]["nll"] for one in records if one["set"] == "items" and "failed" not in one]
+    assert values["items"]["perplexity"] == pytest.approx(np.exp(np.mean(kept)), rel=1e-6)
+
+
+def test_a_task_of_which_nothing_can_be_scored_is_refused(tmp_path, folder):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a|", "context": "x"}\n')
+    (tmp_path / "items.yaml").write_text(
+        BAD.format(name="items", folder=tmp_path, kind="loglikelihood", metrics="[{metric: acc}]")
+    )
+    with pytest.raises(PreskipError, match="task items: no item can be scored: an empty continuation"):
+        TaskSuite(["items"], tiny_tokenizer(), settings=TaskSettings(include_path=str(tmp_path)))
+
+
+def test_an_item_of_nan_is_named_and_dropped_in_pairs(folder):
+    """Of a model that fails on one token, the items with it fail; the others are as those of the whole model."""
+    tokenizer, model = tiny_tokenizer(), tiny_llama()
+    suite = TaskSuite(["own_group", "own_pages"], tokenizer, settings=TaskSettings(include_path=str(folder)))
+    whole = suite.score(model)
+    others = " ".join(["Question: Answer: no yes perhaps so", *SENTENCES[:1], *SENTENCES[2:]])
+    token = min(set(tokenizer(SENTENCES[1])["input_ids"][:-1]) - set(tokenizer(others)["input_ids"]))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    records, values, _ = suite.evaluate(model)
+    failed = {(one["set"], one["id"]) for one in records if "failed" in one}
+    assert failed == {(s, f"{s}#{i}") for s, i in (("own_small", 1), ("own_large", 0), ("own_pages", 1))}
+    kept = [one for one in records if "failed" not in one]
+    assert close(kept, [one for one in whole if (one["set"], one["id"]) not in failed])
+    kept = [one["scores"]["acc"] for one in records if one["set"] == "own_small" and "failed" not in one]
+    assert values["own_small"]["acc"] == pytest.approx(np.mean(kept))
+    pages = [one for one in records if one["set"] == "own_pages" and "failed" not in one]
+    bits = sum(one["nll"] for one in pages) / sum(one["bytes"] for one in pages) / np.log(2)
+    assert values["own_pages"]["bits_per_byte"] == pytest.approx(bits)
+    entries = compare_arms({"none": whole, "arm": records}, {}, suite.sets)
+    assert {entry["set"]: entry["units"] for entry in entries} == {"own_small": 2, "own_large": 6, "own_pages": 8}

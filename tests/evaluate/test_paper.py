@@ -161,6 +161,25 @@ def test_the_first_of_equal_endings_wins():
     assert found == {"hellaswag#0": 1.0, "hellaswag#1": 0.0}
 
 
+def test_items_of_nan_are_named_and_the_columns_are_of_the_others():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    items = encode_paper_items(tiny_data(), tokenizer)
+    whole = paper_scores(model, items)
+    read = [{token for window in (items.windows[n],) for token in window.input_ids[:-1]} for n in range(len(SENTENCES))]
+    token = next(token for token in sorted(read[0]) if sum(token in ids for ids in read) == 1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = math.nan
+    records = paper_scores(model, items)
+    assert records[0]["failed"] == "its log-likelihood is NaN or infinite"
+    kept = [
+        old["scores"]["acc"]
+        for old, new in zip(whole, records, strict=True)
+        if new["set"] == "paper:lambada" and "failed" not in new
+    ]
+    assert 0 < len(kept) < len(SENTENCES)
+    assert paper_columns(records)["paper:lambada"] == pytest.approx(sum(kept) / len(kept))
+
+
 def test_what_cannot_be_scored_is_left_out():
     tokenizer = tiny_tokenizer()
     long = Question(" ".join(SENTENCES), ("The end.", "No end."), 0)

@@ -104,7 +104,7 @@ def evaluate(
         quiet_libraries()
         from preskip.data.blocks import check_vocabulary
         from preskip.data.local import data_directory
-        from preskip.evaluate.likelihood import check_causal
+        from preskip.evaluate.likelihood import check_causal, failed_notes
         from preskip.evaluate.texts import TextSuite
         from preskip.runs import environment
         from preskip.stats import summarise
@@ -178,7 +178,8 @@ def evaluate(
             aggregated = scores.metrics
     notes: list[str] = []
     metrics = summarise(records, notes=notes)
-    for name, described in text_suite.sets.items():
+    notes += failed_notes(records)
+    for name, described in (text_suite.sets | task_sets).items():
         notes += [f"{name}: {note}" for note in described.get("notes", ())]
     results = {
         **facts,

@@ -30,7 +30,7 @@ T = TypeVar("T")
 # back, and fresh pages take as long as the loss itself.
 _LOSS_ROWS = 256
 _LOSS_NUMBERS = 2**19
-_FAILED = "its log-likelihood is NaN or infinite"
+FAILED = "its log-likelihood is NaN or infinite"
 _NOT_FINITE = "the model's log-likelihood is NaN or infinite: try --dtype float32"
 
 
@@ -231,21 +231,28 @@ def document_records(
             "words": size.words,
         }
         if not math.isfinite(nats):
-            record |= {"nll": None, "failed": _FAILED}
+            record |= {"nll": None, "failed": FAILED}
         records.append({**record, "cluster": document.group} if members[document.group] > 1 else record)
     say_failed(records)
     return records
 
 
-def say_failed(records: Sequence[Record]) -> None:
-    """Name what could not be scored, in one line per set."""
-    failed: dict[str, list[str]] = {}
+def failed_notes(records: Sequence[Record]) -> list[str]:
+    """What could not be scored, by name, and why: one line per set."""
+    failed: dict[str, list[Record]] = {}
     for record in records:
         if "failed" in record:
-            failed.setdefault(record["set"], []).append(record["id"])
-    for name, ids in failed.items():
-        more = f" and {len(ids) - 1} more" if len(ids) > 1 else ""
-        say(f"{name}: {ids[0]!r}{more} left out: {_FAILED}")
+            failed.setdefault(record["set"], []).append(record)
+    return [
+        f"{name}: {first['id']!r}{f' and {len(more)} more' if more else ''} left out: {first['failed']}"
+        for name, (first, *more) in failed.items()
+    ]
+
+
+def say_failed(records: Sequence[Record]) -> None:
+    """Name what could not be scored, in one line per set."""
+    for line in failed_notes(records):
+        say(line)
 
 
 def last_word_windows(
@@ -296,7 +303,7 @@ def last_word_records(name: str, items: Sequence[LastWordItem], scores: Sequence
             "target": item.target,
         }
         if math.isnan(score.nll):
-            record |= {"scores": {}, "failed": _FAILED}
+            record |= {"scores": {}, "failed": FAILED}
         records.append(record)
     say_failed(records)
     return records

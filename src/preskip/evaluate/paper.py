@@ -37,9 +37,9 @@ from preskip.data.corpus import Document
 from preskip.data.local import data_directory, load_local
 from preskip.data.wikitext import page_title
 from preskip.errors import PreskipError, explained
-from preskip.evaluate.likelihood import Score, score_sequences
+from preskip.evaluate.likelihood import FAILED, Score, say_failed, score_sequences
 from preskip.progress import Advance, no_progress
-from preskip.runs.schema import Record, SetFacts
+from preskip.runs.schema import ItemRecord, Record, SetFacts
 
 ITEMS = 500
 ROWS = 300
@@ -177,19 +177,21 @@ def paper_scores(
 ) -> list[Record]:
     """Score a model as the paper does: one record per item; `paper_columns` reads the paper's table off them.
 
-    The arguments besides the items, and the errors, are those of `score_sequences`.
+    An item whose log-likelihood is not finite is named (`failed`), and the others are kept. The arguments besides the
+    items, and the errors, are those of `score_sequences`.
     """
-    scores = iter(score_sequences(model, items.windows, batch_tokens=batch_tokens, advance=advance))
-    return [
-        {
-            "set": item.set,
-            "kind": "item",
-            "id": item.id,
-            "cluster": item.cluster,
-            "scores": _item_scores(item, [next(scores) for _ in range(item.sequences)]),
-        }
-        for item in items.items
-    ]
+    scores = iter(score_sequences(model, items.windows, batch_tokens=batch_tokens, advance=advance, keep_failed=True))
+    records: list[Record] = []
+    for item in items.items:
+        own = [next(scores) for _ in range(item.sequences)]
+        record: ItemRecord = {"set": item.set, "kind": "item", "id": item.id, "cluster": item.cluster, "scores": {}}
+        if any(math.isnan(score.nll) for score in own):
+            record["failed"] = FAILED
+        else:
+            record["scores"] = _item_scores(item, own)
+        records.append(record)
+    say_failed(records)
+    return records
 
 
 def paper_columns(records: Iterable[Record]) -> dict[str, float]:
@@ -200,7 +202,7 @@ def paper_columns(records: Iterable[Record]) -> dict[str, float]:
     """
     values: dict[str, list[float]] = defaultdict(list)
     for record in records:
-        if record["kind"] == "item" and record["set"] in COLUMNS:
+        if record["kind"] == "item" and record["set"] in COLUMNS and "failed" not in record:
             values[record["set"]].append(record["scores"]["nll" if record["set"] == "paper:wikitext" else "acc"])
     means = {name: sum(values[name]) / len(values[name]) for name in COLUMNS if name in values}
     return {name: math.exp(mean) if name == "paper:wikitext" else mean for name, mean in means.items()}

@@ -7,12 +7,13 @@ else of a task's own definition is changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import numbers
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from torch import nn
 from preskip.data.blocks import Window
 from preskip.data.local import LocalData, data_directory
 from preskip.data.wikitext import page_title
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, explained
 from preskip.evaluate.harness import (
     GENERATED_AT_ONCE,
     Answers,
@@ -33,7 +34,7 @@ from preskip.evaluate.harness import (
     RequestEncoder,
     model_context_length,
 )
-from preskip.evaluate.likelihood import Score, score_sequences
+from preskip.evaluate.likelihood import FAILED, Score, say_failed, score_sequences
 from preskip.evaluate.task_loading import load_tasks, quiet_lm_eval, seeded
 from preskip.evaluate.task_settings import TaskSettings
 from preskip.evaluate.texts import sample
@@ -76,6 +77,7 @@ class _Prepared:
     docs: list[tuple[str, Any]]  # id and document, in the order of the sample
     windows: list[list[Window]]
     facts: dict[str, Any]
+    notes: list[str]  # what was left out, and why
 
 
 class TaskSuite:
@@ -152,7 +154,7 @@ class TaskSuite:
         bootstrap_iters: int = 0,
         advance: Advance = no_progress,
     ) -> TaskScores:
-        """Score a model on all tasks.
+        """Score a model on all tasks; an item that cannot be scored is named (`failed`), and the others are kept.
 
         Arguments and errors are those of `score_sequences`; `advance` is called with sequences of `size`.
 
@@ -164,14 +166,21 @@ class TaskSuite:
             advance: progress.
         """
         windows = [window for prepared in self._tasks for several in prepared.windows for window in several]
-        scores = iter(score_sequences(model, windows, batch_tokens=batch_tokens, advance=advance))
+        scores = iter(score_sequences(model, windows, batch_tokens=batch_tokens, advance=advance, keep_failed=True))
         live = LiveModel(model, self.tokenizer, context_length=self.context_length, batch_size=batch_size)
         own = [[[next(scores) for _ in several] for several in prepared.windows] for prepared in self._tasks]
-        with quiet_lm_eval(), seeded(*self._seeds[:3]):
+        names = ", ".join(self.sets)
+        with (
+            explained(lambda error: f"lm-eval cannot score {names} ({_in_short(error)})"),
+            quiet_lm_eval(),
+            seeded(*self._seeds[:3]),
+            _one_by_one([prepared.task for prepared in self._tasks]) as errors,
+        ):
             results = self._lm_eval(live, own, bootstrap_iters)
         records: list[Record] = []
-        for prepared, answers in zip(self._tasks, own, strict=True):
-            records += _records(prepared, answers, results["samples"][prepared.name])
+        for prepared, answers, reasons in zip(self._tasks, own, errors, strict=True):
+            records += _records(prepared, answers, results["samples"][prepared.name], reasons)
+        say_failed(records)
         aggregated = {**results["results"], **results.get("groups", {})}
         return TaskScores(records, {name: _metrics(values) for name, values in aggregated.items()}, results)
 
@@ -217,25 +226,50 @@ def _prepare(
     task.set_fewshot_seed(seed=fewshot_seed)
     total = len(task.eval_docs)
     chosen = sample(total, limit, seed)
-    part_of_it = chosen if len(chosen) < total else None
+    is_sample = len(chosen) < total
+    part_of_it = chosen if is_sample else None
     chat = settings.apply_chat_template
-    try:
+
+    def build(positions: list[int] | None) -> None:
+        task.set_fewshot_seed(seed=fewshot_seed)
         task.build_all_requests(
-            samples=part_of_it,
+            samples=positions,
             system_instruction=settings.system_instruction,
             apply_chat_template=chat,
             fewshot_as_multiturn=settings.multiturn,
             chat_template=encoder.apply_chat_template if chat else None,
             tokenizer_name=encoder.tokenizer_name if chat else "",
         )
+
+    left: dict[int, str] = {}  # why, by the position of the document
+    try:
+        build(part_of_it)
     except PreskipError:
         raise
     except Exception as error:  # a task's templates and functions raise of every kind
-        reason = " ".join(str(error).split())[:160]
-        raise PreskipError(
-            f"task {name}: its prompts cannot be made ({type(error).__name__}: {reason}): mend its task file, "
-            "or change --num-fewshot and its like"
-        ) from error
+        for position in chosen:
+            try:
+                build([position])
+            except Exception as own:
+                left[position] = f"its prompt cannot be made ({_in_short(own)})"
+        if len(left) in (0, len(chosen)):
+            raise PreskipError(
+                f"task {name}: its prompts cannot be made ({_in_short(error)}): mend its task file, or change "
+                "--num-fewshot and its like"
+            ) from error
+        chosen = [position for position in chosen if position not in left]
+        build(chosen)
+    windows, bad = _windows(task, encoder)
+    if len(bad) == len(chosen):
+        raise PreskipError(f"task {name}: no item can be scored: {next(iter(bad.values()))}")
+    if bad:
+        left |= {chosen[doc_id]: reason for doc_id, reason in bad.items()}
+        kept = {old: new for new, old in enumerate(i for i in range(len(chosen)) if i not in bad)}
+        pairs = [(one, own) for one, own in zip(task.instances, windows, strict=True) if one.doc_id in kept]
+        for instance, _ in pairs:
+            instance.doc_id = kept[instance.doc_id]
+        task._instances, windows = [instance for instance, _ in pairs], [own for _, own in pairs]
+        chosen = [chosen[old] for old in kept]
     task.build_all_requests = lambda **_: None  # lm-eval's evaluator would make them again for every model
     every = list(task.eval_docs)
     ids = _ids(name, task, every)
@@ -256,12 +290,51 @@ def _prepare(
         "prompt_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
         "items": len(docs),
         "of": total,
-        "sample_seed": seed if len(chosen) < total else None,
+        "sample_seed": seed if is_sample else None,
         "source": ", ".join(local.files) if local else f"Hugging Face data set {path}" + (f" ({part})" if part else ""),
         "title": local.name if local else name,
         "sha256": local.sha256 if local else _documents_hash(every),
     }
-    return _Prepared(name=name, task=task, chosen=part_of_it, docs=docs, windows=_windows(task, encoder), facts=facts)
+    return _Prepared(
+        name=name,
+        task=task,
+        chosen=chosen if len(chosen) < total else None,
+        docs=docs,
+        windows=windows,
+        facts=facts,
+        notes=[f"{ids[position]!r} left out: {reason}" for position, reason in sorted(left.items())],
+    )
+
+
+@contextlib.contextmanager
+def _one_by_one(tasks: Sequence[Any]) -> Iterator[list[list[str | None]]]:
+    """Let no document end a task: one that cannot be scored has no metrics; per task why, or None, for each in turn."""
+
+    def guarded(process: Any, reasons: list[str | None]) -> Any:
+        def process_results(doc: Any, results: Any) -> Any:
+            answers = [answer[0] if isinstance(answer, tuple) else answer for answer in results]
+            if any(isinstance(answer, float) and math.isnan(answer) for answer in answers):
+                reasons.append(FAILED)
+                return {}
+            try:
+                metrics = process(doc, results)
+            except Exception as error:  # a task's functions raise of every kind
+                reasons.append(f"the task cannot score its answer ({_in_short(error)})")
+                return {}
+            reasons.append(None)
+            return metrics
+
+        return process_results
+
+    before = [task.process_results for task in tasks]
+    errors: list[list[str | None]] = [[] for _ in tasks]
+    try:
+        for task, process, reasons in zip(tasks, before, errors, strict=True):
+            task.process_results = guarded(process, reasons)
+        yield errors
+    finally:
+        for task, process in zip(tasks, before, strict=True):
+            task.process_results = process
 
 
 def _ids(name: str, task: Any, docs: Sequence[Any]) -> list[str]:
@@ -275,31 +348,46 @@ def _ids(name: str, task: Any, docs: Sequence[Any]) -> list[str]:
     return [f"{name}#{i}" if id is None or counts[id] > 1 else id for i, id in enumerate(own)]
 
 
-def _windows(task: Any, encoder: RequestEncoder) -> list[list[Window]]:
-    """The windows of each instance, whatever kinds of request the task makes."""
-    windows: list[list[Window]] = [[] for _ in task.instances]
-    for kind in ("loglikelihood", "loglikelihood_rolling"):
-        positions = [i for i, instance in enumerate(task.instances) if instance.request_type == kind]
-        instances = [task.instances[i] for i in positions]
-        if kind == "loglikelihood":
-            answers = [[window] for window in encoder.loglikelihood(instances, disable_tqdm=True)]
-        else:
-            answers = encoder.loglikelihood_rolling(instances)
-        for i, answer in zip(positions, answers, strict=True):
-            windows[i] = answer
-    return windows
+def _windows(task: Any, encoder: RequestEncoder) -> tuple[list[list[Window]], dict[int, str]]:
+    """The windows of each instance, whatever kinds of request the task makes; why a document has none, by its number.
+
+    Raises:
+        PreskipError: the task makes no request.
+    """
+    windows: list[list[Window]] = []
+    bad: dict[int, str] = {}
+    for instance in task.instances:
+        own: list[Window] = []
+        try:
+            match instance.request_type:
+                case "loglikelihood":
+                    own = encoder.loglikelihood([instance], disable_tqdm=True)
+                case "loglikelihood_rolling":
+                    (own,) = encoder.loglikelihood_rolling([instance])
+                    if not own:
+                        raise PreskipError("it is empty")
+        except PreskipError as error:
+            bad.setdefault(instance.doc_id, str(error))
+        windows.append(own)
+    return windows, bad
 
 
 def _records(
-    prepared: _Prepared, scores: Sequence[Sequence[Score]], samples: Sequence[Mapping[str, Any]]
+    prepared: _Prepared,
+    scores: Sequence[Sequence[Score]],
+    samples: Sequence[Mapping[str, Any]],
+    reasons: Sequence[str | None],
 ) -> list[Record]:
-    """Records of one task, from lm-eval's samples: one for each filter and document."""
+    """Records of one task, from lm-eval's samples, one for each filter and document, and why one has no metrics."""
     task = prepared.task
     by_doc: dict[int, list[int]] = defaultdict(list)
     for position, instance in enumerate(task.instances):
         by_doc[instance.doc_id].append(position)
     by_filter: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for one in samples:
+    errors: dict[int, str | None] = {}
+    for one, error in zip(samples, reasons, strict=True):
+        place = len(by_filter[one["filter"]])
+        errors[place] = errors.get(place) or error
         by_filter[one["filter"]].append(one)
     records: list[Record] = []
     for doc_id, (id, doc) in enumerate(prepared.docs):
@@ -309,6 +397,9 @@ def _records(
             suffix = f",{filter}" if len(by_filter) > 1 else ""
             metrics |= {name + suffix: several[doc_id][name] for name in several[doc_id]["metrics"]}
         own = [score for position in positions for score in scores[position]]
+        if error := errors[doc_id]:
+            records.append(_failed(prepared.name, id, task, doc, own, error))
+            continue
         records.append(_record(prepared.name, id, task, doc, metrics, own))
     return records
 
@@ -337,6 +428,25 @@ def _record(name: str, id: str, task: Any, doc: Any, metrics: Mapping[str, Any],
     elif task.OUTPUT_TYPE == "multiple_choice" and (gold := _gold(task, doc)) is not None:
         scores["nll"] = own[gold].nll
     return {**head, "kind": "item", "scores": scores}
+
+
+def _failed(name: str, id: str, task: Any, doc: Any, own: Sequence[Score], error: str) -> Any:
+    """The `Record` of an item or document that has no score."""
+    head = {"set": name, "id": id, "cluster": None, "failed": error}
+    if task.OUTPUT_TYPE != "loglikelihood_rolling":
+        return {**head, "kind": "item", "scores": {}}
+    tokens = sum(score.tokens for score in own)
+    return {
+        **head,
+        "kind": "document",
+        "nll": None,
+        "tokens": tokens,
+        **_sizes(task, doc, task.process_results(doc, [0.0])),
+    }
+
+
+def _in_short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _sizes(task: Any, doc: Any, metrics: Mapping[str, Any]) -> dict[str, int]:
@@ -383,6 +493,8 @@ def _set_description(prepared: _Prepared, context_length: int) -> SetFacts:
         "higher_is_better": {name: up for name, up in task.higher_is_better().items() if isinstance(up, bool)},
         "lm_eval": {key: facts[key] for key in ("version", "num_fewshot", "prompt_sha256", "of", "sample_seed")},
     }
+    if prepared.notes:
+        description["notes"] = prepared.notes
     if rolling:
         sizes = [_sizes(task, doc, task.process_results(doc, [0.0])) for _, doc in prepared.docs]
         description |= {"tokens": tokens, **{key: sum(size[key] for size in sizes) for key in ("bytes", "words")}}

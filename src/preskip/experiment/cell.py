@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from preskip.evaluate.likelihood import failed_notes
 from preskip.experiment.frozen import Frozen
 from preskip.experiment.prepared import Prepared
 from preskip.experiment.scratch import Scratch
@@ -81,6 +82,7 @@ def run_cell(run: Path | Prepared, arm: str, seed: int) -> CellSummary:
         )
         measured = prepared.measure(built, label)
         notes += measured.pop("notes", [])
+    left = failed_notes(items)  # said as they were scored
     summary: Any = {
         "arm": arm,
         "seed": seed,
@@ -92,7 +94,7 @@ def run_cell(run: Path | Prepared, arm: str, seed: int) -> CellSummary:
         "train_seconds": round(trained - started, 2),
         "evaluate_seconds": round(time.perf_counter() - trained, 2),
         **measured,
-        **({"notes": notes} if notes else {}),
+        **({"notes": notes + left} if notes or left else {}),
     }
     for note in notes:
         say(f"{label}: {note}", quiet=prepared.quiet)
