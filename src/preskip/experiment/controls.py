@@ -11,6 +11,7 @@ from preskip.analysis.depth_results import norms
 from preskip.arms import Arm, ArmContext, resolve_arms
 from preskip.evaluate.dtype_audit import dtype_audit
 from preskip.experiment.frozen import Frozen
+from preskip.experiment.measured import controlled, finite
 from preskip.runs.directory import Cell
 from preskip.runs.files import clear_disk_errors, read_json, write_json
 from preskip.runs.schema import DepthRow, DtypeAudit, NullRun
@@ -30,24 +31,30 @@ def run_controls(prepared: Frozen) -> Any:
     arms = [arm for arm in resolve_arms(config.arms) if has_branch(arm, prepared.context)]
     arms.sort(key=lambda arm: arm.name != "preskip")
     parts: dict[str, Any] = {}
+    notes: list[str] = []
     nulls: dict[str, dict[str, list[NullRun]]] = {}
     for null in config.nulls:
         chosen, seeds = (arms, config.seeds) if null == "noise" else (arms[:1], config.seeds[:1])
-        nulls[null] = {
-            arm.name: [
-                {"seed": seed, "layers": norms(_control(prepared, arm.name, seed, null, control=null))}
-                for seed in seeds
-            ]
-            for arm in chosen
-        }
+        nulls[null] = {}
+        for arm in chosen:
+            runs: list[NullRun] = []
+            for seed in seeds:
+                with controlled(notes, f"{null} null of {arm.name}, seed {seed}"):
+                    runs.append({"seed": seed, "layers": norms(_control(prepared, arm.name, seed, null, control=null))})
+            if runs:
+                nulls[null][arm.name] = runs
     if nulls:
         parts["nulls"] = nulls
     if config.equal_step and arms:
         arm, seed = arms[0], config.seeds[0]
-        rows = _control(prepared, arm.name, seed, "equal_step", equal_step=True)
-        parts["equal_step"] = {arm.name: {str(seed): rows}}
+        with controlled(notes, f"control with equal steps of {arm.name}"):
+            rows = _control(prepared, arm.name, seed, "equal_step", equal_step=True)
+            parts["equal_step"] = {arm.name: {str(seed): rows}}
     if config.dtype_audit:
-        parts["dtype_audit"] = _dtype_audit(prepared)
+        with controlled(notes, "audit of dtypes"):
+            parts["dtype_audit"] = _dtype_audit(prepared)
+    if notes:
+        parts["notes"] = notes
     return parts
 
 
@@ -72,7 +79,7 @@ def _dtype_audit(prepared: Frozen) -> DtypeAudit:
             batch_tokens=config.eval_batch_tokens,
             quiet=prepared.quiet,
         )
-        write_json(done, found.report)
+        write_json(done, finite(found.report))
     return read_json(done)
 
 
@@ -88,6 +95,7 @@ def _control(prepared: Frozen, arm: str, seed: int, name: str, **control: Any) -
         # Of the nulls only the norms say something.
         base = prepared.base
         depth = text_profile(base, prepared.heldout.texts[0]) if name == "equal_step" else depth_profile(base, [])
+        finite(depth)
     write_json(cell.summary, {"arm": arm, "seed": seed, "control": name, "depth": depth})
     shutil.rmtree(cell.checkpoints, ignore_errors=True)
     return depth

@@ -27,7 +27,8 @@ from preskip.evaluate.published import recognise_published
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import LAST_WORD, load_corpora, local_data, prepare_heldout
-from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, measured, started_in
+from preskip.experiment.measured import finite, measured
+from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.progress import progress_bar, progress_display, spinner
 from preskip.runs.directory import Cell, RunDirectory
@@ -165,10 +166,10 @@ class Frozen(Prepared):
         with measured(notes, "size of the cache"):
             found["kv_cache_bytes_per_token"] = cache_bytes(built.model)
         with measured(notes, "depth profile"):
-            found["depth"] = text_profile(self.base, self.heldout.texts[0])
+            found["depth"] = finite(text_profile(self.base, self.heldout.texts[0]))
         if found["depth"] and self.config.ablation_documents:
             with measured(notes, "ablation"):
-                found["ablation"] = self._ablate(built, label)
+                found["ablation"] = finite(self._ablate(built, label))
         return {**found, "notes": notes}
 
     def _ablate(self, built: Inserted, label: str) -> list[AblationRow]:

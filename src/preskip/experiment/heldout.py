@@ -15,10 +15,11 @@ from preskip.data.last_word import LastWordItem, build_items
 from preskip.data.local import LAMBADA_DEVELOPMENT, data_directory, lambada_development
 from preskip.data.splits import Splits, choose, load_splits, locate, slug
 from preskip.data.tables import Limit
-from preskip.errors import PreskipError, noted
+from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import last_word_records, last_word_windows, score_sequences
 from preskip.evaluate.paper import LENGTH, PaperItems, encode_paper_items, load_paper_data, paper_scores
 from preskip.evaluate.texts import TextSet, prepare_texts, score_texts
+from preskip.experiment.measured import measured
 from preskip.experiment.parse import parse_extent
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
@@ -92,14 +93,14 @@ class HeldOut:
         with progress_bar(f"evaluate {label}", sum(sizes), quiet=quiet) as advance:
             records = score_texts(model, self.texts, tokenizer, keep_failed=True, **step(sizes[0]))
             if self.items:
-                with noted(notes, "last words"):
+                with measured(notes, "last words"):
                     scores = score_sequences(model, self.item_windows, keep_failed=True, **step(sizes[1]))
                     records += last_word_records(LAST_WORD, self.items, scores)
             if self.suite is not None:
-                with noted(notes, "tasks"):
+                with measured(notes, "tasks"):
                     records += self.suite.score(model, **step(sizes[2]))
             if self.paper is not None:
-                with noted(notes, "scores by the paper's protocol"):
+                with measured(notes, "scores by the paper's protocol"):
                     records += paper_scores(model, self.paper, **step(sizes[3]))
         return records
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from preskip.arms import Arm
@@ -130,20 +129,6 @@ class Prepared(ABC):
         where = {"arm": arm, "checkpoints": cell.checkpoints, "log": cell.train_log}
         with progress_bar(label, steps, quiet=self.quiet) as advance:
             return self.fit(built.model, settings, advance=advance, **where)
-
-
-@contextmanager
-def measured(notes: list[str], what: str) -> Iterator[None]:
-    """Measure something beside the scores of a trained model: where it fails, that is noted and the scores are kept.
-
-    Running out of memory and a full disk end the attempt as always: resuming may mend them.
-    """
-    try:
-        yield
-    except (torch.OutOfMemoryError, OSError):
-        raise
-    except Exception as error:
-        notes.append(f"no {what}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 def started_in(run: RunDirectory) -> Path:

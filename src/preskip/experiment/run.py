@@ -21,6 +21,7 @@ from preskip.experiment.controls import run_controls
 from preskip.experiment.execute import open_executor
 from preskip.experiment.frozen import Frozen
 from preskip.experiment.heldout import Config
+from preskip.experiment.measured import measured
 from preskip.experiment.outlook import Outlook, measured_token, outlook, plan_text
 from preskip.experiment.preflight import check_space
 from preskip.experiment.prepared import Prepared
@@ -116,10 +117,16 @@ def finish_run(
                 now.seconds["evaluate"] += summary["evaluate_seconds"]
         extra: Any = run_controls(prepared) if isinstance(prepared, Frozen) else {}
         crew.dismiss()
+        for note in extra.get("notes", ()):
+            say(note, quiet=quiet)
         with spinner("comparing the arms", quiet=quiet):
             results = summarise_run(run)
+            notes = [*results.get("notes", ()), *extra.pop("notes", ())]
             results |= extra
-            add_trends(results)
+            with measured(notes, "trends over depth"):
+                add_trends(results)
+            if notes:
+                results["notes"] = notes
         write_json(run.path / "results.json", results)
         now.finish(results)
     return results

@@ -37,7 +37,8 @@ from preskip.errors import PreskipError
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import HeldOut, load_corpora, prepare_documents, require
-from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, measured, started_in
+from preskip.experiment.measured import finite, measured
+from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.reading import CHARACTERS_PER_TOKEN, amount_read, reading_limit
 from preskip.progress import progress_bar, spinner
@@ -246,7 +247,7 @@ class Scratch(Prepared):
         notes: list[str] = []
         found: dict[str, Any] = {"depth": []}
         with measured(notes, "depth profile"):
-            found["depth"] = text_profile(built.model, self.heldout.texts[0])
+            found["depth"] = finite(text_profile(built.model, self.heldout.texts[0]))
         return {**found, "notes": notes}
 
 
