@@ -15,7 +15,7 @@ ROWS = [re.findall(r"\w+", rooms) for rooms, _ in TABLE]
 READS = {room: re.findall(r"`(\w+)`", reads) for (_, reads), row in zip(TABLE, ROWS, strict=True) for room in row}
 # `import preskip` must stay light, so what it hooks in is imported by name when it is asked for.
 BY_NAME = {
-    "preskip": {"adapter", "baking", "branch", "branch_settings"},
+    "preskip": {"adapter", "baking", "branch", "branch_settings", "optimizing"},
     "preskip.registration": {"adapter", "architecture"},
 }
 

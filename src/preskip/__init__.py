@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from preskip.baking import bake
     from preskip.branch import PreskipBranch
     from preskip.branch_settings import BranchSettings
+    from preskip.optimizing import optimize
 
-__all__ = ["BranchSettings", "PreskipBranch", "PreskipConfig", "PreskipError", "__version__", "bake"]
+__all__ = ["BranchSettings", "PreskipBranch", "PreskipConfig", "PreskipError", "__version__", "bake", "optimize"]
 
 _HOMES = {
     "BranchSettings": "preskip.branch_settings",
     "PreskipBranch": "preskip.branch",
     "PreskipConfig": "preskip.adapter",
     "bake": "preskip.baking",
+    "optimize": "preskip.optimizing",
 }
 
 

@@ -224,9 +224,9 @@ def attach(attention: nn.Module, branch: nn.Module, tap: nn.Module | None = None
         tap: the module behind whose output the skip is added, in place of the attention's own.
     """
     attention.add_module(CHILD, branch)
-    handles = [attention.register_forward_pre_hook(_replace_input, with_kwargs=True)]
+    handles = [attention.register_forward_pre_hook(replace_input, with_kwargs=True)]
     if tap is None:
-        handles.append(attention.register_forward_hook(_add_skip, with_kwargs=True))
+        handles.append(attention.register_forward_hook(add_skip, with_kwargs=True))
     else:
         carrier = _Tap(branch)
         handles.append(attention.register_forward_hook(carrier.keep, with_kwargs=True))
@@ -352,7 +352,12 @@ def with_hidden_states(
     return args, {**kwargs, "hidden_states": hidden_states}
 
 
-def _replace_input(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def replace_input(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook of an attention with a branch: it reads what `enrich` makes of its `hidden_states`.
+
+    Raises:
+        PreskipError: the call is one of cross-attention.
+    """
     if any(kwargs.get(name) is not None for name in ELSEWHERE):
         raise PreskipError(
             f"{type(attention).__name__} runs as cross-attention: a branch can only enrich self-attention"
@@ -361,7 +366,8 @@ def _replace_input(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     return with_hidden_states(args, kwargs, enriched)
 
 
-def _add_skip(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def add_skip(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of an attention with a branch: what goes around it joins its output."""
     skip = getattr(attention, CHILD).content(hidden_states_of(args, kwargs))
     if skip is None:
         return output

@@ -56,13 +56,13 @@ def product(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
         return linear(x)
     if x.dtype == weight.dtype or x.dtype != torch.bfloat16 or type(linear) is not nn.Linear:
         return linear(x.to(weight.dtype))
-    cast = weight.to(x.dtype) if torch.compiler.is_compiling() else _cast(linear, weight, x.dtype)
+    cast = weight.to(x.dtype) if torch.compiler.is_compiling() else cast_once(linear, weight, x.dtype)
     if linear._forward_hooks or linear._forward_pre_hooks:  # whoever observes the layer sees what is computed
         return torch.func.functional_call(linear, {"weight": cast}, (x,))
     return F.linear(x, cast)
 
 
-def _cast(linear: nn.Linear, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def cast_once(linear: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight in another dtype, from the last call where it has not changed since.
 
     The copy hangs on its weight in autograd's graph, where a cast keeps nothing for the backward pass: any number of

@@ -1,0 +1,207 @@
+"""`preskip.optimize`: branches become a part of their attention's forward, with weights cast once and no hooks.
+
+A hook costs Python at every call of every layer, and a compiled hook would cast fp32 weights at every call. The
+arithmetic is that of the hooks, in the same order: the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from preskip.adapter import PreskipLayer
+from preskip.attach import CHILD, add_skip, attach, hidden_states_of, replace_input, with_hidden_states
+from preskip.branch import FUNCTIONS, PreskipBranch
+from preskip.branch_settings import BranchSettings
+from preskip.casting import cast_once
+
+_PLAN = "preskip_plan"
+
+
+class Optimized:
+    """What `optimize` returns: `remove()` puts the hooks back, as does the end of a `with` block.
+
+    Attributes:
+        attentions: how many attentions it has changed.
+    """
+
+    def __init__(self, attentions: list[nn.Module]) -> None:
+        self._changed = attentions
+        self.attentions = len(attentions)
+
+    def remove(self) -> None:
+        """Put the model back as it was; a second call does nothing."""
+        for attention in self._changed:
+            attention.__class__ = type(attention).__mro__[1]
+            del attention.__dict__[_PLAN]
+            if hasattr(attention, CHILD):  # not where the adapter was unloaded meanwhile
+                attach(attention, getattr(attention, CHILD))
+        self._changed = []
+
+    def __enter__(self) -> Optimized:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def optimize(model: nn.Module) -> Optimized:
+    """Make the branches of a model quicker at inference: same bits, no hooks, weights cast once and held.
+
+    Works on adapters and on `preskip_<type>` models, eager, with a static cache, under `torch.compile` and with CUDA
+    graphs. While a model trains, has several adapters active or none, or runs under autocast, its attentions compute
+    as before. An attention with a branch that joins behind another module (BERT, `skip_position="residual"`) or with
+    hooks of others is left as it is.
+
+    Args:
+        model: is changed in place. Compile it afterwards, and anew when its weights have changed.
+
+    Returns:
+        A handle; `with preskip.optimize(model): ...` or `.remove()` undoes it.
+    """
+    changed = []
+    for attention in list(model.modules()):
+        branch: Any = attention._modules.get(CHILD)
+        if not isinstance(branch, (PreskipLayer, PreskipBranch)) or _PLAN in attention.__dict__:
+            continue
+        own: Any = branch.hook_handles
+        hooks = (*attention._forward_pre_hooks, *attention._forward_hooks)
+        others = {handle.id for handle in own} != set(hooks) or attention._backward_hooks
+        if others or attention._backward_pre_hooks or "forward" in attention.__dict__:
+            continue
+        for handle in own:
+            handle.remove()
+        attention.__dict__[_PLAN] = _plan(branch, _dtype_of(attention, branch))
+        kind: Any = type(attention)
+        attention.__class__ = _with_branch(kind)
+        changed.append(attention)
+    return Optimized(changed)
+
+
+@dataclass(kw_only=True)
+class _Plan:
+    """One branch made ready to compute in one dtype.
+
+    Attributes:
+        settings: of the branch; None where only the hooks' arithmetic will do.
+        dtype: of the activations it is for.
+        products: per part, the matrix to multiply by, or the layer to call.
+        sources: per part, the layer, its weight and the weight's version when this was made.
+        adapters: the active adapters then.
+    """
+
+    settings: BranchSettings | None = None
+    dtype: torch.dtype | None = None
+    products: dict[str, Any] = field(default_factory=dict)
+    sources: tuple[tuple[nn.Module, Any, int], ...] = ()
+    adapters: list[str] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Plan:
+        return _Plan()  # made anew at the copy's first call: what hangs on a weight in a graph cannot be copied
+
+    def holds(self, branch: Any, x: torch.Tensor) -> bool:
+        """Whether this is what the branch would compute for x now; a compiled graph takes weights as they were."""
+        if self.dtype != x.dtype or getattr(branch, "_active_adapter", self.adapters) != self.adapters:
+            return False
+        return torch.compiler.is_compiling() or all(
+            layer._parameters.get("weight") is weight and (weight is None or weight._version == version)
+            for layer, weight, version in self.sources
+        )
+
+
+def _plan(branch: Any, dtype: torch.dtype | None) -> _Plan:
+    """The plan for activations of a dtype; None is made anew at the first call."""
+    adapters = list(getattr(branch, "_active_adapter", []))
+    others = _Plan(dtype=dtype, adapters=adapters)
+    if isinstance(branch, PreskipBranch):
+        linears, settings = branch.linears, branch.settings
+    else:
+        active = [name for name in adapters if name in branch.settings]
+        if len(active) != 1:
+            return others
+        linears, settings = branch.linears(active[0]), branch.settings[active[0]]
+    products: dict[str, Any] = {}
+    sources = []
+    for part, linear in linears.items():
+        weight: Any = linear._parameters.get("weight")
+        sources.append((linear, weight, 0 if weight is None else weight._version))
+        if type(linear) is not nn.Linear:
+            products[part] = linear
+        elif linear._forward_hooks or linear._forward_pre_hooks or type(weight) is not nn.Parameter:
+            return others  # observed, or sharded
+        elif weight.dtype == dtype:
+            products[part] = weight
+        elif dtype == torch.bfloat16:
+            products[part] = cast_once(linear, weight, dtype)
+            if weight.is_cuda:  # else a CUDA graph would copy it at every call
+                torch._dynamo.mark_static_address(products[part])
+        else:
+            return others
+    return _Plan(settings=settings, dtype=dtype, products=products, sources=tuple(sources), adapters=adapters)
+
+
+def _dtype_of(attention: nn.Module, branch: nn.Module) -> torch.dtype | None:
+    """What an attention computes in, by its own weights; None where these are packed."""
+    own = {id(p) for p in branch.parameters()}
+    weight = next((p for p in attention.parameters() if id(p) not in own), None)
+    return weight.dtype if weight is not None and weight.is_floating_point() else None
+
+
+@cache
+def _with_branch(kind: Any) -> Any:
+    """The class of an attention whose forward holds its branch."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        branch: Any = self._modules.get(CHILD)
+        if branch is None:
+            return kind.forward(self, *args, **kwargs)
+        x = hidden_states_of(args, kwargs)
+        plan = self.__dict__[_PLAN]
+        if not plan.holds(branch, x):
+            plan = self.__dict__[_PLAN] = _plan(branch, x.dtype)
+        if (
+            plan.settings is None
+            or self.training
+            or getattr(branch, "_disable_adapters", False)
+            or torch.is_autocast_enabled(x.device.type)
+            or kwargs.get("key_value_states") is not None
+            or kwargs.get("encoder_hidden_states") is not None
+        ):
+            args, kwargs = replace_input(self, args, kwargs)
+            return add_skip(self, args, kwargs, kind.forward(self, *args, **kwargs))
+        products = plan.products
+        feature = _feature(x, plan) if "down" in products else None
+        enriched = x if feature is None else x + feature
+        if plan.settings.enrich_attention:
+            args, kwargs = with_hidden_states(args, kwargs, enriched)
+        output = kind.forward(self, *args, **kwargs)
+        if "skip" in products:
+            skip = _times(enriched, products["skip"])
+        elif "skip_up" in products:
+            skip = _times(_times(enriched, products["skip_down"]), products["skip_up"])
+        elif plan.settings.enrich_attention:
+            return output
+        else:
+            skip = feature  # type: ignore[assignment]
+        return (output[0] + skip, *output[1:]) if isinstance(output, tuple) else output + skip
+
+    return type(f"Optimized{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
+
+
+def _feature(x: torch.Tensor, plan: _Plan) -> torch.Tensor:
+    """W_down · σ(W_up · x̂), as `preskip.branch.feature`."""
+    products, settings = plan.products, plan.settings
+    assert settings is not None
+    inner = FUNCTIONS[settings.activation](_times(x, products["gate" if "gate" in products else "up"]))
+    if "gate" in products:
+        inner = inner * _times(x, products["up"])
+    return _times(inner, products["down"])
+
+
+def _times(x: torch.Tensor, by: Any) -> torch.Tensor:
+    return F.linear(x, by) if isinstance(by, torch.Tensor) else by(x)
