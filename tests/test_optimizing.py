@@ -63,6 +63,11 @@ def test_outputs_and_every_gradient_are_those_of_the_hooks(fields, dtype):
         assert handle.attentions == (1 if "layers_to_transform" in fields else 3)
         assert hooks_of(model) == before - 2 * handle.attentions
         assert torch.equal(model(IDS).logits, wanted)
+        with torch.inference_mode():  # packed, where the processor packs bfloat16
+            for batch in (IDS, IDS[:1, :1], IDS[:, :7]):
+                packed, reference = model(batch).logits, wanted[: len(batch), : batch.shape[1]]
+                tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+                assert (packed - reference).abs().max() <= tolerance * reference.abs().max()
         found = gradients(model)
     assert found.keys() == slopes.keys()
     for name, slope in slopes.items():

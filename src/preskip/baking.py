@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from preskip.attach import CHILD, find_sites
 from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
 from preskip.model_types import TYPES
+from preskip.quantizing import QUANTIZED
+from preskip.quantizing import quantize as quantize_weight
 from preskip.runs.files import clear_disk_errors
 from preskip.version import __version__
 
@@ -39,6 +41,7 @@ def bake(
     tokenizer: Any = None,
     base_name: str | None = None,
     keep_float32: bool = False,
+    quantize: str | None = None,
 ) -> Path:
     """Save a base model and its Preskip adapter as one checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
@@ -53,6 +56,8 @@ def bake(
         base_name: what the model card calls the base; None takes the adapter's record.
         keep_float32: store the branch in float32 beside a bfloat16 base, and load it so, for further training. By
             default it has the base's dtype, in which it computes either way: the logits are the same.
+        quantize: "int8" stores the branch's weights in int8, for inference: half of bfloat16's bytes, and logits that
+            differ by what rounding the weights does.
 
     Returns:
         The folder.
@@ -65,6 +70,10 @@ def bake(
     out = Path(out)
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another folder")
+    if quantize not in (None, *QUANTIZED):
+        raise PreskipError(f"quantize={quantize!r} is not possible: choose {', '.join(QUANTIZED)} or None")
+    if quantize and keep_float32:
+        raise PreskipError("give either keep_float32 or quantize: int8 weights cannot be trained further")
     base = base_model(model)
     names = [adapter] if adapter is None or isinstance(adapter, str) else list(dict.fromkeys(adapter))
     found = [_find(model, base, name) for name in names]
@@ -75,7 +84,7 @@ def bake(
         )
     if type(base).__name__ != family.causal_lm.__bases__[-1].__name__:
         raise PreskipError(f"{type(base).__name__} cannot be baked: only its causal language model can")
-    baked = _rebuild(base, found, family, keep_float32)
+    baked = _rebuild(base, found, family, keep_float32, quantize)
     recorded = getattr(model, "peft_config", {}).get(found[0].name)
     source = base_name or getattr(recorded, "base_model_name_or_path", None) or base.config.name_or_path
     baked.config.auto_map = {
@@ -148,7 +157,9 @@ def _find(model: nn.Module, base: nn.Module, adapter: str | None) -> _Adapter:
     )
 
 
-def _rebuild(base: Any, adapters: Sequence[_Adapter], family: Architecture, keep_float32: bool) -> Any:
+def _rebuild(
+    base: Any, adapters: Sequence[_Adapter], family: Architecture, keep_float32: bool, quantize: str | None = None
+) -> Any:
     """The model with branches, on the base's own tensors."""
     adapter = adapters[0]
     for other in adapters[1:]:
@@ -172,6 +183,7 @@ def _rebuild(base: Any, adapters: Sequence[_Adapter], family: Architecture, keep
         preskip_layers=None if len(layers) == len(sites) else layers,
         preskip_keep_float32=keep_float32,
         preskip_adapters={own.name: asdict(own.settings) for own in adapters} if adapters[1:] else None,
+        preskip_quantize=quantize,
         attn_implementation=base.config._attn_implementation,
     )
     config.dtype = base.dtype
@@ -184,7 +196,10 @@ def _rebuild(base: Any, adapters: Sequence[_Adapter], family: Architecture, keep
         config.tie_word_embeddings = False
     with torch.device("meta"):
         baked: Any = family.causal_lm(config)
-    if base.dtype == torch.bfloat16 and not keep_float32:  # float16 branches compute in float32 (`preskip.casting`)
+    if quantize:
+        # In float16 small scales would lose digits; such a model keeps its branch in float32 when it is loaded, too.
+        tensors = dict(_quantized(tensors, base.dtype if base.dtype == torch.bfloat16 else torch.float32))
+    elif base.dtype == torch.bfloat16 and not keep_float32:  # float16 branches compute in float32 (`preskip.casting`)
         tensors = {key: value.to(base.dtype) if f".{CHILD}." in key else value for key, value in tensors.items()}
     baked.load_state_dict(tensors, strict=True, assign=True)
     # Buffers that no state dict holds (rotary frequencies) are the base's, too.
@@ -216,6 +231,17 @@ def _save(baked: Any, folder: Path) -> None:
     if given is not None and baked.generation_config is not given:
         given.to_json_file(folder / "generation_config.json")
         baked.generation_config = given
+
+
+def _quantized(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The branch's matrices in int8, with their scales beside them; everything else as it is."""
+    for key, value in tensors.items():
+        if f".{CHILD}." in key:
+            weight, scale = quantize_weight(value, dtype)
+            yield key, weight
+            yield f"{key.removesuffix('weight')}scale", scale
+        else:
+            yield key, value
 
 
 def _plain_keys(state: dict[str, torch.Tensor], adapter: str, within: str = "") -> dict[str, torch.Tensor]:
@@ -255,13 +281,15 @@ def short_card(baked: Any, source: str | None) -> str:
     data = ModelCardData(
         base_model=source if is_hub_id else None, library_name="transformers", tags=["preskip", "text-generation"]
     )
-    count = sum(p.numel() for name, p in baked.named_parameters() if f".{CHILD}." in name)
+    count = sum(t.numel() for name, t in baked.state_dict().items() if f".{CHILD}." in name and t.ndim == 2)
     settings = branch_settings(baked.config)
     named = ", ".join(f"{field.name} {getattr(settings, field.name)}" for field in fields(BranchSettings))
     layers, several = baked.config.preskip_layers, baked.config.preskip_adapters
     facts = [f"Branch: {named}", f"Layers: {'all' if layers is None else layers}"]
     if several:
         facts = [f"Adapters, for `adapter_names`: {escape(', '.join(several))}", facts[1]]
+    if baked.config.preskip_quantize:
+        facts.append(f"Branch weights: {baked.config.preskip_quantize}")
     return card_text(
         data,
         f"# {escape(source or baked.config.model_type)} with a pre-projection and a content skip",

@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from preskip.quantizing import Int8Linear
+
 _CAST = "_preskip_cast"
 # Optimiser steps so far, of any optimiser: sharded training changes weights without counting it on the tensor.
 _steps = 0
@@ -52,6 +54,8 @@ def product(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
             called as it is.
     """
     weight: Any = linear.weight
+    if isinstance(linear, Int8Linear):
+        return linear(x)
     if torch.is_autocast_enabled(x.device.type):
         return linear(x)
     if x.dtype == weight.dtype or x.dtype != torch.bfloat16 or type(linear) is not nn.Linear:

@@ -1,7 +1,7 @@
 """`preskip.optimize`: branches become a part of their attention's forward, with weights cast once and no hooks.
 
 A hook costs Python at every call of every layer, and a compiled hook would cast fp32 weights at every call. The
-arithmetic is that of the hooks, in the same order: the same bits.
+arithmetic is that of the hooks, in the same order, on matrices that are cast and packed once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from preskip.attach import CHILD, add_skip, attach, hidden_states_of, replace_in
 from preskip.branch import FUNCTIONS, PreskipBranch
 from preskip.branch_settings import BranchSettings
 from preskip.casting import cast_once
+from preskip.quantizing import Int8Linear
 
 _PLAN = "preskip_plan"
 
@@ -51,7 +52,7 @@ class Optimized:
 
 
 def optimize(model: nn.Module) -> Optimized:
-    """Make the branches of a model quicker at inference: same bits, no hooks, weights cast once and held.
+    """Make the branches of a model quicker at inference: no hooks, weights cast and packed once. Exact to rounding.
 
     Works on adapters and on `preskip_<type>` models, eager, with a static cache, under `torch.compile` and with CUDA
     graphs. While a model trains, has several adapters active or none, or runs under autocast, its attentions compute
@@ -83,6 +84,34 @@ def optimize(model: nn.Module) -> Optimized:
     return Optimized(changed)
 
 
+class _Matrix:
+    """A matrix to multiply by, on a processor in bfloat16 also in the layout of its products.
+
+    There a product of few rows takes half the time, as oneDNN would else bring the matrix into that layout at every
+    call. The packed product has no gradient, and no compiler knows it.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.packed: torch.Tensor | None = None
+        if weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _packs_bfloat16():
+            with torch.inference_mode(False), torch.no_grad():
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.packed is None:
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+@cache
+def _packs_bfloat16() -> bool:
+    """Whether this torch and this processor have the packed product."""
+    names = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+    has = torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    return has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @dataclass(kw_only=True)
 class _Plan:
     """One branch made ready to compute in one dtype.
@@ -90,7 +119,7 @@ class _Plan:
     Attributes:
         settings: of the branch; None where only the hooks' arithmetic will do.
         dtype: of the activations it is for.
-        products: per part, the matrix to multiply by, or the layer to call.
+        products: per part, what multiplies by it.
         sources: per part, the layer, its weight and the weight's version when this was made.
         adapters: the active adapters then.
     """
@@ -130,16 +159,22 @@ def _plan(branch: Any, dtype: torch.dtype | None) -> _Plan:
     for part, linear in linears.items():
         weight: Any = linear._parameters.get("weight")
         sources.append((linear, weight, 0 if weight is None else weight._version))
-        if type(linear) is not nn.Linear:
+        if isinstance(linear, Int8Linear) and dtype in (torch.bfloat16, torch.float32):
             products[part] = linear
-        elif linear._forward_hooks or linear._forward_pre_hooks or type(weight) is not nn.Parameter:
-            return others  # observed, or sharded
+        elif (
+            type(linear) is not nn.Linear
+            or linear._forward_hooks
+            or linear._forward_pre_hooks
+            or type(weight) is not nn.Parameter
+        ):
+            return others  # adapted, observed, or sharded
         elif weight.dtype == dtype:
-            products[part] = weight
+            products[part] = _Matrix(weight)
         elif dtype == torch.bfloat16:
-            products[part] = cast_once(linear, weight, dtype)
+            cast = cast_once(linear, weight, dtype)
             if weight.is_cuda:  # else a CUDA graph would copy it at every call
-                torch._dynamo.mark_static_address(products[part])
+                torch._dynamo.mark_static_address(cast)
+            products[part] = _Matrix(cast)
         else:
             return others
     return _Plan(settings=settings, dtype=dtype, products=products, sources=tuple(sources), adapters=adapters)
@@ -181,13 +216,13 @@ def _with_branch(kind: Any) -> Any:
             args, kwargs = with_hidden_states(args, kwargs, enriched)
         output = kind.forward(self, *args, **kwargs)
         if "skip" in products:
-            skip = _times(enriched, products["skip"])
+            skip = products["skip"](enriched)
         elif "skip_up" in products:
-            skip = _times(_times(enriched, products["skip_down"]), products["skip_up"])
+            skip = products["skip_up"](products["skip_down"](enriched))
         elif plan.settings.enrich_attention:
             return output
         else:
-            skip = feature  # type: ignore[assignment]
+            skip = feature
         return (output[0] + skip, *output[1:]) if isinstance(output, tuple) else output + skip
 
     return type(f"Optimized{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
@@ -197,11 +232,7 @@ def _feature(x: torch.Tensor, plan: _Plan) -> torch.Tensor:
     """W_down · σ(W_up · x̂), as `preskip.branch.feature`."""
     products, settings = plan.products, plan.settings
     assert settings is not None
-    inner = FUNCTIONS[settings.activation](_times(x, products["gate" if "gate" in products else "up"]))
+    inner = FUNCTIONS[settings.activation](products["gate" if "gate" in products else "up"](x))
     if "gate" in products:
-        inner = inner * _times(x, products["up"])
-    return _times(inner, products["down"])
-
-
-def _times(x: torch.Tensor, by: Any) -> torch.Tensor:
-    return F.linear(x, by) if isinstance(by, torch.Tensor) else by(x)
+        inner = inner * products["up"](x)
+    return products["down"](inner)

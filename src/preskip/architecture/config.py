@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from preskip.branch_settings import SKIP_POSITIONS, BranchSettings
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX
+from preskip.quantizing import QUANTIZED
 
 # From scratch, nothing is there that an identity would have to keep: the paper's initialisation is the default.
 DEFAULTS: dict[str, Any] = {
@@ -20,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "preskip_layers": None,
     "preskip_keep_float32": False,
     "preskip_adapters": None,
+    "preskip_quantize": None,
 }
 _TYPES: dict[str, Any] = {
     **{PREFIX + name: kind for name, kind in get_type_hints(BranchSettings).items()},
@@ -27,6 +29,7 @@ _TYPES: dict[str, Any] = {
     "preskip_layers": Optional[list[int]],
     "preskip_keep_float32": bool,
     "preskip_adapters": Optional[dict[str, Any]],
+    "preskip_quantize": Optional[str],
 }
 
 
@@ -63,6 +66,10 @@ class BranchConfigMixin:
         if position not in SKIP_POSITIONS:
             raise PreskipError(
                 f"preskip_skip_position={position!r} is not possible: choose {' or '.join(SKIP_POSITIONS)}"
+            )
+        if config.preskip_quantize not in (None, *QUANTIZED):
+            raise PreskipError(
+                f"preskip_quantize={config.preskip_quantize!r} is not possible: choose {', '.join(QUANTIZED)} or None"
             )
         if layers is not None and not (len(set(layers)) == len(layers) and set(layers) <= set(range(count))):
             raise PreskipError(
@@ -116,7 +123,7 @@ def config_class(base_type: str) -> type[PreTrainedConfig]:
             "__module__": "preskip.architecture.models",
             "__doc__": f"{base.__name__} with the branch's fields (`preskip.branch.BranchSettings`), `preskip_` before "
             "each, `preskip_skip_position`, `preskip_layers` (None for all), `preskip_keep_float32` (True: its "
-            "weights are float32 whatever dtype the rest is loaded in), and `preskip_adapters` (settings by name, of "
-            "several adapters side by side).",
+            "weights are float32 whatever dtype the rest is loaded in), `preskip_adapters` (settings by name, of "
+            "several adapters side by side), `preskip_quantize` (int8: as `bake` has stored them).",
         },
     )

@@ -24,6 +24,7 @@ from preskip.attach import CHILD, attach, find_sites, input_width, tap_of
 from preskip.branch import BranchSettings, PreskipBranch, initialise
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX, TYPES
+from preskip.quantizing import quantize_layers
 
 # The class with branches of each base class: the inner model of a ForCausalLM is made as the base's.
 _WITH_BRANCH: dict[type, type] = {}
@@ -79,6 +80,9 @@ def _attach_all(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         if torch.get_default_dtype() == torch.bfloat16 and not config.preskip_keep_float32:
             branch.to(torch.bfloat16)  # as the rest of the model is made and loaded
         for own in branch.values() if several else (branch,):
+            if config.preskip_quantize:
+                quantize_layers(own)
+                continue
             for part, linear in own.linears.items():
                 # On the Linear: transformers calls `_init_weights` only for modules with weights of their own.
                 linear.preskip_part = (part, own.settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ def bake(
         Parameter(name=["--model", "--base"], help="The adapter's base. Default: what the run or the adapter names."),
     ] = None,
     dtype: DtypeOfRun = "auto",
+    quantize: Annotated[
+        Optional[str], flag("int8: the branch's weights in int8, for inference.", choices=("int8",))
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -42,11 +46,22 @@ def bake(
             raise PreskipError(f"{adapter} has no adapter_config.json: give a folder of a saved adapter")
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another folder")
-    facts = bake_saved(adapters, out, model=model, dtype=dtype, trust_remote_code=trust_remote_code, quiet=as_json)
+    facts = bake_saved(
+        adapters,
+        out,
+        model=model,
+        dtype=dtype,
+        quantize=quantize,
+        trust_remote_code=trust_remote_code,
+        quiet=as_json,
+    )
     if as_json:
         print(json.dumps(facts, indent=1))
         return
-    say(f"{facts['model_type']}, base weights {facts['dtype']}, {facts['bytes'] / 1e6:,.0f} MB, logits difference 0")
+    say(
+        f"{facts['model_type']}, base weights {facts['dtype']}, {facts['bytes'] / 1e6:,.0f} MB, "
+        f"logits difference {facts['logits_difference']:.3g}{f' by {quantize} weights' if quantize else ''}"
+    )
     print(out)
 
 
@@ -69,6 +84,7 @@ def bake_saved(
     *,
     model: str | None = None,
     dtype: str = "auto",
+    quantize: str | None = None,
     trust_remote_code: bool = False,
     with_card: bool = True,
     quiet: bool = False,
@@ -80,6 +96,7 @@ def bake_saved(
         out: the folder to make.
         model: the base; None takes the recorded one.
         dtype: of the base's weights.
+        quantize: see `preskip.bake`.
         trust_remote_code: see `preskip.assets.load_model`.
         with_card: describe the run that the adapter is of in README.md.
         quiet: show nothing.
@@ -109,10 +126,10 @@ def bake_saved(
     card = _card(source, out.name) if with_card and not others else None
     with spinner(f"writing {out}", quiet=quiet):
         names = list(adapters) if others else None
-        bake_checkpoint(live, out, adapter=names, tokenizer=tokenizer, base_name=base_name)
+        bake_checkpoint(live, out, adapter=names, tokenizer=tokenizer, base_name=base_name, quantize=quantize)
     with spinner("comparing its logits", quiet=quiet):
         difference = _difference(live, out, getattr(torch, resolved), names)
-    if difference != 0.0:
+    if difference != 0.0 and (quantize is None or not math.isfinite(difference)):
         shutil.rmtree(out)
         raise PreskipError(f"the baked model's logits differ by up to {difference:.3g}: nothing was kept")
     if card is not None:
@@ -121,6 +138,7 @@ def bake_saved(
         "out": str(out),
         "base": base_name,
         "dtype": resolved,
+        "quantize": quantize,
         "model_type": json.loads((out / "config.json").read_text())["model_type"],
         "bytes": sum(file.stat().st_size for file in out.iterdir()),
         "logits_difference": difference,
