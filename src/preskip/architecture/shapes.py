@@ -53,9 +53,11 @@ def _pythia(layers: int, width: int, heads: int, vocabulary: int = 50304) -> Sha
     return _shape("gpt_neox", layers, width, heads, 4 * width, vocabulary, **more)
 
 
-def _llama(layers: int, width: int, heads: int, kv_heads: int, inner: int, vocabulary: int = 49152) -> Shape:
-    more = {"num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
-    return _shape("llama", layers, width, heads, inner, vocabulary, **more)
+def _llama(
+    layers: int, width: int, heads: int, kv_heads: int, inner: int, vocabulary: int = 49152, **more: Any
+) -> Shape:
+    own = {"num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    return _shape("llama", layers, width, heads, inner, vocabulary, **{**own, **more})
 
 
 SHAPES: dict[str, Shape] = {
@@ -75,6 +77,18 @@ SHAPES: dict[str, Shape] = {
     "llama-10m": _llama(8, 320, 5, 5, 864, 8192),
     "llama-30m": _llama(10, 512, 8, 4, 1376, 16384),
     "llama-106m": _llama(30, 576, 9, 3, 1536),
+    # Meta Llama 3 8B, as published in its config.
+    "llama-3-8b": _llama(
+        32,
+        4096,
+        32,
+        8,
+        14336,
+        128256,
+        tie_word_embeddings=False,
+        rope={"rope_theta": 500000.0},
+        max_position_embeddings=8192,
+    ),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 # Forward and backward: a matrix product has two more of its size in the backward pass.
@@ -29,14 +30,25 @@ def forward_flops_per_token(model: nn.Module, seq_len: int) -> int:
     """
     config: Any = model.config
     config = config.get_text_config()
+    body, head = matrix_weights(model)
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    return 2 * (body + head) + 4 * seq_len * layers * heads * head_width(config)
+
+
+def matrix_weights(model: nn.Module) -> tuple[int, int]:
+    """Weights that one token is multiplied by: those before the output head, and the head's, also where it is tied."""
+    config: Any = model.config
+    config = config.get_text_config()
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = sum(_active(p, config) for p in model.parameters() if p.ndim >= 2 and id(p) not in looked_up)
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    if id(head.weight) in looked_up:
-        matrices += head.weight.numel()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 4 * seq_len * config.num_hidden_layers * config.num_attention_heads * head_dim
-    return 2 * matrices + attention
+    apart = looked_up | {id(head.weight)}
+    body = sum(active_weights(p, config) for p in model.parameters() if p.ndim >= 2 and id(p) not in apart)
+    return body + sum(b.numel() for b in model.buffers() if b.dtype == torch.int8 and b.ndim == 2), head.weight.numel()
+
+
+def head_width(config: Any) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def training_flops_per_token(model: nn.Module, seq_len: int) -> int:
@@ -44,7 +56,7 @@ def training_flops_per_token(model: nn.Module, seq_len: int) -> int:
     return TRAINING_FACTOR * forward_flops_per_token(model, seq_len)
 
 
-def _active(parameter: nn.Parameter, config: Any) -> int:
+def active_weights(parameter: torch.Tensor, config: Any) -> int:
     """Weights that one token meets: transformers stacks the experts of a layer in one tensor [experts, out, in]."""
     if parameter.ndim < 3:
         return parameter.numel()

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from preskip.cli.audit import audit
 from preskip.cli.bake import bake
+from preskip.cli.bench import bench
 from preskip.cli.compare import compare
 from preskip.cli.data import data
 from preskip.cli.doctor import doctor, extra_for
@@ -52,6 +53,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     pretrain,
     bake,
     serve,
+    bench,
     data,
     doctor,
 )

@@ -1,0 +1,1 @@
+"""What a branch costs at inference and in training, held against what its bytes and FLOPs make inevitable."""

@@ -1,0 +1,164 @@
+"""Bytes and FLOPs that a model's own weights and its cache make inevitable, and the least time they take on a device.
+
+Nothing else is counted: activations may stay in a cache, and norms cost little.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from preskip.arms.flops import active_weights, head_width, matrix_weights
+from preskip.attach import CHILD
+from preskip.bench.settings import Work
+from preskip.train.speed import measured_peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What one model reads and multiplies.
+
+    Attributes:
+        body: weights that each token is multiplied by, before the output head.
+        head: the output head's weights.
+        trainable: of `body`, those that are trained.
+        weight_bytes: bytes of all weights that a forward pass reads, in the dtype in which they are multiplied.
+        body_bytes: of these, those of the layers.
+        cache_width: numbers in the K/V cache per token, all layers together.
+        attention_width: heads times their width, summed over the layers.
+    """
+
+    body: int
+    head: int
+    trainable: int
+    weight_bytes: int
+    body_bytes: int
+    cache_width: int
+    attention_width: int
+
+    def scaled(self, factor: float) -> Counts:
+        """Of the same model with `factor` times as many layers."""
+        return replace(
+            self,
+            body=round(self.body * factor),
+            trainable=round(self.trainable * factor),
+            weight_bytes=self.weight_bytes + round(self.body_bytes * (factor - 1)),
+            body_bytes=round(self.body_bytes * factor),
+            cache_width=round(self.cache_width * factor),
+            attention_width=round(self.attention_width * factor),
+        )
+
+
+def count(model: Any, dtype: torch.dtype) -> Counts:
+    """Count a causal language model with whatever is inserted.
+
+    Args:
+        model: of transformers, or a PEFT model.
+        dtype: of the activations.
+    """
+    config = model.config.get_text_config()
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    head_weight = model.get_output_embeddings().weight
+    body, head = matrix_weights(model)
+    layers = 0
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if id(tensor) in looked_up or tensor is head_weight or "rotary" in name:
+            continue
+        # An fp32 weight of a branch beside bfloat16 activations is read as its bfloat16 copy (`preskip.casting`).
+        cast = f".{CHILD}." in name and tensor.dtype == torch.float32 and dtype == torch.bfloat16
+        layers += active_weights(tensor, config) * (2 if cast else tensor.element_size())
+    heads, width = config.num_attention_heads, head_width(config)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return Counts(
+        body=body,
+        head=head,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim >= 2),
+        weight_bytes=layers + head * head_weight.element_size(),
+        body_bytes=layers,
+        cache_width=2 * config.num_hidden_layers * kv_heads * width,
+        attention_width=config.num_hidden_layers * heads * width,
+    )
+
+
+def flops(counts: Counts, work: Work) -> int:
+    """FLOPs of one measurement's unit: a whole pass, or one decoding step. Causal attention, entries seen only."""
+    if work.kind == "decode":
+        seen = work.tokens + (work.new_tokens + 1) / 2  # on average over the steps
+        return round(work.batch * (2 * (counts.body + counts.head) + 4 * seen * counts.attention_width))
+    tokens = work.batch * work.tokens
+    attention = 4 * work.batch * (work.tokens * (work.tokens + 1) // 2) * counts.attention_width
+    if work.kind == "prefill":
+        return 2 * tokens * counts.body + 2 * work.batch * counts.head + attention
+    forward = 2 * tokens * (counts.body + counts.head)
+    if work.kind == "scoring":
+        return forward + attention
+    # Backward through every matrix for the activations, and for the weights that are trained.
+    return 2 * forward + 2 * tokens * counts.trainable + 3 * attention
+
+
+def bytes_moved(counts: Counts, work: Work, itemsize: int) -> int:
+    """Bytes of one unit: every weight once (training: twice), and the K/V cache as it is read and written.
+
+    Args:
+        counts: of the model.
+        work: what is done.
+        itemsize: bytes of one number in the cache.
+    """
+    if work.kind == "decode":
+        seen = work.tokens + (work.new_tokens + 1) / 2
+        return counts.weight_bytes + round(work.batch * seen * counts.cache_width * itemsize)
+    if work.kind == "prefill":
+        return counts.weight_bytes + work.batch * work.tokens * counts.cache_width * itemsize
+    return counts.weight_bytes * (2 if work.kind == "training" else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a device reaches, measured on it: matrix products in one dtype, and copies of a large block."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def seconds(self, work_flops: float, work_bytes: float) -> float:
+        """The least time for so many FLOPs and bytes: the longer of the two, as they may overlap."""
+        return max(work_flops / self.flops_per_second, work_bytes / self.bytes_per_second)
+
+
+def measure_limits(
+    device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0, size: int | None = None
+) -> Limits:
+    """Measure the limits of a device.
+
+    Args:
+        device: where.
+        dtype: of the matrix products.
+        seconds: how long to measure each.
+        size: side of the matrices and, squared, numbers in the block to copy; None takes what fits the device.
+    """
+    peak = measured_peak(device, dtype, sizes=None if size is None else (size,), seconds=seconds)
+    return Limits(flops_per_second=peak, bytes_per_second=_copy_rate(device, seconds, size))
+
+
+def _copy_rate(device: torch.device, seconds: float, size: int | None) -> float:
+    """Bytes per second of a copy, read and written ones; the quickest counts, as in `measured_peak`."""
+    numbers = size**2 if size else (2**24 if device.type == "cpu" else 2**30)
+    source = torch.ones(numbers, dtype=torch.float32, device=device)
+    target = source.clone()
+    best, started = 0.0, time.perf_counter()
+    while time.perf_counter() - started < seconds or best == 0.0:
+        synchronise(device)
+        begin = time.perf_counter()
+        target.copy_(source)
+        synchronise(device)
+        best = max(best, 2 * 4 * numbers / (time.perf_counter() - begin))
+    return best
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what the device still computes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,291 @@
+"""The base and its rows: every row is a model of its own, on the base's own tensors where it does not change them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters
+from preskip.attach import CHILD
+from preskip.baking import bake
+from preskip.branch_settings import BranchSettings
+from preskip.errors import PreskipError
+from preskip.optimizing import optimize
+
+# Rows, their own weights, the float32 reference and what is being computed, in bases.
+_COPIES = 4.0
+_SHARE_OF_MEMORY = 0.8
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One way to run the model.
+
+    Attributes:
+        name: of `preskip.bench.settings.ROWS`.
+        model: eager.
+        forward: what is called; the model, or its compiled form.
+        kind: rows of one kind compute the same function.
+        held_against: the row that its time is divided by.
+        facts: load time and file size.
+    """
+
+    name: str
+    model: Any
+    forward: Callable[..., Any]
+    kind: str
+    held_against: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def random_base(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, int]:
+    """A random model of a config, with as many of its layers as fit beside the rows made of it.
+
+    Returns:
+        The model in evaluation mode, and the number of layers that the config asks for.
+
+    Raises:
+        PreskipError: not one layer fits.
+    """
+    from transformers import AutoModelForCausalLM
+
+    asked = config.num_hidden_layers
+    with torch.device("meta"):
+        sizes = [_bytes(AutoModelForCausalLM.from_config(_with_layers(config, n), dtype=dtype)) for n in (1, 2)]
+    room = _SHARE_OF_MEMORY * free_memory(device) / _COPIES
+    layers = min(asked, 1 + math.floor((room - sizes[0]) / (sizes[1] - sizes[0])))
+    if layers < 1:
+        raise PreskipError(
+            f"one layer of this shape needs {_COPIES * sizes[0] / 2**30:.1f} GiB with its rows: more than fits"
+        )
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(_with_layers(config, layers), dtype=dtype).eval(), asked
+
+
+def _with_layers(config: Any, layers: int) -> Any:
+    own = copy.deepcopy(config)
+    own.num_hidden_layers = layers
+    if getattr(own, "layer_types", None):
+        own.layer_types = own.layer_types[:layers]
+    return own
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def sharing(model: Any, own: Iterable[str] = ()) -> Any:
+    """A copy of a model on the same tensors, but for the weights of the modules named in `own`."""
+    apart = {id(p) for name in own for p in model.get_submodule(name).parameters()}
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) not in apart}
+    return copy.deepcopy(model, memo)
+
+
+class Rows:
+    """Makes the rows of one base.
+
+    Args:
+        base: a causal language model; it is not changed.
+        dtype: of its weights.
+        adapter: folder of a trained Preskip adapter, or None for random branches of the paper's shape.
+        workspace: an empty folder.
+    """
+
+    def __init__(self, base: Any, dtype: torch.dtype, adapter: Path | None, workspace: Path) -> None:
+        self.base, self.dtype, self.folder, self.workspace = base, dtype, adapter, workspace
+        self.device = next(base.parameters()).device
+        self.targets = attention_paths(base)
+        self.made: dict[str, Any] = {}
+        if adapter is None:
+            self.settings = BranchSettings()
+            self.budget = branch_parameters(base, self.settings, self.targets)
+        else:
+            model = self._model("adapter")
+            weights = [p for name, p in model.named_parameters() if f".{CHILD}." in name]
+            if not weights:
+                raise PreskipError(f"adapter {adapter} has no Preskip branch: bench makes LoRA itself")
+            self.budget = sum(p.numel() for p in weights)
+
+    def make(self, name: str) -> Row:
+        """One row."""
+        eager = name.removesuffix("-compiled")
+        compiled = eager != name
+        model = self._model(eager)
+        if (compiled and eager != "base") or eager not in ("base", "adapter", "baked", "lora", "lora-merged"):
+            model = sharing(model)
+            optimize(model)
+        return Row(
+            name=name,
+            model=model,
+            forward=compile_model(model, self.device) if compiled else model,
+            kind={"lora-merged": "lora", "optimized": "adapter", "baked": "adapter", "int8": "adapter"}.get(
+                eager, eager
+            ),
+            held_against="base-compiled" if compiled else "base",
+            facts=self._facts(eager),
+        )
+
+    def reference(self, kind: str) -> Any:
+        """The model of a kind in float32, with attention written out: what the logits of its rows are held against."""
+        model = sharing(self._model(kind))
+        model = model if self.dtype == torch.float32 else copy.deepcopy(model).float()
+        (model.get_base_model() if hasattr(model, "get_base_model") else model).set_attn_implementation("eager")
+        return model.eval()
+
+    def _model(self, name: str) -> Any:
+        if name == "optimized":
+            name = "adapter"
+        if name not in self.made:
+            make = {"base": lambda: self.base, "adapter": self._adapter, "baked": self._baked, "lora": self._lora,
+                    "lora-merged": self._merged, "int8": self._int8}.get(name, lambda: self._cheap(name))  # fmt: skip
+            self.made[name] = make().eval()
+        return self.made[name]
+
+    def _adapter(self) -> Any:
+        if self.folder is None:
+            return self._branches(self.settings)
+        from preskip.evaluate.adapters import load_adapter
+
+        return load_adapter(sharing(self.base), self.folder)
+
+    def _branches(self, settings: BranchSettings, layers: list[int] | None = None) -> Any:
+        """The base with random branches that change its logits."""
+        from dataclasses import asdict
+
+        from peft import get_peft_model
+
+        from preskip.adapter import PreskipConfig
+
+        config = PreskipConfig(**asdict(settings), layers_to_transform=layers)
+        model = get_peft_model(sharing(self.base), config)
+        return _filled(model, f".{CHILD}.")
+
+    def _cheap(self, name: str) -> Any:
+        d, layers = self.base.config.get_text_config().hidden_size, len(self.targets)
+        full = BranchSettings()
+        if name.startswith("last-"):
+            share = {"last-third": 3, "last-quarter": 4}[name]
+            return self._branches(full, list(range(layers - max(1, round(layers / share)), layers)))
+        rank = max(1, d // 8)
+        return self._branches(
+            {
+                "low-rank": replace(full, skip_rank=rank),
+                "bottleneck": replace(full, expansion=0.25, skip_rank=rank),
+                "skip": replace(full, preprojection=False),
+            }[name]
+        )
+
+    def _baked(self) -> Any:
+        return self._from_file("baked")
+
+    def _int8(self) -> Any:
+        return self._from_file("int8", quantize="int8")
+
+    def _from_file(self, name: str, **options: Any) -> Any:
+        """Baked, loaded again, and put on the base's own tensors where they are the same, as they are by definition."""
+        out = self.workspace / name
+        bake(self._model("adapter"), out, **options)
+        model = _load(out, self.dtype, self.device)
+        ours = dict(self.base.named_parameters(remove_duplicate=False))
+        for key, parameter in list(model.named_parameters(remove_duplicate=False)):
+            path, _, leaf = key.rpartition(".")
+            if key in ours and torch.equal(parameter, ours[key]):
+                model.get_submodule(path)._parameters[leaf] = ours[key]
+        model.set_attn_implementation(self.base.config._attn_implementation)
+        return model
+
+    def _context(self) -> ArmContext:
+        return ArmContext(
+            base=self.base,
+            settings=BranchSettings(),
+            skip_position="attention",
+            layers=None,
+            targets=tuple(self.targets),
+            budget=self.budget,
+        )
+
+    def _lora(self) -> Any:
+        from peft import get_peft_model
+
+        (config,) = ARMS["lora"].configs(self._context())
+        return _filled(get_peft_model(sharing(self.base), config), ".lora_B.")
+
+    def _merged(self) -> Any:
+        from peft import get_peft_model
+
+        config: Any = ARMS["lora"].configs(self._context())[0]
+        model = get_peft_model(sharing(self.base, own=config.target_modules), config)
+        state = {name: p for name, p in self._model("lora").named_parameters() if ".lora_" in name}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in state:
+                    parameter.copy_(state[name])
+        return model.merge_and_unload()
+
+    def _facts(self, name: str) -> dict[str, Any]:
+        """Seconds to load the row from files (read before, so from the system's cache), and the bytes of these."""
+        from peft import PeftModel
+
+        base = self.workspace / "base"
+        if not base.exists():
+            self.base.save_pretrained(base)
+        folder = self.workspace / name
+        if name in ("base", "baked", "int8"):
+            started = time.perf_counter()
+            _load(folder, self.dtype, self.device)
+            return {"load_seconds": time.perf_counter() - started, "file_bytes": _file_bytes(folder)}
+        if name == "lora-merged":
+            return {}
+        model = self._model(name)
+        if not folder.exists():
+            model.save_pretrained(folder)
+        started = time.perf_counter()
+        PeftModel.from_pretrained(_load(base, self.dtype, self.device), str(folder))
+        return {
+            "load_seconds": time.perf_counter() - started,
+            "file_bytes": _file_bytes(base) + _file_bytes(folder),
+        }
+
+
+def compile_model(model: Any, device: torch.device, backend: str = "inductor") -> Any:
+    """One graph per shape, with CUDA graphs on CUDA."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    options: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" and backend == "inductor" else {}
+    return torch.compile(inner, backend=backend, fullgraph=True, dynamic=False, **options)
+
+
+def _filled(model: Any, part: str) -> Any:
+    """Random weights in place of an initialisation that changes nothing."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                std = 0.2 / math.sqrt(parameter.shape[1])
+                parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device).eval()
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,0 +1,151 @@
+"""How each kind of work is run on one row: what is prepared, what is repeated, and the logits that are checked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from preskip.attach import CHILD
+from preskip.bench.models import Row
+from preskip.bench.settings import COMPILED, Work
+from preskip.errors import PreskipError
+
+
+class NotPossible(PreskipError):
+    """A row that cannot do a piece of work here, with the reason."""
+
+
+class Runner:
+    """One row doing one piece of work.
+
+    Attributes:
+        before: to be called before each `run`, not timed.
+        run: what is timed.
+        logits: of the position that is checked, [V], from the last run.
+        cache: the K/V cache, or None.
+    """
+
+    def __init__(self, row: Row, work: Work, ids: torch.Tensor) -> None:
+        self.row, self.work, self.ids = row, work, ids
+        self.cache: Any = None
+        self.logits: torch.Tensor | None = None
+        self.before: Callable[[], None] = lambda: None
+        self.run: Callable[[], None] = getattr(self, f"_prepare_{work.kind}")()
+
+    def _prepare_prefill(self) -> Callable[[], None]:
+        is_compiled = self.row.name in COMPILED
+
+        def before() -> None:  # a compiled graph writes into a static cache
+            kind = "static" if is_compiled else "dynamic"
+            if self.cache is None or not is_compiled:
+                self.cache = new_cache(kind, self.row.model, self.work.tokens)
+            else:
+                self._rewind(0)
+
+        @torch.inference_mode()
+        def run() -> None:
+            out = self.row.forward(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.logits = out.logits[0, -1]
+
+        self.before = before
+        return run
+
+    def _prepare_decode(self) -> Callable[[], None]:
+        context, steps = self.work.tokens, self.work.new_tokens
+        started = new_cache(self.work.cache, self.row.model, context + steps)
+        with torch.inference_mode():
+            self.row.model(input_ids=self.ids[:, :context], past_key_values=started, use_cache=True, logits_to_keep=1)
+        is_static = self.work.cache == "static"
+        self.cache = started
+        is_cuda = self.ids.device.type == "cuda"
+
+        def before() -> None:
+            if is_static:
+                self._rewind(context)
+            else:
+                self.cache = copy.deepcopy(started)
+
+        @torch.inference_mode()
+        def run() -> None:
+            token = self.ids[:, context : context + 1]
+            for step in range(steps):
+                if is_cuda:
+                    torch.compiler.cudagraph_mark_step_begin()
+                logits = self.row.forward(input_ids=token, past_key_values=self.cache, use_cache=True).logits
+                if step == 0:
+                    self.logits = logits[0, -1].clone()
+                token = logits[:, -1:].argmax(-1)
+
+        self.before = before
+        return run
+
+    def _prepare_scoring(self) -> Callable[[], None]:
+        @torch.inference_mode()
+        def run() -> None:
+            logits = self.row.forward(input_ids=self.ids, use_cache=False).logits
+            self.logits = logits[0, -1]
+            for row, ids in zip(logits, self.ids, strict=True):
+                F.cross_entropy(row[:-1].float(), ids[1:], reduction="sum")
+
+        return run
+
+    def _prepare_training(self) -> Callable[[], None]:
+        model = self.row.model
+        if self.row.name == "adapter":  # one that was loaded from a folder is frozen
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(f".{CHILD}." in name)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.0)  # weights stay, so that rows on shared ones do
+
+        def run() -> None:
+            model.train()
+            out = model(input_ids=self.ids, labels=self.ids, use_cache=False)
+            out.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            self.logits = out.logits[0, -1].detach()
+            model.eval()
+
+        return run
+
+    def _rewind(self, tokens: int) -> None:
+        for layer in self.cache.layers:
+            if not isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
+                raise NotPossible("this model's static cache cannot be set back to a length")
+            layer.cumulative_length.fill_(tokens)
+
+
+def new_cache(kind: str, model: Any, tokens: int) -> Any:
+    """An empty K/V cache of transformers.
+
+    Raises:
+        NotPossible: this version, or the model, has none of this kind.
+    """
+    from transformers import DynamicCache, QuantizedCache, StaticCache
+
+    config = model.config
+    if kind == "dynamic":
+        return DynamicCache(config=config)
+    if kind == "static":
+        return StaticCache(config=config, max_cache_len=tokens)
+    try:
+        return QuantizedCache(backend="fp8", config=config)
+    except ValueError as error:
+        raise NotPossible(f"no quantised cache: {' '.join(str(error).split())}") from None
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a cache holds, read off its layers; of a quantised one as they are stored."""
+    total = 0
+    for layer in cache.layers:
+        packed = getattr(layer, "_quantized_keys", None) is not None
+        names = ("_quantized_keys", "_quantized_values") if packed else ("keys", "values")
+        for name in names:
+            held = getattr(layer, name)
+            for tensor in held if isinstance(held, tuple) else (held,):
+                total += tensor.numel() * tensor.element_size()
+    return total

@@ -1,0 +1,189 @@
+"""`preskip bench` on tiny models: what each row is, that it is checked, and the counts beside it; never a time."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from commands import preskip
+from preskip import PreskipError
+from preskip.bench import models, run
+from preskip.bench.counts import Limits
+from preskip.bench.models import random_base
+from preskip.bench.run import bench
+from preskip.bench.settings import COMPILED, ROWS, BenchSettings, Work
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True, "pad_token_id": None,
+    "eos_token_id": None,
+}  # fmt: skip
+LIMITS = Limits(flops_per_second=1e9, bytes_per_second=1e9)
+WORK = (
+    Work(kind="prefill", batch=1, tokens=7),
+    Work(kind="decode", batch=1, tokens=7, new_tokens=3, cache="dynamic"),
+    Work(kind="decode", batch=2, tokens=7, new_tokens=3, cache="static"),
+    Work(kind="decode", batch=1, tokens=7, new_tokens=3, cache="quantized"),
+    Work(kind="scoring", batch=2, tokens=9),
+    Work(kind="training", batch=2, tokens=9),
+)
+
+
+def base(dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES), dtype=dtype).eval()
+
+
+def settings(*rows, work=WORK):
+    return BenchSettings(rows=rows, work=work, rounds=2)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """All rows that are not compiled, in bfloat16."""
+    return bench(base(), settings(*(name for name in ROWS if name not in COMPILED)), LIMITS)
+
+
+def test_every_row_passes_the_check_of_its_logits_on_every_work(found):
+    assert found["left_out"] == {}
+    for work in found["work"]:
+        assert work["left_out"] == {}, work["title"]
+        rows = {"adapter", "lora"} if work["work"] == "training" else set(ROWS) - set(COMPILED)
+        assert set(work["rows"]) == rows
+
+
+def test_weights_bytes_and_flops_of_the_rows(found):
+    rows = found["rows"]
+    branch = 3 * int(3.5 * 64**2)
+    assert rows["adapter"]["weights"] - rows["base"]["weights"] == branch
+    assert rows["baked"]["weights"] == rows["adapter"]["weights"] == rows["int8"]["weights"]
+    for name in ("adapter", "optimized", "baked"):
+        assert rows[name]["weight_bytes_read"] - rows["base"]["weight_bytes_read"] == 2 * branch
+        assert rows[name]["flops_per_token"] - rows["base"]["flops_per_token"] == 2 * branch
+    scales = 3 * (80 + 64 + 64)
+    assert rows["int8"]["weight_bytes_read"] - rows["base"]["weight_bytes_read"] == branch + 2 * scales
+    assert rows["lora"]["weights"] - rows["base"]["weights"] == pytest.approx(branch, rel=0.005)
+    assert rows["lora"]["weight_bytes_read"] - rows["base"]["weight_bytes_read"] == pytest.approx(4 * branch, rel=0.01)
+    assert rows["lora-merged"]["weight_bytes_read"] == rows["base"]["weight_bytes_read"]
+    assert rows["last-third"]["weights"] - rows["base"]["weights"] == branch // 3
+    assert rows["skip"]["weights"] - rows["base"]["weights"] == 3 * 64**2
+    assert rows["low-rank"]["weights"] - rows["base"]["weights"] == 3 * (2 * 80 * 64 + 2 * 64 * 8)
+    assert rows["bottleneck"]["weights"] - rows["base"]["weights"] == 3 * (2 * 16 * 64 + 2 * 64 * 8)
+    assert rows["baked"]["file_bytes"] < rows["adapter"]["file_bytes"]  # the branch in the base's dtype
+
+
+def test_each_ratio_is_paired_and_beside_what_is_owed(found):
+    for work in found["work"]:
+        for name, entry in work["rows"].items():
+            against = "lora" if work["work"] == "training" else "base"
+            if name == against:
+                assert "ratio" not in entry
+                continue
+            assert entry["held_against"] == against
+            owed = max(entry["flops"], entry["bytes"]) / 1e9
+            other = work["rows"][against]
+            assert entry["seconds_owed"] == pytest.approx(owed)
+            assert entry["ratio_owed"] == pytest.approx(owed / other["seconds_owed"])
+            assert entry["times_of_limit"] == pytest.approx(entry["ratio"] / entry["ratio_owed"])
+            assert entry["ratio_low"] <= entry["ratio"] <= entry["ratio_high"]
+
+
+def test_a_branch_leaves_the_cache_as_it_is_and_adds_these_operations(found):
+    decode = next(work for work in found["work"] if work["work"] == "decode")
+    rows = decode["rows"]
+    assert {entry["cache_bytes"] for entry in rows.values()} == {2 * 7 * 2 * 3 * 2 * 16 + 3 * 2 * 3 * 2 * 2 * 16}
+    # Per layer: three products, the activation, and two sums.
+    for name in ("adapter", "optimized", "baked"):
+        assert rows[name]["operations"] - rows["base"]["operations"] == 3 * 6
+    assert rows["lora-merged"]["operations"] == rows["base"]["operations"]
+    assert rows["lora"]["operations"] - rows["base"]["operations"] >= 3 * 4 * 4  # four layers: A, B, scale, sum
+
+
+def test_compiled_rows_are_one_graph_that_decoding_does_not_compile_again(monkeypatch):
+    real = models.compile_model
+    monkeypatch.setattr(models, "compile_model", lambda model, device: real(model, device, backend="eager"))
+    work = (Work(kind="decode", batch=1, tokens=7, new_tokens=4, cache="static"),)
+    found = bench(base(torch.float32), settings("base", *COMPILED, work=work), LIMITS)
+    rows = found["work"][0]["rows"]
+    assert set(rows) == {"base", *COMPILED}
+    for name in COMPILED:
+        assert rows[name]["recompiles"] == 0
+        assert rows[name].get("held_against") == (None if name == "base-compiled" else "base-compiled")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_with_wrong_logits_gets_no_time(dtype, monkeypatch):
+    real = models.Rows._baked
+
+    def broken(self):
+        model = real(self)
+        with torch.no_grad():
+            model.model.layers[1].self_attn.preskip.skip.weight.mul_(-2)
+        return model
+
+    monkeypatch.setattr(models.Rows, "_baked", broken)
+    work = (WORK[0], WORK[1], WORK[4])
+    found = bench(base(dtype), settings("base", "adapter", "baked", work=work), LIMITS)
+    for entry in found["work"]:
+        assert set(entry["rows"]) == {"base", "adapter"}
+        assert "wrong logits" in entry["left_out"]["baked"]
+
+
+def test_caches_of_other_sizes_are_an_error(monkeypatch):
+    sizes = iter(range(100))
+    monkeypatch.setattr(run, "cache_bytes", lambda cache: next(sizes))
+    with pytest.raises(PreskipError, match="K/V caches differ"):
+        bench(base(), settings("base", "adapter", work=WORK[:1]), LIMITS)
+
+
+def test_what_does_not_fit_has_fewer_layers_and_its_limits_are_scaled(monkeypatch):
+    config = AutoConfig.for_model("llama", **{**SIZES, "num_hidden_layers": 12})
+    layer = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64)
+    rest = 2 * (96 * 64 + 64)
+    monkeypatch.setattr(models, "free_memory", lambda device: 4 / 0.8 * (rest + 5.5 * layer))
+    model, asked = random_base(config, torch.bfloat16, torch.device("cpu"))
+    assert (model.config.num_hidden_layers, asked) == (5, 12)
+    monkeypatch.setattr(models, "free_memory", lambda device: layer)
+    with pytest.raises(PreskipError, match="one layer of this shape needs"):
+        random_base(config, torch.bfloat16, torch.device("cpu"))
+    found = bench(model, settings("base", "adapter", work=WORK[:1]), LIMITS, layers=12)
+    assert found["layers"] == {"measured": 5, "of": 12}
+    entry = found["work"][0]["rows"]["base"]
+    assert entry["seconds_owed_by_all_layers"] / entry["seconds_owed"] == pytest.approx(12 / 5, rel=0.05)
+
+
+TINY = [
+    "bench", "--model-shape", "pythia-14m", "--num-layers", "1", "--dtype", "float32", "--rows", "base,adapter,lora",
+    "--prompt", "5", "--batch", "1", "--context", "5", "--new-tokens", "2", "--scoring", "1x5", "--training", "1x5",
+    "--rounds", "2",
+]  # fmt: skip
+
+
+def test_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
+    assert preskip(*TINY, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["layers"] == {"measured": 1, "of": 6}
+    assert [work["work"] for work in printed["work"]] == ["prefill", *3 * ["decode"], "scoring", "training"]
+    assert preskip(*TINY) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("scaled to all of them" in line for line in lines)
+    assert max(len(line) for line in lines if "wrong" not in line) <= 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "base,fast"], "--rows 'fast': choose of base"),
+        (["--work", ""], "--work '': choose of prefill"),
+        (["--batch", "0"], "--batch '0' is not possible"),
+        (["--scoring", "8"], "--scoring '8' is not possible: give rows x tokens"),
+        (["--model-shape", "pythia-9b"], "there is no shape 'pythia-9b'"),
+        (["--model-shape", "pythia-14m", "--adapter", "."], "give either --adapter or --model-shape"),
+    ],
+)
+def test_a_mistake_is_one_line(options, message, capsys):
+    assert preskip("bench", *options) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert message in error[-1]

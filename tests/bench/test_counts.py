@@ -1,0 +1,139 @@
+"""What is counted, against torch's own counter, real caches and files; never a time."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from preskip import BranchSettings, PreskipConfig
+from preskip.bench.counts import Limits, bytes_moved, count, flops, measure_limits
+from preskip.bench.models import Row, sharing
+from preskip.bench.observe import observe
+from preskip.bench.runners import Runner, cache_bytes, new_cache
+from preskip.bench.settings import Work
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True, "pad_token_id": None,
+    "eos_token_id": None,
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+def base(model_type="llama", dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
+    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+
+
+def adapted(**options):
+    return get_peft_model(base(**options), PreskipConfig()).eval()
+
+
+def runner(model, work):
+    row = Row(
+        name="adapter" if hasattr(model, "peft_config") else "base",
+        model=model,
+        forward=model,
+        kind="adapter",
+        held_against="base",
+    )
+    ids = torch.randint(96, (work.batch, work.tokens + work.new_tokens))
+    made = Runner(row, work, ids)
+    made.before()
+    return made
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Work(kind="prefill", batch=2, tokens=16),
+        Work(kind="scoring", batch=2, tokens=16),
+        Work(kind="decode", batch=2, tokens=15, new_tokens=1, cache="dynamic"),
+        Work(kind="training", batch=2, tokens=16),
+    ],
+    ids=lambda work: work.kind,
+)
+@pytest.mark.parametrize("make", [base, adapted])
+def test_flops_are_those_that_torch_counts(make, work):
+    model = make()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(work.kind == "training" and ("preskip" in name or (make is base and "q_proj" in name)))
+    counted = runner(model, work)
+    with FlopCounterMode(display=False) as counter:
+        counted.run()
+    counts = count(model, torch.float32)
+    found = counter.get_total_flops()
+    expected = flops(counts, work)
+    if work.kind != "decode":  # torch's eager attention multiplies masked entries, too
+        masked = work.batch * work.tokens * (work.tokens - 1) // 2 * 4 * counts.attention_width
+        expected += masked * (3 if work.kind == "training" else 1)
+    # Rotary frequencies; in training also what lies below the first trained weight, and needs no backward pass.
+    assert found == pytest.approx(expected, rel=0.15 if work.kind == "training" else 0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_weights_as_they_are_multiplied(dtype):
+    plain, model = base(dtype=dtype), adapted(dtype=dtype)
+    size = dtype.itemsize
+    weights = sum(p.numel() for p in plain.parameters())
+    branch = 3 * BranchSettings().cost(64).parameters
+    assert count(plain, dtype).weight_bytes == weights * size
+    assert count(model, dtype).weight_bytes == (weights + branch) * size  # the fp32 masters are not what is read
+    assert count(model, dtype).body - count(plain, dtype).body == branch
+    work = Work(kind="decode", batch=3, tokens=20, new_tokens=1, cache="dynamic")
+    cache = 3 * 21 * 2 * 3 * 2 * 16 * size  # rows, tokens, K and V, layers, heads, width
+    assert bytes_moved(count(plain, dtype), work, size) == weights * size + cache
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "quantized"])
+@pytest.mark.parametrize("make", [base, adapted])
+def test_cache_bytes_are_read_off_the_cache(kind, make):
+    model = make(dtype=torch.bfloat16)
+    cache = new_cache(kind, model, 24)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(2, 24, dtype=torch.long), past_key_values=cache, use_cache=True)
+    numbers = 2 * 24 * 2 * 3 * 2 * 16
+    assert cache_bytes(cache) - numbers * (1 if kind == "quantized" else 2) == (3 * 2 * 4 if kind == "quantized" else 0)
+
+
+def test_counts_scale_to_more_layers():
+    three, six = count(base(), torch.float32), count(base(num_hidden_layers=6), torch.float32)
+    scaled = three.scaled(2.0)
+    assert (scaled.body, scaled.head, scaled.cache_width) == (six.body, six.head, six.cache_width)
+    assert scaled.weight_bytes == six.weight_bytes + 64 * 4  # the last norm, which is there once
+
+
+def test_the_limit_is_the_longer_of_both():
+    limits = Limits(flops_per_second=100.0, bytes_per_second=10.0)
+    assert limits.seconds(1000.0, 10.0) == 10.0
+    assert limits.seconds(10.0, 1000.0) == 100.0
+    measured = measure_limits(CPU, torch.float32, seconds=0.01, size=64)
+    assert measured.flops_per_second > 0
+    assert measured.bytes_per_second > 0
+
+
+def test_live_memory_and_operations():
+    weight = torch.nn.Linear(1, 1)
+    x = torch.ones(1000)
+
+    def work():
+        a = x + 1  # 4,000 bytes
+        b = a.view(10, 100) * 2  # 8,000 held
+        del a
+        c = b + b  # 8,000
+        del b
+        return c.sum().item()
+
+    seen = observe(work, weight, CPU)
+    assert seen.bytes == 8000
+    assert seen.operations == 5  # the last two are sum and what reads it
+
+
+def test_a_row_shares_every_tensor_that_it_does_not_change():
+    model = base()
+    twin = sharing(model, own=["model.layers.0.self_attn.q_proj"])
+    own = {id(p) for p in twin.parameters()} - {id(p) for p in model.parameters()}
+    assert own == {id(twin.model.layers[0].self_attn.q_proj.weight)}
+    assert torch.equal(twin.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight)
