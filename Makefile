@@ -13,7 +13,7 @@ WORKERS ?= logical
 # A file stays in one process; files with slow tests go first (tests/conftest.py).
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-serve test-fast coverage lint format oldest docs clean
+.PHONY: help install demo test test-serve test-fast coverage lint format oldest gpu docs clean
 
 help:
 	@echo "make demo       insert Preskip into the embedded model, train, compare, write a report (minutes)"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make test-serve  the tests with the real vLLM, in an environment of its own (a gigabyte, up to an hour)"
 	@echo "make docs       the documentation site in build/site, every warning an error"
+	@echo "make gpu        what has to hold on a CUDA device, a line of JSON per part; on a CPU at small sizes (minutes)"
 	@echo "make oldest     the test suite on the oldest supported peft and transformers"
 
 # What runs the package and draws its pages; tests and lint need more.
@@ -80,6 +81,10 @@ $(SERVE): pyproject.toml
 
 test-serve: $(SERVE)
 	PYTHONUNBUFFERED=1 .venv-serve/bin/python -m pytest -s -rs tests/serve/real
+
+# With an environment of one's own: PYTHONPATH=src python benchmarks/gpu.py
+gpu: $(RUNS)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
 
 # The packages come from the index, the build itself reads nothing from the network.
 $(VENV)/.docs: $(INSTALLED)

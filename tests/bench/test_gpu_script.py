@@ -1,0 +1,42 @@
+"""Every part of `make gpu` at small sizes on the CPU, and that a part which fails says so and leaves the others be."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("part", ["parity", "adapter", "architecture", "training", "scoring", "ddp", "bench", "probe"])
+def test_the_part(part, script):
+    entry = script.run_part(part, torch.device("cpu"), tiny=True)
+    assert entry["ok"], entry
+    assert list(script.PARTS).index(part) >= 0
+    if part == "bench":
+        (shape,) = entry["found"].values()
+        assert not shape["left_out"]
+        assert not any(work["left_out"] for work in shape["work"])
+    json.dumps(entry)
+
+
+def test_a_part_that_fails_says_so_and_the_others_go_on(script, monkeypatch, capsys):
+    monkeypatch.setitem(script.PARTS, "parity", lambda device, tiny: script.require(False, "off by 2"))
+    monkeypatch.setitem(script.PARTS, "ddp", lambda device, tiny: {"gradient_error": 0.0})
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--parts", "parity,ddp"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (end.value.code, first["ok"], second["ok"]) == (1, False, True)
+    assert first["error"].startswith("AssertionError: off by 2 (gpu.py:")
