@@ -33,6 +33,12 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    """torch gives up after eight graphs of one function, over all tests."""
+    torch.compiler.reset()
+
+
 def adapted(dtype: torch.dtype = torch.float32, **fields):
     torch.manual_seed(0)
     model = get_peft_model(LlamaForCausalLM._from_config(ODD, dtype=dtype), PreskipConfig(**fields))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from preskip.adapter import PreskipLayer
-from preskip.attach import CHILD, add_skip, attach, hidden_states_of, replace_input, with_hidden_states
+from preskip.attach import CHILD, ELSEWHERE, add_skip, attach, hidden_states_of, replace_input, with_hidden_states
 from preskip.branch import FUNCTIONS, PreskipBranch
 from preskip.branch_settings import BranchSettings
 from preskip.casting import cast_once
@@ -204,8 +204,7 @@ def _with_branch(kind: Any) -> Any:
             or self.training
             or getattr(branch, "_disable_adapters", False)
             or torch.is_autocast_enabled(x.device.type)
-            or kwargs.get("key_value_states") is not None
-            or kwargs.get("encoder_hidden_states") is not None
+            or any(kwargs.get(name) is not None for name in ELSEWHERE)
         ):
             args, kwargs = replace_input(self, args, kwargs)
             return add_skip(self, args, kwargs, kind.forward(self, *args, **kwargs))

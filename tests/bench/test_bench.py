@@ -101,6 +101,7 @@ def test_a_branch_leaves_the_cache_as_it_is_and_adds_these_operations(found):
 
 
 def test_compiled_rows_are_one_graph_that_decoding_does_not_compile_again(monkeypatch):
+    torch.compiler.reset()
     real = models.compile_model
     monkeypatch.setattr(models, "compile_model", lambda model, device: real(model, device, backend="eager"))
     work = (Work(kind="decode", batch=1, tokens=7, new_tokens=4, cache="static"),)

@@ -149,7 +149,7 @@ def _work(
 
 def print_bench(result: dict[str, Any]) -> None:
     """One table per piece of work; none is wider than 80 columns."""
-    from preskip.cli.wide import columns, print_wide
+    from preskip.cli.printing import columns, console, print_table
 
     limits, layers = result["limits"], result["layers"]
     where = result["environment"]
@@ -173,9 +173,9 @@ def print_bench(result: dict[str, Any]) -> None:
             f"{load:.2f}" if load is not None else "–",
             f"{size / 1e6:,.1f}" if size is not None else "–",
         )
-    print_wide(table, notes, [f"{name}: {reason}" for name, reason in result["left_out"].items()])
+    print_table(table, notes, [f"{name}: {reason}" for name, reason in result["left_out"].items()])
     for work in result["work"]:
-        table = columns("row", right=("ms", "time ratio", "owed", "x limit", "peak MB"), title=work["title"])
+        table = columns("row", right=("ms", "time ratio", "owed", "x limit", "peak MB"))
         for name, entry in work["rows"].items():
             ratio = entry.get("ratio")
             scale = entry.get("seconds_owed_by_all_layers", entry["seconds_owed"]) / entry["seconds_owed"]
@@ -190,7 +190,8 @@ def print_bench(result: dict[str, Any]) -> None:
         caches = {entry["cache_bytes"] for entry in work["rows"].values() if entry["cache_bytes"]}
         lines = [f"{name}: {reason}" for name, reason in work["left_out"].items()]
         notes = [f"K/V cache of every row: {', '.join(f'{size / 1e6:,.2f} MB' for size in sorted(caches))}"]
-        print_wide(table, notes if caches else (), lines)
+        console().print(work["title"], style="bold", highlight=False)
+        print_table(table, notes if caches else (), lines)
     _say_how_to_read(result)
 
 
