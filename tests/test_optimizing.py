@@ -182,6 +182,18 @@ def test_an_attention_with_anothers_hook_is_left_as_it_is():
     assert seen == [(3, 63, 60)]
 
 
+def test_a_different_adapter_per_row():
+    model = adapted()
+    torch.manual_seed(1)
+    model.add_adapter("second", PreskipConfig(init_weights="paper", init_std=0.3))
+    names = ["default", "second", "__base__"]
+    with torch.no_grad():
+        wanted = model(input_ids=IDS, adapter_names=names).logits
+        assert not torch.equal(wanted, model(input_ids=IDS).logits)
+        with preskip.optimize(model):
+            assert torch.equal(model(input_ids=IDS, adapter_names=names).logits, wanted)
+
+
 def test_lora_beside_it():
     model = adapted()
     stacked = get_peft_model(model.get_base_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))

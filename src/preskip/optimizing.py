@@ -203,6 +203,7 @@ def _with_branch(kind: Any) -> Any:
             plan.settings is None
             or self.training
             or getattr(branch, "_disable_adapters", False)
+            or getattr(branch, "row_names", None) is not None
             or torch.is_autocast_enabled(x.device.type)
             or any(kwargs.get(name) is not None for name in ELSEWHERE)
         ):
