@@ -89,6 +89,19 @@ def test_a_missing_branch_is_refused(layers):
         put_back(served, served.config)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"preskip_quantize": "int8"}, "bake without --quantize"),
+        ({"preskip_adapters": {"a": {}, "b": {}}}, "holds 2 adapters"),
+    ],
+)
+def test_what_the_engine_cannot_run_is_refused(fields, words):
+    served = model("llama", "llama", **fields)
+    with pytest.raises(PreskipError, match=words):
+        put_back(served, served.config)
+
+
 def test_a_part_of_the_layers_is_counted_by_itself():
     """Pipeline parallelism: the other layers are placeholders."""
     served = model("llama", "llama")

@@ -118,6 +118,11 @@ def test_16_bits_are_held_against_the_bases_own_difference(folder, tmp_path):
     assert compare(facts, "e", "bfloat16", ours=moved(expected, 0.014), **judge).problem is None
     worse = compare(facts, "e", "bfloat16", ours=moved(expected, 0.016), **judge)
     assert worse.problem == "the mean difference to transformers is 0.016, more than 0.015"
+    # A model that by itself moves twice as much as the base between 16 bits and float32 is allowed twice as much.
+    for moves, problem in ((2.0, None), (0.5, worse.problem)):
+        found = compare(facts, "e", "bfloat16", ours=moved(expected, 0.016), rounding=lambda m=moves: m, **judge)
+        assert (found.problem, found.sensitivity) == (problem, moves)
+    assert "ignores" in compare(facts, "e", "bfloat16", ours=without, rounding=lambda: 2.0, **judge).problem
 
 
 def test_the_whole_check_with_transformers_as_the_engine(folder):

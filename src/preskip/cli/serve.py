@@ -115,6 +115,8 @@ def _not_in_vllm(facts: Facts) -> str | None:
     """Why vLLM cannot serve a checkpoint that transformers can; None where it can."""
     if facts.config.preskip_adapters:
         return "vLLM does not tell a model which request a token is of, so none can pick its adapter"
+    if facts.config.preskip_quantize:
+        return "the plug-in does not load int8 branches yet"
     base_type = facts.config.model_type.removeprefix(PREFIX)
     return f"vLLM's Transformers backend does not load {base_type} models" if base_type in NOT_IN_VLLM else None
 

@@ -23,13 +23,16 @@ def put_back(
         is_whole: False where this process has some of the layers only (pipeline parallelism).
 
     Raises:
-        PreskipError: a layer that should have a branch has none, or there are several adapters to pick from.
+        PreskipError: a layer that should have a branch has none, there are several adapters to pick from, or int8
+            branches.
     """
     if config.preskip_adapters:
         raise PreskipError(
             f"the checkpoint holds {len(config.preskip_adapters)} adapters, and vLLM does not tell a model which "
             "request a token is of: serve it with --engine transformers, or bake them one by one"
         )
+    if config.preskip_quantize:
+        raise PreskipError(f"branches in {config.preskip_quantize} are not loaded here: bake without --quantize")
     for attention, branch, tap, path in _branches(model, config, is_whole):
         if plain is not None:
             for part, linear in branch.linears.items():

@@ -75,16 +75,29 @@ def checkpoints(tmp_path_factory):
     return get
 
 
+def mean_difference(a, b):
+    first, second = (torch.tensor([value for row in scores["logprobs"] for value in row]) for scores in (a, b))
+    return (first - second).abs().mean().item()
+
+
 def judged(checkpoints, case, options, dtype="float32", prompts=PROMPTS):
     """The engine's scores under some options, judged as `preskip serve --check` does; for float32 the base runs not."""
     folder, base = checkpoints(case)
     ours = engine_scores("vllm", folder, dtype, prompts, {"enforce_eager": True, **options})
     assert (ours["cached"] >= 3 * 256) if "enable_prefix_caching" in options else (ours["cached"] == 0)
-    expected, without = (transformers_scores(place, dtype, prompts) for place in (folder, base))
+    expected, without = [transformers_scores(place, dtype, prompts) for place in (folder, base)]
     its_base = {**without, "blocks": ours["blocks"]}
     if dtype != "float32":
         its_base = engine_scores("vllm", base, dtype, prompts, {"enforce_eager": True, "model_impl": "transformers"})
-    found = compare(examine(folder), "vllm", dtype, ours=ours, base=its_base, expected=expected, without=without)
+
+    def rounding():
+        exact = (transformers_scores(place, "float32", prompts) for place in (folder, base))
+        own, bases = (mean_difference(a, b) for a, b in zip((expected, without), exact, strict=True))
+        return own / bases
+
+    found = compare(
+        examine(folder), "vllm", dtype, ours=ours, base=its_base, expected=expected, without=without, rounding=rounding
+    )
     print(
         f"\n{case} {dtype} {options or 'eager'}: largest {found.largest:.2g}, mean {found.mean:.2g}, without "
         f"{found.without_largest:.2g}, base {found.base_largest:.2g} (mean {found.base_mean:.2g}), greedy "
