@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import zoo
+from commands import PROBE, preskip
 from preskip import PreskipConfig, PreskipError, bake
 from preskip.adapter import PreskipLayer
-from preskip.assets import weights_dtype
+from preskip.assets import load_tokenizer, weights_dtype
+from tiny_model import save_tiny_llama, write_corpus
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -112,3 +116,25 @@ def test_facts_are_those_of_what_was_loaded(quantized) -> None:
     assert weights_dtype(base) == f"float32, matrices {quantized.kind} (bitsandbytes)"
     assert weights_dtype(plain) == "float32"
     assert base.num_parameters() == sum(parameter.numel() for parameter in plain.parameters())
+
+
+def test_a_probe_and_explain_record_a_quantised_base_as_loaded(quantized, tmp_path, capsys) -> None:
+    folder, kind = tmp_path / "saved", f"float32, matrices {quantized.kind} (bitsandbytes)"
+    plain = save_tiny_llama(tmp_path / "plain", hidden_size=64)
+    quantise = BitsAndBytesConfig(**SETTINGS[quantized.kind])
+    AutoModelForCausalLM.from_pretrained(plain, device_map="cpu", quantization_config=quantise).save_pretrained(folder)
+    load_tokenizer(str(plain)).save_pretrained(folder)
+    corpus, run = write_corpus(tmp_path / "corpus.jsonl"), tmp_path / "run"
+    arguments = [*PROBE, "--corpus", corpus, "--arms", "none,preskip", "--out", run]
+    assert preskip("probe", folder, *arguments) == 0
+    assert f"base weights as loaded: {kind}" in capsys.readouterr().err
+    manifest = json.loads((run / "run.json").read_text())
+    assert {facts["base_dtype"] for facts in manifest["arms"].values()} == {manifest["model"]["dtype"]} == {kind}
+    card = (run / "arms/preskip/seed-42/adapter/README.md").read_text()
+    assert "dtype=torch.float32)" in card
+    assert f"Base weights {kind} and frozen" in card.replace("\\", "")
+    assert (
+        preskip("explain", run, "--documents", 2, "--words", 5, "--out", tmp_path / "explained", "--dtype", "float32")
+        == 0
+    )
+    assert f"base weights {kind} (as asked), cpu" in capsys.readouterr().err.replace("\n", " ")

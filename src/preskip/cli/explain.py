@@ -75,8 +75,10 @@ def explain(
         from preskip.progress import quiet_libraries
 
         quiet_libraries()
+        from preskip.adapter import base_model
         from preskip.analysis.explain import Extent, explain
         from preskip.analysis.explain.texts import given_texts, heldout_texts
+        from preskip.assets import weights_dtype
         from preskip.report import build_report
         from preskip.report.explain.page import build_explain_page
         from preskip.report.explain.pictures import check_folder, save_figures
@@ -117,7 +119,7 @@ def explain(
     )
     if dtype == "auto" and wanted != "auto":
         reason = "as in the run"
-    for line in _announcement(found, resolved, reason, device):
+    for line in _announcement(found, weights_dtype(base_model(live)), reason, device):
         say(line, quiet=as_json)
     loaded = time.perf_counter() - started
     with clear_disk_errors(out):

@@ -247,7 +247,7 @@ def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig) -> ArmFacts:
         "description": arm.description,
         "learning_rate": config.learning_rate(arm.name),
         "budget": "none" if not arm.trains else arm.budget if config.match != "none" else "unmatched",
-        "base_dtype": config.dtype,
+        "base_dtype": weights_dtype(context.base),
         "adapter_dtype": "float32" if arm.trains else None,
         "compute_dtype": config.dtype,
         "attn_implementation": context.base.config._attn_implementation,  # type: ignore[union-attr, typeddict-item]

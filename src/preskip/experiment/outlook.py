@@ -96,7 +96,7 @@ def measured_token(prepared: Prepared, facts: Any) -> float | None:
     device, own = torch.device(config.device), facts["arms"][arm]
     shape = (min(2, config.micro_batch), config.seq_len)
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
-    mixed = own["compute_dtype"] != own["base_dtype"]
+    mixed = own["compute_dtype"] != own["base_dtype"].split(",")[0]  # of a quantised base what is not its matrices
     with torch.random.fork_rng(devices=devices), prepared.build(arm, config.seeds[0]) as built:
         model: Any = built.model
         ids = torch.arange(shape[0] * shape[1], device=device).view(shape) % model.get_input_embeddings().num_embeddings

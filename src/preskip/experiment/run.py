@@ -170,6 +170,8 @@ def _needed_bytes(config: Config, cells: Sequence[tuple[str, int]], facts: Facts
 
 def _announce(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Facts) -> Outlook:
     """Say what is computed, what is scored, what can be detected, and how long it takes, before anything starts."""
+    if isinstance(prepared, Frozen) and facts["model"]["dtype"] != prepared.config.dtype:
+        say(f"base weights as loaded: {facts['model']['dtype']}")
     say(plan_text(prepared, cells, facts))
     say(_extent(facts))
     _say_power(facts, False)

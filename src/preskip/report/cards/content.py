@@ -170,7 +170,7 @@ def adapter_usage(model: ModelFacts, dtype: str, types: Mapping[str | None, str]
 
     Args:
         model: what run.json says of the base.
-        dtype: of its weights.
+        dtype: of its weights; of a quantised base with what its matrices are, which its own folder says, too.
         types: PEFT's type of each stacked adapter by its sub-folder; of a single one under None.
         trust_remote_code: whether the base needs code of its own.
     """
@@ -187,7 +187,7 @@ def adapter_usage(model: ModelFacts, dtype: str, types: Mapping[str | None, str]
         "from peft import PeftModel",
         "from transformers import AutoModelForCausalLM" if identity else "from preskip.assets import load_model",
         "",
-        f"base = {loader}({name}, dtype=torch.{dtype}{more})",
+        f"base = {loader}({name}, dtype=torch.{dtype.split(',')[0]}{more})",
     ]
     if None in types:
         return "\n".join([*lines, 'model = PeftModel.from_pretrained(base, "PATH_OR_ID")'])
