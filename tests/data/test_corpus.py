@@ -1,5 +1,6 @@
 """Corpora: every kind of source, every kind of bad input, and a split that leaks nothing."""
 
+import gzip
 import json
 import re
 
@@ -109,6 +110,21 @@ def test_folder(tmp_path):
     for place, text in {"b.md": "B", "sub/a.txt": "A", "empty.txt": " ", "c.py": "no", ".hidden/x.txt": "no"}.items():
         (tmp_path / place).write_text(text, encoding="utf-8")
     assert [(d.id, d.text) for d in load_corpus(str(tmp_path)).documents] == [("b.md", "B"), ("sub/a.txt", "A")]
+
+
+def test_packed_texts_are_as_they_are_unpacked(tmp_path):
+    for place, packs in (("plain", False), ("packed", True)):
+        (tmp_path / place / "sub").mkdir(parents=True)
+        for name, text in {"a.txt": "one\fnaïve\r\ntwo", "sub/b.md": "three"}.items():
+            file, raw = tmp_path / place / name, text.encode()
+            (file.with_name(file.name + ".gz") if packs else file).write_bytes(gzip.compress(raw) if packs else raw)
+    for name in ("", "a.txt", "sub/b.md"):
+        plain = load_corpus(str(tmp_path / "plain" / name))
+        packed = load_corpus(str(tmp_path / "packed" / name) + (".gz" if name else ""))
+        assert packed.documents == plain.documents
+    (tmp_path / "packed" / "a.txt").write_text("both")
+    ids = [document.id for document in load_corpus(str(tmp_path / "packed")).documents]
+    assert ids == ["a.txt", "a.txt.gz", "sub/b.md"]
 
 
 def test_jsonl(tmp_path):

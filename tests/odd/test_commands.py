@@ -1,5 +1,6 @@
 """The odd corpora through every command: no traceback, one line where one is refused, nothing left half-written."""
 
+import gzip
 import json
 
 import pytest
@@ -82,21 +83,22 @@ def walk(name, places, odd, folder, capsys, monkeypatch):
     return code, document
 
 
-@pytest.mark.parametrize("form", [*FORMS, "txt"])
+@pytest.mark.parametrize("form", [*FORMS, "txt", "txt.gz"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_form_through_every_command(name, form, places, tmp_path, capsys, monkeypatch):
     def make(folder):
-        if form != "txt":
+        if not form.startswith("txt"):
             return write(folder / f"a.{form}", [*MORE[:3], None, *MORE[3:]], number="id")
-        (folder / "a.txt").write_text("\f".join(MORE))
-        return folder / "a.txt"
+        content = "\f".join(MORE).encode()
+        (folder / f"a.{form}").write_bytes(gzip.compress(content) if form.endswith("gz") else content)
+        return folder / f"a.{form}"
 
     code, document = walk(name, places, Odd(form, make, MORE), tmp_path, capsys, monkeypatch)
     assert code == 0, document
     if name == "eval":
         items = (tmp_path / "work" / "out" / "items.jsonl").read_text().splitlines()
         ids = [str(number) for number in range(len(MORE) + 1) if number != 3]
-        assert sorted(json.loads(item)["id"] for item in items) == sorted(ids if form != "txt" else TEXT_IDS)
+        assert sorted(json.loads(item)["id"] for item in items) == sorted(TEXT_IDS if form.startswith("txt") else ids)
         assert document["sets"]["a"]["documents"] == len(MORE)
         assert document["sets"]["a"]["bytes"] == sum(len(text.encode()) for text in MORE)
 

@@ -124,7 +124,10 @@ def texts() -> Iterator[Odd]:
     yield of_bytes("e.txt", b"", None)
     yield of_bytes("f.txt", b" \n\n\t", None)
     yield of_bytes("g.md", joined.encode(), PROSE)
-    yield of_bytes("h.txt.gz", gzip.compress(joined.encode(), mtime=0), None)
+    packed = gzip.compress(joined.encode(), mtime=0)
+    yield of_bytes("h.txt.gz", packed, PROSE)
+    for bad in (packed[:-20], packed[:40] + b"x" + packed[41:], joined.encode(), b""):
+        yield of_bytes("h.md.gz", bad, None)
     yield of_bytes("i.pdf", b"%PDF-1.4", None)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from preskip.data import sotu, tables
-from preskip.data.rows import read_text
+from preskip.data.rows import read_text, without_form
 from preskip.data.tables import Limit
 from preskip.data.wikitext import is_wikitext, wikitext_pages
 from preskip.errors import PreskipError
@@ -21,6 +21,7 @@ EMBEDDED_CORPORA = ("pydoc", "sotu")
 DOCUMENT_CHARACTERS = 10_000
 # Lines that tell whether a text file is WikiText.
 _FIRST_LINES = 20
+_TEXT_SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz")
 _REFUSED_SUFFIXES = {".gz", ".zip", ".bz2", ".xz", ".zst", ".pdf", ".docx", ".xlsx"}
 
 
@@ -106,10 +107,10 @@ def load_corpus(
     if path.is_file():
         if tables.is_table(path):
             return _corpus_of(name, tables.read_file(name, path, text_column, limit, quiet=not progress))
-        if path.suffix.lower() in _REFUSED_SUFFIXES:
+        if path.suffix.lower() in _REFUSED_SUFFIXES and not is_text(path):
             raise PreskipError(
-                f"corpus {name}: {path.suffix} files are not read: give .txt, .md, .jsonl, .parquet, .arrow, .csv, "
-                ".json, or .jsonl.gz"
+                f"corpus {name}: {path.suffix} files are not read: give .txt, .md, .jsonl, .csv or .json, these also "
+                "with .gz, .parquet or .arrow"
             )
         return _load_text_file(name, path)
     check_corpus(name)
@@ -126,7 +127,7 @@ def check_corpus(name: str) -> None:
     if name in EMBEDDED_CORPORA or (name and path.exists()):
         return
     looks_like_file = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1
-    looks_like_file |= path.suffix in (".txt", ".md") or tables.is_table(path)
+    looks_like_file |= is_text(path) or tables.is_table(path)
     if not looks_like_file and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
         return
     if "/" in name or path.suffix:
@@ -136,6 +137,11 @@ def check_corpus(name: str) -> None:
         f"wikitext2; or give a text file, a folder of .txt or .md files, a .jsonl file, a table (.parquet, .csv, ...), "
         f"or a Hub data set owner/name"
     )
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file of this name is plain text, also packed with gzip."""
+    return path.name.lower().endswith(_TEXT_SUFFIXES)
 
 
 def by_id(documents: Iterable[Document]) -> list[Document]:
@@ -247,14 +253,14 @@ def _load_text_file(name: str, path: Path) -> Corpus:
         pieces = text.split("\f") if "\f" in text else split_text(text, DOCUMENT_CHARACTERS)
     pieces = [piece.strip("\n") for piece in pieces if piece.strip()]
     width = len(str(max(0, len(pieces) - 1)))
-    texts = [(f"{path.stem}#{i:0{width}d}", piece, None) for i, piece in enumerate(pieces)]
+    texts = [(f"{without_form(path.name)}#{i:0{width}d}", piece, None) for i, piece in enumerate(pieces)]
     return _corpus(name, texts, f"text file {path}")
 
 
 def _load_folder(
     name: str, path: Path, text_column: str | None, split: str | None, limit: Limit | None, *, quiet: bool
 ) -> Corpus:
-    files = [file for file in tables.files_in(path) if file.suffix.lower() in (".txt", ".md")]
+    files = [file for file in tables.files_in(path) if is_text(file)]
     # A folder as it lies on the Hub has a README.md beside its tables.
     if all(file.name.lower() == "readme.md" for file in files):
         found = tables.read_folder(name, path, text_column, split, limit, quiet=quiet)
@@ -268,5 +274,8 @@ def _load_folder(
     if left := tables.tables_in(path):
         some = left[0].relative_to(path).as_posix()
         say(f"corpus folder {path}: {len(left):,} table(s) beside its texts are left out, e.g. {some}", quiet=quiet)
-    texts = [(file.relative_to(path).as_posix(), read_text(file), None) for file in files]
+    names = [file.relative_to(path).as_posix() for file in files]
+    unpacked = [name[:-3] if name.lower().endswith(".gz") else name for name in names]
+    ids = [short if unpacked.count(short) == 1 else name for name, short in zip(names, unpacked, strict=True)]
+    texts = [(id, read_text(file), None) for id, file in zip(ids, files, strict=True)]
     return _corpus(name, texts, f"folder {path}")

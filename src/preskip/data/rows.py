@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -76,7 +77,7 @@ def read_text(path: Path) -> str:
     """The whole content of a text file, line ends as `\\n`.
 
     Raises:
-        PreskipError: it cannot be read, is neither UTF-8 nor UTF-16, or holds zero bytes.
+        PreskipError: it cannot be read, is damaged, is neither UTF-8 nor UTF-16, or holds zero bytes.
     """
     try:
         with open_text(path) as file:
@@ -84,6 +85,10 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise PreskipError(
             f"corpus file {path} is not UTF-8 (byte {error.start}): convert it, for example with iconv"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise PreskipError(
+            f"corpus file {path} cannot be read as gzip, it may be damaged or cut short ({error}): pack it again"
         ) from error
     except OSError as error:
         raise PreskipError(f"corpus file {path} cannot be read ({error.strerror}): check its permissions") from error

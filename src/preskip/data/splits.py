@@ -31,7 +31,7 @@ from preskip.errors import PreskipError
 DEVELOPMENT = 0.1
 # Between two books of `books` there are three blank lines, and nowhere else so many.
 _BOOK_BORDER = r"\n{4,}"
-_SUFFIXES = r"\.(txt|md|(jsonl|ndjson|json|csv|tsv)(\.gz)?|parquet|arrow)$"
+_SUFFIXES = r"\.((txt|md|jsonl|ndjson|json|csv|tsv)(\.gz)?|parquet|arrow)$"
 
 
 @dataclass(frozen=True, kw_only=True)
