@@ -16,8 +16,10 @@ from lm_eval.utils import get_results_filenames, get_sample_results_filenames, m
 from own_tasks import SENTENCES, write_own_tasks
 from preskip.errors import PreskipError
 from preskip.evaluate.lm_eval_files import write_lm_eval_files
+from preskip.evaluate.task_names import check_tasks
 from preskip.evaluate.task_settings import TaskSettings
 from preskip.evaluate.tasks import TaskSuite
+from preskip.experiment.preflight import check_inputs
 from preskip.stats import compare_arms
 from tiny_model import tiny_llama
 from tiny_text import tiny_tokenizer
@@ -41,6 +43,14 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_own_tasks(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture
+def manager_is_unused(monkeypatch):
+    def used(*args, **options):
+        raise AssertionError("lm-eval's index takes half a minute")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", used)
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +301,14 @@ def test_an_item_of_nan_is_named_and_dropped_in_pairs(folder):
     assert values["own_pages"]["bits_per_byte"] == pytest.approx(bits)
     entries = compare_arms({"none": whole, "arm": records}, {}, suite.sets)
     assert {entry["set"]: entry["units"] for entry in entries} == {"own_small": 2, "own_large": 6, "own_pages": 8}
+
+
+def test_unknown_tasks_are_found_without_the_index(folder, manager_is_unused):
+    own = str(folder)
+    check_tasks(["own_small", "own_group", "mmlu", "ai2_arc", str(folder / "own_sums.yaml")], own)
+    with pytest.raises(PreskipError, match=r"unknown task 'own_smal': did you mean own_small"):
+        check_tasks(["own_small", "own_smal"], own)
+    with pytest.raises(PreskipError, match=r"unknown task 'lambada_opena': did you mean .*lambada_openai"):
+        TaskSuite(["lambada_opena"], tiny_tokenizer())
+    with pytest.raises(PreskipError, match=r"unknown task 'own_small': "):
+        check_inputs(tasks=["own_small"])  # without the folder

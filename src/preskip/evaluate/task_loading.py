@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from preskip.data.local import LocalData, load_local
 from preskip.errors import PreskipError
+from preskip.evaluate.task_names import check_tasks, unknown_task
 
 # Where lm-eval keeps the tasks that have local data: scanning all of its 14,000 files takes seconds.
 _FOLDERS = {"lambada_openai": "lambada", "wikitext": "wikitext", "arc_easy": "arc", "hellaswag": "hellaswag"}
@@ -42,6 +42,7 @@ def load_tasks(names: Sequence[str], directory: Path | None, include_path: str |
     """
     if include_path and not Path(include_path).is_dir():
         raise PreskipError(f"--include-path {include_path}: no such folder")
+    check_tasks(names, include_path)
     loaded: dict[str, tuple[Any, LocalData | None]] = {}
     groups: dict[str, Any] = {}
     for name in dict.fromkeys(names):
@@ -82,9 +83,7 @@ def _find(name: str, local: LocalData | None, include_path: str | None) -> Any:
     manager = _task_manager(None, include_path, defaults=True)
     is_file = name.endswith((".yaml", ".yml")) and Path(name).is_file()
     if name not in manager.task_index and not is_file:
-        close = difflib.get_close_matches(name, manager.all_tasks, n=4)
-        hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists them"
-        raise PreskipError(f"unknown task {name!r}: {hint}")
+        raise unknown_task(name, manager.all_tasks)
     return _load(manager, name)
 
 

@@ -14,6 +14,7 @@ from preskip.data.corpus import check_corpus
 from preskip.data.local import LAYOUT, data_directory
 from preskip.data.splits import PUBLISHED, find_file
 from preskip.errors import PreskipError
+from preskip.evaluate.task_names import check_tasks
 from preskip.experiment.options import ExperimentConfig
 from preskip.experiment.parse import parse_extent
 from preskip.experiment.probe_options import ProbeConfig
@@ -71,6 +72,8 @@ def check_inputs(
                     raise PreskipError(f"corpus {name}: {directory / file} is missing: get the file again")
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise PreskipError("tasks need lm-eval: pip install 'preskip[eval]'")
+    if tasks:
+        check_tasks(tasks, include_path)
     for task in tasks if include_path is None and _is_offline() and not _has_cached_data() else ():
         layout = LAYOUT.get(task)
         local = next(iter(layout.files.values())) if layout else None
