@@ -16,8 +16,8 @@ SMALL = ["--num-layers", 1, "--hidden-size", 8, "--heads", 1, "--kv-heads", 1, "
 SMALL += ["--report-to", "none", "--peak-flops", "1e9"]
 MORE = [f"{text} {text.replace('Record', 'Report')}" for text in PROSE] + [text.upper() for text in PROSE]
 TEXT_IDS = [f"a#{number:02d}" for number in range(len(MORE))]
-ALL = [odd for odd in every() if odd.options != ("accident",)][::2]  # all of them are read in test_reading.py
-ACCIDENTS = [odd for odd in every() if odd.options == ("accident",)][:20]
+ALL = [odd for odd in every() if odd.options != ("accident",)][::3]  # all of them are read in test_reading.py
+ACCIDENTS = [odd for odd in every() if odd.options == ("accident",)][:10]
 
 
 @pytest.fixture(scope="module")
