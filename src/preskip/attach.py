@@ -281,7 +281,7 @@ def check_layers(model: nn.Module, sites: Sites, layers: Sequence[int] | None) -
             raise PreskipError(
                 f"{type(model).__name__} has blocks without a known self-attention: "
                 f"{_some(list(sites.blocks_without))}; give layers_to_transform={sites.layers} or "
-                f"{ATTENTION_LAYERS!r} (on the command line --layers {ATTENTION_LAYERS}) to adapt only the others"
+                f"layers_to_transform={ATTENTION_LAYERS!r} to adapt only the others"
             )
     elif not layers or not set(layers) <= set(sites.layers):
         first, last = sites.layers[0], sites.layers[-1]

@@ -212,9 +212,10 @@ def test_text_that_is_not_ours_is_printed_as_it_stands(capsys, monkeypatch) -> N
             "cache": {"path": ODD},
             "missing": {"report": {"modules": ["altair"], "mend": ODD}},
             "problems": [ODD],
+            "serving_problem": ODD,
         }
     )
-    assert found().count(ODD) == 5
+    assert found().count(ODD) == 6
 
 
 def test_a_terminal_shows_text_as_it_stands_too(monkeypatch) -> None:
@@ -247,12 +248,12 @@ def test_an_extra_that_is_absent_is_no_problem(capsys, monkeypatch) -> None:
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "no_such_module: pip install 'preskip[report]'" in out
-    assert "problem" not in out
-    monkeypatch.setattr(environment, "version_of", lambda name: None if name == "scipy" else before(name))
+    assert "problem:" not in out
+    monkeypatch.setattr(environment, "version_of", lambda name: None if name == "safetensors" else before(name))
     with pytest.raises(SystemExit) as stop:
         main.main(["doctor"])
     assert stop.value.code == 1
-    assert "problem: scipy is not installed" in capsys.readouterr().out
+    assert "problem: safetensors is not installed" in capsys.readouterr().out
 
 
 def test_an_error_is_one_line_with_its_brackets(capsys, monkeypatch) -> None:

@@ -187,6 +187,7 @@ class Frozen(Prepared):
 def _in_options(text: str) -> str:
     """A message about fields of a PEFT configuration, in the options that stand for them."""
     text = re.sub(r"layers_to_transform=\[([\d, ]+)\]", lambda found: f"--layers {found[1].replace(' ', '')}", text)
+    text = re.sub(r"layers_to_transform='(\w+)'", r"--layers \1", text)
     for field in ("target_modules", "exclude_modules"):
         text = text.replace(f"{field}=", f"--{field.replace('_', '-')} ").replace(field, f"--{field.replace('_', '-')}")
     return text.replace("layers_to_transform", "--layers")
