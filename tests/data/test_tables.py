@@ -254,7 +254,7 @@ def test_the_first_texts_may_be_missing(tmp_path):
         ("x.arrow", b"PK", r"x\.arrow cannot be read as arrow"),
         ("x.json", b'{"text": ', r"x\.json cannot be read as json"),
         ("x.jsonl.gz", b"text", r"x\.jsonl\.gz cannot be read as json"),
-        ("x.txt.gz", gzip.compress(b"text", mtime=0), r"\.gz files are not read"),
+        ("x.pdf.gz", gzip.compress(b"text", mtime=0), r"\.gz files are not read"),
     ],
 )
 def test_bad_files(tmp_path, name, content, message, capfd):

@@ -37,7 +37,8 @@ def places(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _once(places, monkeypatch):
-    """Reading the tokenizer again and again would take most of the time."""
+    """Reading the tokenizer and drawing the page again and again would take most of the time."""
+    monkeypatch.setattr("preskip.report.build_report", lambda run: run / "report.html")
     tokenizer = load_tokenizer(str(places / "model"))
     monkeypatch.setattr("preskip.assets.load_tokenizer", lambda *args, **options: tokenizer)
     monkeypatch.setattr("preskip.experiment.frozen.load_tokenizer", lambda *args, **options: tokenizer)
