@@ -207,7 +207,7 @@ def test_layers_attention_adapts_exactly_the_attention_layers_of_a_hybrid(probe,
         shutil.copy(file, tmp_path / "lfm2")
     code, _, err = probe("--arms", "none,preskip,lora", model=tmp_path / "lfm2")
     assert code != 0
-    assert "model.layers.0; give layers_to_transform=[1] or 'attention' (on the command line --layers attention)" in err
+    assert "model.layers.0; give --layers 1 or 'attention' (on the command line --layers attention)" in err
     code, _, err = probe("--arms", "none,preskip,lora", "--layers", "attention", model=tmp_path / "lfm2")
     assert code == 0, err
     for arm in ("preskip", "lora"):
