@@ -208,9 +208,10 @@ def test_layers_attention_adapts_exactly_the_attention_layers_of_a_hybrid(probe,
     code, _, err = probe("--arms", "none,preskip,lora", model=tmp_path / "lfm2")
     assert code != 0
     assert "model.layers.0; give --layers 1 or 'attention' (on the command line --layers attention)" in err
-    code, _, err = probe("--arms", "none,preskip,lora", "--layers", "attention", model=tmp_path / "lfm2")
+    arms = ["--arms", "none,preskip,lora-attention", "--match", "none", "--lora-rank", "4"]
+    code, _, err = probe(*arms, "--layers", "attention", model=tmp_path / "lfm2")
     assert code == 0, err
-    for arm in ("preskip", "lora"):
+    for arm in ("preskip", "lora-attention"):
         tensors = load_file(tmp_path / "run" / "arms" / arm / "seed-42" / "adapter" / "adapter_model.safetensors")
         assert tensors
         assert all(".layers.1.self_attn." in key for key in tensors)
