@@ -207,7 +207,7 @@ def test_layers_attention_adapts_exactly_the_attention_layers_of_a_hybrid(probe,
         shutil.copy(file, tmp_path / "lfm2")
     code, _, err = probe("--arms", "none,preskip,lora", model=tmp_path / "lfm2")
     assert code != 0
-    assert "model.layers.0; give --layers 1 or 'attention' (on the command line --layers attention)" in err
+    assert "model.layers.0; give --layers 1 or --layers attention to adapt only the others" in err
     arms = ["--arms", "none,preskip,lora-attention", "--match", "none", "--lora-rank", "4"]
     code, _, err = probe(*arms, "--layers", "attention", model=tmp_path / "lfm2")
     assert code == 0, err

@@ -42,7 +42,7 @@ def test_every_stored_file_is_described():
     page = hooks.stored_files(hooks.SCHEMA.read_text(encoding="utf-8"))
     for file in ("run.json", "results.json", "items.jsonl", "train.jsonl", "cell.json", "explain.json"):
         assert re.search(rf"\| `{file}` \| \[\w+\]", page), file
-    assert "| `nll` | float \\| None | nats, summed over the scored tokens; None where it has failed |" in page
+    assert "| `nll` | float \\| null | nats, summed over the scored tokens; None where it has failed |" in page
     names = re.findall(r"^## (\w+)$", page, re.MULTILINE)
     assert all(target in {name.lower() for name in names} for target in re.findall(r"\]\(#(\w+)\)", page))
 
