@@ -198,7 +198,12 @@ def spinner(description: str, *, quiet: bool = False) -> Iterator[Callable[[str]
             yield lambda note: None
         return
     with _shown(out.status(Text(f"{description} ..."))) as status:
-        yield lambda note: status.update(Text(f"{description} ... {note}"[: out.width - 4], overflow="ellipsis"))
+
+        def show(note: str) -> None:
+            with suppress(Exception):  # also where the terminal is gone, and nothing is shown
+                status.update(Text(f"{description} ... {note}"[: out.width - 4], overflow="ellipsis"))
+
+        yield show
 
 
 @contextmanager

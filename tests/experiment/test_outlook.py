@@ -60,3 +60,13 @@ def test_the_plan_is_said_first_and_measuring_changes_nothing(tmp_path, capsys):
     assert prepared.base.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in prepared.base.state_dict().items())
     assert all(parameter.grad is None for parameter in prepared.base.parameters())
+
+
+def test_a_step_that_cannot_be_measured_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("no room for an estimate")
+
+    monkeypatch.setattr("preskip.experiment.run.measured_token", fails)
+    results = finish_run(start_run(small_probe(tmp_path, last_word_items=0, lr_mode="default"), tmp_path / "run", []))
+    assert list(results["arms"]) == ["none", "preskip"]
+    assert "by one measured step" not in capsys.readouterr().err

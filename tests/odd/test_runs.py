@@ -77,9 +77,9 @@ def test_what_only_shows_does_not_end_the_work(stream, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
     done = []
     say("a line")
-    with spinner("work"), progress_bar("steps", 3) as advance:
+    with spinner("work") as note, progress_bar("steps", 3) as advance:
+        note("more")
         advance(1, "note")
-        time.sleep(0)
         done.append("work")
     with drawn("page"):
         raise RuntimeError("no fonts")

@@ -175,11 +175,12 @@ def _announce(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Facts
     say(plan_text(prepared, cells, facts))
     say(_extent(facts))
     _say_power(facts, False)
-    measured = None
+    seconds = None
     if cells and world_size() == 1:
-        with spinner("measuring a step"):
-            measured = measured_token(prepared, facts)
-    ahead = outlook(prepared, cells, measured)
+        # What only estimates must not end the run: a training that fits may need less memory than this step.
+        with spinner("measuring a step"), suppress(Exception):
+            seconds = measured_token(prepared, facts)
+    ahead = outlook(prepared, cells, seconds)
     left = ahead.left()
     if left:
         say(f"{about(left)} in all, by one measured step; corrected as cells are done")
