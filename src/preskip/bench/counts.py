@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.arms.flops import active_weights, head_width, matrix_weights
+from preskip.arms.flops import active_weights, cache_width, head_width, matrix_weights
 from preskip.attach import CHILD
 from preskip.bench.settings import Work
 from preskip.train.speed import measured_peak
@@ -72,14 +72,13 @@ def count(model: Any, dtype: torch.dtype) -> Counts:
         cast = f".{CHILD}." in name and tensor.dtype == torch.float32 and dtype == torch.bfloat16
         layers += active_weights(tensor, config) * (2 if cast else tensor.element_size())
     heads, width = config.num_attention_heads, head_width(config)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return Counts(
         body=body,
         head=head,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad and p.ndim >= 2),
         weight_bytes=layers + head * head_weight.element_size(),
         body_bytes=layers,
-        cache_width=2 * config.num_hidden_layers * kv_heads * width,
+        cache_width=cache_width(config),
         attention_width=config.num_hidden_layers * heads * width,
     )
 

@@ -22,7 +22,6 @@ ROWS = {
     "last-quarter": "branches in the last quarter of the layers, after preskip.optimize",
     "skip": "the linear skip alone, after preskip.optimize",
 }
-CHEAP = ("int8", "low-rank", "bottleneck", "last-third", "last-quarter", "skip")
 COMPILED = tuple(name for name in ROWS if name.endswith("-compiled"))
 WORK = ("prefill", "decode", "scoring", "training")
 CACHES = ("dynamic", "static", "quantized")

@@ -66,18 +66,14 @@ def audit(
         quiet_libraries()
         from preskip.assets import load_tokenizer
         from preskip.data.local import data_directory
-        from preskip.data.splits import PUBLISHED, choose, find_file, load_splits, slug
+        from preskip.data.splits import choose, load_splits, missing_file, slug
         from preskip.evaluate.dtype_audit import dtype_audit
         from preskip.evaluate.texts import prepare_texts
         from preskip.runs import environment
     device = environment.resolve_device(device)
     directory = data_directory(data_dir)
     name = corpus or "sotu"
-    if (
-        corpus is None
-        and directory
-        and all(find_file(directory, file).is_file() for file in PUBLISHED["wikitext2"].values())
-    ):
+    if corpus is None and directory and missing_file("wikitext2", directory) is None:
         name = "wikitext2"
     texts = []
     if documents:

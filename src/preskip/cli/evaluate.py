@@ -296,8 +296,9 @@ def _print(results: Mapping[str, Any], out: Path | None) -> None:
         shown = name
         own = results["metrics"][name]
         # lm-eval's own figures have no interval.
-        others = {metric: {"value": value} for metric, value in results["lm_eval"].get(name, {}).items()}
-        for metric, value in {**own, **others, **own}.items():
+        theirs = results["lm_eval"].get(name, {})
+        others = {metric: {"value": value} for metric, value in theirs.items() if metric not in own}
+        for metric, value in (own | others).items():
             text = interval_text(metric, value) or {"value": "–", "interval": ""}
             table.add_row(shown, metric, text["value"], text["interval"], units)
             shown, units = "", ""

@@ -18,6 +18,7 @@ from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX
 from preskip.progress import quiet_libraries, say, spinner
+from preskip.runs.weights import PEFT_TYPE
 from preskip.serve.versions import NOT_IN_VLLM, serving_problem
 from preskip.version import __version__
 
@@ -171,7 +172,7 @@ def _refuse_as_lora(arguments: Sequence[str]) -> None:
     """Refuse Preskip adapters that an engine is told to take for LoRA, which it would do wrongly or not at all."""
     for argument in arguments:
         path = Path(argument.rpartition("=")[2]) / "adapter_config.json"
-        if path.is_file() and json.loads(path.read_text()).get("peft_type") == "PRESKIP":
+        if path.is_file() and json.loads(path.read_text()).get("peft_type") == PEFT_TYPE:
             raise PreskipError(
                 f"{path.parent} is a Preskip adapter, which is no LoRA: its branch depends non-linearly on its input "
                 f"and cannot be added to a weight; bake it, or `preskip serve {path.parent}`"

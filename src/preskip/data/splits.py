@@ -158,6 +158,11 @@ def find_file(directory: Path, file: str) -> Path:
     return path if path.is_file() else directory / file.removesuffix(SHUFFLED)
 
 
+def missing_file(name: str, directory: Path) -> str | None:
+    """The first file that a corpus with published parts lacks in the data directory; None where all are there."""
+    return next((file for file in PUBLISHED[name].values() if not find_file(directory, file).is_file()), None)
+
+
 def _published(name: str, data_dir: Path | None, seed: int) -> Splits:
     parts: dict[str, Any] = {part: _read_part(name, part, data_dir) for part in PUBLISHED[name]}
     if "development" not in parts:

@@ -19,10 +19,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from preskip.assets import is_offline
 from preskip.data.rows import Entry, format_of, is_number, rows_of, without_form
 from preskip.data.wikitext import is_wikitext, join_pages
 from preskip.errors import PreskipError, explained
 from preskip.progress import say, spinner
+from preskip.runs.files import LONE_SURROGATE
 
 USUAL_COLUMNS = ("text", "content", "document", "article")
 # What a row may say of its text; never the text itself.
@@ -31,7 +33,6 @@ _ABOUT = ("id", "group")
 _FIRST_ROWS = 20
 # What is scored of a data set in parts, where nothing is asked for: the first of these that it has.
 _SCORED = ("test", "validation", "valid", "val", "dev", "eval", "train")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def is_table(path: Path) -> bool:
 
 def clean_text(text: str) -> str:
     """A text as it is tokenised: line ends as `\\n`, and U+FFFD for a lone surrogate, which has no bytes in UTF-8."""
-    return _SURROGATE.sub("\ufffd", text).replace("\r\n", "\n").replace("\r", "\n")
+    return LONE_SURROGATE.sub("\ufffd", text).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def is_saved(path: Path) -> bool:
@@ -169,7 +170,7 @@ def read_hub(name: str, text_column: str | None, split: str | None, limit: Limit
     import datasets
 
     repository, _, config = name.partition(":")
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    offline = is_offline()
     scan = _Scan(text_column)
     with explained(lambda error: f"corpus {name}: {_explain_hub(error, offline)}"):
         # Streaming reads no more than the limit, but only a whole download can come from the cache.

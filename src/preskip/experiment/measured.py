@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
 
-from preskip.errors import DivergedError, PreskipError
+from preskip.errors import DivergedError, PreskipError, noted
 from preskip.train.distributed import world_size
 
 T = TypeVar("T")
 
 
-@contextmanager
-def measured(notes: list[str] | None, what: str) -> Iterator[None]:
+def measured(notes: list[str] | None, what: str) -> AbstractContextManager[None]:
     """Measure something beside what is trained: where it fails, that is noted and the rest is kept.
 
     Running out of memory and a full disk end the attempt as always: resuming may mend them.
@@ -25,28 +23,15 @@ def measured(notes: list[str] | None, what: str) -> Iterator[None]:
         notes: where; None raises the error.
         what: the figure.
     """
-    try:
-        yield
-    except (torch.OutOfMemoryError, OSError):
-        raise
-    except Exception as error:
-        if notes is None:
-            raise
-        notes.append(f"no {what}: {_in_short(error)}")
+    return noted(notes, what, catches=Exception, passes=(torch.OutOfMemoryError, OSError))
 
 
-@contextmanager
-def controlled(notes: list[str], what: str) -> Iterator[None]:
+def controlled(notes: list[str], what: str) -> AbstractContextManager[None]:
     """Train a control after all cells are done: where it fails, even for want of memory, that is noted.
 
     With other processes only a loss that is not finite is: they wait for the main process after any other error.
     """
-    try:
-        yield
-    except Exception as error:
-        if world_size() > 1 and not isinstance(error, DivergedError):
-            raise
-        notes.append(f"no {what}: {_in_short(error)}")
+    return noted(notes, what, catches=DivergedError if world_size() > 1 else Exception)
 
 
 def finite(value: T) -> T:
@@ -60,7 +45,3 @@ def finite(value: T) -> T:
     except ValueError:
         raise PreskipError("it holds NaN or infinity: try --dtype float32") from None
     return value
-
-
-def _in_short(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

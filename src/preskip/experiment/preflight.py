@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from preskip.assets import check_model
+from preskip.assets import check_model, is_offline
 from preskip.data.corpus import check_corpus
 from preskip.data.local import LAYOUT, data_directory
-from preskip.data.splits import PUBLISHED, find_file
+from preskip.data.splits import PUBLISHED, missing_file
 from preskip.errors import PreskipError
 from preskip.evaluate.task_names import check_tasks
 from preskip.experiment.options import ExperimentConfig
@@ -66,15 +66,13 @@ def check_inputs(
                 f"corpus {name} is read from the data directory: give --data-dir, or set PRESKIP_DATA "
                 "(docs/evaluation.md)"
             )
-        else:
-            for file in PUBLISHED[name].values():
-                if not find_file(directory, file).is_file():
-                    raise PreskipError(f"corpus {name}: {directory / file} is missing: get the file again")
+        elif file := missing_file(name, directory):
+            raise PreskipError(f"corpus {name}: {directory / file} is missing: `preskip data` says where to get it")
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise PreskipError("tasks need lm-eval: pip install 'preskip[eval]'")
     if tasks:
         check_tasks(tasks, include_path)
-    for task in tasks if include_path is None and _is_offline() and not _has_cached_data() else ():
+    for task in tasks if include_path is None and is_offline() and not _has_cached_data() else ():
         layout = LAYOUT.get(task)
         local = next(iter(layout.files.values())) if layout else None
         if local is None or directory is None or not (directory / local).is_file():
@@ -114,10 +112,6 @@ def check_space(folder: Path, needed: float) -> None:
             f"the disk of {folder} has {free / 2**20:,.0f} MiB free, about {needed / 2**20:,.0f} MiB are needed: free "
             "some, or choose another --out"
         )
-
-
-def _is_offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _has_cached_data() -> bool:

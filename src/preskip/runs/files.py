@@ -20,7 +20,7 @@ from preskip.errors import PreskipError
 
 # Ends the names of files that are being written.
 TEMPORARY = ".tmp"
-_SURROGATE = re.compile("[\ud800-\udfff]")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _json(value: Any, indent: int | None = None) -> str:
     """JSON in UTF-8; half of a surrogate pair, as in a path that is not UTF-8, is escaped."""
     text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
-    return _SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def read_json(path: Path) -> Any:

@@ -60,10 +60,7 @@ def check_hooks(model: nn.Module, config: Any, *, is_whole: bool = True) -> int:
         expected = [attention._forward_pre_hooks, attention._forward_hooks]
         if tap is not None:
             expected.append(tap._forward_hooks)
-        handles = branch.hook_handles
-        found = [
-            handle.hooks_dict_ref() if handle.id in (handle.hooks_dict_ref() or ()) else None for handle in handles
-        ]
+        found = [_hooks_with(handle) for handle in branch.hook_handles]
         if len(found) != len(expected) or any(a is not b for a, b in zip(found, expected, strict=True)):
             raise PreskipError(
                 f"a hook of {path} is lost: the engine has replaced a module around it, and would answer as if the "
@@ -73,9 +70,10 @@ def check_hooks(model: nn.Module, config: Any, *, is_whole: bool = True) -> int:
     return count
 
 
-def _is_registered(handle: Any) -> bool:
+def _hooks_with(handle: Any) -> Any:
+    """The hooks of a module that this one is among; None where it is no more."""
     hooks = handle.hooks_dict_ref()
-    return hooks is not None and handle.id in hooks
+    return hooks if hooks is not None and handle.id in hooks else None
 
 
 def _branches(model: nn.Module, config: Any, is_whole: bool) -> Iterator[tuple[Any, Any, nn.Module | None, str]]:

@@ -67,15 +67,15 @@ def examine(folder: Path) -> Facts:
     dtype = str(config.dtype or "float32").removeprefix("torch.")
     import torch
 
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    from preskip.arms.flops import cache_width
+
     return Facts(
         folder=folder,
         config=config,
         dtype=dtype,
         weight_bytes=sum(sizes.values()),
         branch_bytes=sum(size for key, size in sizes.items() if f".{CHILD}." in key),
-        cache_bytes=2 * config.num_hidden_layers * heads * width * getattr(torch, dtype).itemsize,
+        cache_bytes=cache_width(config) * getattr(torch, dtype).itemsize,
     )
 
 

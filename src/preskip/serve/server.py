@@ -19,7 +19,6 @@ from typing import Any
 
 from preskip.errors import PreskipError
 
-ENGINES = ("vllm", "transformers")
 # Seconds that an engine has for its own shutdown before it is killed.
 GRACE = 20.0
 # Fewer bytes than this beside the weights are of no use: one request's cache and activations.
@@ -72,7 +71,7 @@ def command(
     """The command line of an engine's server.
 
     Args:
-        engine: one of `ENGINES`.
+        engine: "vllm" or "transformers".
         checkpoint: what it serves.
         host: that it listens on.
         port: that it listens on.
