@@ -26,7 +26,7 @@ class Preset:
 PRESETS = {
     "quick": Preset(
         description="The embedded model against LoRA of the same size, in minutes on two cores; one seed.",
-        options={"batch_size": 4, "eval_documents": 32, "eval_words": 80, "last_word_items": 40},
+        options={"steps": 10, "batch_size": 4, "eval_documents": 32, "eval_words": 80, "last_word_items": 24},
     ),
     "standard": Preset(
         description="Tuned learning rates, three seeds, the decisive controls, two kinds of text abroad; some hours.",
