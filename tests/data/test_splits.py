@@ -2,10 +2,11 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 
-from preskip.data.splits import choose, load_splits, slug
+from preskip.data.splits import choose, load_splits, load_texts, slug
 from preskip.errors import PreskipError
 
 
@@ -51,17 +52,21 @@ def test_published_parts_are_taken_as_they_are(tmp_path):
         load_splits("books")
 
 
-def test_pieces_of_a_book_stay_together(tmp_path):
+def write_books(directory, paragraphs):
     def books(first, count):
         return "\n\n\n\n".join(
-            "\n\n".join(f"Paragraph {i} of book {book}. {'Words of it. ' * 300}" for i in range(5))
+            "\n\n".join(f"Paragraph {i} of book {book}. {'Words of it. ' * 300}" for i in range(paragraphs))
             for book in range(first, first + count)
         )
 
-    folder = tmp_path / "books"
+    folder = directory / "books"
     folder.mkdir()
     (folder / "books_train.txt").write_text(books(0, 10))
     (folder / "books_valid.txt").write_text(books(10, 2))
+
+
+def test_pieces_of_a_book_stay_together(tmp_path):
+    write_books(tmp_path, 5)
     splits = load_splits("books", data_dir=tmp_path)
     assert len({d.group for d in splits.training}) == 9
     assert {d.group for d in splits.development}.isdisjoint(d.group for d in splits.training)
@@ -70,6 +75,18 @@ def test_pieces_of_a_book_stay_together(tmp_path):
             book = int(re.match(r"Paragraph \d of book (\d+)", document.text)[1])
             assert document.group.split("-book-")[1] == str(book - first)
     assert len(splits.heldout) > len({d.group for d in splits.heldout}) == 2
+
+
+def test_every_fourth_book_is_held_out_too(tmp_path):
+    write_books(tmp_path, 20)
+    splits = load_splits("books24", data_dir=tmp_path)
+    sizes = Counter(document.group for document in splits.heldout)
+    assert set(sizes) == {"training-book-3", "training-book-7", "heldout-book-0", "heldout-book-1"}
+    assert set(sizes.values()) == {4}
+    learned = {document.group for document in (*splits.training, *splits.development)}
+    assert learned == {f"training-book-{book}" for book in (0, 1, 2, 4, 5, 6, 8, 9)}
+    alone = load_texts("books24", data_dir=tmp_path).documents
+    assert list(alone) == splits.heldout
 
 
 def test_choose_is_fixed_and_keeps_white_space(tmp_path):

@@ -71,7 +71,8 @@ def load_splits(
     """Load a corpus in its published parts where it has them, else split by document.
 
     Args:
-        name: `wikitext2` or `books` of the data directory (`preskip.data.local`), or any corpus of `load_corpus`.
+        name: `wikitext2`, `books` or `books24` of the data directory (`preskip.data.local`), or any corpus of
+            `load_corpus`.
         data_dir: the data directory, or None.
         heldout_fraction: share of documents to report on; not for corpora with published parts.
         seed: of the split.
@@ -113,7 +114,8 @@ def load_texts(
     """
     if not _is_published(name):
         return load_corpus(name, text_column=text_column, split=split, progress=progress)
-    return Corpus(name, tuple(_read_part(name, "heldout", data_dir)), TITLES[name])
+    heldout = _moved(_read_part(name, "training", data_dir))[1] if name == "books24" else []
+    return Corpus(name, (*heldout, *_read_part(name, "heldout", data_dir)), TITLES[name])
 
 
 def slug(name: str) -> str:
@@ -149,7 +151,10 @@ def _read_part(name: str, part: str, data_dir: Path | None) -> list[Document]:
         raise PreskipError(
             f"corpus {name}: {path} is missing or not UTF-8: `preskip data` says where to get it"
         ) from None
-    return _pages(text, part) if name == "wikitext2" else _pieces(text, part)
+    if name == "wikitext2":
+        return _pages(text, part)
+    pieces = _pieces(text, part)
+    return _spread(pieces) if name == "books24" and part == "heldout" else pieces
 
 
 def find_file(directory: Path, file: str) -> Path:
@@ -165,6 +170,9 @@ def missing_file(name: str, directory: Path) -> str | None:
 
 def _published(name: str, data_dir: Path | None, seed: int) -> Splits:
     parts: dict[str, Any] = {part: _read_part(name, part, data_dir) for part in PUBLISHED[name]}
+    if name == "books24":
+        parts["training"], more = _moved(parts["training"])
+        parts["heldout"] = more + parts["heldout"]
     if "development" not in parts:
         parts["training"], parts["development"] = _set_aside(Corpus(name, tuple(parts["training"]), name), seed)
     digest = hashlib.sha256()
@@ -192,6 +200,27 @@ def _pieces(text: str, part: str) -> list[Document]:
     return documents
 
 
+def _moved(pieces: list[Document]) -> tuple[list[Document], list[Document]]:
+    """Pieces of the training books without every fourth book, and `_spread` pieces of those."""
+    books = list(dict.fromkeys(piece.group for piece in pieces))
+    every_fourth = set(books[3::4])
+    stay = [piece for piece in pieces if piece.group not in every_fourth]
+    return stay, _spread([piece for piece in pieces if piece.group in every_fourth])
+
+
+def _spread(pieces: list[Document]) -> list[Document]:
+    """At most `PIECES_OF_A_BOOK` pieces of each book, evenly spread over it: clusters of about one size."""
+    books: dict[str, list[Document]] = {}
+    for piece in pieces:
+        books.setdefault(piece.group, []).append(piece)
+    chosen = []
+    for book in books.values():
+        count = min(len(book), PIECES_OF_A_BOOK)
+        chosen += [book[(2 * index + 1) * len(book) // (2 * count)] for index in range(count)]
+    return chosen
+
+
+PIECES_OF_A_BOOK = 4
 SHUFFLED = ".shuffled_articles"
 # Files of the corpora with published parts, in the data directory.
 PUBLISHED = {
@@ -201,10 +230,12 @@ PUBLISHED = {
         "heldout": "wikitext2/wiki.test.raw",
     },
     "books": {"training": "books/books_train.txt", "heldout": "books/books_valid.txt"},
+    "books24": {"training": "books/books_train.txt", "heldout": "books/books_valid.txt"},
 }
 TITLES = {
     "wikitext2": "WikiText-2: train and validation with <unk>, test raw, by page",
     "books": "English books dated 1900 or earlier, in pieces of 10,000 characters; held out: 4 other books",
+    "books24": "English books dated 1900 or earlier, in pieces of 10,000 characters; held out: 4 pieces of 24 books",
 }
 
 
