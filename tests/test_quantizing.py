@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import preskip
 import zoo
 from preskip import PreskipConfig, PreskipError, bake
-from preskip.quantizing import Int8Linear, quantize
+from preskip.quantizing import Int8Linear, PaddedInt8, quantize
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,9 +33,10 @@ def test_products_of_few_and_of_many_rows_are_those_of_the_rounded_matrix(rows, 
     exact = F.linear(x.double(), layer.weight.double() * layer.scale.double()[:, None])
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     with torch.inference_mode():
-        found = layer(x)
-    assert (found.dtype, found.shape) == (dtype, (*rows, outputs))
-    assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
+        products = [layer(x)] + [PaddedInt8(layer)(x)] * (dtype == torch.bfloat16)
+    for found in products:
+        assert (found.dtype, found.shape) == (dtype, (*rows, outputs))
+        assert (found.double() - exact).abs().max() <= tolerance * exact.abs().max()
     slope = torch.autograd.grad(layer(x.requires_grad_()).sum(), x)[0]
     wanted = (layer.weight.double() * layer.scale.double()[:, None]).sum(0).expand(shape)
     assert (slope.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
@@ -64,6 +65,22 @@ def test_baked_and_loaded_it_computes_with_the_rounded_weights(family, dtype, tm
     baked.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=dtype).eval()
     assert torch.equal(zoo.logits(again, family), zoo.logits(baked, family))
+
+
+@pytest.mark.parametrize("sides", [(60, 75), (64, 75), (60, 64)])
+def test_sides_that_are_no_multiples_take_the_kernel_too(sides, monkeypatch):
+    calls = []
+    kernel = torch._weight_int8pack_mm
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", lambda *args: calls.append(args[1].shape) or kernel(*args))
+    layer = Int8Linear(*sides)
+    x = torch.ones(2, 4, sides[0], dtype=torch.bfloat16)
+    with torch.inference_mode():
+        product = PaddedInt8(layer)
+        assert product(x).shape == (2, 4, sides[1])
+        product(torch.cat([x, x]))  # 16 rows multiply faster by a converted matrix
+        layer(x)
+    product(x)  # has a gradient
+    assert calls == [torch.Size((-(-sides[1] // 64) * 64, 64))]
 
 
 def test_what_cannot_be_quantised_is_refused(tmp_path):

@@ -19,7 +19,7 @@ from preskip.attach import CHILD, ELSEWHERE, add_skip, attach, hidden_states_of,
 from preskip.branch import FUNCTIONS, PreskipBranch
 from preskip.branch_settings import BranchSettings
 from preskip.casting import cast_once
-from preskip.quantizing import Int8Linear
+from preskip.quantizing import Int8Linear, PaddedInt8
 
 _PLAN = "preskip_plan"
 
@@ -160,7 +160,7 @@ def _plan(branch: Any, dtype: torch.dtype | None) -> _Plan:
         weight: Any = linear._parameters.get("weight")
         sources.append((linear, weight, 0 if weight is None else weight._version))
         if isinstance(linear, Int8Linear) and dtype in (torch.bfloat16, torch.float32):
-            products[part] = linear
+            products[part] = PaddedInt8(linear) if dtype == torch.bfloat16 else linear
         elif (
             type(linear) is not nn.Linear
             or linear._forward_hooks

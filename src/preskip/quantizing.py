@@ -42,10 +42,7 @@ class Int8Linear(nn.Module):
         if x.dtype == torch.float16:
             x = x.float()
         scale = self.scale.to(x.dtype)
-        rows = x.numel() // self.in_features
-        is_eager_inference = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
-        fits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and rows <= _FEW_ROWS
-        if is_eager_inference and fits and self.in_features % _VECTOR == 0 and self.out_features % _VECTOR == 0:
+        if takes_kernel(x) and self.in_features % _VECTOR == 0 and self.out_features % _VECTOR == 0:
             flat = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.weight, scale)
             return flat.view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight.to(x.dtype)) * scale
@@ -53,6 +50,37 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def takes_kernel(x: torch.Tensor) -> bool:
+    """Whether torch's kernel for int8 weights takes these activations now, and is the quicker way."""
+    is_eager_inference = not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+    few = x.numel() <= _FEW_ROWS * x.shape[-1]
+    return is_eager_inference and few and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+class PaddedInt8:
+    """The product of an `Int8Linear` with its matrix copied once to sides that torch's kernel can read.
+
+    Args:
+        linear: the layer; it computes what the kernel does not take.
+    """
+
+    def __init__(self, linear: Int8Linear) -> None:
+        self.linear = linear
+        self.columns, rows = -linear.in_features % _VECTOR, -linear.out_features % _VECTOR
+        self.weight = F.pad(linear.weight, (0, self.columns, 0, rows))
+        self.scale = F.pad(linear.scale.to(torch.bfloat16), (0, rows))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] → [..., out], as the layer."""
+        if not takes_kernel(x):
+            return self.linear(x)
+        flat = x.reshape(-1, x.shape[-1])
+        if self.columns:
+            flat = F.pad(flat, (0, self.columns))
+        flat = torch._weight_int8pack_mm(flat, self.weight, self.scale)
+        return flat[:, : self.linear.out_features].reshape(*x.shape[:-1], -1)
 
 
 def quantize(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
