@@ -1,0 +1,116 @@
+"""One estimate over several experiments, such as models and corpora, whose truths may differ: random effects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+from preskip.errors import PreskipError
+from preskip.runs.schema import Deviations
+from preskip.stats.intervals import CONFIDENCE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined:
+    """The mean truth over experiments, and how far they are from one another.
+
+    Attributes:
+        value: the mean, experiments weighted by 1 / (own variance + between²).
+        low, high: its interval; another draw of experiments is in it.
+        confidence: its level.
+        p_value: two-sided, of a mean of 0.
+        between: standard deviation of the truths, in the value's unit.
+        predicted_low, predicted_high: where the truth of one more experiment lies; None with two experiments.
+        experiments: how many there are.
+        standard_error: of the value.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    p_value: float
+    between: float
+    predicted_low: float | None
+    predicted_high: float | None
+    experiments: int
+    standard_error: float
+
+    def p_equivalence(self, margin: float) -> float:
+        """p of two one-sided tests against |mean| ≥ margin."""
+        freedom = self.experiments - 1
+        return float(stats.t.sf((margin - abs(self.value)) / self.standard_error, freedom))
+
+
+def combine(values: Sequence[float], standard_errors: Sequence[float], *, confidence: float = CONFIDENCE) -> Combined:
+    """A random-effects mean: Paule and Mandel's variance between experiments, Hartung and Knapp's interval.
+
+    The factor of Hartung and Knapp is at least 1 (Röver et al. 2015), so that experiments which agree by chance do not
+    narrow the interval below the one of a common truth. The prediction interval is that of Higgins et al. (2009), with
+    t of k - 2. Experiments are taken as independent: two models scored on the same documents are not quite so.
+
+    Args:
+        values: the difference that each experiment found, in one unit.
+        standard_errors: of each, positive.
+        confidence: level, default 0.95.
+
+    Raises:
+        PreskipError: fewer than two experiments, or a standard error that is not a positive number.
+    """
+    found, errors = np.asarray(values, float), np.asarray(standard_errors, float)
+    count = len(found)
+    if count < 2:
+        raise PreskipError("one experiment cannot be combined: give two runs or more")
+    if not (np.isfinite(found).all() and np.isfinite(errors).all() and (errors > 0).all()):
+        raise PreskipError("an experiment without a positive standard error cannot be combined")
+    variances = errors**2
+
+    def excess(between: float) -> float:
+        """Cochran's Q with weights for this variance, minus what it is expected to be."""
+        weights = 1 / (variances + between)
+        mean = weights @ found / weights.sum()
+        return float(weights @ (found - mean) ** 2 - (count - 1))
+
+    between = 0.0
+    if excess(0.0) > 0:
+        highest = float(np.ptp(found) ** 2)  # there Q is below count / 4 · (ptp² / ptp²): below what is expected
+        while excess(highest) > 0:
+            highest *= 2
+        between = float(optimize.brentq(excess, 0.0, highest, xtol=1e-18, rtol=1e-12))
+    weights = 1 / (variances + between)
+    mean = float(weights @ found / weights.sum())
+    factor = max(1.0, float(weights @ (found - mean) ** 2) / (count - 1))
+    error = math.sqrt(factor / weights.sum())
+    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * error
+    predicted = None
+    if count > 2:
+        spread = math.sqrt(between + 1 / weights.sum())
+        predicted = float(stats.t.ppf((1 + confidence) / 2, count - 2)) * spread
+    return Combined(
+        value=mean,
+        low=mean - half,
+        high=mean + half,
+        confidence=confidence,
+        p_value=float(2 * stats.t.sf(abs(mean) / error, count - 1)),
+        between=math.sqrt(between),
+        predicted_low=None if predicted is None else mean - predicted,
+        predicted_high=None if predicted is None else mean + predicted,
+        experiments=count,
+        standard_error=error,
+    )
+
+
+def standard_error(deviations: Deviations, seeds: int, units: int) -> float:
+    """Of a difference, from its variance components (`preskip.stats.intervals.Distribution.components`).
+
+    Args:
+        deviations: standard deviations of seeds, units and the rest; `unit` holds the rest with one seed.
+        seeds: number of training seeds.
+        units: number of documents, items or clusters.
+    """
+    seed, unit, residual = (deviations[name] or 0.0 for name in ("seed", "unit", "residual"))
+    return math.sqrt(seed**2 / seeds + unit**2 / units + residual**2 / (seeds * units))
