@@ -10,6 +10,7 @@ import pytest
 from preskip.errors import PreskipError
 from preskip.runs.files import read_json, write_json
 from preskip.stats import compare as paired
+from preskip.stats.combined import combine
 from stored_runs import invoke_app, make_items, write_run
 
 DECLARED = [
@@ -92,6 +93,40 @@ def test_several_runs_compare_arms_of_the_same_name(tmp_path: Path) -> None:
     assert {(e["arm"], e["seeds"]) for e in chosen["comparisons"]} == {("first:preskip", 2), ("second:preskip", 2)}
     text = invoke(first, second, "--arms", "first:preskip,second:preskip")
     assert "second:preskip − first:preskip" in text
+
+
+def test_runs_of_several_models_and_corpora_give_one_estimate(tmp_path: Path) -> None:
+    runs = []
+    for index, shift in enumerate((-0.02, -0.03, -0.04)):
+        runs.append(write_run(tmp_path / f"run-{index}", arms(100 * index, shift=shift), sha256=str(index) * 64))
+        described = {"heldout": {"domain": "in", "kind": "document"}, "cloze": {"domain": "out", "kind": "item"}}
+        write_json(runs[-1] / "run.json", {**read_json(runs[-1] / "run.json"), "sets": described})
+    options = ("--combine", "--arms", "preskip", "--reference", "lora")
+    found = json.loads(invoke(*runs, *options, "--json"))["combined"]
+    assert [(entry["metric"], entry["role"]) for entry in found] == [
+        ("bits_per_byte", "in"),
+        ("acc", "out"),
+        ("nll", "out"),
+    ]
+    single = [json.loads(invoke(run, *options[1:], "--json"))["comparisons"][0] for run in runs]
+    assert [part["comparison"]["difference"] for part in found[0]["parts"]] == [e["difference"] for e in single]
+    errors = []
+    for entry in single:
+        parts = {name: value or 0.0 for name, value in entry["deviations"].items()}
+        errors.append((parts["seed"] ** 2 / 2 + parts["unit"] ** 2 / 12 + parts["residual"] ** 2 / 24) ** 0.5)
+    mean = combine([entry["difference"] for entry in single], errors)
+    assert (found[0]["value"], found[0]["low"], found[0]["between"]) == (mean.value, mean.low, mean.between)
+    text = invoke_app("compare", *runs, *options, columns=80)
+    for part in ("preskip − lora: Bits per byte, in-domain", "run-2: heldout", "combined, 3", "one more"):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 80
+    for arguments, message in (
+        ((runs[0],), "needs two runs or more"),
+        ((runs[0], runs[0]), "given twice"),
+        ((*runs, "--sets", "cloze"), "leave out --sets and --margin"),
+    ):
+        with pytest.raises(PreskipError, match=message):
+            invoke(*arguments, "--combine")
 
 
 def test_unfinished_cells_are_left_out_and_said(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ def compare(
         Optional[list[str]], flag("Equivalence margin: acc=0.01, or lambada_openai.acc=0.02; repeatable.")
     ] = None,
     confidence: Annotated[float, flag("Level of the intervals.")] = 0.95,
+    combined: Annotated[
+        bool, flag("One estimate of each pair over all runs, also of different models and corpora.", name="--combine")
+    ] = False,
     allow_different_dtype: Annotated[bool, flag("Compare arms of different base or compute dtype.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -36,6 +39,15 @@ def compare(
     from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms
 
+    if combined:
+        from preskip.cli.combine import combine_runs
+
+        if sets or margin:
+            raise PreskipError(
+                "--combine goes over all sets with the margins of the runs: leave out --sets and --margin"
+            )
+        combine_runs(runs, arms, reference, confidence, allow_different_dtype, as_json)
+        return
     stored = load_runs(runs, allow_different_dtype=allow_different_dtype)
     pairs = stored.pairs(list(parse_names(arms)) if arms else None, reference)
     own_margins = _margins(margin or [])

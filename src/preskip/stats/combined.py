@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
 
 from preskip.errors import PreskipError
-from preskip.runs.schema import Deviations
+from preskip.runs.schema import Comparison, Deviations, SetFacts
 from preskip.stats.intervals import CONFIDENCE
 
 
@@ -102,6 +103,61 @@ def combine(values: Sequence[float], standard_errors: Sequence[float], *, confid
         experiments=count,
         standard_error=error,
     )
+
+
+def combine_comparisons(
+    runs: Mapping[str, tuple[Sequence[Comparison], Mapping[str, SetFacts]]], *, confidence: float = CONFIDENCE
+) -> list[dict[str, Any]]:
+    """Each pair of arms over the runs that hold it, by metric and by whether the text was in-domain.
+
+    What is combined is the role and not the set: the in-domain text of a run on WikiText and that of a run on books.
+    Several sets of one role in a run count as one experiment, their mean, with the mean of their standard errors, as if
+    they were fully dependent.
+
+    Args:
+        runs: comparisons and the description of the sets, by name of the run.
+        confidence: level, default 0.95.
+
+    Returns:
+        Those that two runs or more hold, `role` being "in", "out", or the name of a set that no run describes; a run
+        whose difference has no spread is left out.
+    """
+    groups: dict[tuple[str, str, str, str], dict[str, list[Comparison]]] = {}
+    for run, (comparisons, sets) in runs.items():
+        for entry in comparisons:
+            role = sets[entry["set"]]["domain"] if entry["set"] in sets else entry["set"]
+            key = (entry["arm"], entry["reference"], entry["metric"], role)
+            groups.setdefault(key, {}).setdefault(run, []).append(entry)
+    found: list[dict[str, Any]] = []
+    for (arm, reference, metric, role), by_run in groups.items():
+        values, errors = [], []
+        experiments: list[dict[str, Any]] = []
+        for run, entries in by_run.items():
+            own = [
+                standard_error(entry["deviations"], entry["seeds"], entry["clusters"] or entry["units"])
+                for entry in entries
+            ]
+            if min(own) > 0:
+                values.append(sum(entry["difference"] for entry in entries) / len(entries))
+                errors.append(sum(own) / len(own))
+                experiments += [{"run": run, "comparison": entry} for entry in entries]
+        if len(values) < 2:
+            continue
+        mean = combine(values, errors, confidence=confidence)
+        margin = experiments[0]["comparison"]["margin"]
+        found.append(
+            {
+                "arm": arm,
+                "reference": reference,
+                "metric": metric,
+                "role": role,
+                **asdict(mean),
+                "margin": margin,
+                "p_equivalence": None if margin is None else mean.p_equivalence(margin),
+                "parts": experiments,
+            }
+        )
+    return found
 
 
 def standard_error(deviations: Deviations, seeds: int, units: int) -> float:

@@ -1,0 +1,86 @@
+"""`preskip compare --combine`: each pair of arms over several runs, with one estimate over all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from preskip.errors import PreskipError
+from preskip.experiment.parse import parse_names
+
+_COMBINED = "combined: random effects, over models and corpora as the runs draw them; p is not corrected"
+_ONE_MORE = "one more: where the difference of another model or corpus would lie"
+
+
+def combine_runs(
+    runs: Sequence[Path],
+    arms: str | None,
+    reference: str | None,
+    confidence: float,
+    allow_different_dtype: bool,
+    as_json: bool,
+) -> None:
+    """Compare the arms within each run, and print every pair that two runs or more hold, single and combined.
+
+    Arguments are those of `preskip compare`.
+
+    Raises:
+        PreskipError: fewer than two runs, what cannot be compared within one, or no pair that two runs hold.
+    """
+    from preskip.progress import progress_bar
+    from preskip.runs.stored import load_runs
+    from preskip.stats import compare_arms
+    from preskip.stats.combined import combine_comparisons
+
+    if len(runs) < 2:
+        raise PreskipError("--combine needs two runs or more")
+    if len({path.resolve() for path in runs}) < len(runs):
+        raise PreskipError("the same run is given twice: give each run once")
+    compared = {}
+    with progress_bar("comparing", len(runs), quiet=as_json) as advance:
+        for number, path in enumerate(runs, 1):
+            stored = load_runs([path], allow_different_dtype=allow_different_dtype)
+            pairs = stored.pairs(list(parse_names(arms)) if arms else None, reference)
+            entries = compare_arms(stored.items, stored.family, stored.sets, pairs=pairs, confidence=confidence)
+            compared[str(path)] = (entries, stored.sets)
+            advance(number, path.name)
+    found = combine_comparisons(compared, confidence=confidence)
+    if not found:
+        raise PreskipError("no pair of arms is in two of these runs, on sets of one metric and domain")
+    if as_json:
+        print(json.dumps({"combined": found}, indent=1, allow_nan=False))
+    else:
+        for entry in found:
+            _print(entry)
+
+
+def _print(entry: Mapping[str, Any]) -> None:
+    from rich.text import Text
+
+    from preskip.cli.printing import columns, difference_cell, print_table
+    from preskip.metrics import metric_named
+    from preskip.report.words.verdicts import MINUS, amount, p_text
+
+    about = metric_named(entry["metric"])
+    table = columns("experiment", right=(f"difference [{100 * entry['confidence']:g} %]", "p (raw)"))
+    role = {"in": "in-domain", "out": "out-of-domain"}.get(entry["role"], entry["role"])
+    unit = f" ({about.difference_unit.strip()})" if about.difference_unit else ""
+    table.title = Text(f"{entry['arm']} {MINUS} {entry['reference']}: {about.name}{unit}, {role}")
+    for part in entry["parts"]:
+        single = part["comparison"]
+        table.add_row(f"{Path(part['run']).name}: {single['set']}", difference_cell(single), p_text(single["p_value"]))
+    mean = {"metric": entry["metric"], "difference": entry["value"], "low": entry["low"], "high": entry["high"]}
+    table.add_section()
+    table.add_row(f"combined, {entry['experiments']}", difference_cell(mean), p_text(entry["p_value"]))
+    notes = [_COMBINED]
+    if entry["margin"] is not None:
+        notes.insert(
+            0, f"equivalent within ±{amount(entry['metric'], entry['margin'])}: p {p_text(entry['p_equivalence'])}"
+        )
+    if entry["predicted_low"] is not None:
+        notes.append(_ONE_MORE)
+        one = {**mean, "low": entry["predicted_low"], "high": entry["predicted_high"]}
+        table.add_row("one more", difference_cell(one), "")
+    print_table(table, [*notes, ""])
