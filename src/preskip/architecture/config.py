@@ -11,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from preskip.branch_settings import SKIP_POSITIONS, BranchSettings
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX
+from preskip.peers.insert import check_peers
 from preskip.quantizing import QUANTIZED
 
 # From scratch, nothing is there that an identity would have to keep: the paper's initialisation is the default.
@@ -22,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "preskip_keep_float32": False,
     "preskip_adapters": None,
     "preskip_quantize": None,
+    "preskip_peers": None,
 }
 _TYPES: dict[str, Any] = {
     **{PREFIX + name: kind for name, kind in get_type_hints(BranchSettings).items()},
@@ -30,6 +32,7 @@ _TYPES: dict[str, Any] = {
     "preskip_keep_float32": bool,
     "preskip_adapters": Optional[dict[str, Any]],
     "preskip_quantize": Optional[str],
+    "preskip_peers": Optional[dict[str, Any]],
 }
 
 
@@ -62,6 +65,7 @@ class BranchConfigMixin:
         config: Any = self
         for settings in (branch_settings(config), *adapter_settings(config).values()):
             settings.shapes(config.hidden_size)
+        check_peers(config.preskip_peers or {})
         position, layers, count = config.preskip_skip_position, config.preskip_layers, config.num_hidden_layers
         if position not in SKIP_POSITIONS:
             raise PreskipError(
@@ -124,6 +128,7 @@ def config_class(base_type: str) -> type[PreTrainedConfig]:
             "__doc__": f"{base.__name__} with the branch's fields (`preskip.branch.BranchSettings`), `preskip_` before "
             "each, `preskip_skip_position`, `preskip_layers` (None for all), `preskip_keep_float32` (True: its "
             "weights are float32 whatever dtype the rest is loaded in), `preskip_adapters` (settings by name, of "
-            "several adapters side by side), `preskip_quantize` (int8: as `bake` has stored them).",
+            "several adapters side by side), `preskip_quantize` (int8: as `bake` has stored them), `preskip_peers` "
+            "(settings by name, of other changes of the block: `preskip.peers`).",
         },
     )

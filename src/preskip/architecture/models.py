@@ -24,6 +24,8 @@ from preskip.attach import CHILD, attach, find_sites, input_width, tap_of
 from preskip.branch import BranchSettings, PreskipBranch, initialise
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX, TYPES
+from preskip.peers.insert import attach_peers
+from preskip.peers.place import PeerModule
 from preskip.quantizing import quantize_layers
 
 # The class with branches of each base class: the inner model of a ForCausalLM is made as the base's.
@@ -56,16 +58,20 @@ class BranchMixin:
             if type(child) in _WITH_BRANCH:
                 child.__class__ = _WITH_BRANCH[type(child)]
         _attach_all(model, config)
+        if config.preskip_peers:
+            attach_peers(model, config.preskip_peers)
         model.post_init()  # again: the first one has run before there were branches, and keeps what it has initialised
         if config.preskip_keep_float32:
             model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), CHILD}
 
     def _init_weights(self, module: nn.Module) -> None:
         part: tuple[str, BranchSettings] | None = getattr(module, "preskip_part", None)
-        if part is None:
-            super()._init_weights(module)  # type: ignore[misc]
-        else:
+        if part is not None:
             initialise(part[0], module.weight, part[1])  # type: ignore[arg-type]
+        elif isinstance(module, PeerModule):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
 
 
 def _attach_all(model: PreTrainedModel, config: PreTrainedConfig) -> None:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from preskip.branch_settings import BranchSettings
 
-# What an arm's number of trained weights is to the reference arm's: equal; fewer by its nature; far fewer (shown as the
-# floor); all of the model's (the ceiling).
-Budget = Literal["matched", "smaller", "floor", "ceiling"]
+# What an arm's number of trained weights is to the reference arm's: equal; fewer or more by its nature; far fewer
+# (shown as the floor); all of the model's (the ceiling).
+Budget = Literal["matched", "smaller", "larger", "floor", "ceiling"]
 MATCHES = ("params", "flops", "none")
 
 
@@ -67,6 +67,7 @@ class Arm:
             without inserted weights.
         own_weights: frozen: names of the base's own parameters that are trained in place, and put back afterwards; None
             for an arm that leaves them frozen.
+        peers: frozen: settings by name of what is put into the blocks (`preskip.peers`), at identity.
         build: from scratch: makes the architecture, of a `preskip.arms.plan.Planner`; None for an arm that is not
             trained from scratch.
         budget: see `Budget`.
@@ -81,6 +82,7 @@ class Arm:
     _: KW_ONLY
     make_config: Callable[[ArmContext], PeftConfig | Sequence[PeftConfig]] | None = None
     own_weights: Callable[[ArmContext], list[str]] | None = None
+    peers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     build: Callable[[Any], PreTrainedConfig] | None = None
     budget: Budget = "matched"
     matches: str = "parameters"
@@ -89,7 +91,12 @@ class Arm:
     @property
     def trains(self) -> bool:
         """Whether the arm trains anything."""
-        return not (self.make_config is None and self.own_weights is None and self.build is None)
+        return self.is_inserted or self.build is not None
+
+    @property
+    def is_inserted(self) -> bool:
+        """Whether the arm trains something on a frozen base."""
+        return not (self.make_config is None and self.own_weights is None and not self.peers)
 
     def configs(self, context: ArmContext) -> list[PeftConfig]:
         """The PEFT configurations to stack, first to last.

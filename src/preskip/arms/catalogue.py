@@ -150,6 +150,37 @@ def _branch_arm(name: str, description: str, *, match: bool = True, decisive: bo
     )
 
 
+def _peer(
+    name: str,
+    description: str,
+    peers: dict[str, dict[str, Any]],
+    *,
+    learning_rate: float | None = None,
+) -> tuple[Arm, Arm]:
+    """A peer of few weights alone, and crossed with preskip, whose branch is narrower by them.
+
+    Args:
+        name: of the arm alone; with preskip it is preskip+name.
+        description: one sentence.
+        peers: settings by name (`preskip.peers.names.PEERS`).
+        learning_rate: to start from on a frozen base; None for a peer that is trained from scratch only.
+    """
+    alone = Arm(
+        name,
+        description,
+        learning_rate,
+        peers={} if learning_rate is None else peers,
+        build=lambda planner: planner.peers(peers),
+        budget="smaller",
+    )
+    crossed = Arm(
+        f"preskip+{name}",
+        f"preskip and {name}, its pre-projection narrower to match",
+        build=lambda planner: planner.peers(peers, branch=True),
+    )
+    return alone, crossed
+
+
 # To add an arm: a name, a sentence, and what makes it: the PEFT configuration for a context and a learning rate to
 # start from, the architecture for a planner, or both. The decisive ones are declared against in this order.
 REGISTRY = (
@@ -264,13 +295,24 @@ REGISTRY = (
         5e-4,
         make_config=_preproj_lora,
     ),
+    *_peer(
+        "canon-a",
+        "Canon layer before Q/K/V: each token is mixed with the three before it, channel by channel",
+        {"canon-a": {}},
+    ),
+    *_peer(
+        "canon",
+        "Canon layers at all four places: before and behind Q/K/V, before and inside the MLP",
+        {"canon": {}},
+        learning_rate=3e-3,
+    ),
     Arm("ia3", "IA3: one factor per key, value and inner MLP feature", 1e-2, make_config=_ia3, budget="floor"),
     Arm("layernorm", "the weights of the norms alone", 3e-3, make_config=_layer_norms, budget="floor"),
     Arm("bitfit", "the biases alone", 3e-3, own_weights=bias_names, budget="floor"),
     Arm("full", "full fine-tuning: every weight of the model", 3e-5, own_weights=_all_parameters, budget="ceiling"),
 )
 # Inserted into a frozen base, and trained from scratch.
-ARMS = {arm.name: arm for arm in REGISTRY if arm.build is None or arm.make_config is not None}
+ARMS = {arm.name: arm for arm in REGISTRY if arm.build is None or arm.is_inserted}
 SCRATCH_ARMS = {arm.name: arm for arm in REGISTRY if arm.build is not None}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from preskip.adapter.norms import float32_norms
 from preskip.arms.arm import Arm, ArmContext
 from preskip.arms.budget import TOLERANCE
 from preskip.errors import PreskipError
+from preskip.peers.insert import attach_peers, detach_peers, save_peers
 
 
 @dataclass(kw_only=True)
@@ -27,12 +28,16 @@ class Inserted:
         layers: the PEFT models, one per stacked adapter, first to last.
         configs: the configuration of each.
         own: the base's parameters that are trained in place, by name.
+        peers: settings by name of what was put into the blocks (`preskip.peers`).
+        targets: paths of the attentions whose blocks have them.
     """
 
     model: nn.Module
     layers: list[nn.Module] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)
     own: dict[str, nn.Parameter] = field(default_factory=dict)
+    peers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -58,7 +63,7 @@ class Inserted:
         return added
 
     def save(self, folder: Path) -> None:
-        """Write the trained weights: PEFT's own files, one folder per stacked adapter; own weights as safetensors."""
+        """Write the trained weights: PEFT's own files, one folder per stacked adapter; others as safetensors."""
         from safetensors.torch import save_file
 
         tuners: list[Any] = [layer.base_model for layer in self.layers]
@@ -78,6 +83,8 @@ class Inserted:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: weight.detach().contiguous() for name, weight in self.own.items()}
             save_file(tensors, folder / "own_weights.safetensors")
+        if self.peers:
+            save_peers(self.model, folder, self.peers, self.targets)
 
 
 @contextmanager
@@ -117,6 +124,9 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
             trained += [weight for weight in inserted.model.parameters() if weight.requires_grad]
         for weight in trained:  # a second adapter freezes the first
             weight.requires_grad_(True)
+        if arm.peers:
+            inserted.peers, inserted.targets = arm.peers, context.targets
+            attach_peers(base, arm.peers, targets=context.targets, identity=True)
         if arm.own_weights is not None:
             weights = dict(base.named_parameters())
             inserted.own = {name: weights[name] for name in arm.own_weights(context)}
@@ -128,6 +138,7 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
     finally:
         for layer in reversed(inserted.layers):
             layer.unload()  # type: ignore[operator]
+        detach_peers(base)
         with torch.no_grad():
             for name, values in before.items():
                 inserted.own[name].copy_(values)

@@ -48,6 +48,7 @@ class Plan:
         steps: optimiser steps.
         tokens: training tokens.
         matched: what the arm has in common with preskip: "parameters", "training FLOPs", or None.
+        budget: see `preskip.arms.arm.Budget`.
         deviation: relative difference from preskip in what is matched; None where nothing is.
     """
 
@@ -58,6 +59,7 @@ class Plan:
     steps: int
     tokens: int
     matched: str | None
+    budget: str
     deviation: float | None
 
     @property
@@ -75,7 +77,7 @@ class Plan:
         """The arm as run.json describes it, without how it is trained."""
         return {
             "description": self.description,
-            "budget": "matched" if self.matched else "smaller",
+            "budget": self.budget,
             "matched": self.matched,
             "deviation": self.deviation,
             **asdict(self.size),
@@ -146,13 +148,34 @@ class Planner:
         settings, d = replace(self.settings, **changes), self.plain.hidden_size
         if match and changes:
             settings = nearest_expansion(settings, self.settings.cost(d).parameters, [d])
+        return self._with_branch(settings)
+
+    def _with_branch(self, settings: BranchSettings, **more: Any) -> PreTrainedConfig:
         kind = architecture(self.plain.model_type).config
         layers = None if self.layers is None else list(self.layers)
-        return with_branch(kind, self.plain, settings, preskip_skip_position=self.skip_position, preskip_layers=layers)
+        values = {"preskip_skip_position": self.skip_position, "preskip_layers": layers, **more}
+        return with_branch(kind, self.plain, settings, **values)
 
     def wider(self) -> PreTrainedConfig:
         """The plain model with an MLP so wide that the weights come nearest to preskip's."""
         return self._grown(_width_field(self.plain), _mlp_width(self.plain), least=0)
+
+    def peers(self, peers: Mapping[str, Mapping[str, Any]], *, branch: bool = False) -> PreTrainedConfig:
+        """The architecture with peers in every block (`preskip.peers`).
+
+        Args:
+            peers: settings by name.
+            branch: also with preskip's branch, its expansion so that the weights come nearest to preskip's.
+
+        Raises:
+            PreskipError: peers that do not fit the architecture, or leave no weights for the branch.
+        """
+        if not branch:
+            return self._with_branch(self.settings, preskip_layers=[], preskip_peers=peers)
+        more = self.size(self.peers(peers)).parameters - self.size(self.plain).parameters
+        d, count = self.plain.hidden_size, len(self.layers or range(self.plain.num_hidden_layers))
+        settings = nearest_expansion(self.settings, self.settings.cost(d).parameters - more // count, [d])
+        return self._with_branch(settings, preskip_peers=peers)
 
     def deeper(self) -> PreTrainedConfig:
         """The plain model with as many layers as come nearest to preskip's weights, at least one more."""
@@ -196,6 +219,7 @@ class Planner:
             steps=steps,
             tokens=steps * self.tokens_per_step,
             matched=arm.matches if is_matched else None,
+            budget=arm.budget,
             deviation=deviation if is_matched else None,
         )
 

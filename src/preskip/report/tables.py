@@ -42,7 +42,13 @@ PAPER_COLUMNS = {
     "paper:arc_easy": "ARC-Easy",
     "paper:wikitext": 'the paper\'s "PPL"',
 }
-BUDGETS = {"matched": "equal budget", "smaller": "smaller", "floor": "floor, unmatched", "ceiling": "ceiling"}
+BUDGETS = {
+    "matched": "equal budget",
+    "smaller": "smaller",
+    "larger": "larger",
+    "floor": "floor, unmatched",
+    "ceiling": "ceiling",
+}
 NONE = "–"
 
 

@@ -1,0 +1,15 @@
+"""The peers by name: what puts each into a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from preskip.peers.canon import canon
+from preskip.peers.place import PeerModule
+
+# Called with the `Place` and the peer's settings as keywords; gives the modules that were put there, by name.
+PEERS: dict[str, Callable[..., dict[str, PeerModule]]] = {
+    "canon-a": partial(canon, sites="A"),
+    "canon": partial(canon, sites="ABCD"),
+}
