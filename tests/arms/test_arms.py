@@ -199,6 +199,7 @@ def test_every_arm_meets_the_budget_starts_as_the_base_trains_and_leaves_no_trac
         moved = [p for p in inserted.trainable.values() if p.grad is not None and p.grad.abs().sum() > 0]
         assert moved
         late = {"3"} if name.startswith("preskip-late") else {"0", "1", "2", "3"}
+        late -= {"0"} if name == "value-residual" else set()  # whose values the others get
         assert {key.split(".layers.")[1][0] for key in inserted.trainable if ".layers." in key} == late
         with torch.no_grad():
             for weight in inserted.trainable.values():
@@ -255,6 +256,11 @@ def test_counted_sizes():
     for name in ("skip", "layernorm", "ia3", "full", "preskip-late-narrow", "preproj+lora"):
         with insert(ARMS[name], context_for(base), seed=0) as inserted:
             counts[name] = (inserted.parameters, inserted.flops_per_token)
+    for name in ("canon", "value-residual"):
+        with insert(ARMS[name], context_for(base), seed=0) as inserted:
+            counts[name] = (inserted.parameters, inserted.flops_per_token)
+    assert counts["canon"] == (4 * 4 * (64 + 128 + 64 + 128), 4 * 8 * (64 + 128 + 64 + 128))
+    assert counts["value-residual"] == (3 * 2, 3 * 2 * 32)
     assert counts["skip"] == (4 * 64**2, 2 * 4 * 64**2)
     assert counts["layernorm"] == (9 * 64, 0)
     assert counts["ia3"] == (4 * (32 + 32 + 64), 4 * (32 + 32 + 64))

@@ -50,7 +50,8 @@ def test_sizes_are_those_of_the_models_that_are_built(plans):
     for name, plan in plans.items():
         model = AutoModelForCausalLM.from_config(plan.config)
         assert plan.size.parameters == sum(p.numel() for p in model.parameters()), name
-        assert plan.size.parameters - plan.size.non_embedding == 400 * 128, name
+        looked_up = 4 if name.endswith("value-embed") else 1  # tables of values of as many tokens, as wide
+        assert plan.size.parameters - plan.size.non_embedding == looked_up * 400 * 128, name
 
 
 def test_preskip_adds_three_and_a_half_squares_per_layer(plans):
@@ -95,6 +96,38 @@ def test_arms_without_a_skip_are_widened(plans, arm):
 def test_the_linear_skip_is_smaller_and_says_so(plans):
     assert plans["skip"].matched is None
     assert plans["skip"].size.parameters == plans["base"].size.parameters + 5 * 128**2
+
+
+def test_peers_are_counted(plans):
+    """Width 128, 5 layers, MLP of 344, 4 heads with keys and values of their own; 400 tokens here."""
+    base, target = plans["base"].size, plans["preskip"].size
+    for arm, per_layer in (("canon-a", 4 * 128), ("canon", 4 * (128 + 3 * 128 + 128 + 2 * 344))):
+        more = plans[arm].size.parameters - base.parameters
+        assert more == 5 * per_layer
+        assert plans[arm].size.flops_per_token - base.flops_per_token == 2 * more
+        assert plans[arm].matched is None
+        crossed = plans[f"preskip+{arm}"]
+        assert crossed.deviation == pytest.approx(0, abs=5e-4)
+        assert crossed.config.preskip_expansion == pytest.approx(1.25 - per_layer / (2 * 128**2), abs=1 / 128)
+    assert plans["value-residual"].size == base
+    assert plans["preskip+value-residual"].size == target
+    tables = 3 * (400 * 128 + 4 * 12)
+    assert plans["value-embed"].config.preskip_peers == {"value-embed": {"layers": [0, 2, 4]}}
+    assert plans["preskip+value-embed"].size.parameters == target.parameters + tables
+    assert plans["preskip+value-embed"].size.flops_per_token == target.flops_per_token + 2 * 3 * 4 * 12
+    assert plans["preskip+value-embed"].facts["budget"] == "larger"
+    wide = plans["value-embed"]
+    assert wide.size.parameters == base.parameters + tables + 5 * 3 * 128 * (wide.mlp_width - 344)
+    for arm in ("value-embed", "base-wide+canon-a"):
+        assert abs(plans[arm].size.parameters - target.parameters) <= 5 * 3 * 128 / 2
+        assert plans[arm].matched == "parameters"
+
+
+def test_a_table_that_the_branch_cannot_pay_for_is_refused():
+    with pytest.raises(
+        PreskipError, match=r"arm value-embed: one table of values has 6,4\d\d,\d{3} weights, more than"
+    ):
+        plan_arms(config(overrides={"vocab_size": 50_304}, arms=("value-embed",)), TOKENIZER)
 
 
 def test_every_arm_trains_on_the_asked_tokens_but_the_iso_flop_one(plans):
@@ -163,12 +196,14 @@ def test_other_architectures_are_matched_too(arch, tmp_path):
 
 
 def test_base_and_preskip_begin_with_the_same_weights():
-    plans = plan_arms(config(overrides={"num_hidden_layers": 1}), TOKENIZER)
+    arms = ("base", "preskip", "canon", "preskip+canon-a")
+    plans = plan_arms(config(overrides={"num_hidden_layers": 1}, arms=arms), TOKENIZER)
     run = config(device="cpu")
-    base, ours = (build_model(run, plans[arm], seed=7).state_dict() for arm in ("base", "preskip"))
-    assert base.keys() < ours.keys()
-    for name, tensor in base.items():
-        assert torch.equal(tensor, ours[name]), name
+    base, *others = (build_model(run, plans[arm], seed=7).state_dict() for arm in arms)
+    for ours in others:
+        assert base.keys() < ours.keys()
+        for name, tensor in base.items():
+            assert torch.equal(tensor, ours[name]), name
     other = build_model(run, plans["base"], seed=8).state_dict()
     assert not torch.equal(other["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
 

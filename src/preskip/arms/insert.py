@@ -16,7 +16,8 @@ from preskip.adapter.norms import float32_norms
 from preskip.arms.arm import Arm, ArmContext
 from preskip.arms.budget import TOLERANCE
 from preskip.errors import PreskipError
-from preskip.peers.insert import attach_peers, detach_peers, save_peers
+from preskip.peers.insert import attach_peers, detach_peers, peer_weights, save_peers
+from preskip.peers.place import PeerModule
 
 
 @dataclass(kw_only=True)
@@ -57,8 +58,11 @@ class Inserted:
         and norms of weights (DoRA) are not counted.
         """
         added = 0
+        if self.peers:
+            added += sum(module.flops_per_token for module in self.model.modules() if isinstance(module, PeerModule))
+        beside = {id(weight) for weight in peer_weights(self.model).values()}
         for name, weight in self.trainable.items():
-            if name not in self.own and "ln_tuning_layers" not in name:
+            if name not in self.own and "ln_tuning_layers" not in name and id(weight) not in beside:
                 added += (2 if weight.dim() > 1 and min(weight.shape) > 1 else 1) * weight.numel()
         return added
 

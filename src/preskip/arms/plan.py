@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -148,17 +148,19 @@ class Planner:
         settings, d = replace(self.settings, **changes), self.plain.hidden_size
         if match and changes:
             settings = nearest_expansion(settings, self.settings.cost(d).parameters, [d])
-        return self._with_branch(settings)
+        return self._with_branch(self.plain, settings)
 
-    def _with_branch(self, settings: BranchSettings, **more: Any) -> PreTrainedConfig:
+    def _with_branch(
+        self, plain: PreTrainedConfig, settings: BranchSettings | None = None, **more: Any
+    ) -> PreTrainedConfig:
         kind = architecture(self.plain.model_type).config
         layers = None if self.layers is None else list(self.layers)
         values = {"preskip_skip_position": self.skip_position, "preskip_layers": layers, **more}
-        return with_branch(kind, self.plain, settings, **values)
+        return with_branch(kind, plain, settings or self.settings, **values)
 
     def wider(self) -> PreTrainedConfig:
         """The plain model with an MLP so wide that the weights come nearest to preskip's."""
-        return self._grown(_width_field(self.plain), _mlp_width(self.plain), least=0)
+        return self._widened(lambda config: config)
 
     def peers(self, peers: Mapping[str, Mapping[str, Any]], *, branch: bool = False) -> PreTrainedConfig:
         """The architecture with peers in every block (`preskip.peers`).
@@ -171,21 +173,55 @@ class Planner:
             PreskipError: peers that do not fit the architecture, or leave no weights for the branch.
         """
         if not branch:
-            return self._with_branch(self.settings, preskip_layers=[], preskip_peers=peers)
+            return self._with_branch(self.plain, preskip_layers=[], preskip_peers=peers)
         more = self.size(self.peers(peers)).parameters - self.size(self.plain).parameters
         d, count = self.plain.hidden_size, len(self.layers or range(self.plain.num_hidden_layers))
         settings = nearest_expansion(self.settings, self.settings.cost(d).parameters - more // count, [d])
-        return self._with_branch(settings, preskip_peers=peers)
+        return self._with_branch(self.plain, settings, preskip_peers=peers)
+
+    def wider_with(self, peers: Mapping[str, Mapping[str, Any]]) -> PreTrainedConfig:
+        """The architecture with peers in every block, its MLP so wide that the weights come nearest to preskip's."""
+        return self._widened(lambda config: self._with_branch(config, preskip_layers=[], preskip_peers=peers))
+
+    def value_embed(self, *, branch: bool = False) -> PreTrainedConfig:
+        """The architecture with tables of values in every second layer, from the last one on.
+
+        Without the branch it has as many whole tables as the branch has weights for, and the MLP takes the rest.
+
+        Args:
+            branch: with preskip's branch, and as many tables.
+
+        Raises:
+            PreskipError: one table has more weights than the branch.
+        """
+        last = self.plain.num_hidden_layers - 1
+        count = self.size(self.plain).parameters
+        one = self.size(self.peers({"value-embed": {"layers": [last]}})).parameters - count
+        budget = self.target.parameters - count
+        layers = list(range(last, -1, -2))[: budget // one]
+        if not layers:
+            raise PreskipError(
+                f"one table of values has {one:,} weights, more than the branch's {budget:,}: give fewer tokens with "
+                "--vocab-size, or leave the arm out"
+            )
+        peers = {"value-embed": {"layers": sorted(layers)}}
+        return self._with_branch(self.plain, preskip_peers=peers) if branch else self.wider_with(peers)
 
     def deeper(self) -> PreTrainedConfig:
         """The plain model with as many layers as come nearest to preskip's weights, at least one more."""
-        return self._grown("num_hidden_layers", self.plain.num_hidden_layers, least=1)
+        return self._grown("num_hidden_layers", self.plain.num_hidden_layers, lambda config: config, least=1)
 
-    def _grown(self, field: str, value: int, *, least: int) -> PreTrainedConfig:
-        count = self.size(self.plain).parameters
-        per_unit = self.size(self._changed(**{field: value + 1})).parameters - count
+    def _widened(self, make: Callable[[PreTrainedConfig], PreTrainedConfig]) -> PreTrainedConfig:
+        return self._grown(_width_field(self.plain), _mlp_width(self.plain), make, least=0)
+
+    def _grown(
+        self, field: str, value: int, make: Callable[[PreTrainedConfig], PreTrainedConfig], *, least: int
+    ) -> PreTrainedConfig:
+        """What is made of the plain model with so much more of a field that the weights come nearest to preskip's."""
+        count = self.size(make(self.plain)).parameters
+        per_unit = self.size(make(self._changed(**{field: value + 1}))).parameters - count
         more = round((self.target.parameters - count) / per_unit)
-        return self._changed(**{field: value + max(least, more)})
+        return make(self._changed(**{field: value + max(least, more)}))
 
     def _changed(self, **changes: Any) -> PreTrainedConfig:
         overrides = {**self.overrides, **changes}

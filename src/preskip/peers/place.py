@@ -28,6 +28,11 @@ class PeerModule(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def flops_per_token(self) -> int:
+        """Forward FLOPs that it adds: 2 per weight of its own matrices, 1 per multiplication with a factor beside."""
+        return sum(2 * weight.numel() for weight in self.parameters(recurse=False) if weight.ndim > 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:

@@ -86,13 +86,15 @@ class Tokens:
 
     Attributes:
         ids: token ids [B, T], or None where the pass was given embeddings.
-        first_value: the values of the first layer, for `preskip.peers.value_residual`.
+        first_value: the values of the first layer [B, T, W], for `preskip.peers.value_residual`.
+        first_has_graph: whether gradients were recorded when they were computed.
     """
 
     def __init__(self, config: Any) -> None:
         self.config = config
         self.ids: torch.Tensor | None = None
         self.first_value: torch.Tensor | None = None
+        self.first_has_graph = False
         self.handles: list[Any] = []
         self._given: tuple[Any, Any, int, torch.device] = (None, None, 0, torch.device("cpu"))
         self._reach: torch.Tensor | None = None
