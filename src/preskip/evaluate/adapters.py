@@ -13,6 +13,7 @@ import preskip.adapter  # noqa: F401 - registers the PEFT method
 from preskip.adapter.norms import float32_norms
 from preskip.data.tokenizer import load_tokenizer
 from preskip.errors import PreskipError, explained
+from preskip.peers.insert import SETTINGS, load_peers
 from preskip.runs.files import read_json
 from preskip.runs.weights import ADAPTER_CONFIG, PEFT_TYPE, adapter_folders
 
@@ -27,15 +28,20 @@ def load_adapter(base: nn.Module, folder: Path) -> Any:
 
     Args:
         base: the model that the adapter was trained on; it is changed in place.
-        folder: as `adapter_folders` takes it, with safetensors weights.
+        folder: as `adapter_folders` takes it, with safetensors weights, or as `preskip.peers.insert.save_peers` has
+            written it.
 
     Returns:
-        The PEFT model in evaluation mode, on the base's device; of stacked adapters the last one's.
+        The PEFT model in evaluation mode, on the base's device; of stacked adapters the last one's; the base itself
+        with peers.
 
     Raises:
         PreskipError: no adapter there, an unknown type, or one that does not fit the model in every tensor.
     """
     parts = adapter_folders(folder)
+    if not parts and (folder / SETTINGS).is_file():
+        load_peers(base, folder)
+        return base.eval()
     if not parts:
         raise PreskipError(f"adapter {folder} has no {ADAPTER_CONFIG}: give a folder saved with save_pretrained")
     model: Any = None

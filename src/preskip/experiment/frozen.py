@@ -30,6 +30,7 @@ from preskip.experiment.heldout import LAST_WORD, load_corpora, local_data, prep
 from preskip.experiment.measured import finite, measured
 from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
 from preskip.experiment.probe_options import ProbeConfig
+from preskip.peers.tokens import Tails
 from preskip.progress import progress_bar, progress_display, spinner
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.runs.files import clear_disk_errors, sync_tree
@@ -264,7 +265,7 @@ def cache_bytes(model: nn.Module, tokens: int = 16) -> float | None:
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = (torch.arange(tokens, device=next(model.parameters()).device)[None] + 2) % rows
     cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", None)
+    layers = [layer for layer in getattr(cache, "layers", None) or () if not isinstance(layer, Tails)]
     if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
         return None
     held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
