@@ -198,7 +198,8 @@ def test_every_arm_meets_the_budget_starts_as_the_base_trains_and_leaves_no_trac
         inserted.model(input_ids=ids, labels=ids).loss.backward()
         moved = [p for p in inserted.trainable.values() if p.grad is not None and p.grad.abs().sum() > 0]
         assert moved
-        late = {"3"} if name.startswith("preskip-late") else {"0", "1", "2", "3"}
+        is_late = name.startswith(("preskip-late", "preskip-third"))  # the last of four layers, either way
+        late = {"3"} if is_late else {"0", "1", "2", "3"}
         late -= {"0"} if name == "value-residual" else set()  # whose values the others get
         assert {key.split(".layers.")[1][0] for key in inserted.trainable if ".layers." in key} == late
         with torch.no_grad():
@@ -253,10 +254,8 @@ def test_counted_sizes():
     """Written-out counts for a width of 64, 4 layers, q and o of 64 x 64, k and v of 64 x 32, MLP of 64 x 64."""
     base = tiny_llama(hidden_size=64, num_hidden_layers=4)
     counts = {}
-    for name in ("skip", "layernorm", "ia3", "full", "preskip-late-narrow", "preproj+lora"):
-        with insert(ARMS[name], context_for(base), seed=0) as inserted:
-            counts[name] = (inserted.parameters, inserted.flops_per_token)
-    for name in ("canon", "value-residual"):
+    cheap = ("skip", "preskip-late-narrow", "preskip-third-narrow", "preskip-lowrank-narrow", "preskip-bottleneck")
+    for name in (*cheap, "layernorm", "ia3", "full", "preproj+lora", "canon", "value-residual"):
         with insert(ARMS[name], context_for(base), seed=0) as inserted:
             counts[name] = (inserted.parameters, inserted.flops_per_token)
     assert counts["canon"] == (4 * 4 * (64 + 128 + 64 + 128), 4 * 8 * (64 + 128 + 64 + 128))
@@ -266,6 +265,9 @@ def test_counted_sizes():
     assert counts["ia3"] == (4 * (32 + 32 + 64), 4 * (32 + 32 + 64))
     assert counts["full"] == (sum(p.numel() for p in base.parameters()), 0)
     assert counts["preskip-late-narrow"] == (int(3.5 * 64**2), (7 * 64**2))
+    assert counts["preskip-third-narrow"] == counts["preskip-late-narrow"]  # one of four layers, either way
+    assert counts["preskip-lowrank-narrow"][0] == 4 * (2 * 80 * 64 + 2 * 8 * 64)
+    assert counts["preskip-bottleneck"] == (4 * (2 * 16 * 64 + 2 * 8 * 64), 2 * 4 * (2 * 16 * 64 + 2 * 8 * 64))
     budget = int(3.5 * 64**2) * 4
     assert counts["preproj+lora"][0] == pytest.approx(budget, rel=0.005)
 

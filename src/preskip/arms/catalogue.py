@@ -16,10 +16,12 @@ from preskip.errors import PreskipError
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-# The share of layers, from the top, that the arms preskip-late adapt.
-LATE = 0.25
-# Rank of the skip in the arm preskip-lowrank, as a share of the width.
+# The share of layers, from the top, that the arms preskip-late and preskip-third-narrow adapt.
+LATE, THIRD = 1 / 4, 1 / 3
+# Rank of the skip in the arms preskip-lowrank and preskip-bottleneck, as a share of the width.
 LOW_RANK = 1 / 8
+# Expansion of the arm preskip-bottleneck.
+BOTTLENECK = 1 / 4
 # rsLoRA scales by alpha / √rank; alpha is PEFT's usual one, since it is not to grow with the rank.
 RSLORA_ALPHA = 16
 # Arms whose rank is open where nothing is matched.
@@ -47,14 +49,14 @@ def _branch(
     return config
 
 
-def _late(context: ArmContext, *, match: bool = True) -> PeftConfig:
-    count = max(1, round(LATE * len(context.targets)))
+def _late(context: ArmContext, *, share: float = LATE, match: bool = True) -> PeftConfig:
+    count = max(1, round(share * len(context.targets)))
     return _branch(context, match=match, targets=context.targets[-count:])
 
 
-def _low_rank(context: ArmContext) -> PeftConfig:
+def _low_rank(context: ArmContext, *, match: bool = True, **changes: Any) -> PeftConfig:
     d = target_width(context.base, context.targets[0])
-    return _branch(context, content_skip=True, skip_rank=max(1, int(LOW_RANK * d)))
+    return _branch(context, match=match, content_skip=True, skip_rank=max(1, int(LOW_RANK * d)), **changes)
 
 
 def _lora(context: ArmContext, arm: str, *, part: str = "all", budget: int | None = None, **options: Any) -> PeftConfig:
@@ -257,12 +259,33 @@ REGISTRY = (
         5e-4,
         make_config=_low_rank,
     ),
+    Arm(
+        "preskip-lowrank-narrow",
+        "preskip with a skip of rank d/8, as wide as in preskip",
+        5e-4,
+        make_config=partial(_low_rank, match=False),
+        budget="smaller",
+    ),
+    Arm(
+        "preskip-bottleneck",
+        "preskip with an inner width of d/4 and a skip of rank d/8",
+        5e-4,
+        make_config=partial(_low_rank, match=False, preprojection=True, expansion=BOTTLENECK),
+        budget="smaller",
+    ),
     Arm("preskip-late", "preskip in the last quarter of the adapted layers, wider to match", 5e-4, make_config=_late),
     Arm(
         "preskip-late-narrow",
         "preskip in the last quarter of the adapted layers, as wide as in preskip",
         5e-4,
         make_config=partial(_late, match=False),
+        budget="smaller",
+    ),
+    Arm(
+        "preskip-third-narrow",
+        "preskip in the last third of the adapted layers, as wide as in preskip",
+        5e-4,
+        make_config=partial(_late, share=THIRD, match=False),
         budget="smaller",
     ),
     Arm(
