@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from preskip import PreskipError
+
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "results" / "standard-wikitext2"
 
@@ -29,23 +31,29 @@ def script():
 
 def test_cost_and_quality_of_each_form(script):
     results = json.loads((RUN / "results.json").read_text())
-    price = {
-        "comparisons": [{"set": "wikitext2", "metric": "bits_per_byte", "difference": 0.001, "low": 0, "high": 0.002}]
-    }
-    found = {point["arm"]: point for point in script.points(BENCH, results, "wikitext2", price)}
+    price = {"set": "wikitext2", "metric": "bits_per_byte", "arm": "preskip-int8", "reference": "none"}
+    results["comparisons"].append({**price, "difference": -0.1, "low": -0.2, "high": -0.05})
+    found = {point["arm"]: point for point in script.points(BENCH, results, "wikitext2")}
     assert set(found) == {"base", "preskip", "LoRA, merged", "skip", "preskip, int8"}
     assert (found["base"]["x"], found["base"]["y"]) == (1.0, 0.0)
     assert (found["preskip"]["x"], found["LoRA, merged"]["x"]) == (1.2, 1.0)
     assert found["preskip"]["y"] == pytest.approx(-0.1035, abs=1e-4)
-    assert found["preskip, int8"]["y"] == pytest.approx(found["preskip"]["y"] + 0.001)
-    with pytest.raises(ValueError, match="does not compare bits per byte on 'news'"):
-        script.points(BENCH, results, "news", None)
+    assert found["preskip, int8"] == {
+        "arm": "preskip, int8", "x": 1.1, "x_low": 1.09, "x_high": 1.11, "y": -0.1, "y_low": -0.2, "y_high": -0.05,
+    }  # fmt: skip
+    with pytest.raises(PreskipError, match="bits per byte on 'news' are not compared"):
+        script.points(BENCH, results, "news")
+    with pytest.raises(PreskipError, match="name one with --set"):
+        script.points(BENCH, results)
+    with pytest.raises(PreskipError, match="no decoding"):
+        script.points({"work": []}, results, "wikitext2")
 
 
 def test_it_is_drawn(script, tmp_path, monkeypatch):
     pytest.importorskip("vl_convert")
     (tmp_path / "bench.json").write_text(json.dumps(BENCH))
-    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "cost.svg"), str(tmp_path / "bench.json"), str(RUN)])
+    files = [str(tmp_path / "cost.svg"), str(tmp_path / "bench.json"), str(RUN / "results.json")]
+    monkeypatch.setattr(sys, "argv", ["x", *files, "--set", "wikitext2"])
     script.main()
     svg = (tmp_path / "cost.svg").read_text()
     for word in ("base", "LoRA, merged", "preskip", "Time per decoded token"):

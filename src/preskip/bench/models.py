@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters
 from preskip.attach import CHILD
 from preskip.baking import bake
+from preskip.bench.settings import CHEAP
 from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
 from preskip.optimizing import optimize
@@ -112,8 +113,7 @@ class Rows:
         self.targets = attention_paths(base)
         self.made: dict[str, Any] = {}
         if adapter is None:
-            self.settings = BranchSettings()
-            self.budget = branch_parameters(base, self.settings, self.targets)
+            self.budget = branch_parameters(base, BranchSettings(), self.targets)
         else:
             model = self._model("adapter")
             weights = [p for name, p in model.named_parameters() if f".{CHILD}." in name]
@@ -152,43 +152,23 @@ class Rows:
             name = "adapter"
         if name not in self.made:
             make = {"base": lambda: self.base, "adapter": self._adapter, "baked": self._baked, "lora": self._lora,
-                    "lora-merged": self._merged, "int8": self._int8}.get(name, lambda: self._cheap(name))  # fmt: skip
-            self.made[name] = make().eval()
+                    "lora-merged": self._merged, "int8": self._int8}  # fmt: skip
+            self.made[name] = (self._branches(CHEAP[name]) if name in CHEAP else make[name]()).eval()
         return self.made[name]
 
     def _adapter(self) -> Any:
         if self.folder is None:
-            return self._branches(self.settings)
+            return self._branches("preskip")
         from preskip.evaluate.adapters import load_adapter
 
         return load_adapter(sharing(self.base), self.folder)
 
-    def _branches(self, settings: BranchSettings, layers: list[int] | None = None) -> Any:
-        """The base with random branches that change its logits."""
-        from dataclasses import asdict
-
+    def _branches(self, arm: str) -> Any:
+        """The base with an arm's branches, filled so that they change its logits."""
         from peft import get_peft_model
 
-        from preskip.adapter import PreskipConfig
-
-        config = PreskipConfig(**asdict(settings), layers_to_transform=layers)
-        model = get_peft_model(sharing(self.base), config)
-        return _filled(model, f".{CHILD}.")
-
-    def _cheap(self, name: str) -> Any:
-        d, layers = self.base.config.get_text_config().hidden_size, len(self.targets)
-        full = BranchSettings()
-        if name.startswith("last-"):
-            share = {"last-third": 3, "last-quarter": 4}[name]
-            return self._branches(full, list(range(layers - max(1, round(layers / share)), layers)))
-        rank = max(1, d // 8)
-        return self._branches(
-            {
-                "low-rank": replace(full, skip_rank=rank),
-                "bottleneck": replace(full, expansion=0.25, skip_rank=rank),
-                "skip": replace(full, preprojection=False),
-            }[name]
-        )
+        (config,) = ARMS[arm].configs(self._context())
+        return _filled(get_peft_model(sharing(self.base), config), f".{CHILD}.")
 
     def _baked(self) -> Any:
         return self._from_file("baked")

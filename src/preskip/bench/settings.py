@@ -22,6 +22,14 @@ ROWS = {
     "last-quarter": "branches in the last quarter of the layers, after preskip.optimize",
     "skip": "the linear skip alone, after preskip.optimize",
 }
+# Rows that are arms of a probe, too, where their quality is measured.
+CHEAP = {
+    "low-rank": "preskip-lowrank-narrow",
+    "bottleneck": "preskip-bottleneck",
+    "last-third": "preskip-third-narrow",
+    "last-quarter": "preskip-late-narrow",
+    "skip": "skip",
+}
 COMPILED = tuple(name for name in ROWS if name.endswith("-compiled"))
 WORK = ("prefill", "decode", "scoring", "training")
 CACHES = ("dynamic", "static", "quantized")
