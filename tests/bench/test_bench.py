@@ -138,16 +138,49 @@ def test_caches_of_other_sizes_are_an_error(monkeypatch):
         bench(base(), settings("base", "adapter", work=WORK[:1]), LIMITS)
 
 
+def test_the_float32_reference_is_made_without_another_copy_in_the_dtype_of_the_base():
+    model = base()
+    model.model.layers[1].self_attn.q_proj.float()  # as a branch's weights beside a bfloat16 base
+    found = models.sharing(model, float32=True)
+    ours, theirs = dict(found.named_parameters()), dict(model.named_parameters())
+    assert {p.dtype for p in ours.values()} == {torch.float32}
+    assert all(torch.equal(p, theirs[name].float()) for name, p in ours.items())
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    shared = "model.layers.1.self_attn.q_proj.weight"
+    assert [name for name, p in ours.items() if p.data_ptr() == theirs[name].data_ptr()] == [shared]
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_shape_too_large_for_this_machine_is_refused_before_it_is_made(monkeypatch, capsys):
+    monkeypatch.setattr(models, "free_memory", lambda device: 6 * 2**30)
+    monkeypatch.setattr(models, "_SHARE_OF_MEMORY", 1.0)
+    made: list[torch.device] = []
+    real = AutoModelForCausalLM.from_config
+
+    def from_config(*args, **more):
+        made.append(torch.get_default_device())
+        return real(*args, **more)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", from_config)
+    monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
+    assert preskip("bench", "--model-shape", "llama-3-8b", "--dtype", "bfloat16", "--json") == 1
+    assert {device.type for device in made} == {"meta"}
+    told = capsys.readouterr().err
+    assert "one layer of this shape takes 11.7 GiB with its 11 rows, and 6.0 GiB may be used" in " ".join(told.split())
+
+
 def test_what_does_not_fit_has_fewer_layers_and_its_limits_are_scaled(monkeypatch):
     config = AutoConfig.for_model("llama", **{**SIZES, "num_hidden_layers": 12})
     layer = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96 + 2 * 64)
     rest = 2 * (96 * 64 + 64)
-    monkeypatch.setattr(models, "free_memory", lambda device: 4 / 0.8 * (rest + 5.5 * layer))
-    model, asked = random_base(config, torch.bfloat16, torch.device("cpu"))
+    own = layer + 2 * 3 * int(3.5 * 64**2)  # merged LoRA's, and of two rows
+    monkeypatch.setattr(models, "free_memory", lambda device: (4 * rest + 5.5 * (4 * layer + own)) / 0.8)
+    model, asked = random_base(config, torch.bfloat16, torch.device("cpu"), 2)
     assert (model.config.num_hidden_layers, asked) == (5, 12)
+    assert random_base(config, torch.bfloat16, torch.device("cpu"), 20)[0].config.num_hidden_layers < 5
     monkeypatch.setattr(models, "free_memory", lambda device: layer)
-    with pytest.raises(PreskipError, match="one layer of this shape needs"):
-        random_base(config, torch.bfloat16, torch.device("cpu"))
+    with pytest.raises(PreskipError, match=r"one layer of this shape takes .* with its 2 rows"):
+        random_base(config, torch.bfloat16, torch.device("cpu"), 2)
     found = bench(model, settings("base", "adapter", work=WORK[:1]), LIMITS, layers=12)
     assert found["layers"] == {"measured": 5, "of": 12}
     entry = found["work"][0]["rows"]["base"]

@@ -22,8 +22,11 @@ from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
 from preskip.optimizing import optimize
 
-# Rows, their own weights, the float32 reference and what is being computed, in bases.
+# Of the base: itself, the float32 reference, and what is being computed, saved or loaded; in bases.
 _COPIES = 4.0
+# A row's own weights per weight of a full branch: 8 of a lone optimised one (float32, a copy as it computes, a packed
+# one), but most rows share these, and the base has none.
+_BYTES_PER_WEIGHT = 3
 _SHARE_OF_MEMORY = 0.8
 
 
@@ -53,8 +56,14 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def random_base(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[Any, int]:
+def random_base(config: Any, dtype: torch.dtype, device: torch.device, rows: int) -> tuple[Any, int]:
     """A random model of a config, with as many of its layers as fit beside the rows made of it.
+
+    Args:
+        config: of a causal language model.
+        dtype: of its weights.
+        device: where to make it.
+        rows: how many there will be.
 
     Returns:
         The model in evaluation mode, and the number of layers that the config asks for.
@@ -66,12 +75,16 @@ def random_base(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[
 
     asked = config.num_hidden_layers
     with torch.device("meta"):
-        sizes = [_bytes(AutoModelForCausalLM.from_config(_with_layers(config, n), dtype=dtype)) for n in (1, 2)]
-    room = _SHARE_OF_MEMORY * free_memory(device) / _COPIES
-    layers = min(asked, 1 + math.floor((room - sizes[0]) / (sizes[1] - sizes[0])))
+        one, two = (_bytes(AutoModelForCausalLM.from_config(_with_layers(config, n), dtype=dtype)) for n in (1, 2))
+    layer = two - one
+    branch = BranchSettings().cost(config.get_text_config().hidden_size).parameters
+    more = layer + rows * _BYTES_PER_WEIGHT * branch  # merged LoRA has layers of its own
+    first, room = _COPIES * one + more, _SHARE_OF_MEMORY * free_memory(device)
+    layers = min(asked, 1 + math.floor((room - first) / (_COPIES * layer + more)))
     if layers < 1:
         raise PreskipError(
-            f"one layer of this shape needs {_COPIES * sizes[0] / 2**30:.1f} GiB with its rows: more than fits"
+            f"one layer of this shape takes {first / 2**30:.1f} GiB with its {rows} rows, and {room / 2**30:.1f} GiB "
+            "may be used: compare fewer --rows, or free memory"
         )
     torch.manual_seed(0)
     with device:
@@ -90,10 +103,17 @@ def _bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def sharing(model: Any, own: Iterable[str] = ()) -> Any:
-    """A copy of a model on the same tensors, but for the weights of the modules named in `own`."""
+def sharing(model: Any, own: Iterable[str] = (), *, float32: bool = False) -> Any:
+    """A copy of a model on the same tensors, but for the weights of the modules named in `own`.
+
+    With `float32` what has another dtype is converted, without a copy in its own dtype in between.
+    """
     apart = {id(p) for name in own for p in model.get_submodule(name).parameters()}
     memo: dict[int, Any] = {id(p): p for p in model.parameters() if id(p) not in apart}
+    if float32:
+        memo = {key: nn.Parameter(p.float(), requires_grad=p.requires_grad) if p.dtype != torch.float32 else p
+                for key, p in memo.items()}  # fmt: skip
+        return copy.deepcopy(model, memo).float()
     return copy.deepcopy(model, memo)
 
 
@@ -142,8 +162,7 @@ class Rows:
 
     def reference(self, kind: str) -> Any:
         """The model of a kind in float32, with attention written out: what the logits of its rows are held against."""
-        model = sharing(self._model(kind))
-        model = model if self.dtype == torch.float32 else copy.deepcopy(model).float()
+        model = sharing(self._model(kind), float32=True)
         (model.get_base_model() if hasattr(model, "get_base_model") else model).set_attn_implementation("eager")
         return model.eval()
 
