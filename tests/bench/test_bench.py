@@ -183,6 +183,10 @@ def test_what_does_not_fit_has_fewer_layers_and_its_limits_are_scaled(monkeypatc
         random_base(config, torch.bfloat16, torch.device("cpu"), 2)
     found = bench(model, settings("base", "adapter", work=WORK[:1]), LIMITS, layers=12)
     assert found["layers"] == {"measured": 5, "of": 12}
+    whole = AutoModelForCausalLM.from_config(config)
+    assert found["rows"]["base"]["weights"] == whole.num_parameters()
+    assert found["rows"]["adapter"]["weights"] - whole.num_parameters() == 12 * int(3.5 * 64**2)
+    assert found["rows"]["base"]["weight_bytes_read"] == pytest.approx(2 * whole.num_parameters(), rel=1e-2)
     entry = found["work"][0]["rows"]["base"]
     assert entry["seconds_owed_by_all_layers"] / entry["seconds_owed"] == pytest.approx(12 / 5, rel=0.05)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def bench(
         torch.compiler.reset()
         gc.collect()
     return {
-        "rows": {name: _row_facts(row, counts[name].scaled(factor)) for name, row in rows.items()},
+        "rows": {name: _row_facts(row, counts[name], factor) for name, row in rows.items()},
         "left_out": left_out,
         "layers": {"measured": base.config.get_text_config().num_hidden_layers, "of": layers or None},
         "limits": {
@@ -261,11 +262,16 @@ def _quartiles(name: str, values: np.ndarray) -> dict[str, float]:
     return {name: float(middle), f"{name}_low": float(low), f"{name}_high": float(high)}
 
 
-def _row_facts(row: Row, counts: Counts) -> dict[str, Any]:
+def _row_facts(row: Row, counts: Counts, factor: float) -> dict[str, Any]:
+    """Counts of all layers, where `factor` times as many are counted as the row has; load time and files of its own."""
+    full = counts.scaled(factor)
+    weights = 0.0
+    for name, tensor in (*row.model.named_parameters(), *row.model.named_buffers()):
+        if isinstance(tensor, torch.nn.Parameter) or tensor.dtype == torch.int8:
+            weights += tensor.numel() * (factor if re.search(r"\.\d+\.", name) else 1.0)
     return {
-        "weights": sum(p.numel() for p in row.model.parameters())
-        + sum(b.numel() for b in row.model.buffers() if b.dtype == torch.int8),
-        "weight_bytes_read": counts.weight_bytes,
-        "flops_per_token": 2 * (counts.body + counts.head),
+        "weights": round(weights),
+        "weight_bytes_read": full.weight_bytes,
+        "flops_per_token": 2 * (full.body + full.head),
         **row.facts,
     }

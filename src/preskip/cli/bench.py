@@ -170,8 +170,8 @@ def print_bench(result: dict[str, Any]) -> None:
             f"{row['weights'] / 1e6:,.1f}M",
             f"{row['weight_bytes_read'] / 1e6:,.1f}",
             f"{row['flops_per_token'] / 1e9:.3f}",
-            f"{load:.2f}" if load is not None else "–",
-            f"{size / 1e6:,.1f}" if size is not None else "–",
+            f"{load:.2f}" if load is not None and not is_scaled else "–",
+            f"{size / 1e6:,.1f}" if size is not None and not is_scaled else "–",
         )
     print_table(table, notes, [f"{name}: {reason}" for name, reason in result["left_out"].items()])
     for work in result["work"]:
@@ -189,7 +189,8 @@ def print_bench(result: dict[str, Any]) -> None:
             )
         caches = {entry["cache_bytes"] for entry in work["rows"].values() if entry["cache_bytes"]}
         lines = [f"{name}: {reason}" for name, reason in work["left_out"].items()]
-        notes = [f"K/V cache of every row: {', '.join(f'{size / 1e6:,.2f} MB' for size in sorted(caches))}"]
+        of = "the measured layers of every row" if is_scaled else "every row"
+        notes = [f"K/V cache of {of}: {', '.join(f'{size / 1e6:,.2f} MB' for size in sorted(caches))}"]
         console().print(work["title"], style="bold", highlight=False)
         print_table(table, notes if caches else (), lines)
     _say_how_to_read(result)
