@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,7 @@ from preskip.experiment.heldout import LAST_WORD, load_corpora, local_data, prep
 from preskip.experiment.measured import finite, measured
 from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
 from preskip.experiment.probe_options import ProbeConfig
+from preskip.experiment.reuse import Reuse
 from preskip.peers.tokens import Tails
 from preskip.progress import progress_bar, progress_display, spinner
 from preskip.runs.directory import Cell, RunDirectory
@@ -51,6 +52,7 @@ class Frozen(Prepared):
         base: the untouched model.
         context: what arms depend on.
         blocks: gives the training blocks [N, seq_len] of a seed, the same for every arm.
+        reuse: what the arms reuse of the base's first layers.
     """
 
     options = ProbeConfig
@@ -60,6 +62,7 @@ class Frozen(Prepared):
     base: nn.Module
     context: ArmContext
     blocks: Callable[[int], np.ndarray]
+    reuse: Reuse
 
     @classmethod
     def prepare(cls, run: RunDirectory, config: ProbeConfig, quiet: bool, crew: Crew) -> tuple[Frozen, Facts]:
@@ -88,13 +91,17 @@ class Frozen(Prepared):
                 f"{longest} tokens exceed the model's context of {limit}: lower --seq-len/--context-length"
             )
         arms = resolve_arms(config.arms)
+        checksum = source.sha256 or source.revision or source.path_or_id
+        reuse = Reuse(run, config, base, checksum, quiet)
         try:
             context = _context(config, base)
-            described = {arm.name: _arm_facts(arm, context, config) for arm in arms}
+            described = {arm.name: _arm_facts(arm, context, config, reuse) for arm in arms}
         except PreskipError as error:
             raise PreskipError(_in_options(str(error))) from None
         with spinner("preparing the held-out texts", quiet=quiet):
             heldout = prepare_heldout(config, corpora, tokenizer, limit, local_data(config, directory), quiet)
+        for arm, reused in reuse.settled(heldout).items():
+            described[arm]["reuse"] = reused
         blocks = _training_blocks(config, splits, tokenizer, quiet)
         prepared = cls(
             run=run,
@@ -107,6 +114,7 @@ class Frozen(Prepared):
             base=base,
             context=context,
             blocks=blocks,
+            reuse=reuse,
         )
         wanted = config.steps * config.batch_size * config.seq_len
         tokens = int(blocks(config.seeds[0]).size)
@@ -130,9 +138,11 @@ class Frozen(Prepared):
             "published": recognise_published(config.model, base.config),
         }
 
-    def build(self, arm: str, seed: int) -> AbstractContextManager[Inserted]:
+    @contextmanager
+    def build(self, arm: str, seed: int) -> Iterator[Inserted]:
         """See `Prepared.build`."""
-        return insert(ARMS[arm], self.context, seed)
+        with insert(ARMS[arm], self.context, seed) as built, self.reuse.active(arm):
+            yield built
 
     def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[StepRow]:
         """See `Prepared.fit`."""
@@ -171,6 +181,8 @@ class Frozen(Prepared):
         if found["depth"] and self.config.ablation_documents:
             with measured(notes, "ablation"):
                 found["ablation"] = finite(self._ablate(built, label))
+        if self.reuse.passes.passes:
+            found["reuse"] = asdict(self.reuse.passes)
         return {**found, "notes": notes}
 
     def _ablate(self, built: Inserted, label: str) -> list[AblationRow]:
@@ -236,7 +248,7 @@ def _training_blocks(config: ProbeConfig, splits: Splits, tokenizer: Any, quiet:
     return blocks_of
 
 
-def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig) -> ArmFacts:
+def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig, reuse: Reuse) -> ArmFacts:
     """What run.json says of an arm; it is inserted once, so that an impossible one is found before training."""
     kept = ("r", "lora_alpha", "layers_to_transform", "skip_position", *asdict(context.settings))
     settings: dict[str, Any] = {}
@@ -245,6 +257,7 @@ def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig) -> ArmFacts:
         settings |= {key: described[key] for key in kept if described.get(key) is not None}
     with insert(arm, context, config.seeds[0]) as inserted:
         trainable, flops = inserted.parameters, inserted.flops_per_token
+        reuse.try_arm(arm.name, inserted)
     return {
         "description": arm.description,
         "learning_rate": config.learning_rate(arm.name),

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Config = ProbeConfig | PretrainConfig
 LAST_WORD = "last_word"
+# Tokens of an item whose windows are not at hand, about those of a passage of LAMBADA.
+ITEM_TOKENS = 100
 # Sets of lm-eval and of the paper's protocol that are WikiText, in-domain where that is trained on.
 WIKITEXT_SETS = {"wikitext", "paper:wikitext"}
 
@@ -65,6 +67,18 @@ class HeldOut:
     paper: PaperItems | None = None
     development: list[TextSet] = field(default_factory=list)
     sets: dict[str, SetFacts] = field(default_factory=dict)
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that are read to score a model, about: the windows of tasks are not at hand."""
+        windows = [window for text in self.texts for window in text.windows] + self.item_windows
+        windows += self.paper.windows if self.paper else []
+        return sum(len(window.input_ids) for window in windows) + ITEM_TOKENS * (self.suite.size if self.suite else 0)
+
+    @property
+    def development_tokens(self) -> int:
+        """Tokens that are read to choose a learning rate."""
+        return sum(len(window.input_ids) for text in self.development for window in text.windows)
 
     def score(
         self,

@@ -17,8 +17,6 @@ from preskip.progress import about
 
 # Work is counted in tokens that are read once; training reads each and goes back through twice the arithmetic.
 TRAINING = 3
-# Tokens of an item whose windows are not at hand, about those of a passage of LAMBADA.
-ITEM_TOKENS = 100
 
 
 class Outlook:
@@ -55,10 +53,7 @@ class Outlook:
 def outlook(prepared: Prepared, cells: Sequence[tuple[str, int]], token_seconds: float | None) -> Outlook:
     """The work of a run: its search, the cells that are still to be computed, its controls."""
     config, heldout = prepared.config, prepared.heldout
-    scored = sum(len(window.input_ids) for text in heldout.texts for window in text.windows)
-    scored += sum(len(window.input_ids) for window in heldout.item_windows)
-    scored += ITEM_TOKENS * (heldout.suite.size if heldout.suite else 0)
-    scored += sum(len(window.input_ids) for window in heldout.paper.windows) if heldout.paper else 0
+    scored = heldout.scored_tokens
 
     def training(arm: str) -> float:
         if not prepared.arms[arm].trains:
@@ -68,14 +63,13 @@ def outlook(prepared: Prepared, cells: Sequence[tuple[str, int]], token_seconds:
 
     work: dict[str, list[float]] = {"cell": [training(arm) + scored for arm, _ in cells]}
     if isinstance(prepared, Frozen):
-        developed = sum(len(window.input_ids) for text in heldout.development for window in text.windows)
         trials = (len(GRID), -(-len(GRID) // 2))
         waiting = [arm for arm in config.arms if config.is_tuned(arm)]
         share = sum(count * rung for count, rung in zip(trials, RUNGS, strict=True))
         work["search"] = [
             0.0
             if (prepared.run.search / arm / "search.json").is_file()
-            else share * training(arm) + sum(trials) * developed
+            else share * training(arm) + sum(trials) * heldout.development_tokens
             for arm in waiting
         ]
         arms = [arm.name for arm in resolve_arms(config.arms) if arm.trains]
@@ -104,7 +98,8 @@ def measured_token(prepared: Prepared, facts: Any) -> float | None:
         for _ in range(2):  # the first makes what later ones find
             started = time.perf_counter()
             with torch.autocast(device.type, getattr(torch, config.dtype), enabled=mixed):
-                loss = model(input_ids=ids, labels=ids).loss
+                # With a cache, as most configurations have it: such a pass reuses nothing of frozen layers.
+                loss = model(input_ids=ids, labels=ids, use_cache=True).loss
             loss.backward()
             seconds = time.perf_counter() - started if not devices else _synchronised(started)
         model.zero_grad(set_to_none=True)

@@ -71,6 +71,7 @@ class ProbeConfig(ExperimentConfig):
     tune_seed: int = option(0, "Seed of the trainings of --lr tune, none of --seeds.", TRAINING)
     development_documents: int = option(24, "Documents per corpus that --lr tune chooses on.", TRAINING, least=2)
     development_words: int = option(100, "Words of each of these.", TRAINING, least=1)
+    reuse_prefix: bool = option(True, "Compute layers before an arm's first trained one once per batch.", TRAINING)
     packing: str = option(
         "packed",
         "packed blocks of running text, or paragraphs, padded or cut (the paper's).",

@@ -7,6 +7,7 @@ the result of an uninterrupted one.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -129,6 +130,7 @@ def finish_run(
                 results["notes"] = notes
         write_json(run.path / "results.json", results)
         now.finish(results)
+    shutil.rmtree(run.prefix, ignore_errors=True)
     return results
 
 

@@ -10,6 +10,7 @@
     RUN/arms/<arm>/seed-<seed>/train.jsonl      one line per optimiser step
     RUN/arms/<arm>/seed-<seed>/items.jsonl      one line per evaluated document or last-word item
     RUN/arms/<arm>/seed-<seed>/cell.json        summary of this arm and seed; written last, it marks them as done
+    RUN/prefix/                                 states of frozen layers while the run lasts (`preskip.train.prefix`)
     RUN/results.json, RUN/report.html
 
 Every file is written beside its place and then renamed, so that a reader sees the old file or the new one, never half.
@@ -181,6 +182,11 @@ class RunDirectory:
     def search(self) -> Path:
         """The folder of the search for learning rates."""
         return self.path / "search"
+
+    @property
+    def prefix(self) -> Path:
+        """The folder of kept states; removed when the run is finished."""
+        return self.path / "prefix"
 
     def control(self, name: str, arm: str, seed: int) -> Cell:
         """The folder of one null or control of the depth picture."""

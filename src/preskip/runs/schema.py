@@ -187,12 +187,29 @@ class ArmCosts(TypedDict):
     tokens: NotRequired[int]  # of the training
 
 
+class ReuseFacts(TypedDict):
+    """What an arm reuses of the frozen base."""
+
+    layers: int  # first layers, before any trained weight
+    training: bool  # whether they are computed once per batch of training
+    scoring: bool  # whether they are computed once per batch that is scored
+    note: NotRequired[str]  # when they are computed in every pass all the same, and why
+
+
+class PassCounts(TypedDict):
+    """Forward passes of a cell."""
+
+    passes: int  # that could reuse the frozen first layers' output, or be kept for others
+    reused: int  # that did
+
+
 class ArmFacts(ArmCosts):
     """An arm as it is prepared."""
 
     description: str
     trainable_parameters: NotRequired[int]  # frozen
     settings: NotRequired[dict[str, Any]]  # frozen: of its adapters' configurations
+    reuse: NotRequired[ReuseFacts]  # frozen; left out where the first layer is trained
     flops_per_token: NotRequired[int]  # from scratch, as all below; the same as forward_flops_per_token
     hidden_size: NotRequired[int]
     layers: NotRequired[int]
@@ -352,6 +369,7 @@ class CellSummary(TypedDict):
     depth: list[DepthRow]  # empty without a branch
     kv_cache_bytes_per_token: NotRequired[float | None]  # frozen; None where the model keeps none
     ablation: NotRequired[list[AblationRow]]  # frozen
+    reuse: NotRequired[PassCounts]  # frozen; left out where nothing could be reused
     tokens: NotRequired[int]  # from scratch, as all below: of the training
     final_eval_loss: NotRequired[float | None]  # nats per token of the development blocks
     tokens_per_second: NotRequired[float]  # median
