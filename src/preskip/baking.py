@@ -183,6 +183,7 @@ def _rebuild(
         preskip_layers=None if len(layers) == len(sites) else layers,
         preskip_keep_float32=keep_float32,
         preskip_adapters={own.name: asdict(own.settings) for own in adapters} if adapters[1:] else None,
+        preskip_first_adapter=adapter.name if adapters[1:] else None,
         preskip_quantize=quantize,
         attn_implementation=base.config._attn_implementation,
     )

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -91,7 +92,32 @@ def test_serving_prints_how_to_ask_and_says_when_the_engine_is_gone(place, capsy
     assert asked["more"] == ["--max-model-len", "64"]
 
 
-@pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm", "as lora", "several"])
+def test_several_adapters_are_models_of_one_server(place, capsys, monkeypatch):
+    """vLLM is told of each as a LoRA that picks its branch; the files are gone with the server."""
+    assert preskip("bake", f"zeal={place / 'adapter'}", f"ash={place / 'adapter'}", place / "both") == 0
+    asked = []
+
+    def stand_in(engine, checkpoint, **options):
+        asked.extend(options["more"])
+        return [sys.executable, "-c", "print('EngineDeadError: dead')"]
+
+    monkeypatch.setattr(server, "command", stand_in)
+    monkeypatch.setattr(server, "is_healthy", lambda url: True)
+    monkeypatch.setattr(command, "serving_problem", lambda: None)
+    more = ["--port", free_port(), "--json", "--engine-args", "--max-model-len 64"]
+    capsys.readouterr()
+    assert preskip("serve", place / "both", *more) == 1
+    shown, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
+    assert (shown["model"], shown["models"]) == ("zeal", ["zeal", "ash", "__base__"])
+    loras = [json.loads(text) for text in asked if text.startswith("{")]
+    assert [one["name"] for one in loras] == ["zeal", "ash"]
+    assert asked[-2:] == ["--max-model-len", "64"]
+    assert not any(Path(one["path"]).exists() for one in loras)
+    assert preskip("serve", place / "both", "--check") == 1
+    assert "holds several adapters: check each of them, baked by itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm", "as lora"])
 def test_what_cannot_be_served_ends_in_one_line(case, place, capsys, monkeypatch):
     monkeypatch.setattr(command, "serving_problem", lambda: "vLLM is not installed: pip install vllm")
     source, more = place / "adapter", ["--engine", "transformers"]
@@ -115,10 +141,6 @@ def test_what_cannot_be_served_ends_in_one_line(case, place, capsys, monkeypatch
     elif case == "as lora":
         more += ["--engine-args", f"--enable-lora --lora-modules a={place / 'adapter'}"]
         words = "is a Preskip adapter, which is no LoRA"
-    elif case == "several":
-        assert preskip("bake", f"a={place / 'adapter'}", f"b={place / 'adapter'}", place / "both") == 0
-        monkeypatch.setattr(command, "serving_problem", lambda: None)
-        source, more, words = place / "both", ["--engine", "vllm"], "none can pick its adapter: use --engine transf"
     elif case == "nothing":
         source, words = place / "model", "is a llama model, which has no branch"
     else:

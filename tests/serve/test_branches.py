@@ -10,7 +10,8 @@ from torch import nn
 
 from preskip import PreskipError
 from preskip.architecture import architecture
-from preskip.serve.branches import check_hooks, put_back
+from preskip.quantizing import Int8Linear, quantize
+from preskip.serve.branches import check_hooks, put_back, with_scales
 from zoo import FAMILIES
 
 IDS = torch.arange(10, 20)[None]
@@ -89,17 +90,27 @@ def test_a_missing_branch_is_refused(layers):
         put_back(served, served.config)
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"preskip_quantize": "int8"}, "bake without --quantize"),
-        ({"preskip_adapters": {"a": {}, "b": {}}}, "holds 2 adapters"),
-    ],
-)
-def test_what_the_engine_cannot_run_is_refused(fields, words):
-    served = model("llama", "llama", **fields)
-    with pytest.raises(PreskipError, match=words):
+def test_several_adapters_without_a_layer_that_tells_them_apart_are_refused():
+    served = model("llama", "llama", preskip_adapters={"a": {}, "b": {}})
+    with pytest.raises(PreskipError, match="holds 2 adapters, which vLLM picks by its LoRA requests: start it with"):
         put_back(served, served.config)
+
+
+def test_int8_matrices_are_multiplied_by_their_scales():
+    layer = Int8Linear(8, 6)
+    wanted = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    layer.weight, layer.scale = quantize(wanted, torch.float32)
+    name = "model.layers.0.self_attn.preskip.up"
+    other = ("model.layers.0.self_attn.q_proj.scale", torch.ones(3))
+    pairs = [(f"{name}.weight", layer.weight), other, (f"{name}.scale", layer.scale)]
+    for given in (pairs, pairs[::-1]):
+        made = dict(with_scales(given))
+        assert made.keys() == {other[0], f"{name}.weight"}
+        x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+        assert torch.allclose(x @ made[f"{name}.weight"].T, layer(x), atol=1e-6)
+        assert (made[f"{name}.weight"] - wanted).abs().max() < 0.02
+    with pytest.raises(PreskipError, match=r"preskip\.up lacks its int8 weights or their scales"):
+        dict(with_scales(pairs[:1]))
 
 
 def test_a_part_of_the_layers_is_counted_by_itself():

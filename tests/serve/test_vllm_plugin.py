@@ -20,8 +20,8 @@ class Stock:
     """The two methods of vLLM's backend that the plug-in overrides, on a plain transformers model."""
 
     def __init__(self, *, vllm_config, prefix=""):
-        self.config, self.pp_group = vllm_config, SimpleNamespace(world_size=1)
-        self.model = architecture("llama").model(vllm_config)
+        self.config, self.pp_group = vllm_config.model_config.hf_config, SimpleNamespace(world_size=1)
+        self.model = architecture("llama").model(self.config)
         self.recursive_replace()
 
     def recursive_replace(self):
@@ -37,7 +37,13 @@ def vllm(monkeypatch):
     registered = {}
 
     class ReplicatedLinear(torch.nn.Linear):
+        """Both the layers that are there and those that the plug-in makes."""
+
         quant_config = None
+
+        def __init__(self, inputs, outputs, *, bias, prefix, return_bias):
+            super().__init__(inputs, outputs, bias=bias)
+            self.prefix = prefix
 
     parts = {
         "vllm": {"ModelRegistry": SimpleNamespace(register_model=registered.__setitem__)},
@@ -61,8 +67,9 @@ def vllm(monkeypatch):
     sys.modules.pop("preskip.serve.vllm_model", None)
 
 
-def tiny():
-    return architecture("llama").config(**FAMILIES["llama"].settings)
+def tiny(*, eager=True, lora=None, **fields):
+    config = architecture("llama").config(**FAMILIES["llama"].settings, **fields)
+    return SimpleNamespace(model_config=SimpleNamespace(hf_config=config, enforce_eager=eager), lora_config=lora)
 
 
 def test_every_architecture_is_registered_once_under_the_names_of_vllms_own_classes(vllm):
@@ -95,6 +102,25 @@ def test_an_engine_without_a_branch_or_hook_is_refused(vllm, monkeypatch):
     monkeypatch.setattr(Stock, "recursive_replace", lambda self: delattr(self.model.layers[0].self_attn, "preskip"))
     with pytest.raises(PreskipError, match="1 of 2 branches"):
         model.TransformersForCausalLM(vllm_config=tiny())
+
+
+def test_int8_branches_and_several_adapters_are_made_ready(vllm, monkeypatch):
+    model = importlib.import_module("preskip.serve.vllm_model")
+    monkeypatch.setattr(model, "_plain", lambda linear, prefix: linear)
+    served = model.TransformersForCausalLM(vllm_config=tiny(preskip_quantize="int8"))
+    up = "layers.0.self_attn.preskip.up"
+    assert type(served.model.get_submodule(up)) is torch.nn.Linear
+    halves = [(f"{up}.weight", torch.ones(2, 2, dtype=torch.int8)), (f"{up}.scale", torch.ones(2))]
+    assert served.load_weights(halves) == {f"{up}.weight"}
+    adapters = {"preskip_adapters": {"a": {}, "b": {}}}
+    served = model.TransformersForCausalLM(vllm_config=tiny(**adapters, lora=object()))
+    picks = {f"model.layers.{layer}.self_attn.preskip.preskip_pick" for layer in (0, 1)}
+    assert {served.model.get_submodule(name.removeprefix("model.")).prefix for name in picks} == picks
+    assert served.load_weights([("a", None)]) == {"a", *(f"{name}.weight" for name in picks)}
+    with pytest.raises(PreskipError, match="does not compile: give vLLM --enforce-eager"):
+        model.TransformersForCausalLM(vllm_config=tiny(**adapters, lora=object(), eager=False))
+    with pytest.raises(PreskipError, match="start it with `preskip serve`"):
+        model.TransformersForCausalLM(vllm_config=tiny(**adapters))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "preskip_layers": None,
     "preskip_keep_float32": False,
     "preskip_adapters": None,
+    "preskip_first_adapter": None,
     "preskip_quantize": None,
     "preskip_peers": None,
 }
@@ -31,6 +32,7 @@ _TYPES: dict[str, Any] = {
     "preskip_layers": Optional[list[int]],
     "preskip_keep_float32": bool,
     "preskip_adapters": Optional[dict[str, Any]],
+    "preskip_first_adapter": Optional[str],
     "preskip_quantize": Optional[str],
     "preskip_peers": Optional[dict[str, Any]],
 }
@@ -54,7 +56,10 @@ def adapter_settings(config: Any) -> dict[str, BranchSettings]:
     Raises:
         PreskipError: a value is out of range or two fields contradict each other.
     """
-    return {name: BranchSettings(**fields) for name, fields in (config.preskip_adapters or {}).items()}
+    given = config.preskip_adapters or {}
+    # A config's file has its keys in the alphabet's order.
+    names = sorted(given, key=lambda name: name != config.preskip_first_adapter)
+    return {name: BranchSettings(**given[name]) for name in names}
 
 
 class BranchConfigMixin:
@@ -128,7 +133,8 @@ def config_class(base_type: str) -> type[PreTrainedConfig]:
             "__doc__": f"{base.__name__} with the branch's fields (`preskip.branch.BranchSettings`), `preskip_` before "
             "each, `preskip_skip_position`, `preskip_layers` (None for all), `preskip_keep_float32` (True: its "
             "weights are float32 whatever dtype the rest is loaded in), `preskip_adapters` (settings by name, of "
-            "several adapters side by side), `preskip_quantize` (int8: as `bake` has stored them), `preskip_peers` "
-            "(settings by name, of other changes of the block: `preskip.peers`).",
+            "several adapters side by side), `preskip_first_adapter` (which one rows have that pick none), "
+            "`preskip_quantize` (int8: as `bake` has stored them), `preskip_peers` (settings by name, of other "
+            "changes of the block: `preskip.peers`).",
         },
     )

@@ -9,7 +9,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from cyclopts import Parameter
 
@@ -48,6 +48,8 @@ def serve(
 
     An adapter is baked into the cache first, once. Ctrl-C or SIGTERM stops the server and all that it has started.
     """
+    from preskip.rows import BASE
+    from preskip.serve.by_token import write_loras
     from preskip.serve.server import check_memory, check_port, command, reason_in, running, wait
 
     more = shlex.split(engine_args)
@@ -58,6 +60,7 @@ def serve(
     folder = _checkpoint(source, model, dtype, trust_remote_code, quiet=as_json)
     with spinner("reading the checkpoint", quiet=as_json):
         quiet_libraries()
+        from preskip.architecture.config import adapter_settings
         from preskip.runs.environment import resolve_device
         from preskip.serve.checkpoint import examine
 
@@ -65,7 +68,7 @@ def serve(
     device = resolve_device("auto")
     check_memory(facts.weight_bytes, device)
     computed = facts.dtype if dtype == "auto" else dtype
-    several = facts.config.preskip_adapters
+    several = list(adapter_settings(facts.config))
     if check and several:
         raise PreskipError(f"{folder} holds several adapters: check each of them, baked by itself")
     if chosen == "vllm" and (problem := _not_in_vllm(facts)):
@@ -78,21 +81,25 @@ def serve(
 
         run_check(facts, chosen, computed, eager=device == "cpu", as_json=as_json)
         return
-    say(_described(facts), quiet=as_json)
-    shown = name or source.resolve().name
-    arguments = command(chosen, folder, host=host, port=port, name=shown, dtype=computed, device=device, more=more)
+    say(_described(facts, chosen, computed), quiet=as_json)
+    models = [*several, BASE] if several else [name or source.resolve().name]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     log = Path(tempfile.mkstemp(prefix="preskip-serve-", suffix=".log")[1])
     say(f"starting {chosen}, which may take minutes; its log is {log}", quiet=as_json)
-    with running(arguments, log) as server:
-        with spinner(f"starting {chosen}", quiet=as_json) as note:
-            wait(server, log, f"{url}/health", note)
-        if as_json:
-            facts_shown = {"url": f"{url}/v1", "model": shown, "engine": chosen, "checkpoint": str(folder)}
-            print(json.dumps(facts_shown | {"pid": server.pid, "log": str(log)}, indent=1), flush=True)
-        else:
-            print(_client(f"{url}/v1", next(iter(several)) if several else shown), flush=True)
-        code = server.wait()
+    with tempfile.TemporaryDirectory(prefix="preskip-serve-") as loras:
+        if several and chosen == "vllm":
+            more = [*write_loras(several, facts.branches, Path(loras)), *more]
+        place: dict[str, Any] = {"host": host, "port": port, "name": models[0], "dtype": computed, "device": device}
+        with running(command(chosen, folder, **place, more=more), log) as server:
+            with spinner(f"starting {chosen}", quiet=as_json) as note:
+                wait(server, log, f"{url}/health", note)
+            if as_json:
+                shown = {"url": f"{url}/v1", "model": models[0], "models": models, "engine": chosen}
+                own = {"checkpoint": str(folder), "pid": server.pid, "log": str(log)}
+                print(json.dumps(shown | own, indent=1), flush=True)
+            else:
+                print(_client(f"{url}/v1", models), flush=True)
+            code = server.wait()
     raise PreskipError(f"the server ended by itself (exit code {code}): {reason_in(log)}")
 
 
@@ -114,10 +121,6 @@ def _engine(engine: str, *, needs_server: bool, quiet: bool) -> str:
 
 def _not_in_vllm(facts: Facts) -> str | None:
     """Why vLLM cannot serve a checkpoint that transformers can; None where it can."""
-    if facts.config.preskip_adapters:
-        return "vLLM does not tell a model which request a token is of, so none can pick its adapter"
-    if facts.config.preskip_quantize:
-        return "the plug-in does not load int8 branches yet"
     base_type = facts.config.model_type.removeprefix(PREFIX)
     return f"vLLM's Transformers backend does not load {base_type} models" if base_type in NOT_IN_VLLM else None
 
@@ -179,18 +182,23 @@ def _refuse_as_lora(arguments: Sequence[str]) -> None:
             )
 
 
-def _described(facts: Facts) -> str:
-    return (
+def _described(facts: Facts, engine: str, dtype: str) -> str:
+    described = (
         f"{facts.config.model_type}, {facts.dtype}: {facts.weight_bytes / 1e6:,.0f} MB of weights, "
         f"{facts.weight_ratio:.3f} times the base's; {facts.cache_bytes:,} bytes of keys and values per token, as many "
         "as the base's"
     )
+    if facts.config.preskip_quantize and engine == "vllm":
+        described += f"; vLLM holds the {facts.config.preskip_quantize} branches in {dtype}"
+    return described
 
 
-def _client(url: str, name: str) -> str:
+def _client(url: str, models: Sequence[str]) -> str:
     """How to ask the server, on the command line and in Python."""
+    name = models[0]
     body = json.dumps({"model": name, "prompt": "The state of the Union", "max_tokens": 32})
-    return f"""curl {url}/completions -H 'Content-Type: application/json' -d '{body}'
+    others = f"# or one of {', '.join(models[1:])}\n" if models[1:] else ""
+    return f"""{others}curl {url}/completions -H 'Content-Type: application/json' -d '{body}'
 
 from openai import OpenAI
 client = OpenAI(base_url="{url}", api_key="none")

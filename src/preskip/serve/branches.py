@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from preskip.attach import CHILD, attach, detach, find_sites, tap_of
 from preskip.errors import PreskipError
+from preskip.serve.by_token import ByToken
 
 
 def put_back(
-    model: nn.Module, config: Any, plain: Callable[[Any, str], nn.Module] | None = None, *, is_whole: bool = True
+    model: nn.Module,
+    config: Any,
+    plain: Callable[[Any, str], nn.Module] | None = None,
+    pick: Callable[[str], nn.Module] | None = None,
+    *,
+    is_whole: bool = True,
 ) -> None:
     """Register every branch's hooks anew, on the modules that are there now.
 
@@ -20,25 +27,45 @@ def put_back(
         model: built from a `preskip_<type>` config; its norms and linear layers may be replaced since.
         config: of the model.
         plain: makes, of a layer of a branch and its path, the layer to put in its place.
+        pick: makes, of the path of several adapters' branches, the layer that tells the tokens' adapters (`ByToken`).
         is_whole: False where this process has some of the layers only (pipeline parallelism).
 
     Raises:
-        PreskipError: a layer that should have a branch has none, there are several adapters to pick from, or int8
-            branches.
+        PreskipError: a layer that should have a branch has none, or there are several adapters and no `pick`.
     """
-    if config.preskip_adapters:
+    if config.preskip_adapters and pick is None:
         raise PreskipError(
-            f"the checkpoint holds {len(config.preskip_adapters)} adapters, and vLLM does not tell a model which "
-            "request a token is of: serve it with --engine transformers, or bake them one by one"
+            f"the checkpoint holds {len(config.preskip_adapters)} adapters, which vLLM picks by its LoRA requests: "
+            "start it with `preskip serve`"
         )
-    if config.preskip_quantize:
-        raise PreskipError(f"branches in {config.preskip_quantize} are not loaded here: bake without --quantize")
     for attention, branch, tap, path in _branches(model, config, is_whole):
-        if plain is not None:
-            for part, linear in branch.linears.items():
-                setattr(branch, part, plain(linear, f"{path}.{part}"))
+        own = {f"{path}.{name}": branch[name] for name in branch} if config.preskip_adapters else {path: branch}
+        for place, one in own.items() if plain is not None else ():
+            for part, linear in one.linears.items():
+                setattr(one, part, plain(linear, f"{place}.{part}"))  # type: ignore[misc]
         detach(attention)
-        attach(attention, branch, tap)
+        attach(attention, ByToken(branch, pick(path)) if config.preskip_adapters and pick else branch, tap)
+
+
+def with_scales(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """A checkpoint's tensors by name, a branch's int8 matrices multiplied by their scales.
+
+    Raises:
+        PreskipError: a matrix without its scales, or the reverse.
+    """
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights:
+        path, _, leaf = name.rpartition(".")
+        if f".{CHILD}." in name and (leaf == "scale" or tensor.dtype == torch.int8):
+            both = halves.setdefault(path, {})
+            both[leaf] = tensor
+            if len(both) == 2:
+                del halves[path]
+                yield f"{path}.weight", both["weight"].float() * both["scale"].float()[:, None]
+        else:
+            yield name, tensor
+    if halves:
+        raise PreskipError(f"{next(iter(halves))} lacks its int8 weights or their scales: bake the checkpoint again")
 
 
 def check_hooks(model: nn.Module, config: Any, *, is_whole: bool = True) -> int:

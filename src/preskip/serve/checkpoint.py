@@ -26,6 +26,7 @@ class Facts:
         dtype: of its weights, as the config says.
         weight_bytes: of all tensors.
         branch_bytes: of those of the branches.
+        branches: their paths in the tensors' names, e.g. `model.layers.0.self_attn.preskip`.
         cache_bytes: of one token's keys and values in all layers, in `dtype`.
     """
 
@@ -34,6 +35,7 @@ class Facts:
     dtype: str
     weight_bytes: int
     branch_bytes: int
+    branches: tuple[str, ...]
     cache_bytes: int
 
     @property
@@ -58,7 +60,7 @@ def examine(folder: Path) -> Facts:
         config: Any = AutoConfig.from_pretrained(folder)
     sizes = dict(_tensor_sizes(folder))
     layers = config.preskip_layers
-    with_branch = {key.partition(f".{CHILD}.")[0] for key in sizes if f".{CHILD}." in key}
+    with_branch = {f"{key.partition(f'.{CHILD}.')[0]}.{CHILD}" for key in sizes if f".{CHILD}." in key}
     expected = config.num_hidden_layers if layers is None else len(layers)
     if len(with_branch) != expected:
         raise PreskipError(
@@ -75,6 +77,7 @@ def examine(folder: Path) -> Facts:
         dtype=dtype,
         weight_bytes=sum(sizes.values()),
         branch_bytes=sum(size for key, size in sizes.items() if f".{CHILD}." in key),
+        branches=tuple(sorted(with_branch)),
         cache_bytes=cache_width(config) * getattr(torch, dtype).itemsize,
     )
 

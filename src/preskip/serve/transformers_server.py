@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import preskip.architecture
+from preskip.architecture.config import adapter_settings
+from preskip.rows import BASE
 
 
 def put_classes_on(module: Any) -> None:
@@ -48,7 +50,7 @@ def main() -> None:
     put_classes_on(model_manager.transformers)
     os.chdir(folder)
     config: Any = AutoConfig.from_pretrained(".")
-    serve_here_as(model_manager.ModelManager, name, list(config.preskip_adapters or ()))
+    serve_here_as(model_manager.ModelManager, name, list(adapter_settings(config)))
     Serve(model_timeout=-1, **options)
 
 
@@ -79,7 +81,7 @@ def serve_here_as(manager: Any, name: str, adapters: Sequence[str] = ()) -> None
         adapters: of a checkpoint with several: what requests give in its place.
     """
     load, begin = manager.load_model_and_processor, manager.__init__
-    names = list(adapters) or [name]
+    names = [*adapters, BASE] if adapters else [name]
 
     def load_by_name(self: Any, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
         asked = model_id_and_revision.partition("@")[0]

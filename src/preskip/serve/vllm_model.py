@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from vllm.model_executor.models.transformers import (
     TransformersMoEForCausalLM as StockMoEForCausalLM,
 )
 
-from preskip.serve.branches import check_hooks, put_back
+from preskip.errors import PreskipError
+from preskip.serve.branches import check_hooks, put_back, with_scales
+from preskip.serve.by_token import PICK
 from preskip.serve.versions import serving_problem
 
 
@@ -30,19 +33,31 @@ class _WithBranches:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         if problem := serving_problem():
             raise RuntimeError(problem)
+        config = vllm_config.model_config.hf_config
+        if config.preskip_adapters and not vllm_config.model_config.enforce_eager:
+            raise PreskipError("several adapters pick their tokens, which does not compile: give vLLM --enforce-eager")
+        # The matrices are made and loaded in the model's dtype (`with_scales`).
+        config.preskip_quantize = None
+        self._picks: list[str] = []
+        self._has_picks = bool(vllm_config.lora_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
 
     def recursive_replace(self) -> None:
         """As vLLM's, then every hook on the modules that are there now."""
         super().recursive_replace()  # type: ignore[misc]
-        put_back(*self._parts(), _plain, is_whole=self._is_whole())
+        put_back(*self._parts(), _plain, self._pick if self._has_picks else None, is_whole=self._is_whole())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As vLLM's; once all modules are in place, no hook may be missing."""
-        loaded = super().load_weights(weights)  # type: ignore[misc]
+        zeros = ((f"{path}.weight", torch.zeros(1, 1)) for path in self._picks)
+        loaded = super().load_weights(chain(with_scales(weights), zeros))  # type: ignore[misc]
         count = check_hooks(*self._parts(), is_whole=self._is_whole())
         logging.getLogger("vllm.preskip").info("Preskip: %d branches, every hook in place", count)
         return loaded
+
+    def _pick(self, path: str) -> nn.Module:
+        self._picks.append(f"model.{path}.{PICK}")
+        return ReplicatedLinear(1, 1, bias=False, prefix=self._picks[-1], return_bias=False)
 
     def _parts(self) -> tuple[nn.Module, Any]:
         backend: Any = self
