@@ -103,7 +103,7 @@ def test_a_row_holds_each_beginning_once_and_every_sequence_along_a_path():
     for index, path in row.paths.items():
         assert [row.ids[column] for column in path] == reads[index]
         assert [row.positions[column] for column in path] == list(range(len(path)))
-        assert path == sorted(path)
+        assert list(path) == sorted(path)
 
 
 def test_a_sequence_that_another_begins_with_lies_in_its_row_without_a_mask():
@@ -126,6 +126,12 @@ def test_rows_are_bounded_and_the_batch_does_not_matter(batch_tokens, longest):
     assert max(sizes) <= longest
     if batch_tokens >= 64:
         assert sum(sizes) < 0.5 * sum(len(window.input_ids) for window in windows)
+
+
+def test_progress_reaches_the_end_where_one_row_holds_all():
+    windows, done = questions(1), []
+    score_sequences(tiny_llama(), windows, advance=lambda count, note: done.append(count))
+    assert done[-1] == 4
 
 
 def test_two_sequences_do_not_join_for_the_sake_of_a_start_token():

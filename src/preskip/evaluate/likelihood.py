@@ -117,6 +117,7 @@ def score_sequences(
         trees = _trees(model, reads, limit)
         if trees and (proven := _proven(model, trees[0], sequences)):
             scores.update(proven)
+            advance(len(scores), "")
             score(trees[1:], strict=False)
         score(plain_rows({index: read for index, read in reads.items() if index not in scores}), strict=not keep_failed)
     finally:
@@ -169,7 +170,7 @@ def _trees(model: nn.Module, reads: Mapping[int, Sequence[int]], limit: int) -> 
     trees = sorted((row for row in rows if row.shared), key=lambda row: (row.branches, len(row)), reverse=True)
     if not trees:
         return []
-    apart = plain_rows({index: reads[index] for row in trees for index in row.paths})
+    apart = {tuple(reads[index]) for row in trees for index in row.paths}
     saved = sum(map(len, apart)) - sum(map(len, trees)) - sum(len(reads[index]) for index in _last_two(trees[0]))
     return trees if saved > 0.05 * sum(map(len, reads.values())) else []
 

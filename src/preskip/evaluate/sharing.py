@@ -8,6 +8,7 @@ are those of one row per sequence, up to rounding. T tokens of a row, B rows.
 from __future__ import annotations
 
 import inspect
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class Row:
 
     ids: list[int]
     positions: list[int]
-    paths: dict[int, list[int]]
+    paths: dict[int, array[int]]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -88,7 +89,7 @@ def _rows(reads: Mapping[int, Sequence[int]], joins: Callable[[int, int, int, in
     """
     rows: list[Row] = []
     last: Sequence[int] = ()
-    path: list[int] = []
+    path = array("i")
     first = 0  # tokens of the row's first sequence
     # In falling order, neighbours have the most in common, and a sequence stands behind those that begin with it.
     for index, read in sorted(reads.items(), key=lambda item: tuple(item[1]), reverse=True):
@@ -97,7 +98,7 @@ def _rows(reads: Mapping[int, Sequence[int]], joins: Callable[[int, int, int, in
             rows.append(Row(ids=[], positions=[], paths={}))
             common, first = 0, len(read)
         row = rows[-1]
-        path = [*path[:common], *range(len(row), len(row) + len(read) - common)]
+        path = path[:common] + array("i", range(len(row), len(row) + len(read) - common))
         row.ids.extend(read[common:])
         row.positions.extend(range(common, len(read)))
         row.paths[index] = path
@@ -125,7 +126,7 @@ def tree_inputs(rows: Sequence[Row], length: int, *, dtype: torch.dtype, device:
     positions = torch.zeros((len(rows), length), dtype=torch.long)
     for line, row in enumerate(rows):
         positions[line, : len(row)] = torch.tensor(row.positions)
-        for path in map(torch.tensor, row.paths.values()):
+        for path in map(torch.tensor, map(list, row.paths.values())):
             seen[line, path[:, None], path] = torch.ones((len(path), len(path)), dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
     return {"attention_mask": mask[:, None].to(device), "position_ids": positions.to(device)}
@@ -147,7 +148,7 @@ def reach(model: nn.Module) -> int | None:
     if virtual or stateful or getattr(config, "is_encoder_decoder", False):
         return None
     text = config.get_text_config()
-    if getattr(text, "alibi", False) or text._attn_implementation not in ("sdpa", "eager"):
+    if getattr(text, "alibi", False) or getattr(text, "_attn_implementation", None) not in ("sdpa", "eager"):
         return None
     if not set(getattr(text, "layer_types", None) or ()) <= _ATTENTION_LAYERS:
         return None
