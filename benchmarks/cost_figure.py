@@ -108,14 +108,22 @@ def draw(records: list[dict[str, Any]]) -> str:
     from preskip.report.plots.base import colour, shape
 
     names = [record["arm"] for record in records]
-    across = alt.X("x:Q", title="Time per decoded token over the base's", scale=alt.Scale(zero=False, padding=30))
+    axis, scale = alt.Axis(tickCount=8), alt.Scale(zero=False, padding=30)
+    across = alt.X("x:Q", title="Time per decoded token over the base's", axis=axis, scale=scale)
     up = alt.Y("y:Q", title="Bits per byte minus the base's", scale=alt.Scale(zero=False, padding=20))
     chart = alt.Chart(alt.Data(values=records))
+    below = alt.datum.arm == LABELS["preskip-int8"]  # it lies beside preskip
     layers = (
         chart.mark_rule().encode(across, alt.Y("y_low:Q"), alt.Y2("y_high:Q"), colour(names)),
         chart.mark_rule().encode(alt.X("x_low:Q"), alt.X2("x_high:Q"), up, colour(names)),
         chart.mark_point(filled=True, size=90, opacity=1).encode(across, up, colour(names), shape(names)),
-        chart.mark_text(align="left", dx=8, dy=-8, fontSize=13).encode(across, up, alt.Text("arm:N")),
+        *(
+            chart.mark_text(fontSize=13, **where).encode(across, up, alt.Text("arm:N")).transform_filter(chosen)
+            for where, chosen in (
+                ({"align": "left", "dx": 8, "dy": -8}, ~below),
+                ({"align": "right", "dx": -8, "dy": 14}, below),
+            )
+        ),
     )
     return picture([{"title": "Quality against decoding cost", "spec": alt.layer(*layers).to_dict()}], height=420)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 from preskip import PreskipError
 
 ROOT = Path(__file__).parents[2]
-RUN = ROOT / "results" / "standard-wikitext2"
+RUN, STORED = ROOT / "results" / "standard-wikitext2", ROOT / "results" / "cheap-forms"
+PICTURE = ROOT / "docs" / "cheap-forms.svg"
 
 
 def ratio(value):
@@ -58,3 +60,17 @@ def test_it_is_drawn(script, tmp_path, monkeypatch):
     svg = (tmp_path / "cost.svg").read_text()
     for word in ("base", "LoRA, merged", "preskip", "Time per decoded token"):
         assert word in svg
+
+
+def test_page_and_picture_are_those_of_the_stored_files(script):
+    pytest.importorskip("vl_convert")
+    bench, quality = (json.loads((STORED / f"{name}.json").read_text()) for name in ("bench", "quality"))
+    again = "run benchmarks/cost_figure.py again"
+    assert script.table(bench, quality) in (ROOT / "docs" / "bench.md").read_text(encoding="utf-8"), again
+    records = script.points(bench, quality)
+    assert {record["arm"] for record in records} == {
+        "base", "preskip", "preskip, int8", "LoRA, merged", "skip", "preskip-lowrank-narrow", "preskip-bottleneck",
+        "preskip-third-narrow", "preskip-late-narrow",
+    }  # fmt: skip
+    words = [re.findall(r">([^<>]+)</(?:text|tspan)>", svg) for svg in (script.draw(records), PICTURE.read_text())]
+    assert words[0] == words[1], again

@@ -1,5 +1,7 @@
 """What is counted, against torch's own counter, real caches and files; never a time."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -7,11 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preskip import BranchSettings, PreskipConfig
+from preskip.architecture.shapes import shape_config
+from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters
 from preskip.bench.counts import Limits, bytes_moved, count, flops, measure_limits
 from preskip.bench.models import Row, sharing
 from preskip.bench.observe import observe
 from preskip.bench.runners import Runner, cache_bytes, new_cache
-from preskip.bench.settings import Work
+from preskip.bench.settings import CHEAP, Work
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -137,3 +141,40 @@ def test_a_row_shares_every_tensor_that_it_does_not_change():
     own = {id(p) for p in twin.parameters()} - {id(p) for p in model.parameters()}
     assert own == {id(twin.model.layers[0].self_attn.q_proj.weight)}
     assert torch.equal(twin.model.layers[0].self_attn.q_proj.weight, model.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_counts_of_the_larger_shapes_are_those_of_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
+    lines = dict.fromkeys(("base", "adapter", "lora", "int8", *CHEAP), "")
+    for shape, layers, width, weights in (
+        ("pythia-410m", 24, 1024, 405_334_016),
+        ("llama-3-8b", 32, 4096, 8_030_261_248),
+    ):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape_config(shape, branch=None), dtype=torch.bfloat16)
+            targets = attention_paths(model)
+            budget = branch_parameters(model, BranchSettings(), targets)
+            assert model.num_parameters() == weights  # as published
+            assert budget == layers * 3.5 * width**2
+            context = ArmContext(
+                base=model, settings=BranchSettings(), skip_position="attention", layers=None, targets=tuple(targets),
+                budget=budget,
+            )  # fmt: skip
+            read = count(model, torch.bfloat16).weight_bytes
+            assert read == 2 * (weights - model.get_input_embeddings().weight.numel())
+            # Half the bytes of a branch in bfloat16, and a scale per output.
+            sizes = {
+                "base": (weights, read),
+                "int8": (weights + budget, read + budget + 2 * layers * int(3.25 * width)),
+            }
+            for row, arm in {"adapter": "preskip", "lora": "lora", **CHEAP}.items():
+                adapted = get_peft_model(sharing(model), ARMS[arm].configs(context)[0])
+                total = sum(p.numel() for p in adapted.parameters())
+                sizes[row] = total, count(adapted, torch.bfloat16).weight_bytes
+                if row != "lora":
+                    assert sizes[row][1] - read == 2 * (total - weights)
+        for row, (total, found) in sizes.items():
+            lines[row] += f" {total / 1e6:,.1f}M | {found / 1e6:,.1f} | {found / read:.3f} |"
+    for row, line in lines.items():
+        name = "`adapter`, `optimized`, `baked`" if row == "adapter" else f"`{row}`"
+        assert f"| {name} |{line}\n" in page
