@@ -549,6 +549,8 @@ def test_the_dtype_audit_scores_the_untouched_base_on_the_same_items(probe, tmp_
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     audit = results["dtype_audit"]
     assert list(audit["dtypes"]) == ["float32", "autocast", "bfloat16"]
+    assert {label for label, facts in audit["dtypes"].items() if "seconds" in facts} == {"autocast", "bfloat16"}
+    assert "score in float32" not in err  # arm none has been scored so
     own = results["arms"]["none"]["metrics"]["corpus"]["bits_per_byte"]["value"]
     assert audit["dtypes"]["float32"]["metrics"]["corpus"]["bits_per_byte"]["value"] == pytest.approx(own, abs=1e-9)
     cost = next(row for row in audit["comparisons"] if row["arm"] == "bfloat16" and row["metric"] == "bits_per_byte")

@@ -158,7 +158,7 @@ def print_audit(report: Mapping[str, Any]) -> None:
     note = (
         f"{report['weights_rounded']:.1%} of the weights change when rounded to bf16; autocast: fp32 weights, bf16 "
         f"arithmetic; {context}attention {report['attn_implementation']}, "
-        + ", ".join(f"{label} {run['seconds']:g} s" for label, run in report["dtypes"].items())
+        + ", ".join(f"{label} {run['seconds']:g} s" for label, run in report["dtypes"].items() if "seconds" in run)
     )
     print_table(table, [note, *_published_lines(report["published"])])
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,7 @@ def dtype_audit(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     batch_tokens: int | None = None,
+    known: Mapping[str, list[Record]] = MappingProxyType({}),
     quiet: bool = True,
 ) -> Audited:
     """Score the untouched base in each dtype of `DTYPES`.
@@ -70,6 +72,7 @@ def dtype_audit(
         attn_implementation: as in transformers; None for its default.
         trust_remote_code: allow code of the model's repository to run.
         batch_tokens: upper bound of padded tokens per forward pass.
+        known: records of a dtype of `DTYPES` that are there already, as this would make them.
         quiet: no progress.
 
     Raises:
@@ -108,6 +111,9 @@ def dtype_audit(
             check_causal(model)
             rounded = _share_rounded(model)
             name = published or recognise_published(model_name, model.config)
+        if label in known:
+            records[label] = known[label]
+            continue
         started = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16) if autocasts else nullcontext():
             records[label] = score(model, label)
@@ -123,7 +129,7 @@ def dtype_audit(
             label: {
                 "weights": weights,
                 "computes": "bfloat16" if autocasts else weights,
-                "seconds": seconds[label],
+                **({"seconds": seconds[label]} if label in seconds else {}),  # type: ignore[typeddict-item]
                 "metrics": summarise(records[label], notes=notes),
             }
             for label, (weights, autocasts) in DTYPES.items()

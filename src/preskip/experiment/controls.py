@@ -9,12 +9,13 @@ from preskip.adapter import PreskipConfig
 from preskip.analysis.depth import depth_profile, text_profile
 from preskip.analysis.depth_results import norms
 from preskip.arms import Arm, ArmContext, resolve_arms
+from preskip.assets import weights_dtype
 from preskip.evaluate.dtype_audit import dtype_audit
 from preskip.experiment.frozen import Frozen
 from preskip.experiment.measured import controlled, finite
 from preskip.runs.directory import Cell
 from preskip.runs.files import clear_disk_errors, read_json, write_json
-from preskip.runs.schema import DepthRow, DtypeAudit, NullRun
+from preskip.runs.schema import DepthRow, DtypeAudit, NullRun, Record
 
 
 def run_controls(prepared: Frozen) -> Any:
@@ -77,10 +78,22 @@ def _dtype_audit(prepared: Frozen) -> DtypeAudit:
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
             batch_tokens=config.eval_batch_tokens,
+            known=_known(prepared),
             quiet=prepared.quiet,
         )
         write_json(done, finite(found.report))
     return read_json(done)
+
+
+def _known(prepared: Frozen) -> dict[str, list[Record]]:
+    """What arm `none` has got in the run's dtype on what the audit scores, if it has all of it."""
+    heldout, config = prepared.heldout, prepared.config
+    cell = prepared.run.cell("none", config.seeds[0])
+    if not cell.is_done or weights_dtype(prepared.base) != config.dtype:
+        return {}
+    scored = {*(text.name for text in heldout.texts), *(heldout.suite.sets if heldout.suite else ())}
+    records = [record for record in cell.load()[1] if record["set"] in scored]
+    return {config.dtype: records} if {record["set"] for record in records} == scored else {}
 
 
 def _control(prepared: Frozen, arm: str, seed: int, name: str, **control: Any) -> list[DepthRow]:

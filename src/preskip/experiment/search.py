@@ -23,7 +23,7 @@ from preskip.experiment.execute import Execute
 from preskip.experiment.frozen import Frozen
 from preskip.progress import Advance, progress_bar
 from preskip.runs.directory import Cell
-from preskip.runs.files import read_json, write_json
+from preskip.runs.files import read_json, read_jsonl, write_json, write_jsonl
 from preskip.runs.schema import Limits, Record, Search, Trial
 from preskip.stats import paired_ratio_difference
 
@@ -122,11 +122,16 @@ def search_rate(prepared: Frozen, arm: str, base: list[Record]) -> Search:
 
 
 def base_records(prepared: Frozen) -> list[Record]:
-    """The untouched model's records of the development sets."""
+    """The untouched model's records of the development sets, scored once per run."""
+    done = prepared.run.search / "none.jsonl"
+    if done.is_file():
+        return read_jsonl(done)
     texts = prepared.heldout.development
     windows = sum(len(text.windows) for text in texts)
     with progress_bar("development texts, none", windows, quiet=prepared.quiet) as advance:
-        return _score(prepared, prepared.base, texts, advance)
+        records = _score(prepared, prepared.base, texts, advance)
+    write_jsonl(done, records)
+    return records
 
 
 def _score(prepared: Frozen, model: nn.Module, texts: Sequence[TextSet], advance: Advance) -> list[Record]:

@@ -5,6 +5,7 @@
     RUN/run.json                                what was asked for and what it ran on
     RUN/search/<arm>/rung-<r>/<lr>/trial.json   one training of the search for a learning rate
     RUN/search/<arm>/search.json                its outcome; written last
+    RUN/search/none.jsonl                       what the untouched base gets on the development documents
     RUN/controls/<control>/<arm>/seed-<s>/      nulls and controls of the depth picture
     RUN/arms/<arm>/seed-<seed>/adapter/         the trained adapter (none for arm `none`), with its card (README.md)
     RUN/arms/<arm>/seed-<seed>/train.jsonl      one line per optimiser step

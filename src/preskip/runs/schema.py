@@ -416,7 +416,7 @@ class DtypeFacts(TypedDict):
 
     weights: str
     computes: str
-    seconds: float
+    seconds: NotRequired[float]  # left out where arm none had been scored in it
     metrics: Metrics
 
 

@@ -34,13 +34,14 @@ class KeptStates:
     Args:
         folder: made when the first is kept.
         quiet: do not say that no more can be kept.
+        reserve: free bytes that are left on the disk.
 
     Attributes:
         is_open: whether more can be kept; not once the disk is full or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, *, quiet: bool = False) -> None:
-        self.folder, self.quiet, self.is_open = folder, quiet, True
+    def __init__(self, folder: Path, *, quiet: bool = False, reserve: int = RESERVE) -> None:
+        self.folder, self.quiet, self.reserve, self.is_open = folder, quiet, reserve, True
 
     def size(self) -> int:
         """Bytes that are kept."""
@@ -82,8 +83,8 @@ class KeptStates:
         temporary = self.folder / f".{name}.{os.getpid()}{TEMPORARY}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(self.folder).free < numbers.nbytes + RESERVE:
-                raise OSError(f"less than {RESERVE >> 20} MiB would be left on the disk")
+            if shutil.disk_usage(self.folder).free < numbers.nbytes + self.reserve:
+                raise OSError(f"less than {self.reserve >> 20} MiB would be left on the disk")
             with temporary.open("wb") as file:
                 file.write(_HEAD.pack(zlib.crc32(numbers, zlib.crc32(head)), len(head)))  # type: ignore[arg-type]
                 file.write(head)

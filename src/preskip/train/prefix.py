@@ -180,7 +180,7 @@ class FrozenPrefix:
         devices = [device] if device.type == "cuda" else []
         try:
             with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices):
-                first, second = (KeptStates(Path(folder) / name, quiet=True) for name in ("first", "second"))
+                first, second = (KeptStates(Path(folder) / name, quiet=True, reserve=0) for name in ("first", "second"))
                 model.train(training)
                 with self.reused(first, training=layers * training, scoring=layers * (not training)):
                     _pass(model, ids, seed=1)
