@@ -155,13 +155,15 @@ def cost_table(results: Results, record: Manifest) -> Table:
     for name, summary in results["arms"].items():
         about: Any = {**record["arms"].get(name, {}), **{key: v for key, v in summary.items() if v is not None}}
         loss, step = about.get("final_training_loss"), about.get("seconds_per_step")
+        reuse = about.get("reuse")
+        reused = f"first {reuse['layers']} layers reused" if reuse and reuse["training"] else ""
         kinds = (about.get(key) for key in ("base_dtype", "adapter_dtype", "compute_dtype", "attn_implementation"))
         rows.append(
             (
                 name,
                 _flops(about.get("forward_flops_per_token"), whole=whole),
                 NONE if loss is None else f"{loss:.3f}",
-                NONE if step is None else f"{step:.3g} s",
+                Cell(NONE if step is None else f"{step:.3g} s", reused),
                 bytes_text(about.get("peak_memory_bytes")),
                 *(kind or NONE for kind in kinds),
             )
