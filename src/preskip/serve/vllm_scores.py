@@ -1,7 +1,8 @@
 """vLLM's log probabilities of prompts, and its greedy continuations: `python -m preskip.serve.vllm_scores`.
 
-Reads {"model", "dtype", "prompts", "new_tokens", "options"} as JSON on stdin and writes its answer to the file that is
-named on the command line. A process of its own: what vLLM holds is free again when it ends.
+Reads {"model", "dtype", "prompts", "new_tokens", "options", "loras"} as JSON on stdin and writes its answer to the file
+that is named on the command line. With LoRAs, all prompts are scored with each of them. A process of its own: what vLLM
+holds is free again when it ends.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ def main() -> None:
     """Score the prompts on stdin."""
     asked = json.load(sys.stdin)
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     longest = max(map(len, asked["prompts"])) + asked["new_tokens"] + 1
     options: dict[str, Any] = {"max_model_len": longest, "enable_prefix_caching": False, "seed": 0, **asked["options"]}
     llm: Any = LLM(asked["model"], dtype=asked["dtype"], **options)
-    prompts = [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
-    scored = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    loras = [LoRARequest(one["name"], number, one["path"]) for number, one in enumerate(asked["loras"], 1)] or [None]
+    tokens = asked["prompts"] * len(loras)
+    prompts = [{"prompt_token_ids": prompt} for prompt in tokens]
+    more = {"use_tqdm": False, "lora_request": [lora for lora in loras for _ in asked["prompts"]]}
+    scored = llm.generate(prompts, SamplingParams(max_tokens=1, prompt_logprobs=0), **more)
     # A second time for the continuations: prompts that are scored do not read the prefix cache.
     greedy = SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True)
-    answers = llm.generate(prompts, greedy, use_tqdm=False)
+    answers = llm.generate(prompts, greedy, **more)
     cache = llm.llm_engine.vllm_config.cache_config
     result = {
         "logprobs": [
             [row[token].logprob for token, row in zip(prompt[1:], answer.prompt_logprobs[1:], strict=True)]
-            for prompt, answer in zip(asked["prompts"], scored, strict=True)
+            for prompt, answer in zip(tokens, scored, strict=True)
         ],
         "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
         "cached": sum(answer.num_cached_tokens or 0 for answer in answers),
