@@ -9,8 +9,11 @@ from transformers import AutoModelForCausalLM
 import preskip.architecture  # noqa: F401
 from conforming import run_faults
 from preskip.cli.main import main
+from preskip.errors import PreskipError
 from preskip.evaluate.adapters import load_adapter
 from preskip.peers.insert import peer_weights
+from preskip.runs.weights import find_source
+from preskip.serve.checkpoint import examine
 from tiny_model import save_tiny_llama, tiny_llama, write_corpus
 
 TINY = ["--num-layers", "2", "--hidden-size", "32", "--heads", "2", "--kv-heads", "2", "--mlp-width", "64"]
@@ -45,6 +48,15 @@ def test_from_scratch(tmp_path):
         model = AutoModelForCausalLM.from_pretrained(run / "arms" / arm / "seed-1" / "model").eval()
         assert bool(peer_weights(model)) == (arm not in ("preskip", "value-residual"))
         assert model(IDS).logits.isfinite().all()
+    assert find_source(run).arm == "preskip"
+    for arm in ("canon", "value-residual"):
+        with pytest.raises(PreskipError, match=f"arm {arm} of .* has no branch: choose one of preskip"):
+            find_source(run, arm=arm)
+        folder = run / "arms" / arm / "seed-1" / "model"
+        with pytest.raises(PreskipError, match="is a preskip_llama model, which has no branch"):
+            find_source(folder)
+        with pytest.raises(PreskipError, match=f"has {arm} in its blocks, which no engine would run"):
+            examine(folder)
 
 
 def test_frozen(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from preskip.errors import PreskipError
 from preskip.peers.canon import CausalMix
 from preskip.peers.insert import attach_peers, detach_peers, load_peers, peer_weights, save_peers
 from preskip.peers.tokens import Tokens
+from preskip.train.frozen import train_frozen
+from preskip.train.settings import TrainingSettings
 from tiny_model import tiny_llama
 
 END = 1  # of tiny_llama's documents
@@ -203,3 +206,21 @@ def test_a_model_from_scratch_saves_and_loads(tmp_path):
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, wanted)
     with pytest.raises(PreskipError, match="there is no peer 'canon-z': choose from canon-a, canon"):
         AutoConfig.for_model("preskip_llama", preskip_peers={"canon-z": {}})
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path):
+    """What a second call reads of the first one's checkpoint is what the first one has trained."""
+    blocks = np.random.default_rng(0).integers(2, 400, (8, 16)).astype(np.int32)
+    settings = TrainingSettings(steps=3, batch_size=4, micro_batch_size=2, learning_rate=1e-2, seed=1, save_steps=1)
+    trained = []
+    for _ in range(2):
+        model = tiny_llama()
+        for weight in model.parameters():
+            weight.requires_grad_(False)
+        attach_peers(model, {"canon": {}}, identity=True)
+        rows = train_frozen(
+            model, blocks, settings, arm="canon", checkpoints=tmp_path / "checkpoints", log=tmp_path / "train.jsonl"
+        )
+        trained.append({name: weight.detach().clone() for name, weight in peer_weights(model).items()})
+    assert len(rows) == 3
+    assert all(torch.equal(trained[0][name], weight) and weight.any() for name, weight in trained[1].items())

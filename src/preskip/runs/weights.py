@@ -175,8 +175,12 @@ def _branch_in(cell: Path) -> Path | None:
     adapter, model = cell / "adapter", cell / "model" / "config.json"
     if PEFT_TYPE in _types(adapter):
         return adapter
-    is_ours = model.is_file() and str(read_json(model).get("model_type")).startswith(PREFIX)
-    return model.parent if is_ours else None
+    return model.parent if model.is_file() and _has_branch(read_json(model)) else None
+
+
+def _has_branch(config: dict[str, Any]) -> bool:
+    """Whether a model's config has a branch in any layer; with peers alone (`preskip.peers`) it has none."""
+    return str(config.get("model_type")).startswith(PREFIX) and config.get("preskip_layers") != []
 
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
@@ -215,7 +219,8 @@ def _adapter(path: Path) -> Source:
 
 
 def _checkpoint(path: Path) -> Source:
-    kind = str(read_json(path / "config.json").get("model_type"))
-    if not kind.startswith(PREFIX):
+    config = read_json(path / "config.json")
+    if not _has_branch(config):
+        kind = config.get("model_type")
         raise PreskipError(f"{path} is a {kind} model, which has no branch: give a baked checkpoint or an adapter")
     return Source(kind="baked", name=path.resolve().name, weights=path, is_checkpoint=True)

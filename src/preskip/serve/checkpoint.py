@@ -58,6 +58,8 @@ def examine(folder: Path) -> Facts:
 
     with explained(lambda error: f"{folder}/config.json cannot be read ({' '.join(str(error).split())[:200]})"):
         config: Any = AutoConfig.from_pretrained(folder)
+    if config.preskip_peers:
+        raise PreskipError(f"{folder} has {', '.join(config.preskip_peers)} in its blocks, which no engine would run")
     sizes = dict(_tensor_sizes(folder))
     layers = config.preskip_layers
     with_branch = {f"{key.partition(f'.{CHILD}.')[0]}.{CHILD}" for key in sizes if f".{CHILD}." in key}
