@@ -245,6 +245,11 @@ class Sharing:
             hook.remove()
 
 
+def test_a_decoder_that_is_given_more_than_tokens_is_found():
+    settings = {"num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS, "num_kv_shared_layers": 0}
+    assert fault("gemma4", False, **settings) == "the decoder is given more than token ids"
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_later_layers_that_read_more_than_the_states_are_found(training):
     assert fault("llama", training, around=Sharing) == "later layers need more of them than their output"

@@ -190,6 +190,8 @@ class FrozenPrefix:
                         return "they give other states for the same tokens, as with dropout"
                     _pass(model, ids.flip(1), seed=2)
                     again = _pass(model, ids, seed=2)
+                if not counts.passes:
+                    return "the decoder is given more than token ids"
                 if counts.reused != 1:
                     return "their output cannot be kept"
                 if not all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)):
