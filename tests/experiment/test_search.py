@@ -59,3 +59,15 @@ def test_no_rung_is_the_first_step_alone(chosen):
     """The first step warms up from a rate of 0: all rates would tie."""
     found, _ = chosen(lambda rung, power: abs(power), steps=2)
     assert {entry["steps"] for entry in found["trace"]} == {2}
+
+
+def test_the_untouched_base_is_scored_once_per_run(tmp_path, monkeypatch):
+    """A search that was interrupted reads what the first attempt found, to the last bit."""
+    records = [{"set": "corpus", "kind": "document", "id": "a", "nll": 1 / 3, "bytes": 7}]
+    scored = []
+    monkeypatch.setattr(search, "_score", lambda *args: scored.append(args) or records)
+    prepared = SimpleNamespace(
+        run=SimpleNamespace(search=tmp_path / "search"), heldout=SimpleNamespace(development=[]), base=None, quiet=True
+    )
+    assert [search.base_records(prepared) for _ in range(2)] == [records, records]
+    assert len(scored) == 1
