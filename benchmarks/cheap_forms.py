@@ -1,8 +1,8 @@
 """What cheaper forms of the branch lose: bits per byte of a probe's arms, and of its preskip adapters in int8.
 
     preskip probe smollm2 --arms none,preskip,lora,preskip-lowrank-narrow,preskip-bottleneck,preskip-third-narrow,\
-preskip-late-narrow,skip --seeds 1,2,3 --steps 24 --batch-size 4 --dtype bfloat16 \
---eval-documents 50 --eval-words 150 --last-word-items 0 --out RUN
+preskip-late-narrow,skip --seeds 1,2,3 --steps 16 --batch-size 4 --dtype bfloat16 \
+--eval-documents 40 --eval-words 120 --last-word-items 0 --out RUN
     python benchmarks/cheap_forms.py RUN results/cheap-forms/quality.json
 
 Of an unfinished run it takes the seeds of which all arms are done. Every arm is compared with the untouched model and

@@ -70,3 +70,18 @@ def test_one_seed_has_no_spread(script, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         script.main()
     assert "--seeds needs two or more" in capsys.readouterr().err
+
+
+def test_the_page_has_the_stored_figures(script):
+    found = json.loads((ROOT / "results" / "branch-dtype" / "smollm2.json").read_text())
+    log, bench = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("lab-log", "bench"))
+    for key in ("loss_of_last_steps", "bits_per_byte"):
+        own = found[key]
+        assert script.summary(own["bfloat16"], own["float32"]) == own
+        shown = [f"+{difference:.4f}" for difference in own["differences"]]
+        assert f"| {' | '.join(shown)} | {own['deviation_between_seeds']:.3f} |" in log
+    for page in (log, bench):
+        words = " ".join(page.split())
+        low, high = (f"{found['interval'][key]:+.4f}".replace("-", "−") for key in ("low", "high"))
+        assert f"{found['interval']['difference']:+.4f} [{low}, {high}]" in words
+    assert found["moved_share"]["share"] > 0.99
