@@ -49,6 +49,12 @@ def test_check_of_an_adapter_bakes_it_once(place, capsys, monkeypatch):
     assert len(list((place / "cache" / "baked").iterdir())) == 2
 
 
+def test_other_adapters_in_the_folder_are_named(place, capsys):
+    shutil.copytree(place / "adapter", place / "adapter" / "second")
+    assert preskip("serve", place / "adapter", "--check", "--engine", "transformers") == 0
+    assert "adapter also holds second: for another give its folder" in capsys.readouterr().err
+
+
 def test_the_exit_code_says_that_the_branch_is_ignored(place, capsys, monkeypatch):
     from preskip.serve import check
 
@@ -120,7 +126,7 @@ def test_several_adapters_are_models_of_one_server(place, capsys, monkeypatch):
     assert (found["largest"], found["tokens"]) == (0.0, 2 * alone)
 
 
-@pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm", "as lora"])
+@pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm", "as lora", "no base"])
 def test_what_cannot_be_served_ends_in_one_line(case, place, capsys, monkeypatch):
     monkeypatch.setattr(command, "serving_problem", lambda: "vLLM is not installed: pip install vllm")
     source, more = place / "adapter", ["--engine", "transformers"]
@@ -144,6 +150,9 @@ def test_what_cannot_be_served_ends_in_one_line(case, place, capsys, monkeypatch
     elif case == "as lora":
         more += ["--engine-args", f"--enable-lora --lora-modules a={place / 'adapter'}"]
         words = "is a Preskip adapter, which is no LoRA"
+    elif case == "no base":
+        shutil.rmtree(place / "model")
+        words = f"{place / 'model'}, is not there any more: give it with --model"
     elif case == "nothing":
         source, words = place / "model", "is a llama model, which has no branch"
     else:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from preskip import PreskipError
 from preskip.architecture import architecture
-from preskip.serve.check import check, compare, transformers_scores
+from preskip.serve.check import check, compare, engine_scores, transformers_scores
 from preskip.serve.checkpoint import examine, without_branch
 from zoo import FAMILIES
 
@@ -123,6 +125,23 @@ def test_16_bits_are_held_against_the_bases_own_difference(folder, tmp_path):
         found = compare(facts, "e", "bfloat16", ours=moved(expected, 0.016), rounding=lambda m=moves: m, **judge)
         assert (found.problem, found.sensitivity) == (problem, moves)
     assert "ignores" in compare(facts, "e", "bfloat16", ours=without, rounding=lambda: 2.0, **judge).problem
+
+
+def test_an_engine_that_dies_says_why_and_leaves_no_process(folder, tmp_path, monkeypatch):
+    """vLLM's processes outlive the one that is waited for, if nobody ends them."""
+    engine = tmp_path / "python"
+    engine.write_text(
+        f"#!/bin/sh\nsleep 600 & echo $! > {tmp_path}/child\n"
+        f"cp $3 {tmp_path}/asked\necho 'ValueError: no heads of 8'\nexit 3\n"
+    )
+    engine.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(engine))
+    with pytest.raises(PreskipError, match=r"vllm does not serve .*: ValueError: no heads of 8"):
+        engine_scores("vllm", folder, "float32", PROMPTS, {"enforce_eager": True})
+    child = int((tmp_path / "child").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    asked = json.loads((tmp_path / "asked").read_text())
+    assert (asked["prompts"], asked["options"], asked["loras"]) == (PROMPTS, {"enforce_eager": True}, [])
 
 
 def test_the_whole_check_with_transformers_as_the_engine(folder):

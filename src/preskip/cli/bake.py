@@ -118,6 +118,8 @@ def bake_saved(
     base_name = model or (source.base and locate(source.base, source.directory))
     if not base_name:
         raise PreskipError(f"{first} does not say which base it was trained on: give it with --model")
+    if model is None and Path(base_name).is_absolute() and not Path(base_name).exists():
+        raise PreskipError(f"the base of {first}, {base_name}, is not there any more: give it with --model")
     resolved = dtype if dtype != "auto" else "float32" if source.run is None else source.dtype
     with spinner(f"loading {base_name} ({resolved})", quiet=quiet):
         base = load_model(base_name, dtype=getattr(torch, resolved), trust_remote_code=trust_remote_code)

@@ -18,7 +18,7 @@ from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX
 from preskip.progress import quiet_libraries, say, spinner
-from preskip.runs.weights import PEFT_TYPE
+from preskip.runs.weights import ADAPTER_CONFIG, PEFT_TYPE
 from preskip.serve.versions import NOT_IN_VLLM, serving_problem
 from preskip.version import __version__
 
@@ -132,10 +132,15 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
     from preskip.runs.weights import find_source
 
     found = find_source(source)
+    if found.run is not None:
+        say(f"arm {found.arm}, seed {found.seed}; another one is {found.run}/arms/ARM/seed-N/adapter", quiet=quiet)
     if found.is_checkpoint:
         return found.weights
     if found.others:
         raise PreskipError(f"{source} carries a {found.others[0]} adapter, too: merge it into the base first")
+    inner = sorted(file.parent.name for file in found.weights.glob(f"*/{ADAPTER_CONFIG}"))
+    if inner and found.run is None:
+        say(f"{source} also holds {', '.join(inner)}: for another give its folder, for all bake them", quiet=quiet)
     from preskip.assets.cache import cache_dir, workspace
 
     key = _key(found.weights, model or found.base or "", dtype)

@@ -10,7 +10,6 @@ import copy
 import itertools
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -252,7 +251,7 @@ def engine_scores(
         return transformers_scores(folder, dtype, prompts, adapters)
     from preskip.serve.by_token import engine_options, write_loras
     from preskip.serve.checkpoint import examine
-    from preskip.serve.server import environment, reason_in
+    from preskip.serve.server import environment, reason_in, running
 
     asked: dict[str, Any] = {"model": str(folder), "dtype": dtype, "prompts": prompts, "new_tokens": NEW_TOKENS}
     log = Path(tempfile.mkstemp(prefix="preskip-check-", suffix=".log")[1])  # stays where the check fails
@@ -263,15 +262,12 @@ def engine_scores(
             asked["options"] = {**options, **engine_options(len(adapters))}
             (Path(place) / "loras").mkdir()
             asked["loras"] = write_loras(adapters, examine(folder).branches, Path(place) / "loras")
-        with log.open("wb") as output:
-            done = subprocess.run(
-                [sys.executable, "-m", "preskip.serve.vllm_scores", str(answer)],
-                input=json.dumps(asked).encode(),
-                stdout=output,
-                stderr=output,
-                env={**environment(), "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")},
-            )
-        if done.returncode or not answer.is_file():
+        (Path(place) / "asked.json").write_text(json.dumps(asked))
+        arguments = [sys.executable, "-m", "preskip.serve.vllm_scores", str(Path(place) / "asked.json"), str(answer)]
+        space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+        with running(arguments, log, {**environment(), "VLLM_CPU_KVCACHE_SPACE": space}) as process:
+            code = process.wait()
+        if code or not answer.is_file():
             raise PreskipError(f"{engine} does not serve {folder}: {reason_in(log)}")
         log.unlink()
         return json.loads(answer.read_text())

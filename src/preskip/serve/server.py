@@ -12,7 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,17 +90,25 @@ def command(
 
 
 @contextmanager
-def running(arguments: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    arguments: Sequence[str], log: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """Start a server, and stop it with all its children when the block ends, however it ends.
 
     Args:
         arguments: the command line.
         log: what it prints goes there.
+        variables: of its environment; None takes `environment()`.
     """
     with log.open("wb") as output:
         # A session of its own: Ctrl-C reaches this process alone, which then ends the other in order.
         server = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment(), start_new_session=True
+            arguments,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=variables or environment(),
+            start_new_session=True,
         )
     try:
         yield server

@@ -1,8 +1,7 @@
-"""vLLM's log probabilities of prompts, and its greedy continuations: `python -m preskip.serve.vllm_scores`.
+"""vLLM's log probabilities and greedy continuations: `python -m preskip.serve.vllm_scores ASKED ANSWER`.
 
-Reads {"model", "dtype", "prompts", "new_tokens", "options", "loras"} as JSON on stdin and writes its answer to the file
-that is named on the command line. With LoRAs, all prompts are scored with each of them. A process of its own: what vLLM
-holds is free again when it ends.
+ASKED is a file with {"model", "dtype", "prompts", "new_tokens", "options", "loras"} as JSON; ANSWER is written. With
+LoRAs, all prompts are scored with each of them. A process of its own: what vLLM holds is free again when it ends.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from typing import Any
 
 
 def main() -> None:
-    """Score the prompts on stdin."""
-    asked = json.load(sys.stdin)
+    """Score what is asked for."""
+    asked = json.loads(Path(sys.argv[1]).read_text())
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -41,7 +40,7 @@ def main() -> None:
         "blocks": cache.num_gpu_blocks,
         "block_tokens": cache.block_size,
     }
-    Path(sys.argv[1]).write_text(json.dumps(result))
+    Path(sys.argv[2]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

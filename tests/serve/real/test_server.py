@@ -27,10 +27,17 @@ def command(folder, port, *more):
     return [sys.executable, "-m", "preskip", "serve", folder, "--engine", "vllm", "--port", str(port), *more]
 
 
+def begin(arguments, **options):
+    """Start it as from a terminal: where this runs in a shell's background, Ctrl-C is ignored."""
+    return subprocess.Popen(
+        arguments, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options
+    )
+
+
 @contextmanager
 def serving(folder, port, *more):
     """`preskip serve` as a process, and what it printed once it answered; killed if a test fails."""
-    served = subprocess.Popen(command(folder, port, "--json", *more), stdout=subprocess.PIPE, text=True)
+    served = begin(command(folder, port, "--json", *more), stdout=subprocess.PIPE)
     try:
         printed = "".join(iter(served.stdout.readline, "}\n"))
         assert printed, f"it ended with {served.wait()}"
@@ -168,7 +175,7 @@ def test_several_adapters_answer_side_by_side(tmp_path):
 
 
 def test_ctrl_c_while_it_starts_leaves_nothing(checkpoints):
-    served = subprocess.Popen(command(checkpoints("llama")[0], free_port()), stderr=subprocess.PIPE, text=True)
+    served = begin(command(checkpoints("llama")[0], free_port()), stderr=subprocess.PIPE)
     for line in served.stderr:
         if "starting vllm" in line:
             break
