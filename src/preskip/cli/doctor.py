@@ -19,6 +19,7 @@ EXTRAS = {
     ),
     "eval, --tasks": (("lm_eval",), "pip install 'preskip[eval]'"),
     "probe's report.html, report": (("altair", "vl_convert", "jinja2"), "pip install 'preskip[report]'"),
+    "serve without vLLM": (("fastapi", "openai", "uvicorn"), "pip install 'preskip[serve]'"),
     "quantised bases": (("bitsandbytes",), "pip install 'preskip[quantized]'"),
 }
 OLDEST = {"torch": (2, 6), "transformers": (5, 17), "peft": (0, 20)}
