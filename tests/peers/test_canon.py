@@ -159,6 +159,15 @@ def test_a_cache_without_the_last_tokens_is_refused():
             model(ids, past_key_values=cache)
 
 
+def test_generation_that_cuts_the_cache_back_or_prepares_masks_is_refused():
+    model, ids = mixing(), torch.tensor([[11, 12, 13, 14, 11, 12, 13, 14, 11, 12]])
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with pytest.raises(PreskipError, match="keep the last 3 alone, so their cache cannot be cut back"):
+        model.generate(ids, prompt_lookup_num_tokens=2, **options)
+    with pytest.raises(PreskipError, match="leave static caches and prepared masks out"):
+        model.generate(ids, attention_mask=(ids != 11).long(), cache_implementation="static", **options)
+
+
 def test_a_mask_that_does_not_show_padding_is_refused():
     model, ids = mixing(), torch.arange(10, 16)[None]
     with pytest.raises(PreskipError, match=r"needs the attention mask as \[batch, tokens\]"):

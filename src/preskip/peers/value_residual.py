@@ -50,10 +50,12 @@ class ValueResidual(PeerModule):
         """V_l → λ₁ V_1 + λ₂ V_l.
 
         Raises:
-            PreskipError: V_1 was computed without gradients and this is not, as under reentrant checkpointing.
+            PreskipError: there is no V_1, or it was computed without gradients and this is not, as under reentrant
+                checkpointing.
         """
         first = self.tokens.first_value
-        assert first is not None
+        if first is None:
+            raise PreskipError("the first layer did not run, so its values are missing")
         if torch.is_grad_enabled() and not self.tokens.first_has_graph:
             raise PreskipError(
                 "reentrant gradient checkpointing would lose the gradient of the first layer's values: give "
