@@ -197,6 +197,9 @@ def test_saved_peers_load_again(tmp_path):
     fresh = tiny_llama()
     load_peers(fresh, tmp_path)
     assert torch.equal(fresh(ids).logits, wanted)
+    with pytest.raises(PreskipError, match="has peers in its blocks already"):
+        load_peers(fresh, tmp_path)
+    assert torch.equal(fresh(ids).logits, wanted)
     with pytest.raises(PreskipError, match="does not fit this model"):
         load_peers(tiny_llama(hidden_size=64), tmp_path)
 

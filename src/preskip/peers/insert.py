@@ -38,9 +38,11 @@ def attach_peers(
             device of the block. Otherwise they start as in their papers, in torch's default dtype.
 
     Raises:
-        PreskipError: an unknown peer, or one that does not fit the model.
+        PreskipError: an unknown peer, one that does not fit the model, or a model that has peers already.
     """
     check_peers(peers)
+    if any(isinstance(module, PeerModule) for module in model.modules()):
+        raise PreskipError(f"{type(model).__name__} has peers in its blocks already: take the plain model")
     if targets is None:
         sites = list(find_sites(model).attentions)
     else:
