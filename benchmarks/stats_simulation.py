@@ -1,4 +1,4 @@
-"""Coverage of the 95 % intervals, and false discoveries after Holm, over simulated experiments of known truth.
+"""Coverage of the 95 % intervals, wrong equivalence at the margin, and false discoveries, over simulated experiments.
 
 Prints the tables of docs/statistics.md and one line of JSON. About a minute on one thread:
 `python benchmarks/stats_simulation.py [experiments]`.
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from preskip.stats import RatioDistribution, mcnemar
+from preskip.stats import RatioDistribution, mcnemar, paired_accuracy_difference
 from preskip.stats.tests import discordant
 
 RESAMPLES = 999
@@ -76,8 +76,57 @@ def pieces_of_books(seeds: int, pieces: Sequence[int], *, clustered: bool) -> Ma
     return make
 
 
+def clusters_of(seeds: int, sizes: Sequence[float], *, skewed: bool = False) -> Make:
+    """Whole clusters of given sizes, with a seed's own part; ratios normal, or lognormal(1) less their mean."""
+    size = np.array(sizes, dtype=float)
+
+    def make(generator: np.random.Generator) -> tuple[Any, ...]:
+        own = generator.standard_normal(len(size))
+        if skewed:
+            own = (generator.lognormal(0, 1, len(size)) - np.exp(0.5)) / 2.16
+        seed = 0.3 * generator.standard_normal((seeds, 1)) if seeds > 1 else np.zeros((1, 1))
+        both = 0.3 * generator.standard_normal((seeds, len(size))) if seeds > 1 else np.zeros((1, 1))
+        return size * (seed + own + both), size
+
+    return make
+
+
+def ties(seeds: int) -> Make:
+    """300 units of which 95 % do not differ."""
+
+    def make(generator: np.random.Generator) -> tuple[Any, ...]:
+        differs = generator.random(300) < 0.05
+        effect = differs * (generator.standard_normal(300) + 0.3 * generator.standard_normal((seeds, 300)))
+        return effect + 0.02 * generator.standard_normal((seeds, 1)), np.ones(300)
+
+    return make
+
+
+def diverging(seeds: int) -> Make:
+    """60 documents; one seed in ten lies ten spreads to one side. The mean is 1 spread of 0.1."""
+
+    def make(generator: np.random.Generator) -> tuple[Any, ...]:
+        seed = 0.1 * generator.standard_normal((seeds, 1)) + (generator.random((seeds, 1)) < 0.1)
+        return seed + 0.5 * generator.standard_normal(60) + 0.3 * generator.standard_normal((seeds, 60)), np.ones(60)
+
+    return make
+
+
+UNEQUAL = (5, 13, 5, 17, 9, 3)
+
+
 def scenarios() -> Iterator[tuple[str, Make, float]]:
     """Each with its name and the truth."""
+    for seeds in (1, 3, 5):
+        yield f"{seeds} seed(s), 6 equal clusters", clusters_of(seeds, [1] * 6), 0.0
+        yield f"{seeds} seed(s), 6 unequal clusters", clusters_of(seeds, UNEQUAL), 0.0
+        yield f"{seeds} seed(s), 12 clusters of 1 to 50", clusters_of(seeds, np.geomspace(1, 50, 12).tolist()), 0.0
+        yield f"{seeds} seed(s), 24 equal clusters", clusters_of(seeds, [1] * 24), 0.0
+        yield f"{seeds} seed(s), 6 equal clusters, lognormal", clusters_of(seeds, [1] * 6, skewed=True), 0.0
+        yield f"{seeds} seed(s), 24 equal clusters, lognormal", clusters_of(seeds, [1] * 24, skewed=True), 0.0
+    for seeds in (3, 5):
+        yield f"{seeds} seeds, 300 units, 95 % ties", ties(seeds), 0.0
+        yield f"{seeds} seeds, one in ten diverges", diverging(seeds), 0.1
     for units in (25, 60, 200):
         yield f"1 seed, {units} documents", documents_of(1, units, (0, 1, 0)), 0.0
     yield "1 seed, 200 items in 50 clusters", clustered_items(1, 50, 0.0), 0.05
@@ -125,6 +174,23 @@ def false_discoveries(seeds: int, experiments: int) -> tuple[float, float]:
     return float(found[0] / experiments), float(found[1] / experiments)
 
 
+def wrong_equivalence(seeds: int, items: int, share: float, experiments: int) -> float:
+    """Share of experiments that read "equivalent" within a point where the truth is a point.
+
+    Items are gained at a rate of 1 % + `share` and lost at `share`, each with a difficulty of its own that the seeds
+    have in common.
+    """
+    wrong = 0
+    for experiment in range(experiments):
+        generator = np.random.default_rng(experiment)
+        rate = generator.gamma(0.5, 2.0, items)  # mean 1: which items can be gained is much the same in every seed
+        up = generator.random((seeds, items)) < np.minimum(1, (0.01 + share) * rate)
+        down = ~up & (generator.random((seeds, items)) < share)
+        difference = paired_accuracy_difference(up, down, resamples=RESAMPLES, seed=experiment % 16).distribution
+        wrong += difference.p_equivalence(0.01) <= 0.05
+    return wrong / experiments
+
+
 def main() -> None:
     """Measure and print."""
     experiments = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
@@ -132,6 +198,12 @@ def main() -> None:
     for name, make, truth in scenarios():
         figures[name] = coverage(make, truth, experiments)
         print(f"| {name} | {100 * figures[name]:.1f} % |", flush=True)
+    for seeds in (1, 3, 5):
+        for items in (300, 1_000):
+            for share in (0.0, 0.005):
+                name = f"wrong equivalent, {seeds} seed(s), {items} items, lost {share:g}"
+                figures[name] = wrong_equivalence(seeds, items, share, max(500, experiments // 5))
+                print(f"| {name} | {100 * figures[name]:.1f} % |", flush=True)
     for seeds in (1, 3):
         corrected, raw = false_discoveries(seeds, max(1_000, experiments // 5))
         figures |= {f"false discoveries, {seeds} seed(s)": corrected, f"uncorrected, {seeds} seed(s)": raw}

@@ -53,6 +53,10 @@ def test_one_run_gives_every_pair_with_the_declared_family(tmp_path: Path) -> No
         "better",
         "2 seeds: seeds and documents",
         "60 items in 12 clusters",
+        "by seed",
+        "next seed [95 %]",
+        "P(better)",
+        "variance %",
     ):
         assert part in text
 

@@ -23,7 +23,7 @@ def test_the_figures_of_full_lambada_and_of_500_items() -> None:
         (row,) = json.loads(invoke("--items", items, "--json"))["designs"]
         assert row["resolvable"] == pytest.approx(expected, abs=5e-5)
     text = invoke("--items", 5153)
-    assert re.search(r"Accuracy \(points\) +5,153 +1 +1\.2\n", text)
+    assert re.search(r"Accuracy \(points\) +5,153 +1 +1\.2 ", text)
     assert "one seed: what these trained weights differ by" in text
 
 
@@ -83,5 +83,6 @@ def test_bad_input_is_refused_with_one_line(tmp_path: Path) -> None:
 
 def test_a_design_that_resolves_nothing_says_so() -> None:
     text = invoke("--items", 5, "--seeds", 2, "--seed-sd", 0.5)
-    assert re.search(r"Accuracy \(points\) +5 +2 +nothing\n", text)
+    assert re.search(r"Accuracy \(points\) +5 +2 +nothing +nothing ", text)
+    assert "fewer than 6 independent units: no verdict is given" in text
     assert "nothing: no difference between two accuracies is large enough" in text

@@ -27,6 +27,7 @@ SETS = {
 
 def entry(name: str, reference: str, verdict: str, **more: Any) -> dict[str, Any]:
     stated = {"difference": -1.0, "low": -2.0, "high": -0.5, "p_value": 0.01, "p_holm": 0.04, "declared": True}
+    stated |= {"seeds": 3, "units": 60, "unit": SETS[name]["kind"], "clusters": None}
     metric = SETS[name]["primary"]
     return {"set": name, "metric": metric, "arm": "preskip", "reference": reference, "verdict": verdict} | stated | more
 
@@ -54,8 +55,8 @@ def test_the_sentence_says_where_and_what_is_exploratory() -> None:
     found = results(entry("far", "none", "worse"), entry("farther", "none", "better", declared=False))
     found["arms"]["preskip"] = {**found["arms"]["preskip"], "seeds": [7]}
     assert answer(found) == (
-        "Elsewhere (Far and Farther) preskip is worse than the untouched model on Far and better than the untouched "
-        "model on Farther (exploratory), 1 seed."
+        "Elsewhere (Far and Farther) this training of preskip is worse than the untouched model on Far and better than "
+        "the untouched model on Farther (exploratory), 1 seed."
     )
     assert answer(results()) == ""
 
@@ -63,10 +64,10 @@ def test_the_sentence_says_where_and_what_is_exploratory() -> None:
 def test_from_scratch_the_rivals_are_the_plain_controls() -> None:
     stored = json.loads((ROOT / "results/scratch-books/results.json").read_text())
     assert answer(stored) == (
-        "On its own text (books) preskip is undecided against the plain architecture and a plain model with as many "
-        "weights and worse than a plain model trained with as many FLOPs; elsewhere (sotu) it is equal within the "
-        "margin to the plain architecture and worse than a plain model with as many weights and a plain model trained "
-        "with as many FLOPs, 3 seeds."
+        "On its own text (books) preskip is not judged against the plain architecture, a plain model with as many "
+        "weights and a plain model trained with as many FLOPs, from too few documents or clusters; elsewhere (sotu) it "
+        "is equal within the margin to the plain architecture and worse than a plain model with as many weights and a "
+        "plain model trained with as many FLOPs, 3 seeds."
     )
 
 

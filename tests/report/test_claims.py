@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fixture_run import minimal_run, rich_run
+from preskip.report.words.answer import answer
 from preskip.report.words.claims import assess, combine
 
 
@@ -43,11 +44,14 @@ def stored(results: dict[str, Any], arm: str, reference: str, name: str, metric:
     [
         (["supported", "supported"], "supported"),
         (["supported", "contradicted"], "mixed"),
-        (["supported", "undecided"], "undecided"),
-        (["supported", "not measured"], "undecided"),
-        (["contradicted", "undecided"], "contradicted"),
-        (["contradicted", "not measured"], "contradicted"),
-        (["undecided", "not measured"], "undecided"),
+        (["supported", "not shown"], "not shown"),
+        (["supported", "not measured"], "not shown"),
+        # One part never outvotes another, in either direction.
+        (["contradicted", "contradicted"], "contradicted"),
+        (["contradicted", "not shown"], "not shown"),
+        (["contradicted", "not measured"], "not shown"),
+        (["not shown", "not measured"], "not shown"),
+        (["not shown", "not shown"], "not shown"),
         (["not measured"], "not measured"),
         ([], "not measured"),
     ],
@@ -64,18 +68,19 @@ def test_the_verdicts_of_a_rich_run_rest_on_its_comparisons(rich: tuple[dict[str
     record, results = rich
     claims = by_id(record, results)
     assert {name: claim["verdict"] for name, claim in claims.items()} == {
-        "lambada": "contradicted",
+        "lambada": "not shown",
         "perplexity": "mixed",
         "better-than-lora": "mixed",
-        "skip-adds": "undecided",
+        "skip-adds": "not shown",
         "together": "contradicted",
         "depth": "mixed",
         "cache": "not measured",
         "control-skip": "mixed",
-        "control-parallel": "contradicted",
-        "control-content": "contradicted",
+        "control-parallel": "not shown",
+        "control-content": "not shown",
     }
-    entry = stored(results, "preskip", "none", "lambada_openai", "acc")
+    # What is not shown rests on the part that is not: against none it is contradicted here.
+    entry = stored(results, "preskip", "lora", "lambada_openai", "acc")
     claim = claims["lambada"]
     assert [claim[key] for key in ("arm", "reference", "difference", "low", "high")] == [
         entry[key] for key in ("arm", "reference", "difference", "low", "high")
@@ -85,13 +90,32 @@ def test_the_verdicts_of_a_rich_run_rest_on_its_comparisons(rich: tuple[dict[str
     assert "null band [−0.35, +0.36]: later more" in claims["depth"]["evidence"]
 
 
-def test_equivalence_counts_against_a_claimed_gain(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:
+@pytest.mark.parametrize("verdict", ["equivalent", "undecided", "too few units"])
+def test_only_the_opposite_contradicts_a_claimed_gain(
+    verdict: str, rich: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
     record, results = rich
     changed = copy.deepcopy(results)
     for entry in changed["comparisons"]:
-        entry["verdict"] = "equivalent"
+        entry["verdict"] = verdict
     claims = by_id(record, changed)
-    assert claims["perplexity"]["verdict"] == claims["better-than-lora"]["verdict"] == "contradicted"
+    assert claims["perplexity"]["verdict"] == claims["better-than-lora"]["verdict"] == "not shown"
+    for entry in changed["comparisons"]:
+        entry["verdict"] = "worse"
+    assert by_id(record, changed)["perplexity"]["verdict"] == "contradicted"
+
+
+def test_of_one_seed_the_words_are_about_this_training(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    record, results = copy.deepcopy(rich)
+    assert not by_id(record, results)["perplexity"]["one_training"]
+    for entry in results["comparisons"]:
+        entry["seeds"] = 1
+    claim = by_id(record, results)["perplexity"]
+    assert claim["one_training"]
+    assert "this training of preskip" in claim["evidence"]
+    assert "this training of none" not in claim["evidence"]
+    results["arms"]["preskip"]["seeds"] = [1]
+    assert "this training of preskip is" in answer(results)
 
 
 def test_a_comparison_stored_the_other_way_is_turned_round(minimal: tuple[dict[str, Any], dict[str, Any]]) -> None:
@@ -136,7 +160,7 @@ def test_a_norm_without_a_null_decides_nothing(rich: tuple[dict[str, Any], dict[
     norm.update(null_low=None, null_high=None)
     results["trend"]["preskip"] = [norm]
     claim = by_id(record, results)["depth"]
-    assert claim["verdict"] == "undecided"
+    assert claim["verdict"] == "not shown"
     assert "without a null band a norm shows little" in claim["evidence"]
 
 
@@ -146,11 +170,11 @@ def test_depth_is_not_supported_without_the_ablation(rich: tuple[dict[str, Any],
         {**row, "verdict": "later more"} for row in results["trend"]["preskip"] if row["measure"] != "ablation_skip"
     ]
     claim = by_id(record, results)["depth"]
-    assert claim["verdict"] == "undecided"
+    assert claim["verdict"] == "not shown"
     assert "needs the loss with one layer's skip off" in claim["evidence"]
 
 
-@pytest.mark.parametrize(("cost", "verdict"), [(0.002, "supported"), (-0.002, "undecided")])
+@pytest.mark.parametrize(("cost", "verdict"), [(0.002, "supported"), (-0.002, "not shown")])
 def test_a_skip_that_hurts_less_and_less_is_no_use_of_it(
     rich: tuple[dict[str, Any], dict[str, Any]], cost: float, verdict: str
 ) -> None:
@@ -159,12 +183,27 @@ def test_a_skip_that_hurts_less_and_less_is_no_use_of_it(
     row["verdict"] = "later more"
     # Rises with depth in both: to a cost, or from a larger gain without it to a smaller one.
     results["ablation"]["preskip"] = {
-        "1": [{"layer": layer, "part": "skip", "difference": cost + 2e-4 * layer} for layer in range(8)]
+        "1": [{"layer": layer, "part": "skip", "difference": cost + 2e-4 * layer, "low": cost} for layer in range(8)]
         + [{"layer": 7, "part": "enrichment", "difference": -9.0}]
     }
     [part] = [part for part in by_id(record, results)["depth"]["parts"] if part["title"].startswith("Loss when one")]
     assert part["verdict"] == verdict
-    assert ("(mean −0.0009 bits per byte)" in part["evidence"]) == (cost < 0)  # -0.002 + 5.5 · 2e-4
+    # -0.002 + 5.5 · 2e-4, and the limit of the layers' own.
+    assert ("(mean −0.0009 bits per byte, at least −0.0020)" in part["evidence"]) == (cost < 0)
+
+
+def test_the_later_half_must_be_shown_to_cost_something(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    record, results = copy.deepcopy(rich)
+    [row] = [row for row in results["trend"]["preskip"] if row["measure"] == "ablation_skip"]
+    row["verdict"] = "later more"
+
+    def layers(cost: float) -> list[dict[str, Any]]:
+        return [{"layer": layer, "part": "skip", "difference": cost + 1e-6 * layer, "low": cost} for layer in range(8)]
+
+    for costs, verdict in (((0.002, 0.0021, 0.0019), "supported"), ((0.006, 0.0005, -0.0003), "not shown")):
+        results["ablation"]["preskip"] = {str(seed): layers(cost) for seed, cost in enumerate(costs)}
+        [part] = [part for part in by_id(record, results)["depth"]["parts"] if part["title"].startswith("Loss when")]
+        assert part["verdict"] == verdict
 
 
 def test_what_was_not_declared_is_called_exploratory(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:

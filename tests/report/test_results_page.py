@@ -40,7 +40,7 @@ def test_the_picture_is_that_of_the_stored_results():
     # Seven arms in four panels, and in the legend; better is up and right.
     assert len(marks) == 2 * (4 * 7 + 7)
     found = figure.differences(runs[1], "preskip", "books", "lambada_openai")
-    assert found["books"] == pytest.approx((0.0489, 0.0148, 0.0628), abs=1e-4)
+    assert found["books"] == pytest.approx((0.0489, 0.0323, 0.0655), abs=1e-4)
     assert found["lambada_openai"] == pytest.approx((-0.96, -6.8, 4.9), abs=0.1)
 
 

@@ -14,6 +14,7 @@ SETS = {"held": {"title": "Held out"}, "words": {"title": "Words"}}
 def comparison(metric: str, verdict: str, difference: float, low: float, high: float, **more: Any) -> dict[str, Any]:
     name = "held" if metric == "bits_per_byte" else "words"
     entry = {"set": name, "metric": metric, "arm": "a", "reference": "b", "verdict": verdict}
+    entry |= {"seeds": 3, "units": 60, "unit": "document", "clusters": None}
     return {**entry, "difference": difference, "low": low, "high": high, **more}
 
 
@@ -56,6 +57,17 @@ def comparison(metric: str, verdict: str, difference: float, low: float, high: f
 )
 def test_sentences(entry: dict[str, Any], text: str) -> None:
     assert verdicts.sentence(entry, SETS) == text
+
+
+def test_few_units_are_said_and_one_training_is_not_the_method() -> None:
+    entry = comparison("bits_per_byte", "too few units", -0.05, -0.1, -0.01, clusters=4)
+    assert verdicts.sentence(entry, {}) == (
+        "a and b are not judged in bits per byte on held: the difference is −0.050 [−0.100, −0.010], but from 4 "
+        "independent clusters, fewer than 6"
+    )
+    one = comparison("bits_per_byte", "better", -0.052, -0.057, -0.047, seeds=1, reference="none")
+    assert verdicts.sentence(one, {}).startswith("this training of a lowers bits per byte on held by 0.0520")
+    assert verdicts.sentence(one, {}).endswith("against none")
 
 
 def test_sets_have_a_short_name_in_sentences() -> None:

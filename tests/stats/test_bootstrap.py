@@ -10,7 +10,8 @@ from scipy import stats as scipy_stats
 
 from preskip.errors import PreskipError
 from preskip.stats import RatioDistribution, bootstrap_ratio, paired_ratio_difference
-from preskip.stats.intervals import NothingDiffers
+from preskip.stats.bootstrap import of_unequal_sizes
+from preskip.stats.discordant import NothingDiffers
 
 
 def test_large_sample_interval_is_the_normal_one() -> None:
@@ -127,14 +128,63 @@ def test_shared_documents_are_not_new_evidence_per_seed() -> None:
 
 def test_without_spread_the_value_is_exact() -> None:
     same = RatioDistribution(np.full(9, 0.25), np.ones(9))
-    assert (same.interval().low, same.interval().high, same.p_value()) == (0.25, 0.25, 0.0)
-    assert same.p_equivalence(0.3) == 0.0
+    # No spread to judge by: the p of a sign test on which all nine agree, never 0.
+    sign = scipy_stats.binomtest(9, 9).pvalue
+    assert (same.interval().low, same.interval().high, same.p_value()) == (0.25, 0.25, pytest.approx(sign))
+    assert same.p_equivalence(0.3) == pytest.approx(sign / 2)
     assert same.p_equivalence(0.25) >= 0.5
-    assert same.p_equivalence(0.2) == 1.0
+    assert same.p_equivalence(0.2) == pytest.approx(1 - sign / 2)
     zero = RatioDistribution(np.zeros((3, 9)), np.ones(9))
-    assert (zero.interval().low, zero.interval().high, zero.p_value(), zero.p_equivalence(1e-6)) == (0, 0, 1, 0)
+    assert (zero.interval().low, zero.interval().high, zero.p_value()) == (0, 0, 1)
+    assert zero.p_equivalence(1e-6) == pytest.approx(sign / 2)
     # Rounding differs by batch, say; that is no difference.
     assert RatioDistribution(np.full(9, 1e-15), np.ones(9)).p_value() == 1.0
+
+
+@pytest.mark.parametrize("sizes", [[5, 13, 5, 17, 9, 3], [1, 1, 1, 1, 1, 1, 1], list(range(1, 26)), [1, 2, 3, 4, 90]])
+def test_degrees_of_freedom_are_bell_and_mccaffreys_from_the_matrix_written_out(sizes: list[int]) -> None:
+    # Influences = s_g (r_g - Σ s r) of units whose own ratios r_g have variance 1: covariance A A', A = diag(s) (I -
+    # 1 s'); Satterthwaite's degrees of freedom of e'e, and its expectation against the variance Σ s² of the ratio.
+    shares = np.array(sizes) / np.sum(sizes)
+    a = np.diag(shares) @ (np.eye(len(shares)) - np.outer(np.ones(len(shares)), shares))
+    covariance = a @ a.T
+    freedom, factor = of_unequal_sizes(shares)
+    expected = np.trace(covariance) ** 2 / np.trace(covariance @ covariance)
+    assert freedom == pytest.approx(max(1.0, expected), rel=1e-9)
+    unbiased = (shares**2).sum() / np.trace(covariance)
+    assert factor * len(sizes) / (len(sizes) - 1) == pytest.approx(max(unbiased, len(sizes) / (len(sizes) - 1)))
+
+
+def test_few_unequal_clusters_have_the_cluster_robust_interval() -> None:
+    sizes = np.array([5.0, 13, 5, 17, 9, 3])
+    ratios = np.array([0.2, 0.1, -0.1, 0.3, 0.25, 0.0])
+    interval = bootstrap_ratio(sizes * ratios, sizes)
+    shares = sizes / sizes.sum()
+    value = shares @ ratios
+    e = shares * (ratios - value)
+    a = np.diag(shares) @ (np.eye(6) - np.outer(np.ones(6), shares))
+    m = a @ a.T
+    error = np.sqrt(e @ e * (shares**2).sum() / np.trace(m))
+    half = scipy_stats.t.ppf(0.975, np.trace(m) ** 2 / np.trace(m @ m)) * error
+    assert (interval.low, interval.high) == (pytest.approx(value - half), pytest.approx(value + half))
+    # CR2 as Pustejovsky and Tipton (2018) write it, from the pieces: A_g = (I - H_gg)^(-1/2), identity working model.
+    owner = np.repeat(np.arange(6), sizes.astype(int))
+    x, y = np.ones((len(owner), 1)), ratios[owner]
+    residual, meat = y - y.mean(), 0.0
+    for g in range(6):
+        own = owner == g
+        values, vectors = np.linalg.eigh(np.eye(own.sum()) - x[own] @ x[own].T / len(owner))
+        adjusted = vectors @ np.diag(values**-0.5) @ vectors.T @ residual[own]
+        meat += float(adjusted.sum()) ** 2
+    assert error == pytest.approx(np.sqrt(meat) / len(owner), rel=0.05)
+
+
+def test_few_equal_units_are_never_narrower_than_students_t() -> None:
+    values = np.random.default_rng(0).standard_normal(8)
+    interval = bootstrap_ratio(values, np.ones(8))
+    low, high = scipy_stats.t.interval(0.95, 7, values.mean(), scipy_stats.sem(values))
+    assert interval.low <= low + 1e-12
+    assert interval.high >= high - 1e-12
 
 
 def test_no_discordant_item_has_the_exact_binomial_limits() -> None:

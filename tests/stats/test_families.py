@@ -16,6 +16,7 @@ from stored_runs import make_items
 
 def entry(**changes: object) -> dict:
     base = {"set": "heldout", "metric": "bits_per_byte", "arm": "a", "reference": "none", "p_value": 0.01}
+    base |= {"units": 60, "clusters": None}
     return {**base, "difference": -0.1, "low": -0.2, "high": -0.01, "margin": 0.005, "p_equivalence": 0.9, **changes}
 
 

@@ -16,7 +16,7 @@ from preskip.stats import (
     planned_power,
     resolvable,
 )
-from preskip.stats.power import discordant_deviation
+from preskip.stats.power import discordant_deviation, doubled
 from stored_runs import make_items
 
 
@@ -121,7 +121,9 @@ def test_measured_power_uses_the_components_of_the_run() -> None:
         unit_deviation=parts["unit"],
         seed_deviation=parts["seed"],
         residual_deviation=parts["residual"],
+        unit_freedom=entries[0]["detail"]["unit_freedom"],
     )
+    assert expected.unit_freedom < 29  # documents differ in size
     assert bits["resolvable"] == pytest.approx(resolvable(expected))
     # Shifts of .01 nats per byte and seed: a deviation of .0129 / ln 2 over the four.
     assert parts["seed"] == pytest.approx(np.std([1, 2, 3, 4], ddof=1) * 0.01 / np.log(2), rel=0.2)
@@ -129,6 +131,57 @@ def test_measured_power_uses_the_components_of_the_run() -> None:
     # An arm against itself: no spread, so what the interval says.
     same = apply_family(compare(cells, cells, arm="a", reference="b"), family)
     assert [e["resolvable"] for e in measured_power(same, family)] == [0.0, pytest.approx(same[1]["high"]), 0.0]
+
+
+@pytest.mark.parametrize("deviations", [(0.012, 0.004, 0.002), (0.003, 0.002, 0.0005)], ids=["units", "mixed"])
+def test_unequal_clusters_have_the_power_that_is_claimed(deviations: tuple[float, float, float]) -> None:
+    # Books of 5, 13, 5 and 17 pieces, at the level of a family of 9: with 3 degrees of freedom it claimed three times
+    # as small a difference, which was found in 5 to 16 % of experiments.
+    sizes, (of_units, of_both, of_seeds) = np.array([5.0, 13, 5, 17]), deviations
+    scale = 2 * np.sqrt(((sizes / sizes.sum()) ** 2).sum())  # of the sum's variance, to that of four equal units
+    known = RatioDistribution(sizes * np.arange(4.0), sizes).unit_freedom
+    assert known == pytest.approx(1.728, abs=1e-3)
+    deviation = {"unit_deviation": of_units * scale, "residual_deviation": of_both * scale, "seed_deviation": of_seeds}
+    design = Design(units=4, seeds=3, unit_freedom=known, **deviation)
+    difference, found = resolvable(design, family=9), 0
+    assert difference > 2 * resolvable(Design(units=4, seeds=3, **deviation), family=9)
+    for experiment in range(500):
+        generator = np.random.default_rng(experiment)
+        values = (
+            difference
+            + of_seeds * generator.standard_normal((3, 1))
+            + of_units * generator.standard_normal(4)
+            + of_both * generator.standard_normal((3, 4))
+        )
+        found += RatioDistribution(sizes * values, sizes).interval(1 - 0.05 / 9).excludes_zero
+    assert found / 500 == pytest.approx(0.8, abs=0.06)
+
+
+@pytest.mark.parametrize("true", [0.0, 0.45])
+def test_the_probability_that_a_run_decides_is_that_of_simulated_ones(true: float) -> None:
+    design = Design(units=40, seeds=3, seed_deviation=0.1, unit_deviation=0.5, residual_deviation=0.5)
+    decided = 0
+    for experiment in range(1_500):
+        generator = np.random.default_rng(experiment)
+        values = (
+            true
+            + 0.1 * generator.standard_normal((3, 1))
+            + 0.5 * generator.standard_normal(40)
+            + 0.5 * generator.standard_normal((3, 40))
+        )
+        distribution = RatioDistribution(values, np.ones(40), resamples=499, seed=experiment % 16)
+        decided += distribution.interval(0.95).excludes_zero or distribution.p_equivalence(0.35) <= 0.05
+    assert design.decides(true, 0.35) == pytest.approx(decided / 1_500, abs=0.035)
+    assert 0.3 < design.decides(true, 0.35) < 0.95
+
+
+def test_few_units_decide_nothing_and_doubled_seeds_resolve_less() -> None:
+    options = {"seeds": 3, "unit_deviation": 0.01, "seed_deviation": 0.01}
+    assert Design(units=5, **options).decides(1.0, 0.5) == 0.0
+    assert Design(units=6, **options).decides(1.0, 0.5) > 0.9
+    design = Design(units=60, **options)
+    assert resolvable(doubled(design)) == pytest.approx(2 * resolvable(design), rel=0.05)
+    assert 0.3 < doubled(design).power(resolvable(design)) < 0.4
 
 
 def test_bad_designs_are_refused_with_one_line() -> None:

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import signal, stats
 
-from preskip.stats.trends import arm_trends, chance_band, null_band, trend
+from preskip.stats.trends import arm_trends, autocorrelation, chance_band, null_band, trend
 
 LAYERS = 12
 
@@ -66,7 +66,9 @@ def test_the_null_of_a_norm_is_the_noise_widened_by_chance():
     without = trend("skip_norm", learned, "skip_norm")
     assert (without["null_low"], without["null_high"], without["verdict"]) == (None, None, "undecided")
     row = trend("skip_norm", learned, "skip_norm", nulls(noise(0), noise(1)))
-    assert (row["null_low"], row["null_high"]) == chance_band(LAYERS)
+    # A profile in order leaves nothing to wander: the band's autocorrelation is one standard error, 1 / √12.
+    assert row["autocorrelation"] == 0.0
+    assert (row["null_low"], row["null_high"]) == chance_band(LAYERS, 0.29)
     assert row["verdict"] == "later more"
     assert len(row["nulls"]["noise"]) == 2
     # Shuffled targets that rise as well, or noise: the norm shows nothing, however steep.
@@ -104,7 +106,7 @@ def test_a_flat_profile_has_no_trend_and_noise_is_not_called_one():
     verdicts = []
     for trial in range(200):
         generator = np.random.default_rng(trial)
-        truth = generator.normal(size=LAYERS)
+        truth = 8 + generator.normal(size=LAYERS)
         seeds = {
             str(s): rows(
                 truth, truth[:, None] + generator.normal(0, 0.3, (LAYERS, 1)) + generator.normal(0, 0.5, (LAYERS, 10))
@@ -115,6 +117,43 @@ def test_a_flat_profile_has_no_trend_and_noise_is_not_called_one():
     trends = sum(verdict.startswith("later") for verdict in verdicts)
     assert trends / len(verdicts) <= 0.05
     assert verdicts.count("no trend") > 20
+
+
+def test_layers_that_resemble_each_other_are_not_called_a_trend():
+    """AR(1) profiles of 30 layers without a trend, from a filter of SciPy's: random orders call a fourth of them."""
+    noise_ = np.random.default_rng(0).standard_normal((1_000, 60))
+    profiles = signal.lfilter([1.0], [1.0, -0.5], noise_, axis=1)[:, 30:]
+    rho = np.array([stats.spearmanr(np.arange(30), profile).statistic for profile in profiles])
+    bands = [
+        trend("ablation_skip", {"1": [{"layer": i, "x": x} for i, x in enumerate(profile)]}, "x")["null_high"]
+        for profile in profiles
+    ]
+    assert np.mean(abs(rho) > chance_band(30)[1]) > 0.2
+    assert np.mean(abs(rho) > bands) <= 0.07
+    found = np.mean([autocorrelation(profile) for profile in profiles])
+    assert found == pytest.approx(0.5, abs=0.06)
+
+
+def test_a_profile_that_is_loud_in_its_last_layers_does_not_read_no_trend():
+    # Falling slightly at first, and the last five of 30 nearly three times as loud: ρ is near 0.
+    profile = np.concatenate([np.linspace(1.1, 0.9, 25), np.linspace(2.6, 2.8, 5)])
+    profile[:5] += 1.0
+    seeds = {str(s): rows(profile * (1 + 0.01 * s), np.tile(profile[:, None], (1, 8))) for s in range(3)}
+    row = trend("skip_to_attention", seeds, "skip_norm")
+    assert abs(row["rho"]) < 0.36
+    assert row["size"] == pytest.approx(profile[20:].mean() / profile[:20].mean(), rel=1e-6)
+    assert row["size_low"] <= row["size"] <= row["size_high"]
+    assert row["size"] > 1.4
+    assert row["verdict"] == "undecided"
+
+
+def test_the_size_of_a_trend_has_no_figure_where_it_has_no_sense():
+    falling = [{"layer": i, "x": 1.0 - i} for i in range(6)]
+    row = trend("ablation_skip", {"1": falling}, "x")
+    assert (row["size"], row["size_low"], row["size_high"]) == (None, None, None)
+    even = [{"layer": i, "x": 2.0 + (i % 2)} for i in range(9)]
+    row = trend("ablation_skip", {"1": even}, "x")
+    assert row["size"] == pytest.approx((7 / 3) / (15 / 6))  # 2, 3, 2, 3, 2, 3 before 2, 3, 2
 
 
 def test_the_interval_covers_the_rho_of_the_true_profile():

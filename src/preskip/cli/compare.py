@@ -12,6 +12,11 @@ from preskip.cli.options import Json, flag
 from preskip.errors import PreskipError
 from preskip.experiment.parse import parse_names
 
+DETAIL_NOTE = (
+    "behind it: each seed's difference; where one more seed's would lie; how often a seed of the arm is better; the "
+    "share of variance of seeds / units / seed by unit; p of random signs of up to 40 units (items only)"
+)
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -106,18 +111,27 @@ def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes:
 
     declared = [entry for entry in entries if entry["declared"]]
     exploratory = [entry for entry in entries if not entry["declared"]]
-    tables = [*_tables(declared, sets, is_declared=True), *_tables(exploratory, sets, is_declared=False)]
-    last = [*([EXPLORATORY_NOTE] if exploratory else []), *_scope(entries), *notes]
+    tables = [*_tables(declared, sets, entries, is_declared=True)]
+    tables += _tables(exploratory, sets, entries, is_declared=False)
+    last = [DETAIL_NOTE, *([EXPLORATORY_NOTE] if exploratory else []), *_scope(entries), *notes]
+    tables += _details(declared or exploratory, sets)
     for table in tables:
         print_table(table, last if table is tables[-1] else ())
 
 
-def _tables(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], *, is_declared: bool) -> list[Table]:
+def _tables(
+    entries: Sequence[Mapping[str, Any]],
+    sets: Mapping[str, Any],
+    every: Sequence[Mapping[str, Any]],
+    *,
+    is_declared: bool,
+) -> list[Table]:
     """One table per set and metric, of comparisons that were declared before training or of those that were not."""
     from rich.text import Text
 
     from preskip.cli.printing import columns, difference_cell, verdict_text
     from preskip.metrics import metric_named
+    from preskip.report.words.detail import gain_share
     from preskip.report.words.verdicts import MINUS, amount, p_text, set_label
 
     tables = []
@@ -125,6 +139,8 @@ def _tables(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], *, is
         group = [entry for entry in entries if (entry["set"], entry["metric"]) == (name, metric)]
         margin, about = group[0]["margin"], metric_named(metric)
         stated = f", equivalent within ±{amount(metric, margin)}" if margin is not None else ""
+        if share := next(filter(None, (gain_share(entry, every, sets) for entry in group)), None):  # type: ignore[arg-type]
+            stated += f" ({100 * share[0]:.0f} % of {share[1]}'s in-domain gain)"
         unit = f" ({about.difference_unit.strip()})" if about.difference_unit else ""
         table = columns(
             "declared" if is_declared else "exploratory",
@@ -146,6 +162,27 @@ def _tables(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], *, is
             )
         tables.append(table)
     return tables
+
+
+def _details(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any]) -> list[Table]:
+    """One table of what stands beside the differences, per set and metric."""
+    from rich.text import Text
+
+    from preskip.cli.printing import columns
+    from preskip.report.words.detail import detail_texts
+    from preskip.report.words.verdicts import MINUS, set_label
+
+    table = columns("behind it", right=("by seed", "next seed [95 %]", "P(better)", "variance %", "p flip"))
+    heading = None
+    measures = list(dict.fromkeys((entry["set"], entry["metric"]) for entry in entries))
+    for entry in sorted(entries, key=lambda entry: measures.index((entry["set"], entry["metric"]))):
+        own = f"{set_label(sets, entry['set'])}, {entry['metric']}"
+        if own != heading:
+            table.add_row(Text(own, style="bold"))
+        heading = own
+        shown = detail_texts(entry, sets.get(entry["set"]))  # type: ignore[arg-type]
+        table.add_row(f"  {entry['arm']} {MINUS} {entry['reference']}", *shown.values())
+    return [table] if entries else []
 
 
 def _scope(entries: Sequence[Mapping[str, Any]]) -> list[str]:

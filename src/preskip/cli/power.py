@@ -101,6 +101,7 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
             {
                 **{key: entry[key] for key in ("set", "metric", "arm", "reference", "low", "high")},
                 "observed": entry["difference"],
+                "margin": entry["margin"],
                 "family": size if entry["declared"] else 1,
                 "basis": "measured",
             },
@@ -118,13 +119,21 @@ def _row(
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from preskip.metrics import DEFAULT_MARGINS
     from preskip.stats import needed, resolvable
+    from preskip.stats.power import doubled
 
     options: dict[str, Any] = {"power": wanted, "alpha": alpha, "family": facts["family"]}
     smallest = resolvable(design, **options)
     if design.standard_error == 0 and "low" in facts:  # nothing differed: what the interval still allows
         smallest = (facts["high"] - facts["low"]) / 2
+    margin = facts.pop("margin", DEFAULT_MARGINS.get(facts["metric"]))
+    level = alpha / facts["family"]
     row = {**facts, **asdict(design), "resolvable": smallest, "difference": difference}
+    row |= {"doubled": resolvable(doubled(design), **options), "margin": margin}
+    # What the run says anything at all with: better, worse or equivalent; of equal arms only the last.
+    row["decides_none"] = design.decides(0.0, margin, level, level)
+    row["decides"] = None if difference is None else design.decides(difference, margin, level, level)
     if difference is not None and design.standard_error > 0:
         found = needed(design, difference, **options)
         row |= {"needed_units": found.units, "needed_seeds": found.seeds}
@@ -137,14 +146,29 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
     from preskip.cli.printing import columns, print_table, size_cell
     from preskip.metrics import metric_named
     from preskip.report.words.verdicts import MINUS
+    from preskip.stats.verdicts import FEWEST_UNITS
 
     measured = rows[0]["basis"] == "measured"
     asked = any("needed_units" in row for row in rows)
     # Of a run, what is to be found is by default what was observed.
     wants = asked and any(not measured or row["difference"] != row["observed"] for row in rows)
-    figures = ["units", "seeds", "found from", *(["observed"] if measured else []), *(["to find"] if wants else [])]
+    several = any(row["seeds"] > 1 for row in rows)
+    figures = [
+        "units",
+        "seeds",
+        "found from",
+        *(["seeds ×2"] if several else []),
+        *(["observed"] if measured else []),
+        *(["to find"] if wants else []),
+    ]
     table = columns(
-        "comparison" if measured else "metric", right=figures + (["needs\nunits", "or\nseeds"] if asked else [])
+        "comparison" if measured else "metric",
+        right=[
+            *figures,
+            *(["needs\nunits", "or\nseeds"] if asked else []),
+            *(["decides"] if any(row["decides"] is not None for row in rows) else []),
+            "decides\nif equal",
+        ],
     )
     heading = None
     measures = list(dict.fromkeys((row.get("set"), row["metric"]) for row in rows))
@@ -159,18 +183,32 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
                 table.add_row(Text(own, style="bold"))
             heading, name = own, f"  {row['arm']} {MINUS} {row['reference']}"
         cells = [f"{row['units']:,}", str(row["seeds"]), size_cell(metric, row["resolvable"])]
+        if several:
+            cells.append(size_cell(metric, row["doubled"]) if row["seeds"] > 1 else "–")
         if measured:
             cells.append((MINUS if row["observed"] < 0 else "") + size_cell(metric, row["observed"]))
         if wants:
             cells.append(size_cell(metric, row["difference"]) if "needed_units" in row else "–")
         if asked:
             cells += [_count(row.get(f"needed_{kind}")) for kind in ("units", "seeds")]
+        if any(row["decides"] is not None for row in rows):
+            cells.append(_share(row["decides"]))
+        cells.append(_share(row["decides_none"]))
         table.add_row(name, *cells)
     family = max(row["family"] for row in rows)
     lines = [
         f"found from: the smallest true difference found with {100 * wanted:g} % power at the {100 * alpha:g} % level"
         + (f", corrected for a family of {family}" if family > 1 else "")
     ]
+    if several:
+        lines.append("seeds ×2: the same if training seeds vary twice as much; so few know their own spread badly")
+    lines.append(
+        "decides: the probability that the comparison reads better, worse or equivalent"
+        + (" at the difference " + ("to find" if wants else "observed") if asked else "")
+        + "; if equal: when the true difference is 0"
+    )
+    if any(row["units"] < FEWEST_UNITS for row in rows):
+        lines.append(f"fewer than {FEWEST_UNITS} independent units: no verdict is given, whatever is found")
     if any(row["seeds"] == 1 for row in rows):
         lines.append("one seed: what these trained weights differ by; training randomness is not in it")
     if not measured:
@@ -185,6 +223,10 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
     if any(size_cell(row["metric"], row["resolvable"]) == "nothing" for row in rows):
         lines.append("nothing: no difference between two accuracies is large enough for this design")
     print_table(table, lines)
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
 
 
 def _count(value: int | None) -> str:

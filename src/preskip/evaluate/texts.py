@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_records, document_windows, score_sequences
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import Domain, Record, SetFacts
+from preskip.stats.bootstrap import of_unequal_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +46,17 @@ class TextSet:
     def describe(self, tokenizer: Any, *, domain: Domain, title: str, source: str, sha256: str | None) -> SetFacts:
         """The set as run.json describes it."""
         sizes = [scored_size(document, tokenizer) for document in self.documents]
-        groups = len({document.group for document in self.documents})
+        by_group: Counter[Any] = Counter()
+        for document, size in zip(self.documents, sizes, strict=True):
+            by_group[document.group] += size.bytes
+        groups = len(by_group)
         notes = list(self.notes)
         if without := sum(size.words == 0 for size in sizes):
             notes.append(f"no word perplexity: no spaces stand between the words of {without:,} of its documents")
         clusters: Any = {"clusters": groups} if 1 < groups < len(self.documents) else {}
+        if groups > 1:
+            shares = np.array(list(by_group.values())) / by_group.total()
+            clusters["unit_freedom"] = of_unequal_sizes(shares)[0]
         return {
             "kind": "document",
             "domain": domain,

@@ -37,6 +37,7 @@ from preskip.runs.directory import RunDirectory
 from preskip.runs.files import write_json
 from preskip.runs.schema import Facts, Results
 from preskip.stats import planned_power
+from preskip.stats.verdicts import FEWEST_UNITS
 from preskip.train.distributed import Crew, share_batch, world_size
 from preskip.train.scratch import trackers
 
@@ -207,15 +208,20 @@ def _extent(facts: Facts) -> str:
 def _say_power(facts: Facts, quiet: bool) -> None:
     """What this run will be able to tell, before it costs anything."""
     said: dict[str, str] = {}
+    equal: list[float] = []
     for entry in planned_power(facts["sets"], len(facts["seeds"]), facts["family"]):
         about = metric_named(entry["metric"])
         size = f"{about.factor * entry['resolvable']:.{about.decimals}f}{about.difference_unit or f' {about.phrase}'}"
         if about.is_accuracy and entry["resolvable"] >= 1:
             size = "nothing"
+        if entry["units"] < FEWEST_UNITS:
+            size = f"nothing (of {entry['units']} independent units no verdict is given)"
         said[entry["set"]] = f"{size} on {entry['set']}"
+        equal.append(entry["decides_none"])
     if said:
         say(
             f"This run can detect (80 % power, assumed spreads, {len(facts['family']['declared'])} declared "
-            f"comparisons): {', '.join(said.values())}",
+            f"comparisons): {', '.join(said.values())}. Of arms that do not differ it shows that they are equivalent "
+            f"with {100 * min(equal):.0f} to {100 * max(equal):.0f} % probability.",
             quiet=quiet,
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from preskip.metrics import Metric, metric_named
-from preskip.runs.schema import Comparison, Results, Search, Trial
+from preskip.runs.schema import Comparison, PowerEntry, Results, Search, Trial
 
 # Names of the sets that are scored by the paper's own protocol begin so.
 PAPER = "paper:"
@@ -18,6 +18,7 @@ RESOLVABLE_HALF_WIDTHS = 1.43
 
 def flipped(entry: Comparison) -> Comparison:
     """The same comparison seen from the other arm: signs, limits, gains and the verdict turned round."""
+    detail = entry.get("detail")
     turned = {
         **entry,
         "arm": entry["reference"],
@@ -29,6 +30,14 @@ def flipped(entry: Comparison) -> Comparison:
         "lost": entry.get("gained"),
         "verdict": OPPOSITE.get(entry["verdict"], entry["verdict"]),
     }
+    if detail is not None:
+        predicted = detail["new_seed"]
+        turned["detail"] = {
+            **detail,
+            "by_seed": [-value for value in detail["by_seed"]],
+            "new_seed": None if predicted is None else (-predicted[1], -predicted[0]),
+            "probability_higher": 1 - detail["probability_higher"],
+        }
     return cast(Comparison, turned)
 
 
@@ -102,12 +111,25 @@ def resolvable(results: Results, entry: Comparison) -> tuple[float, str]:
     """The smallest true difference that a comparison finds with 80 % power, in the metric's stored unit, and its basis:
     "measured" or "assumed" as in the run's power analysis, else "interval": 1.43 half widths of the comparison's own.
     """
+    if power := _power(results, entry):
+        return float(power["resolvable"]), str(power.get("basis") or "assumed")
+    return RESOLVABLE_HALF_WIDTHS * (entry["high"] - entry["low"]) / 2, "interval"
+
+
+def doubled(results: Results, entry: Comparison) -> float | None:
+    """The same if the training seeds vary twice as much; None where the run's power analysis does not say."""
+    power = _power(results, entry)
+    return power.get("doubled") if power and power["seeds"] > 1 else None
+
+
+def _power(results: Results, entry: Comparison) -> PowerEntry | None:
+    """What the run's power analysis says of a comparison, in either direction."""
     pair = {entry["arm"], entry["reference"]}
     for power in results.get("power") or ():
         same = power["set"] == entry["set"] and power["metric"] == entry["metric"]
         if same and {power["arm"], power["reference"]} == pair:
-            return float(power["resolvable"]), str(power.get("basis") or "assumed")
-    return RESOLVABLE_HALF_WIDTHS * (entry["high"] - entry["low"]) / 2, "interval"
+            return power
+    return None
 
 
 def by_measure(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, str, list[Comparison]]]:

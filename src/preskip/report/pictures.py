@@ -28,7 +28,7 @@ CONFIG = {
     "text": {"color": GREY},
     "range": {
         "category": COLOURS,
-        "ordinal": [COLOURS[2], COLOURS[1], COLOURS[0], GREY],
+        "ordinal": [COLOURS[2], COLOURS[1], COLOURS[0], GREY, GREY],
         "ramp": ["#00224e", "#7d7c78", "#fee838"],
         "heatmap": ["#f7fbff", "#6baed6", "#08306b"],
     },

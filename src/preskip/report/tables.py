@@ -10,6 +10,7 @@ from preskip.report.lookup import (
     DOMAINS,
     by_measure,
     development,
+    doubled,
     find,
     is_declared,
     is_pretraining,
@@ -21,6 +22,7 @@ from preskip.report.lookup import (
     trained_arms,
 )
 from preskip.report.words.claims import MEASURES
+from preskip.report.words.detail import detail_texts, gain_share
 from preskip.report.words.facts import bytes_text
 from preskip.report.words.verdicts import (
     MINUS,
@@ -34,7 +36,7 @@ from preskip.report.words.verdicts import (
     set_label,
     set_title,
 )
-from preskip.runs.schema import Comparison, Manifest, Results
+from preskip.runs.schema import Comparison, Manifest, Results, Trend
 
 PAPER_COLUMNS = {
     "paper:lambada": "LAMBADA",
@@ -217,7 +219,11 @@ def comparison_groups(results: Results) -> list[dict[str, Any]]:
         about = metric_on(results, set_name, metric)
         title = f"{about.name}, {set_label(results['sets'], set_name)}"
         declared, others = (
-            [_comparison(entry) for entry in ordered(entries, about.lower_is_better) if is_declared(entry) == wanted]
+            [
+                _comparison(entry, results)
+                for entry in ordered(entries, about.lower_is_better)
+                if is_declared(entry) == wanted
+            ]
             for wanted in (True, False)
         )
         groups.append(
@@ -233,18 +239,20 @@ def comparison_groups(results: Results) -> list[dict[str, Any]]:
     return groups
 
 
-def _comparison(entry: Comparison) -> tuple[Any, ...]:
+def _comparison(entry: Comparison, results: Results) -> tuple[Any, ...]:
     shown, margin, equivalence = difference_text(entry), entry.get("margin"), entry.get("p_equivalence")
     gained, lost, clusters = entry.get("gained"), entry.get("lost"), entry.get("clusters")
     counted = "" if gained is None or lost is None else f"{gained:,} gained, {lost:,} lost"
     bound = NONE if margin is None else f"±{amount(entry['metric'], margin)}"
+    share = gain_share(entry, results["comparisons"], results["sets"])
+    of_gain = "" if share is None else f"{100 * share[0]:.0f} % of {share[1]}'s gain"
     return (
         f"{entry['arm']} {MINUS} {entry['reference']}",
         Cell(entry["verdict"], badge=True, exploratory=not is_declared(entry)),
         Cell(shown["value"] + shown["unit"], counted),
         shown["interval"],
         p_text(entry.get("p_holm") if is_declared(entry) else entry.get("p_value")),
-        Cell(bound, "" if equivalence is None else p_text(equivalence)),
+        Cell(bound, "" if equivalence is None else p_text(equivalence) + (f"; {of_gain}" if of_gain else "")),
         Cell(f"{entry['units']:,} {entry['unit']}s", f"in {clusters:,} clusters" if clusters else ""),
         entry["seeds"],
     )
@@ -340,12 +348,14 @@ def power_table(results: Results) -> Table:
     rows = []
     for entry in [entry for entry in results["comparisons"] if is_declared(entry)] or results["comparisons"]:
         smallest, basis = resolvable(results, entry)
+        twice = doubled(results, entry)
         about, shown = metric_on(results, entry["set"], entry["metric"]), difference_text(entry)
         rows.append(
             (
                 f"{entry['arm']} {MINUS} {entry['reference']}",
                 f"{about.name}, {set_label(results['sets'], entry['set'])}",
                 amount(entry["metric"], smallest),
+                NONE if twice is None else amount(entry["metric"], twice),
                 shown["value"] + shown["unit"],
                 p_text(entry.get("p_value")),
                 {"interval": "interval's width"}.get(basis, f"{basis} spread"),
@@ -353,17 +363,44 @@ def power_table(results: Results) -> Table:
                 entry["seeds"],
             )
         )
-    first = (words("Comparison"), words("Metric and set", wrap=True), "Resolves", "Found", RAW)
+    first = (words("Comparison"), words("Metric and set", wrap=True))
+    resolves = ("Resolves", Column("Resolves", "if seeds vary twice as much"))
     return make_table(
         "Power",
-        (*first, words("From"), "Units", "Seeds"),
+        (*first, *resolves, "Found", RAW, words("From"), "Units", "Seeds"),
         rows,
         "Smallest difference that each comparison resolves",
     )
 
 
+def detail_table(results: Results) -> Table:
+    """What stands beside the declared differences (all where none was declared): seeds, the next one, who wins, whence
+    the variance, and the randomisation p of few units.
+    """
+    rows = []
+    for entry in [entry for entry in results["comparisons"] if is_declared(entry)] or results["comparisons"]:
+        if "detail" in entry:
+            about, shown = (
+                metric_on(results, entry["set"], entry["metric"]),
+                detail_texts(entry, results["sets"][entry["set"]]),
+            )
+            rows.append(
+                (
+                    f"{entry['arm']} {MINUS} {entry['reference']}",
+                    f"{about.name}, {set_label(results['sets'], entry['set'])}",
+                    *shown.values(),
+                )
+            )
+    columns = (
+        *(words("Comparison"), words("Metric and set", wrap=True), Column("By seed"), Column("Next seed", "95 %")),
+        *(Column("P(better)", "over pairs of seeds"), Column("Variance, %", "seeds / units / both")),
+        Column("p", "sign flips, items only"),
+    )
+    return make_table("Seeds and variance", columns, rows, "What stands behind each difference")
+
+
 def trend_table(results: Results) -> Table:
-    """The trends over depth: arm, measure, verdict, ρ with interval, null band, seeds."""
+    """The trends over depth: arm, measure, verdict, ρ with interval, null band, size, seeds."""
     columns = (
         words("Arm"),
         words("Measure", wrap=True),
@@ -371,6 +408,7 @@ def trend_table(results: Results) -> Table:
         "Rank correlation",
         "Interval",
         "Null band",
+        Column("Size", "later third over the rest"),
         "Seeds",
     )
     rows = [
@@ -381,9 +419,17 @@ def trend_table(results: Results) -> Table:
             number(row["rho"], 2, sign=True),
             limits_text(row.get("low"), row.get("high"), 2),
             Cell(limits_text(row.get("null_low"), row.get("null_high"), 2), nulls_text(row)),
+            _size(row),
             row.get("seeds") or "",
         )
         for arm, rows in (results.get("trend") or {}).items()
         for row in rows
     ]
     return make_table("Trend over depth", columns, rows, "Trend of each measure over depth")
+
+
+def _size(row: Trend) -> Cell:
+    size = row.get("size")
+    if size is None:
+        return Cell(NONE, sort=None)
+    return Cell(number(size, 2), limits_text(row.get("size_low"), row.get("size_high"), 2, sign=False), size)

@@ -18,7 +18,7 @@ EXPLAIN_VERSION = 1  # of explain.json
 Kind = Literal["document", "item"]
 Domain = Literal["in", "out"]
 Status = Literal["running", "finished", "failed", "interrupted"]
-Verdict = Literal["better", "worse", "equivalent", "undecided"]
+Verdict = Literal["better", "worse", "equivalent", "undecided", "too few units"]
 
 
 def check_version(path: Path, content: Any, version: int = SCHEMA_VERSION) -> None:
@@ -104,6 +104,7 @@ class SetFacts(TypedDict):
     words: NotRequired[int]  # of kind "document"
     items: NotRequired[int]  # of kind "item"
     clusters: NotRequired[int]  # groups of documents or items that are resampled whole
+    unit_freedom: NotRequired[float]  # of the variance over units of kind "document": fewer where sizes differ
     lm_eval: NotRequired[LmEvalFacts]  # of a task of lm-eval
     higher_is_better: NotRequired[dict[str, bool]]  # by metric, as lm-eval states it of a task
     sample: NotRequired[Sample]  # of a text of `preskip eval`
@@ -451,6 +452,16 @@ class Deviations(TypedDict):
     residual: float | None
 
 
+class Detail(TypedDict):
+    """What stands beside a paired difference."""
+
+    by_seed: list[float]  # the difference of each paired seed
+    new_seed: tuple[float, float] | None  # prediction interval for one more seed; None with one seed
+    probability_higher: float  # that the arm's figure is higher than the reference's, over all pairs of seeds
+    p_sign_flip: float | None  # randomisation test over units or clusters; None where there are over 40
+    unit_freedom: float | None  # degrees of freedom of the variance over units
+
+
 class PairedDifference(Declared):
     """Arm minus reference on one set and metric, paired on seeds and item ids."""
 
@@ -461,7 +472,7 @@ class PairedDifference(Declared):
     seeds: int
     units: int  # documents or items
     unit: Kind
-    clusters: int | None  # resampled in place of units; None where units are independent
+    clusters: int | None  # resampled in place of units; None where units are independent; 1: all units of one cluster
     covers: str  # what the interval is over
     gained: int | None  # items on which the arm is right more often; None where scores are not right or wrong
     lost: int | None
@@ -469,6 +480,7 @@ class PairedDifference(Declared):
     deviations: Deviations
     margin: float | None  # largest difference that counts as none; None where none is stated
     p_equivalence: float | None
+    detail: NotRequired[Detail]
 
 
 class Comparison(PairedDifference):
@@ -487,6 +499,7 @@ class DesignFacts(TypedDict):
     seeds: int
     residual_deviation: float
     seed_deviation: float
+    unit_freedom: NotRequired[float | None]  # of the variance over units; None: units - 1
 
 
 class PowerEntry(Declared):
@@ -495,6 +508,8 @@ class PowerEntry(Declared):
     units: int  # or clusters
     seeds: int
     resolvable: float  # in the metric's unit
+    doubled: NotRequired[float]  # the same if training seeds vary twice as much
+    decides_none: NotRequired[float]  # probability that arms which do not differ are shown to be equivalent
     basis: Literal["measured", "assumed"]
     alpha: float
     power: float
@@ -546,6 +561,10 @@ class Trend(TypedDict):
     null_low: float | None  # band of ρ by chance, and of a norm by its nulls; None where a norm has no noise null
     null_high: float | None
     nulls: NotRequired[dict[str, list[float]]]  # ρ of each run, by null
+    autocorrelation: NotRequired[float]  # of neighbouring layers, which widens the band
+    size: NotRequired[float | None]  # mean of the later third of the layers over the mean of the rest
+    size_low: NotRequired[float | None]
+    size_high: NotRequired[float | None]
     verdict: str  # "later more", "later less", "no trend" or "undecided"
     seeds: int
     layers: int

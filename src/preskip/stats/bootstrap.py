@@ -7,8 +7,11 @@ logarithm of word perplexity (nats over words). So one distribution serves all o
 * Units: BCa bootstrap (Efron 1987) of the ratio, n - 1 of n units drawn so that the variance of a mean is unbiased
   (Rao and Wu 1988), each tail level widened from the normal to Student's t with units - 1 degrees of freedom
   (Hesterberg 2015), since percentiles of a few dozen documents are too narrow; fewer, and a factor near 1, where units
-  differ in size (see `_of_unequal_sizes`). Beyond the levels that the resamples reach, limits grow in proportion to
+  differ in size (see `of_unequal_sizes`). Beyond the levels that the resamples reach, limits grow in proportion to
   that t. With one seed this is the whole distribution.
+* Few units: a handful has few distinct resamples. Below 20 degrees of freedom a limit is therefore never nearer than
+  the cluster-robust one, t with Bell and McCaffrey's degrees of freedom (2002) times the unbiased standard error; and
+  where sizes are so unequal that less than two thirds of units - 1 are left, it is that one alone.
 * Several seeds: seeds and units are crossed (every seed is scored on the same documents). Drawing both with replacement
   counts what is particular to one seed on one document up to three times (Owen 2007), and two or three seeds have no
   percentiles worth the name. So the seeds enter through the mean squares of a two-way analysis of variance instead:
@@ -36,11 +39,12 @@ from scipy import special
 from preskip.errors import PreskipError
 from preskip.runs.schema import Deviations
 from preskip.stats.inputs import Array, Labels, ratio_inputs
-from preskip.stats.intervals import CONFIDENCE, Distribution, Interval
+from preskip.stats.intervals import CONFIDENCE, SMALLEST_TAIL, Distribution, Interval
 
 RESAMPLES = 9_999
 _CELLS_PER_CHUNK = 4_000_000  # counts held at once: 32 MB as floats
 _EDGE = 10  # resamples in a tail below which a percentile is not trusted
+_FEW = 20  # degrees of freedom of the units below which their resamples have too little shape
 
 
 class RatioDistribution(Distribution):
@@ -56,6 +60,7 @@ class RatioDistribution(Distribution):
         scale: factor on all values, 1 / ln 2 for bits. Default 1.
         resamples: bootstrap replicates. Default 9,999.
         seed: of the bootstrap's own generator. Default 0.
+        shape: take the limits' shape from the resamples; without it they are Student's t alone. Default True.
 
     Raises:
         PreskipError: NaN, unequal lengths, a denominator that is not positive, fewer than 2 units, fewer than 100
@@ -71,6 +76,7 @@ class RatioDistribution(Distribution):
         scale: float = 1.0,
         resamples: int = RESAMPLES,
         seed: int = 0,
+        shape: bool = True,
     ) -> None:
         above, below = ratio_inputs(numerator, denominator, clusters)
         if resamples < 100:
@@ -82,7 +88,7 @@ class RatioDistribution(Distribution):
         self.value = float(above.sum() / below.sum())
         residual = (above - self.value * below) / below.sum()  # first-order influence of each cell on the ratio
         by_unit = residual.sum(0)
-        self._unit_freedom, self._stretch = _of_unequal_sizes(below.sum(0) / below.sum())
+        self._unit_freedom, self._stretch = of_unequal_sizes(below.sum(0) / below.sum())
         self._seed_square, self._unit_square, self._residual_square = _mean_squares(residual)
         self._unit_square *= self._stretch
         tiny = (1e-13 * max(1.0, abs(self.value))) ** 2
@@ -92,12 +98,20 @@ class RatioDistribution(Distribution):
             if abs(self.value) < 1e-12:  # rounding of arms that do not differ, not a difference without error
                 self.value = 0.0
             return
+        self._is_shaped = shape and self._unit_freedom >= min(_FEW, 2 * (self.units - 1) / 3)
+        if not self._is_shaped:
+            return
         self._replicates = np.sort(_replicates(above.sum(0), below.sum(0), resamples, seed))
         under = float(np.mean(self._replicates < self.value) + 0.5 * np.mean(self._replicates == self.value))
         self._bias = float(special.ndtri(min(max(under, 0.5 / resamples), 1 - 0.5 / resamples)))
         spread = float((by_unit**2).sum())
         # Seeds alone differ (every unit alike): there is no shape to correct for.
         self._acceleration = float((by_unit**3).sum() / (6 * spread**1.5)) if spread > tiny else 0.0
+
+    @property
+    def unit_freedom(self) -> float:
+        """Degrees of freedom of the variance over units: units - 1, fewer where their sizes differ."""
+        return self._unit_freedom
 
     @property
     def components(self) -> Deviations:
@@ -110,6 +124,11 @@ class RatioDistribution(Distribution):
             "residual": math.sqrt(self._residual_square * self.seeds * self.units),
         }
 
+    @property
+    def smallest_tail(self) -> float:
+        """See `Distribution.smallest_tail`: 2^-units where every unit shows the same difference."""
+        return max(SMALLEST_TAIL, 2.0**-self.units) if self.is_constant else SMALLEST_TAIL
+
     def limit(self, tail: float, side: int) -> float:
         """See `Distribution.limit`."""
         if self.is_constant:
@@ -117,7 +136,7 @@ class RatioDistribution(Distribution):
         t_units = -float(special.stdtrit(self._unit_freedom, tail))
         if not math.isfinite(t_units):  # SciPy's quantile of few degrees of freedom has an end
             return side * math.inf
-        reach = max(0.0, side * self._unit_reach(side * t_units)) * math.sqrt(self._stretch)
+        reach = self._one_sided(t_units, side)
         if self.seeds > 1:
             # The units' own part of the variance, with the length that the bootstrap gives this side.
             rest = min(1.0, self._residual_square / self._unit_square) if self._unit_square > 0 else 1.0
@@ -134,6 +153,14 @@ class RatioDistribution(Distribution):
                 )
             )
         return self.value + side * (reach if math.isfinite(reach) else math.inf)
+
+    def _one_sided(self, t_units: float, side: int) -> float:
+        """Half width from the units alone, on one side."""
+        robust = t_units * math.sqrt(self._unit_square)
+        if not self._is_shaped:
+            return robust
+        resampled = max(0.0, side * self._unit_reach(side * t_units)) * math.sqrt(self._stretch)
+        return max(resampled, robust) if self._unit_freedom < _FEW else resampled
 
     def _unit_reach(self, z: float) -> float:
         """Signed distance from the value to the BCa limit at the normal score `z`."""
@@ -213,15 +240,26 @@ def _mean_squares(residual: Array) -> tuple[float, float, float]:
     return of_seeds, of_units, max(0.0, rest) * seeds * units / ((seeds - 1) * (units - 1))
 
 
-def _of_unequal_sizes(shares: Array) -> tuple[float, float]:
+def of_unequal_sizes(shares: Array) -> tuple[float, float]:
     """Degrees of freedom of the units' variance, and the factor that makes it unbiased, from each unit's share of size.
 
     For units whose own ratios have equal variance: a few large ones leave fewer degrees of freedom than units - 1, and
-    pull the ratio towards themselves, which hides part of their deviation. Equal sizes give units - 1 and 1.
+    pull the ratio towards themselves, which hides part of their deviation. Satterthwaite's degrees of freedom of the
+    sum of squared influences, tr(M)² / tr(M²) with M their covariance, as Bell and McCaffrey (2002) take them. Equal
+    sizes give units - 1 and 1.
+
+    Args:
+        shares: positive, sum 1, [units].
     """
     units, squares = len(shares), shares**2
-    freedom = squares.sum() ** 2 / (squares**2).sum() - 1
-    seen = 1 - 2 * (shares**3).sum() / squares.sum() + squares.sum()
+    total = squares.sum()
+    # M_gh = s_g s_h (δ_gh - s_g - s_h + Σ s²), summed without the matrix.
+    cubes, fourths = (shares**3).sum(), (squares**2).sum()
+    own = squares * (1 - 2 * shares + total)
+    diagonal = (squares**2 * (total - 2 * shares) ** 2).sum()
+    all_pairs = 2 * total * fourths + 2 * cubes**2 + total**4 - 4 * total**2 * cubes
+    freedom = own.sum() ** 2 / ((own**2).sum() + all_pairs - diagonal)
+    seen = own.sum() / total
     return max(1.0, float(freedom)), max(1.0, float((units - 1) / (units * seen)))
 
 

@@ -13,9 +13,11 @@ from preskip.metrics import DEFAULT_MARGINS
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import Comparison, Family, Metrics, MetricValue, PairedDifference, SetFacts
 from preskip.stats.bootstrap import RatioDistribution
+from preskip.stats.detail import detail_of
+from preskip.stats.discordant import NothingDiffers
 from preskip.stats.families import apply_family
 from preskip.stats.inputs import Array
-from preskip.stats.intervals import CONFIDENCE, Distribution, NothingDiffers
+from preskip.stats.intervals import CONFIDENCE, Distribution
 from preskip.stats.records import SeedItems, Table, by_seed, paired_seeds, tables
 from preskip.stats.tests import paired_accuracy_difference
 from preskip.stats.verdicts import margin_of
@@ -77,7 +79,9 @@ def compare(
     when the 95 % interval excludes 0. For accuracies with one seed and independent items it is the exact McNemar p;
     with several seeds, or clusters, which McNemar's test cannot know, the larger of that (the sign test over items) and
     the interval's. `p_equivalence` and `margin` are None where no margin is stated for the metric. `deviations` are
-    `Distribution.components`, from which `measured_power` computes. `apply_family` adds the rest.
+    `Distribution.components`, from which `measured_power` computes. `detail` is `detail_of`'s. `apply_family` adds the
+    rest. Items that are all of one cluster are no sample of clusters: the interval is over them alone, and `clusters`
+    is 1, on which no verdict is given.
 
     Args:
         items_a: records (items.jsonl) of the arm, by seed id, one list per seed, or one list for a single seed.
@@ -101,6 +105,8 @@ def compare(
                 column = table.column("nll" if table.kind == "document" else metric)
                 a, b = column[: len(rows_a)], column[len(rows_a) :]
                 gained = lost = None
+                sizes = table.shared_column("bytes") if table.kind == "document" else np.ones(len(table.ids))
+                scale = 1 / math.log(2) if table.kind == "document" else 1.0
                 distribution: Distribution
                 if table.kind == "item" and _is_right_or_wrong(column):
                     found = paired_accuracy_difference(a, b, clusters)
@@ -108,8 +114,6 @@ def compare(
                     if distribution.seeds > 1 or clusters is not None:
                         p_value = max(p_value, distribution.p_value())
                 else:
-                    sizes = table.shared_column("bytes") if table.kind == "document" else np.ones(len(table.ids))
-                    scale = 1 / math.log(2) if table.kind == "document" else 1.0
                     distribution = RatioDistribution(a - b, sizes, clusters, scale=scale)
                     p_value = distribution.p_value()
                 interval = distribution.interval(confidence)
@@ -127,14 +131,23 @@ def compare(
                         "seeds": interval.seeds,
                         "units": len(table.ids),
                         "unit": table.kind,
-                        "clusters": None if clusters is None else interval.units,
-                        "covers": f"seeds and {table.kind}s" if interval.seeds > 1 else f"{table.kind}s only",
+                        "clusters": 1 if table.is_one_cluster else None if clusters is None else interval.units,
+                        "covers": _covers(table, interval.seeds),
                         "gained": gained,
                         "lost": lost,
                         "p_value": p_value,
                         "deviations": distribution.components,
                         "margin": margin,
                         "p_equivalence": None if margin is None else distribution.p_equivalence(margin),
+                        "detail": detail_of(
+                            a,
+                            b,
+                            sizes,
+                            clusters,
+                            unit_freedom=distribution.unit_freedom,
+                            scale=scale,
+                            confidence=confidence,
+                        ),
                     }
                 )
     return entries
@@ -182,6 +195,12 @@ def compare_arms(
             )
         advance(number, f"{arm} - {reference}")
     return apply_family(entries, family, described)
+
+
+def _covers(table: Table, seeds: int) -> str:
+    """What an interval is over."""
+    units = f"{table.kind}s of one cluster" if table.is_one_cluster else f"{table.kind}s"
+    return f"seeds and {units}" if seeds > 1 else f"{units} only"
 
 
 def _mean(values: Array, table: Table, confidence: float) -> MetricValue:

@@ -10,7 +10,7 @@ from preskip.errors import PreskipError
 from preskip.runs.schema import Deviations, MetricValue
 
 CONFIDENCE = 0.95
-_SMALLEST_TAIL = 1e-100  # with one degree of freedom t is 3e99 there: its square must stay finite
+SMALLEST_TAIL = 1e-100  # with one degree of freedom t is 3e99 there: its square must stay finite
 _LIMIT_STEPS = 45
 
 
@@ -43,7 +43,8 @@ class Distribution(ABC):
     """A value's sampling distribution as one-sided limits; interval, p and equivalence are all read from those.
 
     So they agree by construction: the interval excludes a point exactly when its two-sided p is below 1 - confidence,
-    and the interval of confidence 1 - 2α lies within ± margin exactly when the equivalence p is below α.
+    and the interval of confidence 1 - 2α lies within ± margin exactly when the equivalence p is below α; down to
+    `smallest_tail`, below which no p goes.
     """
 
     value: float
@@ -58,6 +59,16 @@ class Distribution(ABC):
         Var(value) = seed² / seeds + unit² / units + residual² / (seeds · units). With one seed `unit` holds the
         residual too, and `seed` and `residual` are None: one seed cannot tell.
         """
+
+    @property
+    def unit_freedom(self) -> float:
+        """Degrees of freedom of the variance over units."""
+        return self.units - 1
+
+    @property
+    def smallest_tail(self) -> float:
+        """The least one-sided p: 1e-100, and where there is no spread to judge by, that of a sign test."""
+        return SMALLEST_TAIL
 
     @abstractmethod
     def limit(self, tail: float, side: int) -> float:
@@ -90,9 +101,9 @@ class Distribution(ABC):
         def excluded(tail: float) -> bool:
             return (self.limit(tail, side) - point) * side < 0
 
-        low, high = math.log(_SMALLEST_TAIL), math.log(0.5)
-        if excluded(_SMALLEST_TAIL):
-            return 0.0
+        low, high = math.log(self.smallest_tail), math.log(0.5)
+        if excluded(self.smallest_tail):
+            return self.smallest_tail
         if not excluded(0.5):
             return 0.5
         for _ in range(_LIMIT_STEPS):
@@ -104,7 +115,7 @@ class Distribution(ABC):
         return math.exp(high)
 
     def p_value(self, point: float = 0.0) -> float:
-        """Two-sided p of the hypothesis that the truth is `point`; 0 below 2e-100."""
+        """Two-sided p of the hypothesis that the truth is `point`; never 0, see `smallest_tail`."""
         return 2 * self.tail_beyond(point)
 
     def p_equivalence(self, margin: float) -> float:
@@ -121,24 +132,3 @@ class Distribution(ABC):
         elif self.value > margin:
             beyond[1] = 1 - beyond[1]
         return max(beyond)
-
-
-@dataclass(frozen=True)
-class NothingDiffers(Distribution):
-    """0/1 differences that are all zero: limits ± the exact upper bound of the rate at which units could differ.
-
-    Clopper-Pearson after 0 of `units`: 1 - tail^(1 / units). A bootstrap would claim an interval of width 0.
-    """
-
-    units: int
-    seeds: int
-    value: float = 0.0
-
-    @property
-    def components(self) -> Deviations:
-        """See `Distribution.components`."""
-        return {"seed": None if self.seeds == 1 else 0.0, "unit": 0.0, "residual": None}
-
-    def limit(self, tail: float, side: int) -> float:
-        """See `Distribution.limit`."""
-        return side * (1 - tail ** (1 / self.units))

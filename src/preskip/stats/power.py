@@ -3,7 +3,9 @@
 A comparison's error has three parts, as in `bootstrap`: Var = seed² / seeds + unit² / units + residual² / (seeds ·
 units). The smallest difference found is the one whose two-sided test at α rejects with the wanted power. With one seed
 that test is Student's t over units; with several it is the rule of `seeds_and_units_reach`. Its power is the normal
-probability of exceeding the half width, averaged over what the mean square of the units, or of so few seeds, may be.
+probability of exceeding the half width, averaged over what the mean squares of the units and of so few seeds may be.
+Degrees of freedom over units are the test's own, fewer than units - 1 where sizes differ. A comparison decides when it
+reads better, worse or equivalent; of fewer than 6 independent units it never does.
 As a rule of thumb it is 2.8 standard errors with one seed and many units; where the seeds dominate 5.7 with three seeds
 and 3.8 with five.
 
@@ -21,13 +23,14 @@ import numpy as np
 from scipy import special
 
 from preskip.errors import PreskipError
-from preskip.metrics import metric_named
+from preskip.metrics import DEFAULT_MARGINS, metric_named
 from preskip.runs.schema import Comparison, Declared, DesignFacts, Family, PairedDifference, PowerEntry, SetFacts
 from preskip.stats.bootstrap import seeds_and_units_reach
 from preskip.stats.inputs import Array
-from preskip.stats.verdicts import ALPHA
+from preskip.stats.verdicts import ALPHA, FEWEST_UNITS, independent_units, margin_of
 
 POWER = 0.8
+_MANY = 25  # degrees of freedom from which the units' own uncertainty no longer moves the power
 MOST_UNITS, MOST_SEEDS = 10_000_000, 1_000
 SHARED = 0.5  # of the variance over units, assumed common to all seeds
 
@@ -42,6 +45,7 @@ class Design:
         unit_deviation: standard deviation over units of the difference that all seeds share, in the metric's unit.
         residual_deviation: standard deviation of what one seed adds on one unit. Default 0.
         seed_deviation: standard deviation over seeds of the whole difference. Default 0; not used with one seed.
+        unit_freedom: degrees of freedom of the variance over units. Default: units - 1, right for equal sizes.
     """
 
     units: int
@@ -49,6 +53,7 @@ class Design:
     seeds: int = 1
     residual_deviation: float = 0.0
     seed_deviation: float = 0.0
+    unit_freedom: float | None = None
 
     def __post_init__(self) -> None:
         if self.units < 2:
@@ -85,6 +90,17 @@ class Design:
         return float(np.sqrt(self._seed_square + self._unit_square))
 
     @property
+    def _unit_freedom(self) -> float:
+        return self.units - 1 if self.unit_freedom is None else self.unit_freedom
+
+    def of_units(self, count: int) -> Design:
+        """The design with another number of units, of sizes as unequal as its own."""
+        freedom = self.unit_freedom
+        if freedom is not None:
+            freedom = max(1.0, freedom * (count - 1) / max(1, self.units - 1))
+        return replace(self, units=count, unit_freedom=freedom)
+
+    @property
     def _seed_square(self) -> float:
         """What the mean square of seeds estimates; 0 with one seed."""
         if self.seeds == 1:
@@ -101,23 +117,55 @@ class Design:
 
         With one seed "true" means for the weights that this seed trained.
         """
-        difference, error = abs(difference), self.standard_error
+        if self.standard_error == 0:
+            return 1.0 if difference != 0 else alpha
+        return float(np.mean(self._found(difference, self._reach(alpha / 2))))
+
+    def decides(
+        self, difference: float, margin: float | None, alpha: float = ALPHA, equivalence_alpha: float = ALPHA
+    ) -> float:
+        """Probability that the comparison decides anything: better, worse, or equivalent.
+
+        Args:
+            difference: the true one, in the metric's unit.
+            margin: of equivalence, or None where none is stated.
+            alpha: level of the two-sided test.
+            equivalence_alpha: level of the two one-sided tests.
+        """
+        if self.units < FEWEST_UNITS:
+            return 0.0
+        error = self.standard_error
         if error == 0:
-            return 1.0 if difference > 0 else alpha
-        # Equally likely values of the least certain mean square over its expectation, chi² over degrees of freedom.
-        if self.seeds == 1:
-            freedom = self.units - 1
-            reach: float | Array = -special.stdtrit(freedom, alpha / 2) * np.sqrt(self._unit_square * _chi(freedom))
-        else:
-            reach = seeds_and_units_reach(
-                alpha / 2,
-                self._seed_square * _chi(self.seeds - 1),
-                self._unit_square,
-                seed_freedom=self.seeds - 1,
-                unit_freedom=self.units - 1,
-            )
-        found = special.ndtr((difference - reach) / error) + special.ndtr((-difference - reach) / error)
+            return 1.0 if difference != 0 or margin is not None else 0.0
+        reach = self._reach(alpha / 2)
+        found = self._found(difference, reach)
+        if margin is not None:
+            within = np.maximum(0.0, margin - self._reach(equivalence_alpha))
+            equal = special.ndtr((within - difference) / error) - special.ndtr((-within - difference) / error)
+            found = np.where(within >= reach, 1.0, found + equal)
         return float(np.mean(found))
+
+    def _found(self, difference: float, reach: Array) -> Array:
+        """Probability that the measured difference lies beyond each half width."""
+        error = self.standard_error
+        return np.asarray(special.ndtr((difference - reach) / error) + special.ndtr((-difference - reach) / error))
+
+    def _reach(self, tail: float) -> Array:
+        """Equally likely half widths of the test, as the mean squares vary."""
+        freedom = self._unit_freedom
+        if self.seeds == 1:
+            t = -special.stdtrit(freedom, tail)
+            return np.asarray(t * np.sqrt(self._unit_square * _chi(freedom, 400)))
+        # Of many units the mean square is as good as known.
+        of_units = _chi(freedom, 40) if freedom < _MANY else np.ones(1)
+        reach = seeds_and_units_reach(
+            tail,
+            self._seed_square * _chi(self.seeds - 1, 400)[:, None],
+            self._unit_square * of_units,
+            seed_freedom=self.seeds - 1,
+            unit_freedom=freedom,
+        )
+        return np.asarray(reach).ravel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +176,9 @@ class Needed:
     seeds: int | None
 
 
-def _chi(freedom: int) -> Array:
-    return special.chdtri(freedom, (np.arange(400) + 0.5) / 400) / freedom
+def _chi(freedom: float, count: int) -> Array:
+    """Equally likely values of a mean square over its expectation."""
+    return np.asarray(special.chdtri(freedom, (np.arange(count) + 0.5) / count) / freedom)
 
 
 def discordant_deviation(discordant: float) -> float:
@@ -160,12 +209,12 @@ def resolvable(design: Design, *, power: float = POWER, alpha: float = ALPHA, fa
     error = design.standard_error
     if error == 0:
         return 0.0
-    low, high = 0.0, error
-    while design.power(high, level) < power:
+    reach, low, high = design._reach(level / 2), 0.0, error
+    while np.mean(design._found(high, reach)) < power:
         high *= 2
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (low, middle) if design.power(middle, level) >= power else (middle, high)
+        low, high = (low, middle) if np.mean(design._found(middle, reach)) >= power else (middle, high)
     return high
 
 
@@ -200,7 +249,7 @@ def needed(design: Design, difference: float, *, power: float = POWER, alpha: fl
             low, high = (low, middle) if change(middle).power(difference, level) >= power else (middle, high)
         return high
 
-    units = fewest(2, MOST_UNITS, lambda count: replace(design, units=count))
+    units = fewest(FEWEST_UNITS, MOST_UNITS, design.of_units)
     seeds = None
     if design.seeds > 1 or design.seed_deviation > 0:
         seeds = fewest(2, MOST_SEEDS, lambda count: replace(design, seeds=count))
@@ -217,14 +266,14 @@ def planned_power(
 
     Args:
         sets: as in run.json: "kind" and "documents" or "items" of each set; "clusters" in their place where units are
-            resampled in clusters.
+            resampled in clusters; "unit_freedom" where sizes are known.
         seeds: training seeds.
         family: the declared family; the level is its alpha over its size.
         power: probability of finding the difference. Default 0.8.
 
     Returns:
         {"set", "metric", "arm", "reference", "units", "seeds", "resolvable", "basis": "assumed", "alpha", "power",
-        "family", "design"}; "design" holds the deviations.
+        "family", "doubled", "decides_none", "design"}; "design" holds the deviations.
     """
     declared = family.get("declared", ())
     entries = []
@@ -239,7 +288,9 @@ def planned_power(
         design = Design.assumed(
             units=units, deviation=about.unit_deviation, seeds=seeds, seed_deviation=about.seed_deviation
         )
-        entries.append(_entry(entry, design, family, len(declared), power, "assumed"))
+        design = replace(design, unit_freedom=sets[name].get("unit_freedom"))
+        margin = margin_of(family.get("margins", DEFAULT_MARGINS), name, metric)
+        entries.append(_entry(entry, design, family, len(declared), power, "assumed", margin))
     return entries
 
 
@@ -258,7 +309,7 @@ def measured_power(entries: Sequence[Comparison], family: Family, *, power: floa
     result = []
     for entry in entries:
         design = measured_design(entry)
-        figures = _entry(entry, design, family, size if entry["declared"] else 1, power, "measured")
+        figures = _entry(entry, design, family, size if entry["declared"] else 1, power, "measured", entry["margin"])
         if design.standard_error == 0:
             figures["resolvable"] = (entry["high"] - entry["low"]) / 2
         result.append(figures)
@@ -267,14 +318,22 @@ def measured_power(entries: Sequence[Comparison], family: Family, *, power: floa
 
 def measured_design(entry: PairedDifference) -> Design:
     """The design of a comparison that was made, with its measured deviations."""
-    parts = entry["deviations"]
+    parts, detail = entry["deviations"], entry.get("detail")
+    # Items of one cluster alone: what they are over is the items.
+    units = entry["units"] if entry["clusters"] == 1 else independent_units(entry)
     return Design(
-        units=entry["clusters"] or entry["units"],
+        units=units,
         seeds=entry["seeds"],
         unit_deviation=parts["unit"],
         residual_deviation=parts["residual"] or 0.0,
         seed_deviation=parts["seed"] or 0.0,
+        unit_freedom=None if detail is None else detail["unit_freedom"],
     )
+
+
+def doubled(design: Design) -> Design:
+    """The design if the seeds vary twice as much as it says; of one seed it is the same."""
+    return replace(design, seed_deviation=2 * design.seed_deviation)
 
 
 def _entry(
@@ -284,8 +343,10 @@ def _entry(
     size: int,
     power: float,
     basis: Literal["assumed", "measured"],
+    margin: float | None,
 ) -> PowerEntry:
     alpha = family.get("alpha", ALPHA)
+    smallest = resolvable(design, power=power, alpha=alpha, family=size)
     return {
         "set": comparison["set"],
         "metric": comparison["metric"],
@@ -293,7 +354,9 @@ def _entry(
         "reference": comparison["reference"],
         "units": design.units,
         "seeds": design.seeds,
-        "resolvable": resolvable(design, power=power, alpha=alpha, family=size),
+        "resolvable": smallest,
+        "doubled": resolvable(doubled(design), power=power, alpha=alpha, family=size),
+        "decides_none": design.decides(0.0, margin, alpha / size, alpha / size),
         "basis": basis,
         "alpha": alpha,
         "power": power,

@@ -29,7 +29,7 @@ class Table:
 
     @property
     def clusters(self) -> list[str] | None:
-        """A label per item, or None when no item names a cluster, or all name the same one."""
+        """A label per item, or None when no item names a cluster, or all name the same one (`is_one_cluster`)."""
         labels = [record.get("cluster") for record in self.rows[0]]
         if all(label is None for label in labels):
             return None
@@ -39,6 +39,12 @@ class Table:
             for record, label in zip(self.rows[0], labels, strict=True)
         ]
         return named if len(set(named)) > 1 else None
+
+    @property
+    def is_one_cluster(self) -> bool:
+        """Whether all items are of one and the same cluster, such as pieces of a single book."""
+        labels = {record.get("cluster") for record in self.rows[0]}
+        return len(labels) == 1 and None not in labels
 
     @property
     def scores(self) -> list[str]:

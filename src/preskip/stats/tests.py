@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 from preskip.errors import PreskipError
-from preskip.stats.bootstrap import RESAMPLES, RatioDistribution, bootstrap_ratio
+from preskip.stats.bootstrap import RESAMPLES, bootstrap_ratio
+from preskip.stats.discordant import distribution_of
 from preskip.stats.inputs import Array, Labels, paired
-from preskip.stats.intervals import CONFIDENCE, Distribution, Interval, NothingDiffers
+from preskip.stats.intervals import CONFIDENCE, Distribution, Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def paired_accuracy_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> AccuracyDifference:
-    """Difference of two accuracies (a - b) on the same items.
+    """Difference of two accuracies (a - b) on the same items; where few differ, see `preskip.stats.discordant`.
 
     Args:
         correct_a: 0/1 or booleans, [items] or [seeds, items].
@@ -102,11 +103,7 @@ def paired_accuracy_difference(
         if not np.isin(array, (0.0, 1.0)).all():
             raise PreskipError(f"{name} holds values other than 0 and 1: give one right/wrong value per item")
     difference = a - b
-    distribution: Distribution = RatioDistribution(
-        difference, np.ones_like(difference), clusters, resamples=resamples, seed=seed
-    )
-    if not difference.any():
-        distribution = NothingDiffers(units=distribution.units, seeds=distribution.seeds)
+    distribution = distribution_of(difference, clusters, resamples=resamples, seed=seed)
     gained, lost = discordant(difference)
     return AccuracyDifference(distribution=distribution, gained=gained, lost=lost)
 

@@ -1,4 +1,4 @@
-"""Does the skip grow with depth: a rank correlation over layers, its interval, and the band that chance gives.
+"""Does the skip grow with depth: a rank correlation over layers, its interval, the band that chance gives, and a size.
 
 The trend is Spearman's ρ between the layer and a measure, the measure averaged over seeds. Its interval is made on
 Fisher's scale, arctanh ρ:
@@ -9,14 +9,20 @@ Fisher's scale, arctanh ρ:
 * one seed and no documents: layers are taken as a sample, with the standard error of Bonett and Wright (2000),
   √((1 + ρ²/2) / (n - 3)).
 
-Chance: the central 95 % of ρ over random orders of the layers. A norm is held against its nulls as well, the noise and
-the shuffled targets: the band is widened to hold their ρ, and the interval must leave them out.
+Chance: neighbouring layers resemble each other, so that a profile without a trend wanders. The band is the central 95 %
+of ρ over profiles of such layers, AR(1) with the autocorrelation of the ranks about their line, corrected for its bias
+(Marriott and Pope 1954), plus one standard error of it. A norm is held against its nulls as well, the noise and the
+shuffled targets: the band is widened to hold their ρ, and the interval must leave them out.
+
+Size: the mean over the later third of the layers over the mean of the rest, its interval made on the logarithm in the
+same way. "No trend" needs both: ρ's interval within the band of random orders, which autocorrelation does not widen,
+and the size's within 0.8 to 1.25. A rank correlation alone does not see a profile that is loud in its last layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +38,9 @@ Rows = Sequence[Mapping[str, Any]]
 NORM_MEASURES = ("skip_norm",)
 FEWEST_LAYERS = 5
 RESAMPLES = 1_999
+HIGHEST = 0.9  # autocorrelation that so few layers can tell
+# Sizes of the later third over the rest that count as none.
+LEVEL = (0.8, 1.25)
 
 
 def arm_trends(
@@ -93,7 +102,11 @@ def trend(
         return None
     rho = float(_rho(mean[None])[0])
     low, high, covers = _interval(rho, above, below, seed)
-    chance = chance_band(len(layers))
+    size = _size(mean, above, below, seed)
+    correlation = autocorrelation(mean)
+    # One standard error more: too low a guess makes the band too narrow, and trends out of wandering.
+    careful = min(HIGHEST, round(correlation + math.sqrt((1 - correlation**2) / len(layers)), 2))
+    chance = chance_band(len(layers), careful)
     of_nulls = _nulls(measure, layers, nulls or {})
     has_band = measure not in NORM_MEASURES or "noise" in of_nulls
     is_decided = has_band and len(layers) >= FEWEST_LAYERS
@@ -106,7 +119,11 @@ def trend(
         "null_low": min([chance[0], *others]) if has_band else None,
         "null_high": max([chance[1], *others]) if has_band else None,
         "nulls": of_nulls,
-        "verdict": _verdict(rho, low, high, chance, others) if is_decided else "undecided",
+        "autocorrelation": correlation,
+        "size": size["size"],
+        "size_low": size["size_low"],
+        "size_high": size["size_high"],
+        "verdict": _verdict(rho, low, high, chance, others, size, len(layers)) if is_decided else "undecided",
         "seeds": len(profiles),
         "layers": len(layers),
         "covers": covers,
@@ -185,6 +202,45 @@ def _interval(rho: float, above: Array, below: Array, seed: int) -> tuple[float,
     if seeds == documents == 1:
         margin = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt((1 + rho**2 / 2) / (layers - 3))
         return math.tanh(centre - margin), math.tanh(centre + margin), "layers"
+    total, freedom = _spread(lambda profiles: _fisher(_rho(profiles), layers), above, below, seed)
+    covers = " and ".join(name for name, count in (("seeds", seeds), ("documents", documents)) if count > 1)
+    if total == 0:
+        return rho, rho, covers
+    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
+    return math.tanh(centre - margin), math.tanh(centre + margin), covers
+
+
+def _size(mean: Array, above: Array, below: Array, seed: int) -> dict[str, float | None]:
+    """The later third of the layers over the rest, with its interval; None where a mean is not positive."""
+    seeds, layers, documents = above.shape
+    start = layers - max(1, layers // 3)
+
+    def log_ratio(profiles: Array) -> Array:
+        later, rest = profiles[:, start:].mean(1), profiles[:, :start].mean(1)
+        ratio = np.divide(later, rest, out=np.full(len(profiles), np.nan), where=(later > 0) & (rest > 0))
+        return np.log(ratio)
+
+    value = float(log_ratio(mean[None])[0])
+    none: dict[str, float | None] = {"size_low": None, "size_high": None}
+    if not math.isfinite(value):
+        return {"size": None, **none}
+    if layers < FEWEST_LAYERS:
+        return {"size": math.exp(value), **none}
+    if seeds == documents == 1:
+        parts = (mean[start:], mean[:start])
+        total = sum(float(part.var(ddof=1)) / len(part) / part.mean() ** 2 if len(part) > 1 else 0.0 for part in parts)
+        freedom: float = layers - 2
+    else:
+        total, freedom = _spread(log_ratio, above, below, seed)
+    if not math.isfinite(total):
+        return {"size": math.exp(value), **none}
+    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
+    return {"size": math.exp(value), "size_low": math.exp(value - margin), "size_high": math.exp(value + margin)}
+
+
+def _spread(statistic: Callable[[Array], Array], above: Array, below: Array, seed: int) -> tuple[float, float]:
+    """Variance over seeds and documents of a statistic of profiles [B, layers], and its degrees of freedom."""
+    seeds, _, documents = above.shape
     generator = np.random.default_rng(seed)
     drawn_seeds, drawn_documents = _draws(generator, seeds), _draws(generator, documents)
 
@@ -193,7 +249,7 @@ def _interval(rho: float, above: Array, below: Array, seed: int) -> tuple[float,
         counts = drawn_documents if by_document else np.ones_like(drawn_documents)
         ratio = np.einsum("sld,bd->bsl", above, counts) / np.einsum("sld,bd->bsl", below, counts)
         profiles = np.einsum("bsl,bs->bl", ratio, weights) / weights.sum(1, keepdims=True)
-        return float(_fisher(_rho(profiles), layers).var(ddof=1))
+        return float(statistic(profiles).var(ddof=1))
 
     components = []
     if seeds > 1:
@@ -201,13 +257,9 @@ def _interval(rho: float, above: Array, below: Array, seed: int) -> tuple[float,
     if documents > 1:
         components.append((variance(False, True), documents - 1))
     total = variance(True, True)
-    covers = " and ".join(name for name, count in (("seeds", seeds), ("documents", documents)) if count > 1)
-    if total == 0:
-        return rho, rho, covers
     spread = sum(value**2 / freedom for value, freedom in components)
     freedom = sum(value for value, _ in components) ** 2 / spread if spread > 0 else min(f for _, f in components)
-    margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
-    return math.tanh(centre - margin), math.tanh(centre + margin), covers
+    return total, freedom
 
 
 def _draws(generator: np.random.Generator, size: int) -> Array:
@@ -217,12 +269,38 @@ def _draws(generator: np.random.Generator, size: int) -> Array:
     return generator.multinomial(size - 1, np.full(size, 1 / size), RESAMPLES).astype(np.float64)
 
 
+def autocorrelation(profile: Array) -> float:
+    """Lag-1 autocorrelation of the ranks of a profile [layers] about their line, corrected for its bias, 0 to 0.9."""
+    layers = len(profile)
+    if layers < FEWEST_LAYERS:
+        return 0.0
+    place, ranks = np.arange(layers), stats.rankdata(profile)
+    rest = ranks - np.polyval(np.polyfit(place, ranks, 1), place)
+    total = float(rest @ rest)
+    if total < 1e-9 * layers**3:  # in order throughout: nothing is left to wander
+        return 0.0
+    # Its expectation about a line that was fitted is φ - (2 + 4φ) / layers.
+    corrected = (layers * float(rest[1:] @ rest[:-1]) / total + 2) / max(1, layers - 4)
+    return float(np.clip(round(corrected, 2), 0.0, HIGHEST))
+
+
 @lru_cache
-def chance_band(layers: int) -> tuple[float, float]:
-    """Central 95 % of ρ over random orders of so many layers."""
+def chance_band(layers: int, correlation: float = 0.0) -> tuple[float, float]:
+    """Central 95 % of ρ over profiles of so many layers without a trend.
+
+    Args:
+        layers: how many.
+        correlation: between neighbouring layers, from 0 to below 1; 0 gives random orders.
+    """
     generator = np.random.default_rng(0)
-    orders = generator.permuted(np.tile(np.arange(layers, dtype=float), (9_999, 1)), axis=1)
-    high = float(np.quantile(np.abs(_rho(orders)), CONFIDENCE))
+    if correlation == 0:
+        profiles = generator.permuted(np.tile(np.arange(layers, dtype=float), (9_999, 1)), axis=1)
+    else:
+        profiles = generator.standard_normal((9_999, layers))
+        for layer in range(1, layers):
+            profiles[:, layer] *= math.sqrt(1 - correlation**2)
+            profiles[:, layer] += correlation * profiles[:, layer - 1]
+    high = float(np.quantile(np.abs(_rho(profiles)), CONFIDENCE))
     return -high, high
 
 
@@ -236,10 +314,22 @@ def _nulls(measure: str, layers: Sequence[int], nulls: Mapping[str, Rows]) -> di
     return found
 
 
-def _verdict(rho: float, low: float, high: float, chance: tuple[float, float], nulls: Sequence[float]) -> str:
-    """A trend where the interval leaves out 0 and every null's ρ, and ρ chance; none where it lies in the latter."""
+def _verdict(
+    rho: float,
+    low: float,
+    high: float,
+    chance: tuple[float, float],
+    nulls: Sequence[float],
+    size: Mapping[str, Any],
+    layers: int,
+) -> str:
+    """A trend where the interval leaves out 0 and every null's ρ, and ρ chance; none where both ρ and the size are
+    shown to be small.
+    """
     if low > max([0.0, *nulls]) and rho > chance[1]:
         return "later more"
     if high < min([0.0, *nulls]) and rho < chance[0]:
         return "later less"
-    return "no trend" if chance[0] <= low and high <= chance[1] else "undecided"
+    orders = chance_band(layers)
+    is_level = size["size_low"] is not None and LEVEL[0] <= size["size_low"] and size["size_high"] <= LEVEL[1]
+    return "no trend" if orders[0] <= low and high <= orders[1] and is_level else "undecided"

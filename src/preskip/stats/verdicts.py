@@ -1,13 +1,15 @@
-"""What a comparison says in one word: better, worse, equivalent or undecided."""
+"""What a comparison says in one word: better, worse, equivalent, undecided, or too few units to judge by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from preskip.metrics import metric_named
-from preskip.runs.schema import Comparison, SetFacts, Verdict
+from preskip.runs.schema import Comparison, PairedDifference, SetFacts, Verdict
 
 ALPHA = 0.05
+# Of fewer independent units no sign or randomisation test can reach 5 %: 2 / 2^5 is 0.0625.
+FEWEST_UNITS = 6
 
 
 def margin_of(margins: Mapping[str, float], set_name: str, metric: str) -> float | None:
@@ -15,9 +17,15 @@ def margin_of(margins: Mapping[str, float], set_name: str, metric: str) -> float
     return margins.get(f"{set_name}.{metric}", margins.get(metric, margins.get(metric_named(metric).key)))
 
 
+def independent_units(comparison: PairedDifference) -> int:
+    """Clusters, or where there are none documents or items."""
+    clusters = comparison["clusters"]
+    return comparison["units"] if clusters is None else clusters
+
+
 def verdict_of(comparison: Comparison, alpha: float = ALPHA, described: SetFacts | None = None) -> Verdict:
-    """Better or worse when the interval excludes 0 and p ≤ alpha; else equivalent when the equivalence p ≤ alpha; else
-    undecided.
+    """Too few units where fewer than 6 are independent; else better or worse when the interval excludes 0 and p ≤
+    alpha; else equivalent when the equivalence p ≤ alpha; else undecided.
 
     Args:
         comparison: an entry of results.json's `comparisons`; p is `p_holm` where the comparison was declared before
@@ -25,6 +33,8 @@ def verdict_of(comparison: Comparison, alpha: float = ALPHA, described: SetFacts
         alpha: level of both tests. Default 0.05.
         described: its evaluation set as in run.json, for the metric's direction; see `metric_named`.
     """
+    if independent_units(comparison) < FEWEST_UNITS:
+        return "too few units"
     low, high = comparison["low"], comparison["high"]
     p_value = comparison.get("p_holm") if comparison.get("declared") else None
     if p_value is None:

@@ -13,8 +13,8 @@ from preskip.report.plots.base import POINT, Record, Spec, chart, specification,
 from preskip.report.words.verdicts import MINUS, p_text
 from preskip.runs.schema import Comparison
 
-OUTCOMES = ["better", "worse", "equivalent", "undecided"]
-MARKS = ["circle", "triangle-down", "square", "diamond"]
+OUTCOMES = ["better", "worse", "equivalent", "undecided", "too few units"]
+MARKS = ["circle", "triangle-down", "square", "diamond", "diamond"]
 MOST_PAIRS = 14
 
 
@@ -34,18 +34,19 @@ def forest_records(entries: Sequence[Comparison], about: Metric) -> list[Record]
             "p": f"{p_text(entry.get('p_holm'))} (Holm)"
             if is_declared(entry)
             else f"{p_text(entry.get('p_value'))} (not corrected)",
+            "seeds": [about.factor * value for value in detail["by_seed"]] if detail and entry["seeds"] > 1 else [],
             "margin_low": -margin if margin else None,
             "margin": margin,
         }
         for entry in ordered(entries, about.lower_is_better)
-        for stated in [entry.get("margin")]
+        for stated, detail in [(entry.get("margin"), entry.get("detail"))]
         for margin in [None if stated is None else about.factor * stated]
     ]
 
 
 def forest(records: Sequence[Record], about: Metric) -> Spec:
     """Paired differences of one metric with their intervals around a line at 0, on the band of equivalence; marks of
-    declared ones are filled, of exploratory ones hollow.
+    declared ones are filled, of exploratory ones hollow, and each seed's difference is a small tick.
     """
     # Short, for a phone: the page's heading says which direction is better.
     title = f"Difference, {about.difference_unit.strip() or about.name.lower()}"
@@ -65,6 +66,9 @@ def forest(records: Sequence[Record], about: Metric) -> Spec:
         True: base.transform_filter("datum.declared").mark_point(size=95, **POINT),
         False: base.transform_filter("!datum.declared").mark_point(size=80, strokeWidth=2, opacity=1, style="hollow"),
     }
+    if any(record["seeds"] for record in records):
+        ticks = base.transform_flatten(["seeds"]).mark_tick(thickness=1.5, size=11, opacity=0.8)
+        layers.append(ticks.encode(x="seeds:Q"))
     kinds = {bool(record["declared"]) for record in records}
     layers += [points.encode(x="difference:Q", shape=mark) for kind, points in marks.items() if kind in kinds]
     if any(record["margin"] is not None for record in records):

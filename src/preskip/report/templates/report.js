@@ -52,7 +52,7 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
         category: [1, 2, 3, 4, 5, 6, 7, 8].map((n) => value("--arm-" + n)),
         ramp: [0, 1, 2].map((n) => value("--depth-" + n)),
         heatmap: [0, 1, 2, 3].map((n) => value("--heat-" + n)),
-        ordinal: ["better", "worse", "equivalent", "undecided"].map((name) => value("--" + name)),
+        ordinal: ["better", "worse", "equivalent", "undecided", "undecided"].map((name) => value("--" + name)),
       },
     };
   }

@@ -22,6 +22,7 @@ PHRASES = {
     "worse": "worse than {}",
     "equivalent": "equal within the margin to {}",
     "undecided": "undecided against {}",
+    "too few units": "not judged against {}, from too few documents or clusters",
 }
 WHERE = {"in": "On its own text", "out": "elsewhere"}
 
@@ -29,9 +30,12 @@ WHERE = {"in": "On its own text", "out": "elsewhere"}
 def answer(results: Results) -> str:
     """The verdicts of the sets' primary metrics in one sentence; "" where nothing was compared.
 
-    Verdicts that rest on comparisons not declared before training are called exploratory.
+    One seed is about "this training", not about the method. Verdicts that rest on comparisons not declared before
+    training are called exploratory.
     """
     arm = reference_arm(results)
+    seeds = len(results["arms"][arm]["seeds"])
+    said_arm = arm if seeds > 1 else f"this training of {arm}"
     clauses: list[str] = []
     for domain, place in WHERE.items():
         names = [name for name in sets_of(results, domain=domain) if not name.startswith(PAPER)]
@@ -49,10 +53,9 @@ def answer(results: Results) -> str:
                 for (verdict, declared, on), others in groups.items()
             ]
             about = listed([set_label(results["sets"], name) for name in names])
-            clauses.append(f"{place} ({about}) {arm if not clauses else 'it'} is {listed(said)}")
+            clauses.append(f"{place} ({about}) {said_arm if not clauses else 'it'} is {listed(said)}")
     if not clauses:
         return ""
-    seeds = len(results["arms"][arm]["seeds"])
     text = f"{'; '.join(clauses)}, {seeds} seed{'s' if seeds != 1 else ''}."
     return text[0].upper() + text[1:]
 

@@ -1,28 +1,33 @@
 """The paper's claims one by one (C. Shinde, arXiv 2604.10791), each with what this run says about it.
 
 Pure functions over stored results. A claim has parts; a part is one stored comparison (or trend) and reads supported
-(better), contradicted (worse, or equivalent: the gain that was claimed is not there), undecided, or not measured.
+(better), contradicted (worse: the opposite is shown), not shown (equivalent, no trend, undecided, or too few units to
+judge by), or not measured.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from preskip.report.lookup import DOMAINS, PAPER, find, is_declared, is_pretraining, metric_on, resolvable, sets_of
 from preskip.report.words.verdicts import MINUS, amount, nulls_text, number, sentence, set_label
 from preskip.runs.schema import Manifest, Results, Trend
+from preskip.stats.detail import t_interval
 
 ARM = "preskip"
 # What the verdict of a comparison, or of a trend over depth, says of the claim.
 READING = {
     "better": "supported",
     "worse": "contradicted",
-    "equivalent": "contradicted",
+    "equivalent": "not shown",
     "later more": "supported",
     "later less": "contradicted",
-    "no trend": "contradicted",
-    "undecided": "undecided",
+    "no trend": "not shown",
+    "undecided": "not shown",
+    "too few units": "not shown",
 }
 CONTROLS = {
     "skip": "a linear skip alone",
@@ -54,8 +59,9 @@ def assess(record: Manifest, results: Results) -> list[Claim]:
 
     Returns:
         One dictionary per claim: id, kind ("claim" or "control"), claim (in words), verdict ("supported",
-        "contradicted", "mixed", "undecided" or "not measured"), evidence (one or more sentences), parts, exploratory
-        (whether a comparison in it was not declared before training), and of the part that the verdict rests on set,
+        "contradicted", "mixed", "not shown" or "not measured"), evidence (one or more sentences), parts, exploratory
+        (whether a comparison in it was not declared before training), one_training (whether a comparison in it is of
+        one seed: then it is about this training, not about the method), and of the part that the verdict rests on set,
         metric, arm, reference, difference, low, high and resolvable (the smallest true difference the run finds with
         80 % power), or None.
     """
@@ -140,13 +146,23 @@ class _Bench:
             parts.append(_missing("the loss with one layer's skip off (--ablation-documents)"))
         return parts
 
-    def later_worth(self) -> float | None:
-        """Bits per byte that switching off one layer's skip costs, mean over the later half of the layers and seeds."""
+    def later_worth(self) -> tuple[float, float] | None:
+        """Bits per byte that switching off one layer's skip costs, mean over the later half of the layers and seeds,
+        and its lower limit: of the 95 % t interval over seeds, or with one seed the layers' own over
+        documents, as if they erred together.
+        """
         seeds = (self.results.get("ablation") or {}).get(ARM) or {}
-        costs = [row for rows in seeds.values() for row in rows if row["part"] == "skip"]
-        layers = sorted({row["layer"] for row in costs})
-        later = [row["difference"] for row in costs if row["layer"] in layers[len(layers) // 2 :]]
-        return sum(later) / len(later) if later else None
+        costs = [[row for row in rows if row["part"] == "skip"] for rows in seeds.values()]
+        layers = sorted({row["layer"] for rows in costs for row in rows})
+        kept = layers[len(layers) // 2 :]
+        later = [[row for row in rows if row["layer"] in kept] for rows in costs]
+        means = [fmean(row["difference"] for row in rows) for rows in later if rows]
+        if not means:
+            return None
+        if len(means) == 1:
+            lows = [row["low"] for rows in later for row in rows if "low" in row]
+            return means[0], fmean(lows) if lows else -math.inf
+        return fmean(means), t_interval(means)[0]
 
     def cache(self) -> Part:
         """The bytes of the K/V cache with and without the branch."""
@@ -175,10 +191,13 @@ class _Bench:
 
 
 def trend_text(row: Trend) -> str:
-    """One trend over depth in words, with its interval and null band."""
+    """One trend over depth in words, with its interval, size and null band."""
     text = f"{MEASURES.get(row['measure'], row['measure'])}, rank correlation with depth {row['rho']:+.2f}"
     if row.get("low") is not None:
         text += f" [{row['low']:+.2f}, {row['high']:+.2f}]"
+    if row.get("size") is not None:
+        size, low, high = row["size"], row["size_low"], row["size_high"]
+        text += f", later third {size:.2f} times the rest" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
     if row.get("null_low") is not None:
         text += f", null band [{row['null_low']:+.2f}, {row['null_high']:+.2f}]"
     if own := nulls_text(row):
@@ -186,15 +205,18 @@ def trend_text(row: Trend) -> str:
     return text.replace("-", MINUS) + f": {row['verdict']}"
 
 
-def _trend_part(row: Trend, later_worth: float | None) -> Part:
+def _trend_part(row: Trend, later_worth: tuple[float, float] | None) -> Part:
     verdict, text = READING[row["verdict"]], trend_text(row)
-    if row["measure"] == "ablation_skip" and verdict == "supported" and later_worth is not None and later_worth <= 0:
+    if row["measure"] == "ablation_skip" and verdict == "supported" and later_worth is not None and later_worth[1] <= 0:
         # From harmful to harmless is a rise, too, but no use of the skip.
-        verdict = "undecided"
-        cost = number(later_worth, 4, sign=True)
-        text += f", but in the later half of the layers the loss does not rise without it (mean {cost} bits per byte)"
+        verdict = "not shown"
+        cost, low = (number(value, 4, sign=True) if math.isfinite(value) else "–" for value in later_worth)
+        text += (
+            f", but in the later half of the layers the loss is not shown to rise without it (mean {cost} bits per "
+            f"byte, at least {low})"
+        )
     if row["measure"] == "skip_norm" and row.get("null_low") is None:
-        verdict, text = "undecided", text + ", but without a null band a norm shows little"
+        verdict, text = "not shown", text + ", but without a null band a norm shows little"
     limits = {"difference": row["rho"], "low": row.get("low"), "high": row.get("high")}
     return _part(MEASURES.get(row["measure"], row["measure"]), verdict, text, **limits)
 
@@ -223,6 +245,7 @@ def _claim(name: str, words: str, parts: Sequence[Part], control: bool = False, 
         "evidence": ". ".join(dict.fromkeys(part["evidence"] for part in parts)),
         "parts": list(parts),
         "needs": list(dict.fromkeys(need for part in parts for need in part["needs"])),
+        "one_training": any(part["entry"]["seeds"] == 1 for part in measured if "entry" in part),
         "exploratory": any(not is_declared(part["entry"]) for part in measured if "entry" in part),
         **{key: entry.get(key) for key in ("set", "metric", "arm", "reference", "difference", "low", "high")},
         "resolvable": weight.get("resolvable"),
@@ -230,16 +253,17 @@ def _claim(name: str, words: str, parts: Sequence[Part], control: bool = False, 
 
 
 def combine(verdicts: Sequence[str], *, together: bool = False) -> str:
-    """One verdict for a claim of several parts, on the careful side.
+    """One verdict for a claim of several parts; none outvotes another.
 
-    Supported only if every part is; mixed if some parts are supported and others contradicted (contradicted, where
-    the claim is that the parts go `together`); contradicted if some are and none is supported; undecided otherwise,
-    also while a part is not measured; not measured if nothing was.
+    What all parts read; mixed if some are supported and others contradicted; not shown otherwise, also while a part is
+    not measured; not measured if nothing was. That parts go `together` is contradicted as soon as one of them is.
     """
     found = set(verdicts) or {"not measured"}
-    if "contradicted" in found:
-        return "mixed" if "supported" in found and not together else "contradicted"
-    return found.pop() if len(found) == 1 else "undecided"
+    if together and "contradicted" in found:
+        return "contradicted"
+    if {"supported", "contradicted"} <= found:
+        return "mixed"
+    return found.pop() if len(found) == 1 else "not shown"
 
 
 def parts_text(claim: Claim) -> str:

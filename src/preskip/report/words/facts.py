@@ -108,11 +108,15 @@ def declared_text(results: Results) -> str:
     declared = [entry for entry in results["comparisons"] if is_declared(entry)]
     if not declared:
         return ""
-    decided = [sentence(entry, results["sets"]) for entry in declared if entry["verdict"] != "undecided"]
-    undecided = len(declared) - len(decided)
+    unsaid = ("undecided", "too few units")
+    decided = [sentence(entry, results["sets"]) for entry in declared if entry["verdict"] not in unsaid]
+    few = sum(entry["verdict"] == "too few units" for entry in declared)
+    undecided = len(declared) - len(decided) - few
     counted = (
         f"Of {len(declared)} comparisons declared before training, corrected for their number, {len(decided)} "
-        f"{'is' if len(decided) == 1 else 'are'} decided" + (f" and {undecided} undecided" if undecided else "")
+        f"{'is' if len(decided) == 1 else 'are'} decided"
+        + (f" and {undecided} undecided" if undecided else "")
+        + (f"; {few} {'is' if few == 1 else 'are'} of too few units to judge" if few else "")
     )
     return ". ".join([counted, *decided]) + "."
 

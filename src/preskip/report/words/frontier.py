@@ -3,8 +3,8 @@
 All pairs are held to one yardstick, p without correction: the frontier is exploratory, whatever was declared.
 
 An arm dominates another when their direct paired comparisons find it better on one axis and better or equivalent on
-the other. Better on one axis while the other is undecided (or not compared) is not enough: the arm behind then stays
-"possibly on the frontier".
+the other. Better on one axis while the other is undecided (or not compared, or not judged) is not enough: the arm
+behind then stays "possibly on the frontier".
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from preskip.report.lookup import PAPER, find, is_declared, sets_of
 from preskip.report.words.verdicts import set_label
 from preskip.runs.schema import Comparison, Results
 from preskip.stats.verdicts import ALPHA, verdict_of
+
+WORDS = {"equivalent": "equal within the margin", "too few units": "not judged (too few units)"}
 
 
 def planes(results: Results) -> list[tuple[str, str]]:
@@ -44,7 +46,7 @@ def assess_plane(results: Results, home: str, abroad: str) -> dict[str, Any]:
         found = [find(results, rival, arm, name) for name in (home, abroad)]
         reading = [_verdict(results, entry) if entry else "not compared" for entry in found]
         if "better" in reading and "worse" not in reading:
-            inside, outside = ("equal within the margin" if word == "equivalent" else word for word in reading)
+            inside, outside = (WORDS.get(word, word) for word in reading)
             rivals = (beaten if set(reading) <= {"better", "equivalent"} else behind).setdefault(arm, {})
             rivals[rival] = f"{rival} is {inside} in-domain and {outside} out-of-domain"
     on = [arm for arm in arms if arm not in beaten and arm not in behind]

@@ -1,4 +1,4 @@
-"""What a paired comparison says, in words: better, worse, equivalent or undecided, always with its interval.
+"""What a paired comparison says, in words, always with its interval.
 
 The verdict itself is read from the results, never computed here.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 from preskip.metrics import metric_named
 from preskip.runs.schema import Comparison, SetFacts, Trend
+from preskip.runs.stored import UNTRAINED
+from preskip.stats.verdicts import FEWEST_UNITS, independent_units
 
 MINUS = "−"
 # From here on a figure's decimals say nothing.
@@ -110,13 +112,20 @@ def amount(metric_key: str, size: float) -> str:
 
 def sentence(comparison: Comparison, sets: Mapping[str, SetFacts]) -> str:
     """One comparison in plain words, such as "preskip lowers bits per byte on WikiText-2 by 0.052 [0.047, 0.058]
-    against none".
+    against none". Of one seed it is about this training, not about the method, and says so.
     """
     metric = metric_named(comparison["metric"])
     arm, reference, verdict = comparison["arm"], comparison["reference"], comparison["verdict"]
     where = f"{metric.phrase} on {set_label(sets, comparison['set'])}"
     shown = difference_text(comparison)
     signed = f"the difference is {shown['value']} {shown['interval']}{shown['unit']}"
+    if comparison["seeds"] == 1:
+        arm, reference = (name if name == UNTRAINED else f"this training of {name}" for name in (arm, reference))
+    if verdict == "too few units":
+        return (
+            f"{arm} and {reference} are not judged in {where}: {signed}, but from {_independent(comparison)}, fewer "
+            f"than {FEWEST_UNITS}"
+        )
     if verdict == "equivalent":
         return f"{arm} and {reference} are equivalent in {where}: {signed}, within {_margin(comparison)}"
     if verdict == "undecided":
@@ -128,6 +137,13 @@ def sentence(comparison: Comparison, sets: Mapping[str, SetFacts]) -> str:
         f"{arm} {'raises' if value > 0 else 'lowers'} {where} by {number(abs(value), places)} "
         f"{limits_text(near, far, places, sign=False)}{metric.difference_unit} against {reference}"
     )
+
+
+def _independent(comparison: Comparison) -> str:
+    """The number of independent units in words."""
+    count = independent_units(comparison)
+    noun = comparison["unit"] if comparison["clusters"] is None else "cluster"
+    return f"{count} independent {noun}{'s' if count != 1 else ''}"
 
 
 def _margin(comparison: Comparison) -> str:
