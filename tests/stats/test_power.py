@@ -105,6 +105,11 @@ def test_planned_power_per_declared_comparison() -> None:
     assert bits["resolvable"] == pytest.approx(resolvable(Design(units=60, unit_deviation=0.025), family=4))
     assert accuracy.items() >= {"units": 5153, "seeds": 1, "basis": "assumed", "family": 4, "power": 0.8}.items()
     assert books["units"] == 10
+    # Sizes that are known leave fewer degrees of freedom before anything is trained, too.
+    uneven = planned_power({**sets, "books": {**sets["books"], "unit_freedom": 3.5}}, 1, {"declared": declared[3:]})
+    even = planned_power(sets, 1, {"declared": declared[3:]})
+    assert uneven[0]["design"]["unit_freedom"] == 3.5
+    assert uneven[0]["resolvable"] > 1.2 * even[0]["resolvable"]
     with pytest.raises(PreskipError, match="'piqa', which the run does not evaluate"):
         planned_power(sets, 1, {"declared": [{**declared[0], "set": "piqa"}]})
 
