@@ -88,7 +88,7 @@ def test_costs_are_paired_differences_to_fp32(audited):
         expected = sum(nll for nll, _ in texts) / math.log(2) / sum(size for _, size in texts)
         assert entry["difference"] == pytest.approx(expected)
         assert entry["low"] <= entry["difference"] <= entry["high"]
-        assert entry["verdict"] in ("better", "worse", "equivalent", "undecided")
+        assert entry["verdict"] in ("better", "worse", "equivalent", "undecided", "too few units")
         assert (arm, "lambada_openai", "acc") in costs
 
 
