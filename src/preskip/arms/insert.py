@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from preskip.adapter.norms import float32_norms
 from preskip.arms.arm import Arm, ArmContext
 from preskip.arms.budget import TOLERANCE
 from preskip.errors import PreskipError
-from preskip.peers.insert import attach_peers, detach_peers, peer_weights, save_peers
+from preskip.peers.insert import attach_peers, detach_peers, peer_weights, peers_off, save_peers
 from preskip.peers.place import PeerModule
 
 
@@ -29,6 +29,7 @@ class Inserted:
         layers: the PEFT models, one per stacked adapter, first to last.
         configs: the configuration of each.
         own: the base's parameters that are trained in place, by name.
+        before: what these were before, by name.
         peers: settings by name of what was put into the blocks (`preskip.peers`).
         targets: paths of the attentions whose blocks have them.
     """
@@ -37,6 +38,7 @@ class Inserted:
     layers: list[nn.Module] = field(default_factory=list)
     configs: list[Any] = field(default_factory=list)
     own: dict[str, nn.Parameter] = field(default_factory=dict)
+    before: dict[str, torch.Tensor] = field(default_factory=dict)
     peers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
 
@@ -65,6 +67,24 @@ class Inserted:
             if name not in self.own and "ln_tuning_layers" not in name and id(weight) not in beside:
                 added += (2 if weight.dim() > 1 and min(weight.shape) > 1 else 1) * weight.numel()
         return added
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """While the context lasts, the model computes as the untouched base, bit for bit; what was trained stays."""
+        trained = {name: weight.data for name, weight in self.own.items()}
+        with ExitStack() as stack:
+            if self.layers:  # one of them switches off the layers of all that are stacked
+                tuner: Any = self.layers[-1].base_model
+                stack.callback(tuner.enable_adapter_layers)
+                tuner.disable_adapter_layers()
+            stack.enter_context(peers_off(self.model))
+            try:
+                for name, weight in self.own.items():
+                    weight.data = self.before[name]
+                yield
+            finally:
+                for name, weight in self.own.items():
+                    weight.data = trained[name]
 
     def save(self, folder: Path) -> None:
         """Write the trained weights: PEFT's own files, one folder per stacked adapter; others as safetensors."""
@@ -111,7 +131,6 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
     base = context.base
     frozen = {name: weight.requires_grad for name, weight in base.named_parameters()}
     inserted = Inserted(model=base)
-    before: dict[str, torch.Tensor] = {}
     try:
         for weight in base.parameters():
             weight.requires_grad_(False)
@@ -134,7 +153,7 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
         if arm.own_weights is not None:
             weights = dict(base.named_parameters())
             inserted.own = {name: weights[name] for name in arm.own_weights(context)}
-            before = {name: weight.detach().clone() for name, weight in inserted.own.items()}
+            inserted.before = {name: weight.detach().clone() for name, weight in inserted.own.items()}
             for weight in inserted.own.values():
                 weight.requires_grad_(True)
         _check(arm, context, inserted)
@@ -144,7 +163,7 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
             layer.unload()  # type: ignore[operator]
         detach_peers(base)
         with torch.no_grad():
-            for name, values in before.items():
+            for name, values in inserted.before.items():
                 inserted.own[name].copy_(values)
         for name, weight in base.named_parameters():
             weight.requires_grad_(frozen[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,7 +26,7 @@ from preskip.evaluate.likelihood import check_causal
 from preskip.evaluate.published import recognise_published
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
-from preskip.experiment.heldout import LAST_WORD, load_corpora, local_data, prepare_heldout
+from preskip.experiment.heldout import LAST_WORD, Scored, load_corpora, local_data, prepare_heldout
 from preskip.experiment.measured import finite, measured
 from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
 from preskip.experiment.probe_options import ProbeConfig
@@ -38,6 +38,7 @@ from preskip.runs.files import clear_disk_errors, sync_tree
 from preskip.runs.schema import AblationRow, ArmFacts, Facts, StepRow
 from preskip.train.distributed import Crew
 from preskip.train.frozen import TrainingSettings, train_frozen
+from preskip.train.keep import Keep, every
 
 # Words of each document on which layers are switched off: two passes per layer are costly.
 ABLATION_WORDS = 60
@@ -52,6 +53,7 @@ class Frozen(Prepared):
         base: the untouched model.
         context: what arms depend on.
         blocks: gives the training blocks [N, seq_len] of a seed, the same for every arm.
+        kept: gives the blocks of other text that `--keep-weight` is about, likewise; None without it.
         reuse: what the arms reuse of the base's first layers.
     """
 
@@ -62,6 +64,7 @@ class Frozen(Prepared):
     base: nn.Module
     context: ArmContext
     blocks: Callable[[int], np.ndarray]
+    kept: Callable[[int], np.ndarray] | None
     reuse: Reuse
 
     @classmethod
@@ -103,6 +106,7 @@ class Frozen(Prepared):
         for arm, reused in reuse.settled(heldout).items():
             described[arm]["reuse"] = reused
         blocks = _training_blocks(config, splits, tokenizer, quiet)
+        kept = _kept_blocks(config, corpora, tokenizer, quiet) if config.keep_weight else None
         prepared = cls(
             run=run,
             config=config,
@@ -114,6 +118,7 @@ class Frozen(Prepared):
             base=base,
             context=context,
             blocks=blocks,
+            kept=kept,
             reuse=reuse,
         )
         wanted = config.steps * config.batch_size * config.seq_len
@@ -144,7 +149,7 @@ class Frozen(Prepared):
         with insert(ARMS[arm], self.context, seed) as built, self.reuse.active(arm):
             yield built
 
-    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[StepRow]:
+    def fit(self, built: Inserted, settings: dict[str, Any], **where: Any) -> list[StepRow]:
         """See `Prepared.fit`."""
         config = self.config
         own = TrainingSettings(
@@ -153,7 +158,10 @@ class Frozen(Prepared):
             save_steps=config.save_steps,
             **settings,
         )
-        return train_frozen(model, self.blocks(own.seed), own, **where)
+        keep = None
+        if self.kept is not None:
+            keep = Keep(weight=config.keep_weight, blocks=self.kept(own.seed), as_base=built.as_base)
+        return train_frozen(built.model, self.blocks(own.seed), own, keep=keep, **where)
 
     def save(self, built: Inserted, cell: Cell) -> None:
         """See `Prepared.save`."""
@@ -245,6 +253,34 @@ def _training_blocks(config: ProbeConfig, splits: Splits, tokenizer: Any, quiet:
                 progress=progress,
             )
 
+    return blocks_of
+
+
+def _kept_blocks(
+    config: ProbeConfig, corpora: Sequence[Scored], tokenizer: Any, quiet: bool
+) -> Callable[[int], np.ndarray]:
+    """Training text of the corpora out of domain, in blocks; their held-out and development documents are not in it."""
+    documents = [document for scored in corpora if scored.domain == "out" for document in scored.splits.training]
+    if not documents:
+        raise PreskipError(
+            "--keep-weight needs text out of domain: give --eval-corpora another corpus than the one trained on"
+        )
+    rows = -(-config.steps * config.batch_size // every(config.batch_size))
+
+    @lru_cache(maxsize=2)
+    def blocks_of(seed: int) -> np.ndarray:
+        with progress_display("tokenise text to keep", quiet=quiet) as progress:
+            return pack_blocks(
+                documents,
+                tokenizer,
+                config.seq_len,
+                limit_tokens=rows * config.seq_len,
+                seed=seed,
+                piece_characters=PIECE_CHARACTERS,
+                progress=progress,
+            )
+
+    blocks_of(config.seeds[0])  # too little text is found before training
     return blocks_of
 
 

@@ -14,6 +14,7 @@ from preskip.experiment.prepared import Prepared
 from preskip.experiment.scratch import Scratch
 from preskip.experiment.search import GRID, RUNGS
 from preskip.progress import about
+from preskip.train.keep import every
 
 # Work is counted in tokens that are read once; training reads each and goes back through twice the arithmetic.
 TRAINING = 3
@@ -59,7 +60,10 @@ def outlook(prepared: Prepared, cells: Sequence[tuple[str, int]], token_seconds:
         if not prepared.arms[arm].trains:
             return 0.0
         plan = prepared.plans[arm] if isinstance(prepared, Scratch) else None
-        return TRAINING * (plan.tokens if plan else config.steps * config.batch_size * config.seq_len)
+        if plan:
+            return TRAINING * plan.tokens
+        kept = (TRAINING + 1) / every(config.batch_size) if config.keep_weight else 0
+        return (TRAINING + kept) * config.steps * config.batch_size * config.seq_len
 
     work: dict[str, list[float]] = {"cell": [training(arm) + scored for arm, _ in cells]}
     if isinstance(prepared, Frozen):

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import nn
-
 from preskip.arms import Arm
 from preskip.arms.insert import Inserted
 from preskip.experiment.heldout import Config, HeldOut
@@ -75,11 +73,11 @@ class Prepared(ABC):
         """The model of an arm, its new weights drawn from the seed."""
 
     @abstractmethod
-    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[StepRow]:
+    def fit(self, built: Inserted, settings: dict[str, Any], **where: Any) -> list[StepRow]:
         """Train a built model.
 
         Args:
-            model: of `build`.
+            built: of `build`.
             settings: steps, seed, rates and batches.
             where: arm, checkpoints, log and advance of `train_frozen` and `train_scratch`.
 
@@ -128,7 +126,7 @@ class Prepared(ABC):
         settings = {"steps": steps, "seed": seed, "learning_rate": rate, "micro_batch_size": micro_batch, **more}
         where = {"arm": arm, "checkpoints": cell.checkpoints, "log": cell.train_log}
         with progress_bar(label, steps, quiet=self.quiet) as advance:
-            return self.fit(built.model, settings, advance=advance, **where)
+            return self.fit(built, settings, advance=advance, **where)
 
 
 def started_in(run: RunDirectory) -> Path:

@@ -72,6 +72,13 @@ class ProbeConfig(ExperimentConfig):
     development_documents: int = option(24, "Documents per corpus that --lr tune chooses on.", TRAINING, least=2)
     development_words: int = option(100, "Words of each of these.", TRAINING, least=1)
     reuse_prefix: bool = option(True, "Compute layers before an arm's first trained one once per batch.", TRAINING)
+    keep_weight: float = option(
+        0.0,
+        "Weight of KL(base, arm) on training text of --eval-corpora; 0: none.",
+        TRAINING,
+        least=0,
+        allowed="it must be a number of 0 or more",
+    )
     packing: str = option(
         "packed",
         "packed blocks of running text, or paragraphs, padded or cut (the paper's).",

@@ -196,7 +196,7 @@ class Scratch(Prepared):
         """See `Prepared.build`."""
         yield Inserted(model=build_model(self.config, self.plans[arm], seed))
 
-    def fit(self, model: nn.Module, settings: dict[str, Any], **where: Any) -> list[StepRow]:
+    def fit(self, built: Inserted, settings: dict[str, Any], **where: Any) -> list[StepRow]:
         """See `Prepared.fit`."""
         config = self.config
         own = ScratchSettings(
@@ -218,7 +218,7 @@ class Scratch(Prepared):
             peak_flops=self.run.manifest.get("peak_flops"),
             **settings,
         )
-        return train_scratch(model, self.blocks, own, evaluation=self.development, **where)
+        return train_scratch(built.model, self.blocks, own, evaluation=self.development, **where)
 
     def save(self, built: Inserted, cell: Cell) -> None:
         """See `Prepared.save`: the whole model, with its tokenizer."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,26 @@ def detach_peers(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module._modules.get(CHILD), nn.ModuleDict):
             delattr(module, CHILD)
+
+
+@contextmanager
+def peers_off(model: nn.Module) -> Iterator[None]:
+    """While the context lasts, the model computes as without its peers; their hooks keep their order."""
+    modules = list(model.modules())
+    handles = [handle for module in modules if isinstance(module, PeerModule) for handle in module.handles]
+    handles += [handle for module in modules for handle in getattr(module.__dict__.get("peer_tokens"), "handles", ())]
+    off = {handle.id for handle in handles}
+    hooks = [held for module in modules for held in (module._forward_pre_hooks, module._forward_hooks) if off & {*held}]
+    before = [dict(held) for held in hooks]
+    try:
+        for held in hooks:
+            for number in off & {*held}:
+                del held[number]
+        yield
+    finally:
+        for held, all_of_them in zip(hooks, before, strict=True):
+            held.clear()
+            held.update(all_of_them)
 
 
 def peer_weights(model: nn.Module) -> dict[str, nn.Parameter]:

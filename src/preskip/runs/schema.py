@@ -309,6 +309,7 @@ class StepRow(TypedDict):
     tokens: int
     seconds: float
     step_ratio: NotRequired[dict[str, float]]  # equal steps: the common ‖ΔW‖ / ‖W‖ by part of the branch
+    keep_kl: NotRequired[float]  # --keep-weight: KL(base ‖ arm) out of domain, nats per token, before the step
     tokens_per_second: NotRequired[float]  # from scratch, as all below
     mfu: NotRequired[float]  # model FLOPs utilisation, 0 to 1
     eval_loss: NotRequired[float]  # nats per token of the development blocks, where it was evaluated

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from preskip.errors import PreskipError
 from preskip.progress import Advance, no_progress
 from preskip.runs.files import write_jsonl
 from preskip.runs.schema import StepRow
+from preskip.train.checkpoints import ResumableTrainer
 from preskip.train.controls import EqualStep, train_on_noise
 from preskip.train.distributed import uses_fsdp
+from preskip.train.keep import Keep, KeepDataset, KeepTrainer
 from preskip.train.settings import MAX_GRAD_NORM, SCHEDULE, WEIGHT_DECAY, TrainingSettings
 from preskip.train.steps import BlockDataset, StepLog, fit
 
@@ -21,9 +25,9 @@ from preskip.train.steps import BlockDataset, StepLog, fit
 class _StepLog(StepLog):
     """Writes train.jsonl with each checkpoint, and keeps the steps equal."""
 
-    def __init__(self, path: Path, equal_step: EqualStep | None, *args: Any) -> None:
+    def __init__(self, path: Path, equal_step: EqualStep | None, keep: Keep | None, *args: Any) -> None:
         super().__init__(*args)
-        self.path, self.equal_step = path, equal_step
+        self.path, self.equal_step, self.keep = path, equal_step, keep
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.equal_step is not None:
@@ -37,6 +41,8 @@ class _StepLog(StepLog):
         """See `StepLog`."""
         if self.equal_step is not None:
             row["step_ratio"] = dict(self.equal_step.ratios)
+        if self.keep is not None:
+            row["keep_kl"] = self.keep.mean()
         return ""
 
     def on_save(self, args, state, control, **kwargs):
@@ -53,6 +59,7 @@ def train_frozen(
     checkpoints: Path,
     log: Path,
     advance: Advance = no_progress,
+    keep: Keep | None = None,
 ) -> list[StepRow]:
     """Train the parameters of `model` that require gradients; the rest stays frozen.
 
@@ -67,11 +74,12 @@ def train_frozen(
         checkpoints: folder for the trainer's checkpoints.
         log: train.jsonl.
         advance: progress, called as advance(step, note).
+        keep: a penalty on what is changed out of domain, or None.
 
     Returns:
         The rows of the training log, one per optimiser step. With `equal_step` they hold step_ratio, the common
-        ‖ΔW‖ / ‖W‖ of each part. With control "noise" the loss is None, and nothing is kept for resuming: it starts
-        anew, with the same result.
+        ‖ΔW‖ / ‖W‖ of each part; with `keep` keep_kl, KL(base ‖ arm) in nats per token before the step. With control
+        "noise" the loss is None, and nothing is kept for resuming: it starts anew, with the same result.
 
     Raises:
         PreskipError: nothing to train, a loss that is not finite, or a full disk.
@@ -84,17 +92,26 @@ def train_frozen(
         return rows
     if settings.equal_step and uses_fsdp():
         raise PreskipError("equal steps need whole weights, which FSDP does not keep: train them with DDP")
+    if keep is not None and uses_fsdp():
+        raise PreskipError("--keep-weight needs the base's whole weights, which FSDP does not keep: train with DDP")
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()  # type: ignore[operator]
     equal_step = EqualStep(model) if settings.equal_step else None
     length = settings.steps * settings.batch_size
+    order: dict[str, Any] = {"length": length, "seed": settings.seed, "shuffled": settings.control == "shuffled"}
+    dataset = BlockDataset(blocks, **order)
+    trainer: Callable[..., ResumableTrainer] = ResumableTrainer
+    if keep is not None:
+        dataset = KeepDataset(blocks, **order, other=keep.blocks, batch_size=settings.batch_size)
+        trainer = partial(KeepTrainer, keep=keep, batch_size=settings.batch_size)
     rows = fit(
         model,
         settings,
-        _StepLog(log, equal_step, arm, settings.batch_size * blocks.shape[1], advance),
-        BlockDataset(blocks, length, settings.seed, shuffled=settings.control == "shuffled"),
+        _StepLog(log, equal_step, keep, arm, settings.batch_size * blocks.shape[1], advance),
+        dataset,
         checkpoints=checkpoints,
         log=log,
+        trainer=trainer,
         lr_scheduler_type=SCHEDULE,
         warmup_steps=settings.warmup_steps,
         weight_decay=WEIGHT_DECAY,
