@@ -255,11 +255,15 @@ def test_counted_sizes():
     base = tiny_llama(hidden_size=64, num_hidden_layers=4)
     counts = {}
     cheap = ("skip", "preskip-late-narrow", "preskip-third-narrow", "preskip-lowrank-narrow", "preskip-bottleneck")
-    for name in (*cheap, "layernorm", "ia3", "full", "preproj+lora", "canon", "value-residual"):
+    gated = ("content-gated", "preskip-closed")
+    for name in (*cheap, "layernorm", "ia3", "full", "preproj+lora", "canon", "value-residual", *gated):
         with insert(ARMS[name], context_for(base), seed=0) as inserted:
             counts[name] = (inserted.parameters, inserted.flops_per_token)
     assert counts["canon"] == (4 * 4 * (64 + 128 + 64 + 128), 4 * 8 * (64 + 128 + 64 + 128))
     assert counts["value-residual"] == (3 * 2, 3 * 2 * 32)
+    for name, scaled in zip(gated, (1, 2), strict=True):  # the branch is narrower by the gate, its bias and rounding
+        branch = 4 * 64 * (64 + 2 * 79)
+        assert counts[name] == (branch + 4 * (64 + 1), 2 * branch + 4 * (2 * 64 + scaled * 64))
     assert counts["skip"] == (4 * 64**2, 2 * 4 * 64**2)
     assert counts["layernorm"] == (9 * 64, 0)
     assert counts["ia3"] == (4 * (32 + 32 + 64), 4 * (32 + 32 + 64))

@@ -111,6 +111,11 @@ def test_peers_are_counted(plans):
         assert crossed.config.preskip_expansion == pytest.approx(1.25 - per_layer / (2 * 128**2), abs=1 / 128)
     assert plans["value-residual"].size == base
     assert plans["preskip+value-residual"].size == target
+    for arm, weights, flops in (("nonlinear-q", 2 * 128, 0), ("gated-attention", 4 * 128, 2 * 4 * 128)):
+        assert plans[arm].size.parameters - base.parameters == 5 * weights
+        assert plans[arm].size.flops_per_token - base.flops_per_token == 5 * flops
+        assert plans[arm].matched is None
+        assert plans[f"preskip+{arm}"].deviation == pytest.approx(0, abs=5e-4)
     tables = 3 * (400 * 128 + 4 * 12)
     assert plans["value-embed"].config.preskip_peers == {"value-embed": {"layers": [0, 2, 4]}}
     assert plans["preskip+value-embed"].size.parameters == target.parameters + tables
@@ -187,8 +192,9 @@ def test_other_architectures_are_matched_too(arch, tmp_path):
     sizes = {
         key: value for key, value in sizes.items() if key not in unknown and (arch == "mixtral" or "experts" not in key)
     }
-    # Canon layers sit inside the MLP, which experts do not have as linear layers.
-    arms = tuple(name for name in SCRATCH_ARMS if arch != "mixtral" or not name.endswith("canon"))
+    # Canon layers sit inside the MLP, which experts do not have as linear layers; a part of a matrix is not replaced.
+    odd = {"mixtral": "canon", "gpt2": "nonlinear-q", "pythia-14m": "nonlinear-q", "phi3": "nonlinear-q"}.get(arch)
+    arms = tuple(name for name in SCRATCH_ARMS if odd is None or not name.endswith(odd))
     plans = plan_arms(config(arch=str(path), overrides=sizes, arms=arms), TOKENIZER)
     assert abs(plans["base-wide"].deviation) < 0.005
     assert plans["preskip"].config.model_type == f"preskip_{plans['base'].config.model_type}"

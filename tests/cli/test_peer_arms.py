@@ -35,13 +35,14 @@ def call(*arguments):
 def test_from_scratch(tmp_path):
     corpus = write_corpus(tmp_path / "records.jsonl", documents=24)
     arms = ["canon", "preskip", "preskip+canon-a", "value-residual", "preskip+value-embed"]
+    arms += ["nonlinear-q", "preskip+gated-attention"]
     run = tmp_path / "run"
     options = [*TINY, "--expansion", "2", "--lr", "3e-3", "--lr", "preskip+canon-a=1e-3"]
     assert call("pretrain", *options, "--corpus", corpus, "--arms", ",".join(arms), "--out", run, "--json") == 0
     assert not run_faults(run)
     manifest, results = (json.loads((run / name).read_text()) for name in ("run.json", "results.json"))
-    assert [manifest["arms"][arm]["learning_rate"] for arm in arms] == [3e-3, 3e-3, 1e-3, 3e-3, 3e-3]
-    budgets = ["smaller", "matched", "matched", "smaller", "larger"]
+    assert [manifest["arms"][arm]["learning_rate"] for arm in arms] == [3e-3, 3e-3, 1e-3, 3e-3, 3e-3, 3e-3, 3e-3]
+    budgets = ["smaller", "matched", "matched", "smaller", "larger", "smaller", "matched"]
     assert [manifest["arms"][arm]["budget"] for arm in arms] == budgets
     assert set(results["arms"]) == set(arms)
     for arm in arms:
@@ -62,11 +63,11 @@ def test_from_scratch(tmp_path):
 def test_frozen(tmp_path):
     model, corpus = save_tiny_llama(tmp_path / "model"), write_corpus(tmp_path / "corpus.jsonl")
     run = tmp_path / "run"
-    given = [*FEW, "--corpus", corpus, "--arms", "none,canon,value-residual"]
+    given = [*FEW, "--corpus", corpus, "--arms", "none,canon,value-residual,content-gated", "--match", "none"]
     assert call("probe", model, *given, "--out", run, "--json") == 0
     assert not run_faults(run)
     manifest = json.loads((run / "run.json").read_text())
-    sizes = {"canon": 2 * 4 * (32 + 64 + 32 + 128), "value-residual": 2}
+    sizes = {"canon": 2 * 4 * (32 + 64 + 32 + 128), "value-residual": 2, "content-gated": 2 * (7 * 32**2 // 2 + 33)}
     for arm, size in sizes.items():
         assert manifest["arms"][arm]["trainable_parameters"] == size
         assert manifest["arms"][arm]["settings"] == {}

@@ -67,7 +67,8 @@ class Arm:
             without inserted weights.
         own_weights: frozen: names of the base's own parameters that are trained in place, and put back afterwards; None
             for an arm that leaves them frozen.
-        peers: frozen: settings by name of what is put into the blocks (`preskip.peers`), at identity.
+        peers: frozen: settings by name of what is put into the blocks (`preskip.peers`), at identity, or what makes
+            them for a context.
         build: from scratch: makes the architecture, of a `preskip.arms.plan.Planner`; None for an arm that is not
             trained from scratch.
         budget: see `Budget`.
@@ -82,7 +83,9 @@ class Arm:
     _: KW_ONLY
     make_config: Callable[[ArmContext], PeftConfig | Sequence[PeftConfig]] | None = None
     own_weights: Callable[[ArmContext], list[str]] | None = None
-    peers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    peers: Mapping[str, Mapping[str, Any]] | Callable[[ArmContext], Mapping[str, Mapping[str, Any]]] = field(
+        default_factory=dict
+    )
     build: Callable[[Any], PreTrainedConfig] | None = None
     budget: Budget = "matched"
     matches: str = "parameters"
@@ -97,6 +100,17 @@ class Arm:
     def is_inserted(self) -> bool:
         """Whether the arm trains something on a frozen base."""
         return not (self.make_config is None and self.own_weights is None and not self.peers)
+
+    def peers_in(self, context: ArmContext) -> Mapping[str, Mapping[str, Any]]:
+        """Settings by name of what is put into the blocks.
+
+        Raises:
+            PreskipError: the budget is impossible for this arm; the arm is named.
+        """
+        try:
+            return self.peers(context) if callable(self.peers) else self.peers
+        except PreskipError as error:
+            raise PreskipError(f"arm {self.name}: {error}") from None
 
     def configs(self, context: ArmContext) -> list[PeftConfig]:
         """The PEFT configurations to stack, first to last.

@@ -139,6 +139,19 @@ def _all_parameters(context: ArmContext) -> list[str]:
     return [name for name, _ in context.base.named_parameters()]
 
 
+def _gated(context: ArmContext, **changes: Any) -> dict[str, dict[str, Any]]:
+    """A branch behind a gate, its expansion solved for what the gate leaves of the budget."""
+    if context.skip_position != "attention":
+        raise PreskipError("its skip joins attention's output only: give --skip-position attention, or leave it out")
+    settings = replace(context.settings, preprojection=True, content_skip=True, **changes)
+    widths = [target_width(context.base, path) for path in context.targets]
+    # Of parameters a weight per channel and one; of FLOPs, at two per parameter, the multiplications by g as well.
+    gate = {"params": sum(widths) + len(widths), "flops": (3 + settings.enrich_attention) * sum(widths) // 2}
+    if context.match in gate:
+        settings = match_expansion(context.base, settings, context.budget - gate[context.match], context.targets)
+    return {"gated-branch": asdict(settings)}
+
+
 def _branch_arm(name: str, description: str, *, match: bool = True, decisive: bool = False, **changes: Any) -> Arm:
     """A branch that differs from the reference's in `changes`, on a frozen base and from scratch."""
     return Arm(
@@ -346,6 +359,24 @@ REGISTRY = (
         "preskip and the tables of value-embed beside it, so more weights",
         build=lambda planner: planner.value_embed(branch=True),
         budget="larger",
+    ),
+    *_peer(
+        "nonlinear-q",
+        "queries of a small MLP around the identity, with as many weights as their matrix",
+        {"nonlinear-q": {}},
+    ),
+    *_peer("gated-attention", "each head's output passes a gate of its own", {"gated-attention": {}}),
+    Arm(
+        "content-gated",
+        "content behind a gate per token that starts nearly closed",
+        2e-3,
+        peers=partial(_gated, enrich_attention=False),
+    ),
+    Arm(
+        "preskip-closed",
+        "preskip behind a gate per token that starts nearly closed",
+        2e-3,
+        peers=partial(_gated, enrich_attention=True),
     ),
     Arm("ia3", "IA3: one factor per key, value and inner MLP feature", 1e-2, make_config=_ia3, budget="floor"),
     Arm("layernorm", "the weights of the norms alone", 3e-3, make_config=_layer_norms, budget="floor"),

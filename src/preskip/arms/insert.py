@@ -148,8 +148,8 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
         for weight in trained:  # a second adapter freezes the first
             weight.requires_grad_(True)
         if arm.peers:
-            inserted.peers, inserted.targets = arm.peers, context.targets
-            attach_peers(base, arm.peers, targets=context.targets, identity=True)
+            inserted.peers, inserted.targets = arm.peers_in(context), context.targets
+            attach_peers(base, inserted.peers, targets=context.targets, identity=True)
         if arm.own_weights is not None:
             weights = dict(base.named_parameters())
             inserted.own = {name: weights[name] for name in arm.own_weights(context)}
