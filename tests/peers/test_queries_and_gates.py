@@ -27,7 +27,7 @@ def from_scratch(peers, kind="llama", **fields):
     torch.manual_seed(5)
     plain = {**tiny_llama(num_hidden_layers=3).config.to_dict(), **fields}
     plain = {key: value for key, value in plain.items() if key not in ("model_type", "architectures")}
-    config = AutoConfig.for_model(f"preskip_{kind}", **plain, preskip_layers=[], preskip_peers=peers)
+    config = AutoConfig.for_model(f"preskip_{kind}", **{"preskip_layers": [], "preskip_peers": peers, **plain})
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
@@ -116,6 +116,23 @@ def test_nonlinear_queries_need_a_matrix_of_their_own_and_of_the_models_width():
             attach_peers(tiny_llama(), {name: {}}, identity=True)
     with pytest.raises(PreskipError, match="on a frozen model only"):
         from_scratch({"gated-branch": {}})
+
+
+def test_both_are_saved_and_loaded_whole_beside_a_branch_and_train(tmp_path):
+    peers = {"nonlinear-q": {}, "gated-attention": {}}
+    model = from_scratch(peers, preskip_layers=[0, 2])
+    assert not [name for name, _ in model.named_parameters() if "q_proj" in name]
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert_cache_changes_nothing(again)
+    again.gradient_checkpointing_enable({"use_reentrant": False})
+    for each in (model, again):
+        each.train()(IDS, labels=IDS, use_cache=False).loss.backward()
+    others = dict(again.named_parameters())
+    for name, weight in model.named_parameters():
+        assert weight.grad.abs().sum() > 0, name
+        torch.testing.assert_close(weight.grad, others[name].grad, atol=1e-6, rtol=1e-4)
 
 
 def test_where_queries_are_normed_the_scale_stays():
