@@ -34,6 +34,7 @@ def test_stored_runs_of_schema_2_are_read_and_written_back(path):
         name: value
         for name, value in {
             "lora_scale": 1.0,
+            "keep_weight": 0.0,
             "reuse_prefix": True,
             "layers": None,
             "task_settings": asdict(TaskSettings()),
