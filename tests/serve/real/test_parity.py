@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from preskip.serve.checkpoint import without_branch
-from real_vllm import CASES, COMPILED, EAGER, LONG, PARALLEL, judged, save_int8
+from preskip.serve.check import check
+from preskip.serve.checkpoint import examine, without_branch
+from real_vllm import CASES, COMPILED, EAGER, LONG, PARALLEL, judged, save_int8, save_several
 
 
 def all_equal(found):
@@ -40,6 +43,14 @@ def test_bfloat16_is_as_near_as_the_base(checkpoints, case):
 def test_int8_branches(checkpoints, tmp_path):
     folder, base = checkpoints("llama")
     all_equal(judged("llama, int8 branch", (save_int8(folder, tmp_path / "int8"), base), EAGER))
+
+
+def test_the_check_of_several_adapters_scores_each_of_them(tmp_path):
+    folder = save_several(tmp_path, ["zeal", "ash", "moss"])
+    found = check(examine(folder), "vllm", "float32", options=EAGER, note=lambda words: None)
+    print(f"\n3 adapters, checked: {json.dumps(found.to_json())}", flush=True)
+    all_equal(found)
+    assert found.greedy == 3 * 4 * 32
 
 
 @pytest.fixture(scope="module")
