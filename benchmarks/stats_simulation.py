@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from preskip.stats import RatioDistribution, mcnemar, paired_accuracy_difference
+from preskip.stats.families import gatekeeping
+from preskip.stats.looks import fractions_of, two_sided
 from preskip.stats.tests import discordant
 
 RESAMPLES = 999
@@ -191,6 +193,42 @@ def wrong_equivalence(seeds: int, items: int, share: float, experiments: int) ->
     return wrong / experiments
 
 
+def growing_families(true: Sequence[int], experiments: int) -> tuple[float, float, float]:
+    """Looks at 3, 5 and 8 seeds over a primary and four secondary comparisons of one arm, 60 documents.
+
+    Args:
+        true: the comparisons that have a difference, a large one; the others have none.
+        experiments: simulated.
+
+    Returns:
+        Share of experiments with a false difference: by the declared procedure; by it without regard to looking; and
+        with every p taken as it is at every look.
+    """
+    looks, documents, levels = (3, 5, 8), 60, [1, 2, 2, 2, 2]
+    fractions = fractions_of(looks)
+    found = np.zeros(3)
+    for experiment in range(experiments):
+        generator = np.random.default_rng(experiment)
+        size = generator.integers(500, 3000, documents).astype(float)
+        arm = 0.1 * generator.standard_normal((looks[-1], 1)) + 0.3 * generator.standard_normal(documents)
+        p_values = np.ones((len(looks), len(levels)))
+        for place in range(len(levels)):
+            effect = arm + 0.1 * generator.standard_normal((looks[-1], 1)) + 0.3 * generator.standard_normal(documents)
+            effect += 0.5 * generator.standard_normal((looks[-1], documents)) + (5.0 if place in true else 0.0)
+            for number, look in enumerate(looks):
+                distribution = RatioDistribution(size * effect[:look], size, resamples=RESAMPLES, seed=experiment % 8)
+                p_values[number, place] = distribution.p_value()
+        false = [place for place in range(len(levels)) if place not in true]
+        declared = np.array(gatekeeping(list(two_sided(list(p_values), fractions)), levels))
+        each = np.array([gatekeeping(list(row), levels) for row in p_values])
+        found += [
+            (declared[false] <= 0.05).any(),
+            (each[:, false] <= 0.05).any(),
+            (p_values[:, false] <= 0.05).any(),
+        ]
+    return tuple(float(share) for share in found / experiments)  # type: ignore[return-value]
+
+
 def main() -> None:
     """Measure and print."""
     experiments = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
@@ -208,6 +246,14 @@ def main() -> None:
         corrected, raw = false_discoveries(seeds, max(1_000, experiments // 5))
         figures |= {f"false discoveries, {seeds} seed(s)": corrected, f"uncorrected, {seeds} seed(s)": raw}
         print(f"| {seeds} seed(s): any false discovery | {100 * corrected:.1f} % (uncorrected {100 * raw:.1f} %) |")
+    of_five = {"nothing differs": (), "the primary one differs": (0,), "all others differ": (1, 2, 3, 4)}
+    for words, true in of_five.items():
+        declared, unlooked, raw = growing_families(true, max(500, experiments // 20))
+        figures |= {f"growing family, {words}": declared, f"growing family, {words}, looks ignored": unlooked}
+        print(
+            f"| 3, 5, 8 seeds, {words}: any false difference | {100 * declared:.1f} % (looks ignored "
+            f"{100 * unlooked:.1f} %, uncorrected {100 * raw:.1f} %) |"
+        )
     print(json.dumps({"experiments": experiments, **figures}))
 
 

@@ -254,7 +254,8 @@ def test_target_modules_choose_the_same_layers_for_both_arms(probe, tmp_path):
         (["--lora-scale", "0"], "--lora-scale 0.0 is not possible: it must be a number above 0"),
         (["--lora-scale", "nan"], "--lora-scale nan is not possible"),
         (["--match", "none"], "arm lora: --match none leaves its rank open: give --lora-rank"),
-        (["--lr", "tune", "--seeds", "0"], "seed 0 chooses the learning rates"),
+        (["--lr", "tune", "--lr-rule", "frontier"], "--lr-rule frontier needs out-of-domain text to choose on"),
+        (["--primary", "preskip:lora:books"], "--primary: 'books' is not compared: choose one of corpus, last_word"),
         (["--tasks", "lambada_openaj"], "lambada_openai"),
         (["--tasks", "own", "--include-path", "nowhere"], "nowhere: no such folder"),
         (["--tasks", "lambada_openai", "--task-limit", "0"], "--task-limit 0"),
@@ -511,18 +512,20 @@ def test_tuned_rates_abroad_texts_and_arms_without_adapter(probe, inputs, tmp_pa
     assert results["arms"]["full"]["learning_rate"] == 1e-3
     assert results["arms"]["full"]["budget"] == "ceiling"
     for arm, found in results["search"].items():
-        assert results["arms"][arm]["learning_rate"] == found["chosen"]
+        assert results["arms"][arm]["learning_rate"] == found["chosen"] == found["by_seed"]["1"]
         last = [entry for entry in found["trace"] if entry["rung"] == 1 and not entry["diverged"]]
-        best = min(last, key=lambda entry: entry["dev"]["in"]["value"])
-        assert best["learning_rate"] == found["chosen"]
-        assert best["kept"]
+        for seed in (1, 2):
+            own = [entry for entry in last if entry["for_seed"] == seed]
+            best = min(own, key=lambda entry: entry["dev"]["in"]["value"])
+            assert best["learning_rate"] == found["by_seed"][str(seed)]
+            assert best["kept"]
         assert {entry["steps"] for entry in found["trace"]} == {2, 4}
         assert all(set(entry["dev"]["out"]) == {"abroad"} for entry in last)
-    assert not list(run.glob("search/*/*/*/checkpoints"))
-    trial = next(run.glob("search/preskip/rung-1/*/trial.json"))
-    before = {path: path.stat().st_mtime_ns for path in run.glob("search/*/*/*/trial.json") if path != trial}
+    assert not list(run.glob("search/*/*/*/*/checkpoints"))
+    trial = next(run.glob("search/preskip/seed-2/rung-1/*/trial.json"))
+    before = {path: path.stat().st_mtime_ns for path in run.glob("search/*/*/*/*/trial.json") if path != trial}
     trial.unlink()
-    (run / "search" / "preskip" / "search.json").unlink()
+    (run / "search" / "preskip" / "seed-2" / "search.json").unlink()
     with pytest.raises(SystemExit) as stop:
         main(["probe", "--resume", str(run), "--json"])
     assert stop.value.code == 0
@@ -627,7 +630,7 @@ def test_a_rate_at_which_training_diverges_is_passed_over(probe, tmp_path, monke
     assert code == 0, err
     found = json.loads((tmp_path / "run" / "results.json").read_text())["search"]["preskip"]
     assert found["chosen"] <= 1e-3
-    assert [entry["diverged"] for entry in found["trace"] if entry["learning_rate"] > 1e-3] == [True]
+    assert {entry["diverged"] for entry in found["trace"] if entry["learning_rate"] > 1e-3} == {True}
     assert run_faults(tmp_path / "run") == []
     assert (tmp_path / "run" / "report.html").is_file()
 

@@ -15,7 +15,8 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "computed", ["arms/preskip/seed-1/train.jsonl", "search/lora/rung-0/0.001/trial.json", "controls/dtype-audit.json"]
+    "computed",
+    ["arms/preskip/seed-1/train.jsonl", "search/lora/seed-1/rung-0/0.001/trial.json", "controls/dtype-audit.json"],
 )
 def test_what_was_computed_is_kept_and_the_way_to_finish_it_said(run, computed, capsys):
     (run.path / computed).parent.mkdir(parents=True)

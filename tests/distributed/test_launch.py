@@ -54,7 +54,11 @@ def test_a_probe_under_accelerate_with_fsdp2_equals_one_process(local_probe, tmp
     assert finished.stdout.count("report: ") == 1
     sharded, whole = stored(tmp_path / "run"), stored(local_run)
     assert logged(tmp_path / "run").keys() == logged(local_run).keys()
-    for part in ("arms/preskip/seed-1/items.jsonl", "arms/preskip/seed-2/cell.json", "search/preskip/search.json"):
+    for part in (
+        "arms/preskip/seed-1/items.jsonl",
+        "arms/preskip/seed-2/cell.json",
+        "search/preskip/seed-1/search.json",
+    ):
         assert_close(sharded[part], whole[part], part)
 
 

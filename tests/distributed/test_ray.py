@@ -38,7 +38,7 @@ def test_ray_gives_the_local_results_although_a_worker_is_killed(local_probe, tm
     finish_run(start_run(config, tmp_path / "ray", ["test"]), quiet=True, executor="ray")
     assert (tmp_path / "ray" / "killed").exists()
     local, ray = stored(local_run), stored(tmp_path / "ray")
-    assert {"results.json", "arms/preskip/seed-2/items.jsonl", "search/preskip/search.json"} <= local.keys()
+    assert {"results.json", "arms/preskip/seed-2/items.jsonl", "search/preskip/seed-1/search.json"} <= local.keys()
     assert ray == local
     assert ray["arms/preskip/seed-2/cell.json"]["hardware"] == processor_name()
     weights = "arms/preskip/seed-2/adapter/adapter_model.safetensors"

@@ -1,24 +1,36 @@
-"""Which comparisons a run declares: decisive others, in the registry's order, whatever order they were given in."""
+"""Which comparisons a run declares: the primary one first, then decisive others in the registry's order."""
 
 import pytest
 
 from preskip.arms import SCRATCH_ARMS, resolve_arms
+from preskip.errors import PreskipError
 from preskip.experiment.family import declare_family
 
-SETS = {"sotu": {"primary": "bits_per_byte"}, "paper:wikitext": {"primary": "word_perplexity"}}
+SETS = {
+    "books": {"primary": "bits_per_byte", "domain": "out"},
+    "sotu": {"primary": "bits_per_byte", "domain": "in"},
+    "paper:wikitext": {"primary": "word_perplexity", "domain": "in"},
+}
 
 
-def declared(names, *among):
-    family = declare_family(resolve_arms(names, *among), SETS)
-    assert {entry["set"] for entry in family["declared"]} <= {"sotu"}
-    return [(entry["arm"], entry["reference"]) for entry in family["declared"]]
+def declared(names, *among, **options):
+    family = declare_family(resolve_arms(names, *among), SETS, **options)
+    assert {entry["set"] for entry in family["declared"]} <= {"sotu", "books"}
+    assert family["procedure"] == "gatekeeping"
+    entries = family["declared"]
+    assert [entry["level"] for entry in entries] == [1, *[2] * (len(entries) - 1)][: len(entries)]
+    assert [entry["set"] for entry in entries[:1]] in ([], ["sotu"])
+    found = [(entry["arm"], entry["reference"]) for entry in entries]
+    assert sorted(found) == sorted(2 * list(dict.fromkeys(found)))
+    return list(dict.fromkeys(found))
 
 
 @pytest.mark.parametrize(
     ("names", "pairs"),
     [
-        ("parallel lora none full preskip", [("preskip", other) for other in ("none", "lora", "parallel")]),
-        ("none preproj lora", [("preproj", "none"), ("preproj", "lora")]),
+        ("parallel lora none full preskip", [("preskip", other) for other in ("lora", "none", "parallel")]),
+        ("none preproj lora", [("preproj", "lora"), ("preproj", "none")]),
+        ("none preskip", [("preskip", "none")]),
         ("preskip skip", [("preskip", "skip")]),
         ("none", []),
     ],
@@ -40,3 +52,14 @@ def test_of_a_frozen_base(names, pairs):
 )
 def test_from_scratch(names, pairs):
     assert declared(names.split(), SCRATCH_ARMS) == pairs
+
+
+def test_the_options_may_name_the_primary_comparison():
+    names = ["none", "preskip", "content", "lora", "full"]
+    assert declared(names, primary=("content", "lora")) == [("content", "lora"), ("content", "none")]
+    pairs = declared(names, primary=("content", "full"))  # not decisive, so it is declared for this alone
+    assert pairs == [("content", "full"), ("content", "none"), ("content", "lora")]
+    family = declare_family(resolve_arms(names), SETS, ("content", "lora", "books"), (3, 5))
+    assert (family["declared"][0]["set"], family["looks"]) == ("books", [3, 5])
+    with pytest.raises(PreskipError, match="'news' is not compared: choose one of books, sotu"):
+        declare_family(resolve_arms(names), SETS, ("content", "lora", "news"))

@@ -40,6 +40,10 @@ def test_stored_runs_of_schema_2_are_read_and_written_back(path):
             "task_settings": asdict(TaskSettings()),
             "eval_text_column": None,
             "eval_corpus_split": None,
+            "primary": [],
+            "looks": [],
+            "lr_rule": "in-domain",
+            "lr_harm": 0.01,
         }.items()
         if name in later
     }
@@ -150,7 +154,16 @@ def test_rates_of_a_pretraining():
         (ProbeConfig, {"steps": 2.5}, "--steps 2.5 is not possible"),
         (ProbeConfig, {"steps": True}, "--steps True is not possible"),
         (ProbeConfig, {"steps": None}, "--steps None is not possible"),
-        (ProbeConfig, {"tune_seed": "one"}, "--tune-seed one is not possible: it must be a whole number"),
+        (ProbeConfig, {"tune_seed": "one"}, "--tune-seed one is not possible: it must be at least 0"),
+        (ProbeConfig, {"dtype_audit": 1}, "--dtype-audit 1 is not possible: choose true or false"),
+        (ProbeConfig, {"lr_rule": "frontier"}, "--lr-rule frontier chooses among tuned rates: give --lr tune, too"),
+        (ProbeConfig, {"lr_rule": "best"}, "--lr-rule 'best' is unknown: choose one of in-domain, frontier"),
+        (ProbeConfig, {"primary": "preskip"}, "--primary 'preskip' is not ARM:REFERENCE"),
+        (ProbeConfig, {"primary": "preskip:dora"}, "--primary preskip:dora: give two of the arms that are compared"),
+        (ProbeConfig, {"looks": "3,x"}, "--looks: 'x' is not a whole number"),
+        (PretrainConfig, {"looks": "1,2"}, "--looks 1, 2: give 2 to 10 rising numbers of seeds"),
+        (PretrainConfig, {"looks": "5,3"}, "--looks 5, 3: give 2 to 10 rising numbers of seeds"),
+        (PretrainConfig, {"looks": "3,5"}, "--seeds gives 1: looks are declared at 3, 5 seeds"),
         (ProbeConfig, {"equal_step": "yes"}, "--equal-step yes is not possible: choose true or false"),
         (ProbeConfig, {"model": 3}, "--model 3 is not possible: it must be a text"),
         (ProbeConfig, {"expansion": "wide"}, "expansion='wide' is not possible: it must be > 0 and <= 64"),

@@ -52,7 +52,8 @@ def test_the_plan_is_said_first_and_measuring_changes_nothing(tmp_path, capsys):
     scored = sum(len(window.input_ids) for text in prepared.heldout.texts for window in text.windows)
     ahead = outlook(prepared, [("none", 1), ("preskip", 1)], 1.0)
     training = TRAINING * 3 * 2 * 16
-    assert ahead.work == {"cell": [scored, scored + training], "search": [], "control": [0.0, 0.0]}
+    cells = [scored, scored + training]
+    assert ahead.work == {"cell": cells, "search": [], "later search": [], "control": [0.0, 0.0]}
 
     state, weights = torch.random.get_rng_state(), {k: v.clone() for k, v in prepared.base.state_dict().items()}
     assert 0 < measured_token(prepared, run.manifest) < 1

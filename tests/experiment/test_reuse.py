@@ -43,7 +43,7 @@ def test_search_weights_and_scores_are_those_without(tmp_path):
     for run in runs.values():
         finish_run(run, quiet=True)
     with_, plain = (stored(run.path) for run in runs.values())
-    assert "search/preskip-late/search.json" in plain
+    assert "search/preskip-late/seed-1/search.json" in plain
     assert without_counts(with_) == without_counts(plain)
     adapters = [path.relative_to(runs[True].path) for path in runs[True].path.rglob("*.safetensors")]
     assert len(adapters) == 2

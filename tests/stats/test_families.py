@@ -80,6 +80,30 @@ def test_family_counts_what_was_declared_even_if_not_measured() -> None:
     assert (found["declared"], found["p_holm"], found["verdict"]) == (True, 0.01, "undecided")
 
 
+def test_a_gatekeeping_family_corrects_equivalences_too() -> None:
+    declared = [
+        {"arm": arm, "reference": "none", "set": "heldout", "metric": "bits_per_byte", "level": 1 + (arm != "a")}
+        for arm in "abc"
+    ]
+    family = {"declared": declared, "procedure": "gatekeeping"}
+    # Holm over the three equivalences: .02·3, max(.06, .02·2), 1; differences: the gate of .6 is shut.
+    equal = {"low": -0.002, "high": 0.002, "p_value": 0.6, "p_equivalence": 0.02}
+    found = apply_family([entry(arm="a", **equal), entry(arm="b", **equal), entry(arm="c", p_value=1e-6)], family)
+    assert [row["p_equivalence_holm"] for row in found] == pytest.approx([0.06, 0.06, 0.9])
+    assert [row["p_holm"] for row in found] == pytest.approx([0.6, 0.6 * 1, 0.6])
+    assert [row["verdict"] for row in found] == ["undecided", "undecided", "undecided"]
+    # As a family of one level without a procedure, as earlier runs have declared it.
+    old = {"declared": [{key: value for key, value in row.items() if key != "level"} for row in declared]}
+    found = apply_family([entry(arm="a", **equal), entry(arm="b", **equal), entry(arm="c", p_value=1e-6)], old)
+    assert [row["verdict"] for row in found] == ["equivalent", "equivalent", "better"]
+    # The primary one is decided, and opens the gate.
+    found = apply_family([entry(arm="a"), entry(arm="b", p_value=0.02), entry(arm="c", p_value=0.04)], family)
+    assert [row["p_holm"] for row in found] == pytest.approx([0.01, 0.04, 0.04])
+    # What was not looked at yet is not known.
+    (row, *_) = apply_family([entry(arm="a")], {**family, "looks": [3, 5]})
+    assert (row["p_holm"], row["verdict"]) == (1.0, "undecided")
+
+
 def test_family_refuses_other_margins_and_doubles() -> None:
     with pytest.raises(PreskipError, match=r"with margin 0\.005, the family states 0\.01"):
         apply_family([entry()], {"margins": {"bits_per_byte": 0.01}})

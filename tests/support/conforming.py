@@ -74,8 +74,11 @@ RUN_FILES: dict[str, Any] = {
     "arms/*/*/items.jsonl": schema.Record,
     "arms/*/*/train.jsonl": schema.StepRow,
     "arms/*/*/cell.json": schema.CellSummary,
-    "search/*/*/*/train.jsonl": schema.StepRow,
-    "search/*/*/*/trial.json": schema.Trial,
+    "search/*/*/*/*/train.jsonl": schema.StepRow,
+    "search/*/*/*/*/trial.json": schema.Trial,
+    "search/*/*/search.json": schema.Search,
+    "search/*/rung-*/*/train.jsonl": schema.StepRow,  # as the next two of a search that served all seeds
+    "search/*/rung-*/*/trial.json": schema.Trial,
     "search/*/search.json": schema.Search,
     "controls/*/*/*/train.jsonl": schema.StepRow,
     "controls/*/*/*/cell.json": schema.ControlSummary,

@@ -144,7 +144,7 @@ def test_a_killed_probe_ends_as_an_uninterrupted_one(tmp_path):
     assert killing.child(killing.probe, tmp_path / "whole") == 0
     expected = outcome(tmp_path / "whole" / "run")
     assert {"results", "arms/preskip/seed-42/adapter/adapter_model.safetensors"} <= expected.keys()
-    first = ["rename run.tmp", "score", "rmtree 0.0005/checkpoints", "rename preskip/search.json.tmp"]
+    first = ["rename run.tmp", "score", "rmtree 0.0005/checkpoints", "rename seed-N/search.json.tmp"]
     then = ["tear by serialize_file adapter/adapter_model.safetensors", "open adapter/adapter_config.json"]
     last = ["rename seed-N/cell.json.tmp", "rename run/results.json.tmp", "rename run/report.html.tmp"]
     moments = [(label, 1) for label in [*first, "tear by save checkpoint-N/optimizer.pt", *then, *last]][::-1]

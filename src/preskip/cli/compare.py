@@ -40,6 +40,7 @@ def compare(
     """Compare arms on shared items, from what runs have stored: interval, p, equivalence and verdict of each pair."""
     from preskip.metrics import DEFAULT_MARGINS
     from preskip.progress import progress_bar
+    from preskip.runs.declaration import margin_changes
     from preskip.runs.schema import Family
     from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms
@@ -70,6 +71,8 @@ def compare(
             advance=advance,
         )
     _check_margins(own_margins, entries)
+    if stored.family:
+        stored.notes.extend(margin_changes(stored.family, own_margins))
     if as_json:
         print(json.dumps({"family": family, "notes": stored.notes, "comparisons": entries}, indent=1, allow_nan=False))
     else:

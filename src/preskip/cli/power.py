@@ -38,6 +38,9 @@ def power(
     difference: Annotated[
         Optional[float], flag("True difference to find: 0.01 is one point, or 0.005 bits per byte.")
     ] = None,
+    looks: Annotated[
+        Optional[str], flag("Numbers of seeds at which a growing run is looked at, 3,5,8; needs --difference.", DESIGN)
+    ] = None,
     wanted: Annotated[float, flag("Probability of finding it.", name="--power")] = 0.8,
     alpha: Annotated[float, flag("Level of the two-sided test.")] = 0.05,
     as_json: Json = False,
@@ -46,8 +49,8 @@ def power(
 
     For a planned design (--items or --documents), or for the comparisons of a run, from its measured spread.
     """
-    every = {"items": items, "documents": documents, "seeds": seeds, "discordant": discordant}
-    every |= {"sd": sd, "seed_sd": seed_sd, "shared": shared, "family": family}
+    every: dict[str, Any] = {"items": items, "documents": documents, "seeds": seeds, "discordant": discordant}
+    every |= {"looks": looks, "sd": sd, "seed_sd": seed_sd, "shared": shared, "family": family}
     given = {name: value for name, value in every.items() if value is not None}
     if run is None:
         rows = [_planned(ASSUMED | given, difference, wanted, alpha)]
@@ -60,6 +63,8 @@ def power(
         print(json.dumps({"power": wanted, "alpha": alpha, "designs": rows}, indent=1, allow_nan=False))
     else:
         _print(rows, wanted, alpha)
+        for row in rows:
+            _print_looks(row.get("looks", ()))
 
 
 def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, alpha: float) -> dict[str, Any]:
@@ -81,13 +86,46 @@ def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, 
         shared=given["shared"],
     )
     facts = {"metric": assumed.key, "family": given["family"], "basis": "assumed"}
-    return _row(facts, design, difference, wanted, alpha)
+    row = _row(facts, design, difference, wanted, alpha)
+    if "looks" in given:
+        row["looks"] = _looks(given["looks"], design, given["family"], difference, alpha)
+    return row
+
+
+def _looks(text: str, design: Design, family: int, difference: float | None, alpha: float) -> list[dict[str, Any]]:
+    """What each planned look holds p to, and how often the run is decided there if the difference is true, or none."""
+    from preskip.experiment.options import check_looks
+    from preskip.experiment.parse import parse_looks
+    from preskip.stats.looks import planned_stops
+
+    looks = parse_looks(text)
+    check_looks(looks, looks)
+    if difference is None:
+        raise PreskipError("--looks needs the true --difference to find")
+    found, by_chance = (planned_stops(design, true, looks, alpha=alpha / family) for true in (difference, 0.0))
+    return [{**stop, "by_chance": other["stops"]} for stop, other in zip(found, by_chance, strict=True)]
+
+
+def _print_looks(looks: Sequence[Mapping[str, Any]]) -> None:
+    from preskip.cli.printing import columns, print_table
+
+    if not looks:
+        return
+    table = columns("look", right=("seeds", "p held to", "decided here", "so far", "by chance so far"))
+    for number in range(len(looks)):
+        look, taken = looks[number], looks[: number + 1]
+        shares = (look["stops"], *(sum(other[key] for other in taken) for key in ("stops", "by_chance")))
+        table.add_row(
+            str(number + 1), str(look["seeds"]), f"{look['level']:.2g}", *(f"{100 * share:.1f} %" for share in shares)
+        )
+    print_table(table, ["looks: the level is spent by Lan and DeMets's O'Brien-Fleming-like function; simulated"])
 
 
 def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) -> list[dict[str, Any]]:
     """The declared comparisons of a run, or all where none was declared."""
     from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms
+    from preskip.stats.families import tests_beside
     from preskip.stats.power import measured_design
 
     stored = load_runs([run], allow_different_dtype=True)
@@ -95,14 +133,13 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
     if not entries:
         raise PreskipError(f"{run} has one finished arm, {next(iter(stored.items))}, and nothing to compare: finish it")
     declared = [entry for entry in entries if entry["declared"]]
-    size = max(1, len(stored.family.get("declared", ())))
     return [
         _row(
             {
                 **{key: entry[key] for key in ("set", "metric", "arm", "reference", "low", "high")},
                 "observed": entry["difference"],
                 "margin": entry["margin"],
-                "family": size if entry["declared"] else 1,
+                "family": tests_beside(stored.family, entry),
                 "basis": "measured",
             },
             measured_design(entry),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 from preskip.cli.options import flag
 from preskip.errors import PreskipError
 from preskip.experiment.option_file import load_options
+from preskip.experiment.parse import parse_seeds
 from preskip.experiment.presets import preset_options
 from preskip.progress import console
 
@@ -38,7 +39,7 @@ RayAddress = Annotated[Optional[str], flag("Ray cluster, e.g. auto. Default: one
 Out = Annotated[
     Optional[Path], flag("Run directory; must not exist. Default: runs/<time>-<model or arch>-<corpus>.", "Output")
 ]
-Resume = Annotated[Optional[Path], flag("Finish this run; every other option comes from it.", "Output")]
+Resume = Annotated[Optional[Path], flag("Finish this run, or add --seeds to it; its options are its own.", "Output")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +93,9 @@ def make_run(
     if not is_main():
         _follow(course, given, config, resume)
         return
-    if resume is not None and (given or config):
-        names = sorted([*given, *(["config"] if config else [])])
-        raise PreskipError(f"--resume takes every option from the run: leave out {', '.join(names)}")
+    if resume is not None and (given.keys() - {"seeds"} or config):
+        names = sorted([*(given.keys() - {"seeds"}), *(["config"] if config else [])])
+        raise PreskipError(f"--resume takes every option but --seeds from the run: leave out {', '.join(names)}")
     check_executor(course.executor, course.ray_address)
     from preskip.experiment.preflight import check_experiment, check_place
     from preskip.progress import quiet_libraries, say, spinner
@@ -121,6 +122,7 @@ def make_run(
         results = finish_run(
             run,
             course.kind.command,
+            seeds=parse_seeds(given["seeds"]) if resume is not None and "seeds" in given else (),
             quiet=as_json,
             workers=course.workers,
             executor=course.executor,

@@ -12,7 +12,7 @@ from rich.text import Text
 from preskip.cli.printing import EXPLORATORY_NOTE, columns, difference_cell, print_table, verdict_text
 from preskip.metrics import metric_named
 from preskip.progress import console
-from preskip.report.lookup import by_measure, is_declared, ordered, primary
+from preskip.report.lookup import by_measure, is_declared, ordered, primary, rate_text
 from preskip.report.tables import paper_table
 from preskip.report.words.claims import assess
 from preskip.report.words.frontier import assess_plane, planes
@@ -103,7 +103,7 @@ def _arms(results: Results) -> Table:
         table.add_row(
             name,
             f"{arm['trainable_parameters'] / 1e6:.3f}M" if arm["trainable_parameters"] else "0",
-            f"{arm['learning_rate']:g}" if arm["learning_rate"] else "–",
+            rate_text(arm),
             f"{step:.2f}" if step else "–",
             f"{peak / 2**30:.2f}" if peak else "–",
         )

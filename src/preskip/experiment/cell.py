@@ -87,7 +87,7 @@ def run_cell(run: Path | Prepared, arm: str, seed: int) -> CellSummary:
         "arm": arm,
         "seed": seed,
         "trainable_parameters": parameters,
-        "learning_rate": prepared.rate(arm),
+        "learning_rate": prepared.rate(arm, seed),
         **prepared.summarise(arm, rows),
         "peak_memory_bytes": peak.bytes,
         "hardware": hardware_name(config.device),
@@ -96,6 +96,8 @@ def run_cell(run: Path | Prepared, arm: str, seed: int) -> CellSummary:
         **measured,
         **({"notes": notes + left} if notes or left else {}),
     }
+    if "declaration" in (manifest := prepared.run.manifest):
+        summary["declaration"] = manifest["declaration"]["sha256"]
     for note in notes:
         say(f"{label}: {note}", quiet=prepared.quiet)
     write_jsonl(cell.items, items)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from preskip.arms import REGISTRY, Arm
+from preskip.errors import PreskipError
 from preskip.evaluate.paper import COLUMNS
 from preskip.runs.schema import Declared, Family, SetFacts
 from preskip.stats import ALPHA, DEFAULT_MARGINS
@@ -13,7 +14,9 @@ from preskip.stats import ALPHA, DEFAULT_MARGINS
 PLAIN = ("none", "base")
 
 
-def declare_family(arms: Sequence[Arm], sets: Mapping[str, SetFacts]) -> Family:
+def declare_family(
+    arms: Sequence[Arm], sets: Mapping[str, SetFacts], primary: Sequence[str] = (), looks: Sequence[int] = ()
+) -> Family:
     """The reference arm against the decisive others (`Arm.decisive`), on each set by its primary metric.
 
     The reference is `preskip` where it is compared, else the first arm that is not the plain model. The others are all
@@ -21,19 +24,48 @@ def declare_family(arms: Sequence[Arm], sets: Mapping[str, SetFacts]) -> Family:
     the paper's table. With few seeds a large family finds little: three seeds and 21 comparisons need a difference of
     25 standard errors.
 
+    The primary comparison comes first and alone has level 1: against the first of the others that is trained as the
+    reference is, on the first in-domain set. All others have level 2.
+
     Args:
         arms: what is compared.
         sets: the evaluation sets as run.json describes them.
+        primary: arm, reference, and maybe a set, in place of these; the arm is the reference arm of all comparisons.
+        looks: numbers of seeds at which the comparisons are looked at.
+
+    Raises:
+        PreskipError: the primary comparison names a set that is not scored.
     """
     names = [arm.name for arm in arms if arm.name not in PLAIN]
-    reference = "preskip" if "preskip" in names else next(iter(names), None)
-    others = [arm for arm in arms if arm.name != reference]
-    others = [arm for arm in REGISTRY if arm.decisive and arm in others] or others
+    reference = primary[0] if primary else "preskip" if "preskip" in names else next(iter(names), None)
+    others = [arm.name for arm in arms if arm.name != reference]
+    others = [arm.name for arm in REGISTRY if arm.decisive and arm.name in others] or others
+    if primary and primary[1] not in others:
+        others.append(primary[1])
+    scored = [name for name in sets if name not in COLUMNS]
+    wanted = primary[2] if len(primary) > 2 else next((name for name in scored if sets[name].get("domain") == "in"), "")
+    if len(primary) > 2 and wanted not in scored:
+        raise PreskipError(f"--primary: {wanted!r} is not compared: choose one of {', '.join(scored)}")
+    against = primary[1] if primary else next((name for name in others if name not in PLAIN), next(iter(others), None))
     declared: list[Declared] = [
-        {"arm": reference, "reference": other.name, "set": name, "metric": described["primary"]}
+        {
+            "arm": reference,
+            "reference": other,
+            "set": name,
+            "metric": sets[name]["primary"],
+            "level": 1 if (other, name) == (against, wanted or scored[0]) else 2,
+        }
         for other in others
         if reference is not None
-        for name, described in sets.items()
-        if name not in COLUMNS
+        for name in scored
     ]
-    return {"declared": declared, "alpha": ALPHA, "margins": dict(DEFAULT_MARGINS)}
+    declared.sort(key=lambda entry: entry["level"])
+    family: Family = {
+        "declared": declared,
+        "procedure": "gatekeeping",
+        "alpha": ALPHA,
+        "margins": dict(DEFAULT_MARGINS),
+    }
+    if looks:
+        family["looks"] = list(looks)
+    return family

@@ -139,7 +139,7 @@ class Frozen(Prepared):
             **common_facts(config, splits, tokens=tokens, wanted=wanted, documents=len(splits.training)),
             "arms": described,
             "sets": heldout.sets,
-            "family": declare_family(arms, heldout.sets),
+            "family": declare_family(arms, heldout.sets, config.primary, config.looks),
             "published": recognise_published(config.model, base.config),
         }
 

@@ -228,6 +228,9 @@ def prepare_heldout(
     development = []
     if config.lr_mode == "tune":
         extent = config.development_documents, config.development_words, config.split_seed
+        has_lambada = "lambada_openai" in config.tasks and data_dir and (data_dir / LAMBADA_DEVELOPMENT).is_file()
+        if config.lr_rule == "frontier" and len(corpora) < 2 and not has_lambada:
+            raise PreskipError("--lr-rule frontier needs out-of-domain text to choose on: give --eval-corpora")
         unseen = {}
         for splits, *_ in corpora:
             texts = paper_data.without_scored(splits.development) if paper_data else splits.development
@@ -237,7 +240,7 @@ def prepare_heldout(
                     "give more text, or a fixed --lr"
                 )
             unseen[splits.name] = texts
-        if "lambada_openai" in config.tasks and data_dir and (data_dir / LAMBADA_DEVELOPMENT).is_file():
+        if has_lambada and data_dir:
             unseen["lambada_development"] = lambada_development(data_dir)
         development = [
             prepare_texts(slug(name), choose(texts, *extent), tokenizer, context_length=config.context_length)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar, get_origin
 
 from preskip.branch_settings import BRANCH, SKIP_POSITIONS, BranchSettings
 from preskip.errors import PreskipError
-from preskip.experiment.parse import parse_corpora, parse_extent, parse_layers, parse_names, parse_number, parse_seeds
+from preskip.experiment.parse import (
+    parse_corpora,
+    parse_extent,
+    parse_layers,
+    parse_looks,
+    parse_names,
+    parse_number,
+    parse_primary,
+    parse_seeds,
+)
 from preskip.fields import about, allowed, flags, is_allowed, option
 
 C = TypeVar("C", bound="ExperimentConfig")
@@ -38,6 +47,12 @@ class ExperimentConfig:
     arms: tuple[str, ...] = option((), "What to compare, separated by commas.", WHAT, read=parse_names)
     seeds: tuple[int, ...] = option(
         (), "Seeds of initialisation and data order, the same for all arms, e.g. 1,2,3.", WHAT, read=parse_seeds
+    )
+    primary: tuple[str, ...] = option(
+        (), "Primary comparison, e.g. content:lora. Default: preskip:lora, in-domain.", WHAT, read=parse_primary
+    )
+    looks: tuple[int, ...] = option(
+        (), "Numbers of seeds to look at, if seeds are to be added: 3,5,8.", WHAT, read=parse_looks
     )
     layers: tuple[int | str, ...] | None = option(
         None, "Layers to adapt, e.g. 0-5,10, or attention. Default: all.", WHAT, read=parse_layers
@@ -88,6 +103,11 @@ class ExperimentConfig:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
                 raise PreskipError(f"--seeds {seed} is not possible: a seed must be >= 0 and < 2^32")
+        check_looks(self.looks, self.seeds)
+        if self.primary and (set(self.primary[:2]) - {*self.arms} or self.primary[0] == self.primary[1]):
+            raise PreskipError(
+                f"--primary {':'.join(self.primary)}: give two of the arms that are compared: {', '.join(self.arms)}"
+            )
         if self.layers is not None and (not self.layers or len(set(self.layers)) != len(self.layers)):
             raise PreskipError("--layers needs one or more different layer indices")
         for text in self.eval_corpora:
@@ -176,6 +196,21 @@ class ExperimentConfig:
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The values of all fields, out of those and of `lr`."""
         raise NotImplementedError
+
+
+def check_looks(looks: Sequence[int], seeds: Sequence[int]) -> None:
+    """Refuse looks that cannot be, and a number of seeds at which none of them is.
+
+    Raises:
+        PreskipError: with the reason.
+    """
+    if not looks:
+        return
+    text = ", ".join(map(str, looks))
+    if looks[0] < 2 or list(looks) != sorted(set(looks)) or not 2 <= len(looks) <= 10:
+        raise PreskipError(f"--looks {text}: give 2 to 10 rising numbers of seeds, of 2 or more, e.g. 3,5,8")
+    if len(seeds) not in looks and len(seeds) < looks[-1]:
+        raise PreskipError(f"--seeds gives {len(seeds)}: looks are declared at {text} seeds")
 
 
 def _parts(kind: type) -> dict[str, Any]:

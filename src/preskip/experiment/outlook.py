@@ -12,19 +12,23 @@ from preskip.arms import resolve_arms
 from preskip.experiment.frozen import Frozen
 from preskip.experiment.prepared import Prepared
 from preskip.experiment.scratch import Scratch
-from preskip.experiment.search import GRID, RUNGS
+from preskip.experiment.search import GRID, RUNGS, searched_seeds
 from preskip.progress import about
 from preskip.train.keep import every
 
 # Work is counted in tokens that are read once; training reads each and goes back through twice the arithmetic.
 TRAINING = 3
+# Trainings of a search for a learning rate, by rung.
+FULL_SEARCH = (len(GRID), -(-len(GRID) // 2) + 2)
+LATER_SEARCH = (0, 3)
 
 
 class Outlook:
     """What is left of a run, in seconds.
 
     Args:
-        work: tokens read, by part of the run ("search", "cell", "control"), one number for each of its steps.
+        work: tokens read, by part of the run ("search", "later search", "cell", "control"), one number for each of its
+            steps.
         token_seconds: seconds per token read, measured; None where nothing was measured.
         clock: seconds, of any beginning.
     """
@@ -67,15 +71,18 @@ def outlook(prepared: Prepared, cells: Sequence[tuple[str, int]], token_seconds:
 
     work: dict[str, list[float]] = {"cell": [training(arm) + scored for arm, _ in cells]}
     if isinstance(prepared, Frozen):
-        trials = (len(GRID), -(-len(GRID) // 2))
+        first, *later = searched_seeds(prepared)
         waiting = [arm for arm in config.arms if config.is_tuned(arm)]
-        share = sum(count * rung for count, rung in zip(trials, RUNGS, strict=True))
-        work["search"] = [
-            0.0
-            if (prepared.run.search / arm / "search.json").is_file()
-            else share * training(arm) + sum(trials) * heldout.development_tokens
-            for arm in waiting
-        ]
+        # A full search adds both neighbours of the best to the grid, a later one is a rate and its neighbours.
+        for what, seeds, trials in (("search", [first], FULL_SEARCH), ("later search", later, LATER_SEARCH)):
+            share = sum(count * rung for count, rung in zip(trials, RUNGS, strict=True))
+            work[what] = [
+                0.0
+                if prepared.run.search_file(arm, seed).is_file()
+                else share * training(arm) + sum(trials) * heldout.development_tokens
+                for seed in seeds
+                for arm in waiting
+            ]
         arms = [arm.name for arm in resolve_arms(config.arms) if arm.trains]
         again = len({"shuffled"} & {*config.nulls}) + config.equal_step
         work["control"] = [again * training(arms[0]) if arms else 0.0, 3.0 * scored * config.dtype_audit]
@@ -122,7 +129,8 @@ def plan_text(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Any) 
     parts = [f"{_count(len(cells), 'cell')} to compute: {', '.join(arms)} with {_count(len(config.seeds), 'seed')}"]
     if isinstance(prepared, Frozen):
         tuned = [arm for arm in config.arms if config.is_tuned(arm)]
-        parts += [f"a search for the learning rate of {_count(len(tuned), 'arm')}"] if tuned else []
+        each = ", for each seed" if len(config.seeds) > 1 else ""
+        parts += [f"a search for the learning rate of {_count(len(tuned), 'arm')}{each}"] if tuned else []
         controls = [*config.nulls, *(["equal steps"] if config.equal_step else [])]
         controls += ["dtypes"] if config.dtype_audit else []
         parts += [f"controls: {', '.join(controls)}"] if controls else []

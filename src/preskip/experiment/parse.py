@@ -31,19 +31,50 @@ def parse_corpora(text: str | Sequence[Any]) -> tuple[str, ...]:
     return parse_names(found)
 
 
-def parse_seeds(text: str | int | Sequence[Any]) -> tuple[int, ...]:
-    """Read `--seeds`: `1,2,3`.
+def parse_seeds(text: str | int | Sequence[Any], flag: str = "--seeds") -> tuple[int, ...]:
+    """Read `--seeds`: `1,2,3`, or `1,...,8` for all from 1 to 8.
 
     Raises:
         PreskipError: a part is not a whole number.
     """
-    seeds = []
+    seeds: list[int] = []
+    fill = False
     for part in parse_names(str(text) if isinstance(text, int) else text):
+        if part == "..." and seeds and not fill:
+            fill = True
+            continue
         try:
-            seeds.append(int(part))
+            last = int(part)
         except ValueError:
-            raise PreskipError(f"--seeds: {part!r} is not a whole number") from None
+            raise PreskipError(f"{flag}: {part!r} is not a whole number") from None
+        if fill and not seeds[-1] < last < seeds[-1] + 1000:
+            raise PreskipError(f"{flag}: {seeds[-1]},...,{last} is no rising list")
+        seeds += range(seeds[-1] + 1, last + 1) if fill else [last]
+        fill = False
+    if fill:
+        raise PreskipError(f"{flag}: ... needs a last number, e.g. 1,...,8")
     return tuple(seeds)
+
+
+def parse_looks(text: str | int | Sequence[Any]) -> tuple[int, ...]:
+    """Read `--looks`: numbers of seeds, `3,5,8`.
+
+    Raises:
+        PreskipError: a part is not a whole number.
+    """
+    return parse_seeds(text, "--looks")
+
+
+def parse_primary(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Read `--primary`: `content:lora`, or `content:lora:books` on one evaluation set.
+
+    Raises:
+        PreskipError: neither two nor three names.
+    """
+    parts = tuple(part.strip() for part in text.split(":", 2)) if isinstance(text, str) else tuple(text)
+    if len(parts) not in (0, 2, 3) or not all(parts):
+        raise PreskipError(f"--primary {text!r} is not ARM:REFERENCE or ARM:REFERENCE:SET, e.g. preskip:lora")
+    return parts
 
 
 def parse_layers(text: str | int | Sequence[int | str] | None) -> tuple[int | str, ...] | None:

@@ -97,9 +97,12 @@ class Prepared(ABC):
     def measure(self, built: Inserted, label: str) -> dict[str, Any]:
         """What cell.json says of a trained model beside its scores."""
 
-    def rate(self, arm: str) -> float | None:
-        """Peak learning rate of an arm, from run.json: as given, default or found; None where nothing is trained."""
-        return self.run.manifest["arms"][arm]["learning_rate"]
+    def rate(self, arm: str, seed: int) -> float | None:
+        """Peak learning rate of an arm, from run.json: as given, default or found for the seed; None where nothing is
+        trained.
+        """
+        facts = self.run.manifest["arms"][arm]
+        return facts.get("learning_rates", {}).get(str(seed), facts["learning_rate"])
 
     def train(
         self, built: Inserted, arm: str, seed: int, cell: Cell, label: str, *, rate: float | None = None,
@@ -117,7 +120,7 @@ class Prepared(ABC):
             steps: optimiser steps; None for the arm's own.
             more: fields of the settings that make it a control.
         """
-        rate = self.rate(arm) if rate is None else rate
+        rate = self.rate(arm, seed) if rate is None else rate
         if steps is None:
             steps = self.run.manifest["arms"][arm].get("steps", self.config.steps)
         if self.crew.leads and more.get("control") != "noise":  # which takes no data, so there is nothing to share

@@ -17,6 +17,7 @@ from preskip.experiment.parse import listed, parse_by_arm, parse_names
 from preskip.fields import option
 
 LR_MODES = ("default", "fixed", "tune")
+LR_RULES = ("in-domain", "frontier")
 NULLS = ("noise", "shuffled")
 
 
@@ -68,7 +69,16 @@ class ProbeConfig(ExperimentConfig):
     steps: int = option(16, "Optimiser steps.", TRAINING, least=2)
     learning_rates: dict[str, float] = option({}, "Peak learning rate: 3e-4, preskip=1e-3, or tune; repeatable.")
     lr_mode: str = option("default", choices=LR_MODES)
-    tune_seed: int = option(0, "Seed of the trainings of --lr tune, none of --seeds.", TRAINING)
+    tune_seed: int = option(0, "Seed of the trainings of --lr tune, beside that of --seeds.", TRAINING, least=0)
+    lr_rule: str = option(
+        "in-domain",
+        "--lr tune takes the best in-domain, or frontier: of those within --lr-harm.",
+        TRAINING,
+        choices=LR_RULES,
+    )
+    lr_harm: float = option(
+        0.01, "Most bits per byte that --lr-rule frontier may lose on an out-of-domain text.", TRAINING, least=0
+    )
     development_documents: int = option(24, "Documents per corpus that --lr tune chooses on.", TRAINING, least=2)
     development_words: int = option(100, "Words of each of these.", TRAINING, least=1)
     reuse_prefix: bool = option(True, "Compute layers before an arm's first trained one once per batch.", TRAINING)
@@ -106,8 +116,8 @@ class ProbeConfig(ExperimentConfig):
         if unknown := next((arm for arm in self.learning_rates if arm not in trained), None):
             raise PreskipError(f"--lr names {unknown!r}: choose one of {', '.join(trained)}")
         super().__post_init__()
-        if self.lr_mode == "tune" and self.tune_seed in self.seeds:
-            raise PreskipError(f"seed {self.tune_seed} chooses the learning rates: give another --tune-seed or --seeds")
+        if self.lr_rule == "frontier" and self.lr_mode != "tune":
+            raise PreskipError("--lr-rule frontier chooses among tuned rates: give --lr tune, too")
         for arm, rank in self.lora_ranks.items():
             if arm not in LORA_ARMS or not (0 < rank < 1 or (1 <= rank < math.inf and rank % 1 == 0)):
                 raise PreskipError(

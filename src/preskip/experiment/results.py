@@ -12,7 +12,7 @@ from preskip.evaluate.paper import COLUMNS, paper_columns
 from preskip.evaluate.published import paper_table
 from preskip.runs.directory import SCHEMA_VERSION, RunDirectory
 from preskip.runs.files import read_json, read_jsonl
-from preskip.runs.schema import ArmFacts, ArmResults, CellSummary, CurvePoint, Record, Results, RunKind, StepRow
+from preskip.runs.schema import ArmFacts, ArmResults, CellSummary, CurvePoint, Record, Results, RunKind, Search, StepRow
 from preskip.stats import compare_arms, measured_power, summarise
 
 # What an arm's results repeat from run.json, and average over the seeds, as far as the arm has it.
@@ -67,8 +67,8 @@ def summarise_run(run: RunDirectory) -> Results:
             "model": manifest["published"],
             "published": paper_table(manifest["published"]),
         }
-    searches = {arm: run.search / arm / "search.json" for arm in items}
-    if found := {arm: read_json(path) for arm, path in searches.items() if path.is_file()}:
+    searches = {arm: stored_search(run, arm, manifest["seeds"]) for arm in items}
+    if found := {arm: search for arm, search in searches.items() if search is not None}:
         results["search"] = found
     if manifest.get("kind") == "pretrain":
         results["curves"] = {
@@ -78,6 +78,28 @@ def summarise_run(run: RunDirectory) -> Results:
     if notes:
         results["notes"] = notes
     return results
+
+
+def stored_search(run: RunDirectory, arm: str, seeds: Sequence[int]) -> Search | None:
+    """An arm's search over all its seeds, as results.json has it; None where its rate was not searched for."""
+    shared = run.search_file(arm, None)
+    if shared.is_file():
+        return read_json(shared)
+    paths = {seed: run.search_file(arm, seed) for seed in seeds}
+    found: dict[int, Search] = {seed: read_json(path) for seed, path in paths.items() if path.is_file()}
+    if not found:
+        return None
+    every = list(found.values())
+    whole: Search = {
+        "default": every[0]["default"],
+        "chosen": every[0]["chosen"],
+        "extended": any(search["extended"] for search in every),
+        "by_seed": {str(seed): search["chosen"] for seed, search in found.items()},
+        "trace": [trial for search in every for trial in search["trace"]],
+    }
+    if "within_harm" in every[0]:
+        whole["within_harm"] = all(search["within_harm"] for search in every)
+    return whole
 
 
 def finished_cells(
@@ -111,10 +133,12 @@ def arm_results(
     cells: Sequence[Mapping[str, Any]] = summaries
     known: Mapping[str, Any] = facts
     means = {key: [cell[key] for cell in cells if cell[key] is not None] for key in MEANS if key in cells[0]}
+    rates = {str(cell["seed"]): cell["learning_rate"] for cell in cells}
     results: Any = {
         "trainable_parameters": cells[0]["trainable_parameters"],
         **{key: known[key] for key in FACTS if key in known},
         "learning_rate": cells[0]["learning_rate"],
+        **({"learning_rates": rates} if len(set(rates.values())) > 1 else {}),
         "seeds": [cell["seed"] for cell in cells],
         "metrics": summarise(items, notes=notes),
         **{key: float(np.mean(values)) if values else None for key, values in means.items()},

@@ -33,6 +33,7 @@ from preskip.experiment.search import tune
 from preskip.metrics import metric_named
 from preskip.progress import about, say, spinner
 from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
+from preskip.runs.declaration import declare, extension
 from preskip.runs.directory import RunDirectory
 from preskip.runs.files import write_json
 from preskip.runs.schema import Facts, Results
@@ -63,6 +64,7 @@ def finish_run(
     run: RunDirectory,
     kind: str | None = None,
     *,
+    seeds: Sequence[int] = (),
     quiet: bool = False,
     workers: int = 1,
     executor: str = "local",
@@ -74,6 +76,7 @@ def finish_run(
     Args:
         run: the run directory.
         kind: "probe" or "pretrain", where only a run of that command is meant.
+        seeds: all that the run is to have, where seeds are added to it.
         quiet: no progress.
         workers: processes of this machine that compute cells side by side.
         executor: where cells are computed, "local" or "ray"; the results are the same.
@@ -90,17 +93,21 @@ def finish_run(
     own = kind_of(run)
     if kind not in (None, own):
         raise PreskipError(f"{run.path} is no run of `preskip {kind}`: resume it with `preskip {own} --resume`")
-    config = KINDS[own].options.from_json(run.manifest["config"])
+    extended_seeds(run, seeds)
     with attempt(run) as now:
+        added = extended_seeds(run, seeds)
+        stored = run.manifest["config"]
+        stored = {**stored, "seeds": [*stored["seeds"], *added]}
+        config = KINDS[own].options.from_json(stored)
         share_batch(config.batch_size, config.micro_batch)
         crew = Crew(config.device)
         prepared, facts = KINDS[own].prepare(run, config, quiet, crew)
         check_same_inputs(run, facts)
-        facts["family"] = run.manifest.get("family", facts["family"])  # declared once, before any result
+        _declare(run, stored, facts, added, quiet)
         facts |= note_other_environments(run, facts["environment"], quiet)
         if isinstance(prepared, Scratch):
             show_plans(prepared.plans)
-        run.update_manifest(status="running", **facts)
+        run.update_manifest(status="running", config=stored, **facts)
         cells = _missing_cells(prepared)
         check_space(run.path, _needed_bytes(config, cells, facts))
         ahead = outlook(prepared, cells, None)
@@ -133,6 +140,45 @@ def finish_run(
         now.finish(results)
     shutil.rmtree(run.prefix, ignore_errors=True)
     return results
+
+
+def extended_seeds(run: RunDirectory, seeds: Sequence[int]) -> list[int]:
+    """Which of the seeds a run does not have yet.
+
+    Args:
+        run: the run directory.
+        seeds: all that it is to have; empty for those that it has.
+
+    Raises:
+        PreskipError: one that it has is missing, a seed is impossible, or no look at so many was declared.
+    """
+    config, has = run.manifest["config"], run.manifest["config"]["seeds"]
+    if not seeds:
+        return []
+    if missing := [seed for seed in has if seed not in seeds]:
+        raise PreskipError(
+            f"--seeds leaves out {', '.join(map(str, missing))}, which {run.path} has: seeds can only be added; give "
+            f"{', '.join(map(str, has))} and new ones"
+        )
+    added = [seed for seed in seeds if seed not in has]
+    KINDS[kind_of(run)].options.from_json({**config, "seeds": [*has, *added]})
+    return added
+
+
+def _declare(run: RunDirectory, config: dict[str, Any], facts: Facts, added: list[int], quiet: bool) -> None:
+    """What is declared once, before any result: the family, and with the options its hash; and seeds that are added."""
+    before = run.manifest
+    is_new = "arms" not in before  # of a run of an earlier preskip nothing is declared after the fact
+    facts["family"] = before.get("family", facts["family"])
+    if is_new:
+        facts["declaration"] = declare(config, facts)
+        say(f"declared, SHA-256 {facts['declaration']['sha256']}: keep it to show later that nothing was changed",
+            quiet=quiet)  # fmt: skip
+    elif added:
+        record = extension(facts["family"], before["config"]["seeds"], added)
+        facts["extensions"] = [*before.get("extensions", []), record]
+        if not record["planned"]:
+            say("seeds are added without a declared look: the page and `preskip compare` say so", quiet=quiet)
 
 
 def follow_run(device: str) -> None:

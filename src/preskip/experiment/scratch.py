@@ -153,7 +153,9 @@ class Scratch(Prepared):
             },
             "arms": arms,
             "sets": heldout.sets,
-            "family": declare_family(resolve_arms(config.arms, SCRATCH_ARMS), heldout.sets),
+            "family": declare_family(
+                resolve_arms(config.arms, SCRATCH_ARMS), heldout.sets, config.primary, config.looks
+            ),
             "published": None,
         }
         if run.manifest.get("peak_flops") is None:

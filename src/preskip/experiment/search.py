@@ -1,19 +1,22 @@
 """The learning rate of each arm, searched on development documents that no result is reported on.
 
-A log grid of half decades around the arm's default, the same first three for every arm. Successive halving: every
-rate trains for a quarter of the steps (the schedule running to its end), the better half for half of them; the best of
-those is taken. Where the best is at the grid's edge, the next rate beyond is tried, too, and the arm is marked as
-extended. The data order is that of `tune_seed`, the same for all arms.
+Each training seed has a search of its own, with its own initialisation and data order, so that what the choice of the
+rate varies by is part of what the seeds vary by. The first seed's search is full. A log grid of half decades around the
+arm's default, the same three for every arm: every rate trains for a quarter of the steps (the schedule running to its
+end), the better half for half of them. Then quarter decades: both neighbours of the best are trained for half of the
+steps, and it moves until it is better than both. The search of a later seed is that last part alone, and begins at the
+rate that the first one found. Where the best is at the grid's edge, the next rate beyond is tried, too, and the arm is
+marked as extended. All arms share the data order.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from torch import nn
 
 from preskip.arms import ARMS
@@ -21,19 +24,21 @@ from preskip.errors import DivergedError, PreskipError
 from preskip.evaluate.texts import TextSet, score_texts
 from preskip.experiment.execute import Execute
 from preskip.experiment.frozen import Frozen
+from preskip.experiment.probe_options import ProbeConfig
 from preskip.progress import Advance, progress_bar
 from preskip.runs.directory import Cell
 from preskip.runs.files import read_json, read_jsonl, write_json, write_jsonl
-from preskip.runs.schema import Limits, Record, Search, Trial
-from preskip.stats import paired_ratio_difference
+from preskip.runs.schema import Development, Limits, Record, Search, Trial
+from preskip.stats import compare
 
-# Half decades around the arm's default.
-GRID = (-1, 0, 1)
+# Rates are counted in quarter decades from the arm's default; the first three are half decades apart.
+STEPS_PER_DECADE = 4
+GRID = (-2, 0, 2)
 RUNGS = (1 / 4, 1 / 2)
 # The first step warms up from a rate of 0: after it alone all rates would tie.
 LEAST_STEPS = 2
-# Rates beyond the grid's edge that are tried on either side.
-EXTENSIONS = 3
+# The farthest rate that is tried on either side: three half decades beyond the grid's edge.
+FARTHEST = 8
 
 
 def tune(prepared: Frozen, execute: Execute) -> list[str]:
@@ -44,81 +49,124 @@ def tune(prepared: Frozen, execute: Execute) -> list[str]:
     """
     run, config = prepared.run, prepared.config
     tuned = [arm for arm in config.arms if config.is_tuned(arm)]
-    waiting = [arm for arm in tuned if not (run.search / arm / "search.json").is_file()]
+    first, *later = searched_seeds(prepared)
+    waiting = [arm for arm in tuned for seed in (first, *later) if not run.search_file(arm, seed).is_file()]
     base = base_records(prepared) if waiting else []
-    found = dict(execute("search", search_rate, [(arm, base) for arm in tuned], tuned))
+    found: dict[tuple[str, int | None], Search] = {}
+    for what, seeds in (("search", [first]), ("later search", later)):
+        calls = [(arm, seed, base, found[arm, first]["chosen"] if later and seed != first else None)
+                 for seed in seeds for arm in tuned]  # fmt: skip
+        names = [arm if seed is None else f"{arm}, seed {seed}" for arm, seed, *_ in calls]
+        for index, search in execute(what, search_rate, calls, names):
+            found[calls[index][:2]] = search
     facts = run.manifest["arms"]
-    for index, arm in enumerate(tuned):
-        facts[arm]["learning_rate"] = found[index]["chosen"]
+    for arm in tuned:
+        facts[arm]["learning_rate"] = found[arm, first]["chosen"]
+        if first is not None:
+            facts[arm]["learning_rates"] = {str(seed): found[arm, seed]["chosen"] for seed in config.seeds}
     run.update_manifest(arms=facts)
     return tuned
 
 
-def search_rate(prepared: Frozen, arm: str, base: list[Record]) -> Search:
-    """Find an arm's learning rate; finished trainings are not repeated.
+def searched_seeds(prepared: Frozen) -> tuple[int | None, ...]:
+    """The training seeds that have a search of their own; in a run of an earlier preskip one search served all."""
+    return prepared.config.seeds if "declaration" in prepared.run.manifest else (None,)
+
+
+def tuning_seed(config: ProbeConfig, seed: int | None) -> int:
+    """The seed of initialisation and data order in the search of a training seed."""
+    if seed is None:
+        return config.tune_seed
+    return int(np.random.SeedSequence([config.tune_seed, seed]).generate_state(1)[0])
+
+
+def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record], start: float | None = None) -> Search:
+    """Find an arm's learning rate for one training seed; finished trainings are not repeated.
 
     Args:
         prepared: what the run shares.
         arm: name of a trained arm.
+        seed: the training seed; None for one search that serves all.
         base: the untouched model's records of the development sets (`base_records`).
+        start: the rate that the search begins at, in place of the grid.
 
     Returns:
-        The `search` entry of results.json: default, chosen, extended, trace.
+        The content of search.json.
 
     Raises:
         PreskipError: every rate diverged.
     """
-    folder = prepared.run.search / arm
-    done = folder / "search.json"
+    done = prepared.run.search_file(arm, seed)
     if done.is_file():
         return read_json(done)
-    default = ARMS[arm].learning_rate
+    config, default = prepared.config, ARMS[arm].learning_rate
     assert default is not None
-    steps = [max(LEAST_STEPS, round(share * prepared.config.steps)) for share in RUNGS]
+    steps = [max(LEAST_STEPS, round(share * config.steps)) for share in RUNGS]
     trials: dict[tuple[int, int], Trial] = {}
 
-    def trial(rung: int, power: int) -> float:
+    def loss(rung: int, power: int) -> tuple[float, float]:
+        """What the rule makes least: harm beyond what is allowed, then the in-domain loss; of a diverged rate ∞."""
         if (rung, power) not in trials:
-            rate = float(f"{default * 10 ** (power / 2):.3g}")
-            trials[rung, power] = _trial(prepared, arm, folder, rung, steps[rung], rate, base)
-        entry = trials[rung, power]
-        return math.inf if entry["dev"] is None else entry["dev"]["in"]["value"]
+            rate = float(f"{default * 10 ** (power / STEPS_PER_DECADE):.3g}")
+            trials[rung, power] = _trial(prepared, arm, seed, done.parent, rung, steps[rung], rate, base)
+        dev = trials[rung, power]["dev"]
+        # Of two that diverged the lower rate is the better place to go on from.
+        return (math.inf, power) if dev is None else (excess_harm(config, dev), dev["in"]["value"])
 
-    def extend(powers: list[int]) -> list[int]:
-        """Try rates beyond the edge on the first rung for as long as the best one is there."""
-        while True:
-            best = min(powers, key=lambda power: (trial(0, power), abs(power)))
-            beyond = best - 1 if best == min(powers) else best + 1
-            interior = min(powers) < best < max(powers)
-            if interior or abs(beyond) > 1 + EXTENSIONS or math.isinf(trial(0, best)):
-                return powers
-            powers = sorted([*powers, beyond])
-
-    first = extend(list(GRID))
-    if all(math.isinf(trial(0, power)) for power in first):
-        raise PreskipError(f"arm {arm}: training diverged at every learning rate: use --dtype float32 or fixed --lr")
-    ranked = sorted(first, key=lambda power: (trial(0, power), abs(power)))
-    kept = [power for power in ranked[: -(-len(GRID) // 2)] if not math.isinf(trial(0, power))]
-    for power in kept:
-        trials[0, power]["kept"] = True
-        trial(1, power)
-    best = min(kept, key=lambda power: trial(1, power))
-    # More steps may want a rate that the first rung had no reason to try.
-    while beyond := [power for power in (best - 1, best + 1) if not trials.keys() & {(0, power), (1, power)}]:
-        if abs(best) >= 1 + EXTENSIONS:
+    if start is None:
+        kept = _first_rung(loss)
+        if not kept:
+            raise PreskipError(
+                f"arm {arm}: training diverged at every learning rate: use --dtype float32 or fixed --lr"
+            )
+        for power in kept:
+            trials[0, power]["kept"] = True
+    else:
+        kept = [round(STEPS_PER_DECADE * math.log10(start / default))]
+    best = min(kept, key=lambda power: loss(1, power))
+    while True:
+        beside = [power for power in (best - 1, best + 1) if abs(power) <= FARTHEST]
+        better = min((best, *beside), key=lambda power: loss(1, power))
+        if better == best:
             break
-        best = min((best, *beyond), key=lambda candidate: trial(1, candidate))
-    if math.isinf(trial(1, best)):
+        best = better
+    if math.isinf(loss(1, best)[0]):
         raise PreskipError(f"arm {arm}: training diverged at its best learning rate: give a fixed --lr")
     trials[1, best]["kept"] = True
     found: Search = {
         "default": default,
         "chosen": trials[1, best]["learning_rate"],
-        "extended": any(power not in GRID for _, power in trials),
+        "extended": any(abs(power) > GRID[-1] for _, power in trials),
         "trace": [trials[key] for key in sorted(trials)],
     }
+    if config.lr_rule == "frontier":
+        found["within_harm"] = loss(1, best)[0] == 0
     write_json(done, found)
     return found
+
+
+def _first_rung(loss: Callable[[int, int], tuple[float, float]]) -> list[int]:
+    """The better half of the grid, which grows for as long as its best rate is at its edge."""
+    powers = list(GRID)
+    between = GRID[1] - GRID[0]
+
+    def ranked() -> list[int]:
+        return sorted(powers, key=lambda power: (loss(0, power), abs(power)))
+
+    while not math.isinf(loss(0, ranked()[0])[0]):
+        best = ranked()[0]
+        beyond = best - between if best == min(powers) else best + between
+        if min(powers) < best < max(powers) or abs(beyond) > FARTHEST:
+            break
+        powers = sorted([*powers, beyond])
+    return [power for power in ranked()[: -(-len(GRID) // 2)] if not math.isinf(loss(0, power)[0])]
+
+
+def excess_harm(config: ProbeConfig, dev: Development) -> float:
+    """Bits per byte by which the worst out-of-domain set is beyond what `--lr-rule frontier` allows; else 0."""
+    if config.lr_rule != "frontier":
+        return 0.0
+    return max([0.0, *(limits["value"] - config.lr_harm for limits in dev["out"].values())])
 
 
 def base_records(prepared: Frozen) -> list[Record]:
@@ -140,7 +188,10 @@ def _score(prepared: Frozen, model: nn.Module, texts: Sequence[TextSet], advance
     )
 
 
-def _trial(prepared: Frozen, arm: str, folder: Path, rung: int, steps: int, rate: float, base: list[Record]) -> Trial:
+def _trial(
+    prepared: Frozen, arm: str, for_seed: int | None, folder: Path, rung: int, steps: int, rate: float,
+    base: list[Record],
+) -> Trial:  # fmt: skip
     cell = Cell(folder / f"rung-{rung}" / f"{rate:g}")
     done = cell.folder / "trial.json"
     entry: Trial
@@ -148,7 +199,7 @@ def _trial(prepared: Frozen, arm: str, folder: Path, rung: int, steps: int, rate
         entry = read_json(done)
         entry["kept"] = False
         return entry
-    seed = prepared.config.tune_seed
+    seed = tuning_seed(prepared.config, for_seed)
     entry = {
         "rung": rung,
         "steps": steps,
@@ -158,19 +209,19 @@ def _trial(prepared: Frozen, arm: str, folder: Path, rung: int, steps: int, rate
         "kept": False,
         "diverged": False,
     }
+    if for_seed is not None:
+        entry["for_seed"] = for_seed
     cell.folder.mkdir(parents=True, exist_ok=True)
     texts = prepared.heldout.development
-    label = f"tune {arm} {rate:g}"
+    label = f"tune {arm} {rate:g}" + (f" for seed {for_seed}" if len(prepared.config.seeds) > 1 else "")
     try:
         with prepared.build(arm, seed) as built:
             prepared.train(built, arm, seed, cell, label, rate=rate, steps=steps)
             windows = sum(len(text.windows) for text in texts)
             with progress_bar(f"{label}: score", windows, quiet=prepared.quiet) as advance:
                 records = _score(prepared, built.model, texts, advance)
-        entry["dev"] = {
-            "in": _difference(records, base, texts[0].name),
-            "out": {text.name: _difference(records, base, text.name) for text in texts[1:]},
-        }
+        inside, *outside = _differences(records, base)
+        entry["dev"] = {"in": inside[1], "out": dict(outside)}
     except DivergedError:
         entry["diverged"] = True
     write_json(done, entry)
@@ -178,13 +229,9 @@ def _trial(prepared: Frozen, arm: str, folder: Path, rung: int, steps: int, rate
     return entry
 
 
-def _difference(records: Sequence[Any], base: Sequence[Any], name: str) -> Limits:
-    """Bits per byte, arm minus base, over the documents of one set."""
-    own, other = (
-        {row["id"]: row for row in rows if row["kind"] == "document" and row["set"] == name} for rows in (records, base)
-    )
-    ids = sorted(own)  # all have a score: what is not finite has ended the trial
-    interval = paired_ratio_difference(
-        [own[id]["nll"] for id in ids], [other[id]["nll"] for id in ids], [own[id]["bytes"] for id in ids]
-    )
-    return {"value": interval.value, "low": interval.low, "high": interval.high}
+def _differences(records: list[Record], base: list[Record]) -> list[tuple[str, Limits]]:
+    """Bits per byte, arm minus base, by set: over its documents, of which those of one book are a cluster."""
+    return [
+        (entry["set"], {"value": entry["difference"], "low": entry["low"], "high": entry["high"]})
+        for entry in compare(records, base, margins={})
+    ]

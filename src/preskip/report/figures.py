@@ -108,7 +108,7 @@ def _searches(results: Results, arms: Sequence[str]) -> Iterator[Figure]:
         best = [row for row in rows if row["chosen"] and row["value"] is not None]
         reached = f", where it reaches {best[0]['value']:+.4f} bits per byte" if best else ""
         diverged = sorted({row["learning_rate"] for row in rows if row["diverged"]})
-        chosen = f"{found[arm]['chosen']:g}"
+        chosen = ", ".join(f"{rate:g}" for rate in found[arm].get("by_seed", {"": found[arm]["chosen"]}).values())
         alt = f"{arm}: chosen learning rate {chosen}{reached}"
         alt += f"; diverged at {', '.join(f'{rate:g}' for rate in diverged)}" if diverged else ""
         note = f"chose {chosen}" + (", grid extended" if found[arm].get("extended") else "")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from preskip.metrics import Metric, metric_named
-from preskip.runs.schema import Comparison, PowerEntry, Results, Search, Trial
+from preskip.runs.schema import ArmResults, Comparison, PowerEntry, Results, Search, Trial
 
 # Names of the sets that are scored by the paper's own protocol begin so.
 PAPER = "paper:"
@@ -156,7 +156,18 @@ def development(point: Trial, domain: str) -> Any:
     return None if point.get("diverged") else cast(dict[str, Any], point.get("dev") or {}).get(domain)
 
 
+def chosen_rate(search: Search, point: Trial) -> float:
+    """The rate that a search chose, of the training seed that a point was trained for."""
+    return search.get("by_seed", {}).get(str(point.get("for_seed")), search["chosen"])
+
+
 def is_chosen(search: Search, point: Trial) -> bool:
     """Whether a point of a search is the chosen learning rate at the last rung."""
     last = max(other["rung"] for other in search["trace"])
-    return point["rung"] == last and point["learning_rate"] == search["chosen"]
+    return point["rung"] == last and point["learning_rate"] == chosen_rate(search, point)
+
+
+def rate_text(summary: ArmResults) -> str:
+    """An arm's learning rate, or the range of those of its seeds; "–" where nothing is trained."""
+    found = [rate for rate in ((summary.get("learning_rates") or {}).values() or [summary["learning_rate"]]) if rate]
+    return " to ".join(f"{rate:g}" for rate in dict.fromkeys((min(found), max(found)))) if found else "–"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from preskip.report.lookup import (
     DOMAINS,
     by_measure,
+    chosen_rate,
     development,
     doubled,
     find,
@@ -18,6 +19,7 @@ from preskip.report.lookup import (
     ordered,
     plain_arm,
     primary,
+    rate_text,
     resolvable,
     trained_arms,
 )
@@ -124,7 +126,7 @@ def arm_rows(results: Results, record: Manifest, groups: Sequence[Any]) -> list[
         about: Any = record["arms"].get(name, {})
         weights, rate = summary["trainable_parameters"], summary.get("learning_rate")
         budget = BUDGETS.get(str(summary.get("budget") or about.get("budget")), "")
-        cells = [Cell(number(weights, 0), budget, weights), Cell(NONE if rate is None else f"{rate:g}", sort=rate)]
+        cells = [Cell(number(weights, 0), budget, weights), Cell(rate_text(summary), sort=rate)]
         for group in groups:
             for metric in group["metrics"]:
                 stored = (summary["metrics"].get(group["key"]) or {}).get(metric["key"])
@@ -310,7 +312,8 @@ def search_table(results: Results) -> Table:
     columns = (words("Arm"), "Default", "Chosen", "Runs", words("Best at the edge, grid extended"), "Diverged")
     rows = []
     for arm, search in (results.get("search") or {}).items():
-        rates, extended = (f"{search['default']:g}", f"{search['chosen']:g}"), "yes" if search.get("extended") else "no"
+        chosen = ", ".join(f"{rate:g}" for rate in search.get("by_seed", {"": search["chosen"]}).values())
+        rates, extended = (f"{search['default']:g}", chosen), "yes" if search.get("extended") else "no"
         diverged = sum(bool(point.get("diverged")) for point in search["trace"])
         rows.append((arm, *rates, len(search["trace"]), extended, diverged))
     return make_table("Chosen learning rates", columns, rows, "What the search chose for each arm")
@@ -324,7 +327,9 @@ def trace_table(results: Results) -> Table:
         for point in search["trace"]:
             shown = interval_text("bits_per_byte", development(point, "in")) or {"value": NONE, "interval": ""}
             value = "diverged" if point.get("diverged") else shown["value"]
-            rate = f"{point['learning_rate']:g}" + (" (chosen)" if point["learning_rate"] == search["chosen"] else "")
+            rate = f"{point['learning_rate']:g}" + (
+                " (chosen)" if point["learning_rate"] == chosen_rate(search, point) else ""
+            )
             after = "kept" if point.get("kept") else "dropped"
             rows.append((arm, point["rung"] + 1, point["steps"], rate, point["seed"], value, shown["interval"], after))
     return make_table("Search trace", columns, rows, "Every run of the search")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from typing_extensions import Unpack
 from preskip.errors import PreskipError
 from preskip.progress import say
 from preskip.runs import environment
+from preskip.runs.declaration import now
 from preskip.runs.directory import RunDirectory
 from preskip.runs.schema import SCHEMA_VERSION, Environment, Facts, Manifest, Results, Status
 from preskip.version import __version__
@@ -41,7 +41,7 @@ def new_run(out: Path, config: Mapping[str, Any], command: Sequence[str], **fact
         "preskip_version": __version__,
         **facts,
         "status": "running",
-        "created": _now(),
+        "created": now(),
         "finished": None,
         "command": list(command),
         "directory": str(Path.cwd()),
@@ -71,7 +71,7 @@ class Attempt:
         timings = self.seconds | {"total": self.elapsed()}
         self.run.update_manifest(
             status="finished",
-            finished=_now(),
+            finished=now(),
             timings={name: round(self.earlier.get(name, 0.0) + value, 2) for name, value in timings.items()},
             peak_memory_bytes=max(arm["peak_memory_bytes"] for arm in results["arms"].values()),
         )
@@ -172,7 +172,3 @@ def _mark(run: RunDirectory, status: Status) -> None:
     """Record how a run ended; where even that cannot be written, the error that ended it matters more."""
     with suppress(PreskipError):
         run.update_manifest(status=status)
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -3,9 +3,9 @@
 ::
 
     RUN/run.json                                what was asked for and what it ran on
-    RUN/search/<arm>/rung-<r>/<lr>/trial.json   one training of the search for a learning rate
-    RUN/search/<arm>/search.json                its outcome; written last
     RUN/search/none.jsonl                       what the untouched base gets on the development documents
+    RUN/search/<arm>/seed-<seed>/search.json    the outcome of the search for this seed's learning rate; written last
+    RUN/search/<arm>/seed-<seed>/rung-<r>/<lr>/trial.json   one training of it
     RUN/controls/<control>/<arm>/seed-<s>/      nulls and controls of the depth picture
     RUN/arms/<arm>/seed-<seed>/adapter/         the trained adapter (none for arm `none`), with its card (README.md)
     RUN/arms/<arm>/seed-<seed>/train.jsonl      one line per optimiser step
@@ -173,10 +173,16 @@ class RunDirectory:
         return read_json(self.path / "run.json")
 
     def update_manifest(
-        self, *, status: Status | None = None, finished: str | None = None, **changes: Unpack[Facts]
+        self,
+        *,
+        status: Status | None = None,
+        finished: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        **changes: Unpack[Facts],
     ) -> None:
         """Change fields of run.json atomically; None leaves a field as it is."""
-        ended = {key: value for key, value in (("status", status), ("finished", finished)) if value is not None}
+        own = {"status": status, "finished": finished, "config": config}
+        ended = {key: value for key, value in own.items() if value is not None}
         write_json(self.path / "run.json", {**self.manifest, **ended, **changes})
 
     @property
@@ -188,6 +194,10 @@ class RunDirectory:
     def prefix(self) -> Path:
         """The folder of kept states; removed when the run is finished."""
         return self.path / "prefix"
+
+    def search_file(self, arm: str, seed: int | None) -> Path:
+        """The outcome of the search for one training seed; None: of one that serves all seeds."""
+        return self.search / arm / ("search.json" if seed is None else f"seed-{seed}/search.json")
 
     def control(self, name: str, arm: str, seed: int) -> Cell:
         """The folder of one null or control of the depth picture."""

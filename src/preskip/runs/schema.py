@@ -118,14 +118,34 @@ class Declared(TypedDict):
     reference: str
     set: str
     metric: str
+    level: NotRequired[int]  # of a gatekeeping family: 1 is tested first
 
 
 class Family(TypedDict):
     """The comparisons declared before training, whose chance of any false discovery is held at alpha."""
 
     declared: list[Declared]
+    procedure: NotRequired[Literal["gatekeeping"]]  # left out: Holm over all, equivalence not corrected
+    looks: NotRequired[list[int]]  # numbers of seeds at which the comparisons are looked at, as more seeds are added
     alpha: float
     margins: dict[str, float]  # largest difference that counts as none, by "metric" or "set.metric", in its unit
+
+
+class Declaration(TypedDict):
+    """What a run has declared before training."""
+
+    sha256: str  # of the content as JSON with sorted keys
+    time: str  # ISO 8601, UTC
+    content: dict[str, Any]  # options, family, and the checksums of model, corpus and evaluation sets
+
+
+class Extension(TypedDict):
+    """Seeds that were added to a run."""
+
+    time: str  # ISO 8601, UTC
+    before: list[int]
+    seeds: list[int]  # that were added
+    planned: bool  # whether a look at so many seeds was declared before training
 
 
 class ModelFacts(TypedDict):
@@ -172,7 +192,8 @@ class TokenizerFacts(TypedDict):
 class ArmCosts(TypedDict):
     """What an arm costs, and how it is matched."""
 
-    learning_rate: float | None  # None where nothing is trained
+    learning_rate: float | None  # None where nothing is trained; of the first seed, where each has its own
+    learning_rates: NotRequired[dict[str, float]]  # by seed, where each has its own
     budget: str  # how its number of trained weights relates to the reference's: matched, smaller, floor, ceiling, ...
     base_dtype: str
     adapter_dtype: str | None  # None where nothing is trained
@@ -235,6 +256,8 @@ class Facts(RunKind, total=False):
     seeds: list[int]
     sets: dict[str, SetFacts]
     family: Family
+    declaration: Declaration  # not in runs of an earlier preskip
+    extensions: list[Extension]  # where seeds were added
     published: str | None  # name of the published model that the base is
     peak_flops: float  # from scratch: per second, what utilisation is held against
     peak_flops_source: str  # from scratch: "as given" or "measured matmul"
@@ -376,6 +399,7 @@ class CellSummary(TypedDict):
     final_eval_loss: NotRequired[float | None]  # nats per token of the development blocks
     tokens_per_second: NotRequired[float]  # median
     mfu: NotRequired[float | None]  # median
+    declaration: NotRequired[str]  # SHA-256 of what the run had declared
     notes: NotRequired[list[str]]  # what could not be computed of it, and why
 
 
@@ -398,7 +422,8 @@ class Trial(TypedDict):
     rung: int
     steps: int
     learning_rate: float
-    seed: int
+    seed: int  # of its initialisation and data order
+    for_seed: NotRequired[int]  # training seed whose rate is searched; left out where one search serves all
     dev: Development | None  # None where it diverged
     kept: bool  # whether the search went on with it
     diverged: bool
@@ -408,8 +433,10 @@ class Search(TypedDict):
     """search.json: an arm's learning rate, and how it was found."""
 
     default: float
-    chosen: float
+    chosen: float  # in results.json for the first seed
     extended: bool  # whether rates beyond the first grid were tried
+    within_harm: NotRequired[bool]  # `--lr-rule frontier`: whether the chosen rate does no more harm than was allowed
+    by_seed: NotRequired[dict[str, float]]  # in results.json: the rate chosen for each training seed
     trace: list[Trial]
 
 
@@ -463,6 +490,17 @@ class Detail(TypedDict):
     unit_freedom: float | None  # degrees of freedom of the variance over units
 
 
+class Looked(TypedDict):
+    """A declared comparison at the looks so far: p-values and limits adjusted for all that were declared."""
+
+    seeds: int  # at the last of these looks
+    level: float  # two-sided, that p is held to at this look
+    low: float  # at 1 - level
+    high: float
+    p_value: float  # the smallest level of all looks together at which one so far would have decided
+    p_equivalence: float | None
+
+
 class PairedDifference(Declared):
     """Arm minus reference on one set and metric, paired on seeds and item ids."""
 
@@ -482,13 +520,15 @@ class PairedDifference(Declared):
     margin: float | None  # largest difference that counts as none; None where none is stated
     p_equivalence: float | None
     detail: NotRequired[Detail]
+    looked: NotRequired[Looked]  # of a declared comparison, where looks were declared
 
 
 class Comparison(PairedDifference):
     """A paired difference, judged within the family."""
 
     declared: bool  # before training
-    p_holm: float | None  # Holm's adjusted p; None where it was not declared
+    p_holm: float | None  # p adjusted by the family's procedure; None where it was not declared
+    p_equivalence_holm: NotRequired[float | None]  # the same of the equivalence, by Holm; of a gatekeeping family
     verdict: Verdict
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.errors import PreskipError
+from preskip.runs.declaration import changes
 from preskip.runs.directory import RunDirectory
 from preskip.runs.schema import Family, SetFacts
 
@@ -89,8 +90,9 @@ def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> 
     sets: dict[str, SetFacts] = {}
     notes: list[str] = []
     for label, run, manifest in zip(labels, runs, manifests, strict=True):
+        notes += [f"{label}: {line}" if len(runs) > 1 else line for line in changes(manifest)]
         for arm, facts in manifest.get("arms", {}).items():
-            cells = _finished(run, arm, notes)
+            cells = _finished(run, arm, manifest.get("seeds", []), notes)
             if cells:
                 name = f"{label}:{arm}" if len(runs) > 1 else arm
                 items[name] = cells
@@ -115,9 +117,11 @@ def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> 
     return StoredArms(items=items, sets=sets, family=family, notes=notes)
 
 
-def _finished(run: RunDirectory, arm: str, notes: list[str]) -> dict[int, Items]:
+def _finished(run: RunDirectory, arm: str, order: Sequence[int], notes: list[str]) -> dict[int, Items]:
+    """The items of an arm by seed, in the order in which the run has its seeds."""
     folders = sorted((run.path / "arms" / arm).glob("seed-*"))
-    seeds = sorted(int(folder.name[5:]) for folder in folders if folder.name[5:].lstrip("-").isdigit())
+    there = sorted(int(folder.name[5:]) for folder in folders if folder.name[5:].lstrip("-").isdigit())
+    seeds = sorted(there, key=lambda seed: order.index(seed) if seed in order else len(order))
     done: dict[int, Items] = {seed: run.cell(arm, seed).load()[1] for seed in seeds if run.cell(arm, seed).is_done}
     missing = [seed for seed in seeds if seed not in done]
     if missing:

@@ -15,12 +15,13 @@ from preskip.runs.schema import Comparison, Family, Metrics, MetricValue, Paired
 from preskip.stats.bootstrap import RatioDistribution
 from preskip.stats.detail import detail_of
 from preskip.stats.discordant import NothingDiffers
-from preskip.stats.families import apply_family
+from preskip.stats.families import apply_family, key_of
 from preskip.stats.inputs import Array
 from preskip.stats.intervals import CONFIDENCE, Distribution
+from preskip.stats.looks import fractions_of, nominal_levels, sequential_p, two_sided
 from preskip.stats.records import SeedItems, Table, by_seed, paired_seeds, tables
 from preskip.stats.tests import paired_accuracy_difference
-from preskip.stats.verdicts import margin_of
+from preskip.stats.verdicts import ALPHA, margin_of
 
 
 def summarise(items: SeedItems, *, confidence: float = CONFIDENCE, notes: list[str] | None = None) -> Metrics:
@@ -194,6 +195,8 @@ def compare_arms(
                 notes=notes,
             )
         advance(number, f"{arm} - {reference}")
+    if family.get("looks"):
+        add_looks(entries, items, family, notes)
     return apply_family(entries, family, described)
 
 
@@ -201,6 +204,48 @@ def _covers(table: Table, seeds: int) -> str:
     """What an interval is over."""
     units = f"{table.kind}s of one cluster" if table.is_one_cluster else f"{table.kind}s"
     return f"seeds and {units}" if seeds > 1 else f"{units} only"
+
+
+def add_looks(
+    entries: Sequence[PairedDifference],
+    items: Mapping[str, SeedItems],
+    family: Family,
+    notes: list[str] | None = None,
+) -> None:
+    """Give the declared comparisons what the looks so far say, each from the first seeds alone: `looked`.
+
+    Args:
+        entries: of all seeds.
+        items: records by arm and seed id, seeds in the order in which they were added.
+        family: with its looks.
+        notes: see `summarise`.
+    """
+    looks = family["looks"]
+    fractions = fractions_of(looks)
+    levels = nominal_levels(family.get("alpha", ALPHA) / 2, fractions)
+    declared = {key_of(entry) for entry in family.get("declared", ())}
+    margins = family.get("margins", DEFAULT_MARGINS)
+    for entry in [entry for entry in entries if key_of(entry) in declared]:
+        found: list[PairedDifference] = []
+        taken = [(look, level) for look, level in zip(looks, levels, strict=True) if look <= entry["seeds"]]
+        for look, level in taken:
+            rows = paired_seeds(items[entry["arm"]], items[entry["reference"]], entry["arm"], entry["reference"])
+            first = [seeds[:look] for seeds in rows]
+            with noted(notes, f"look at {look} seeds, {entry['arm']} and {entry['reference']}"):
+                at = compare(*first, sets=[entry["set"]], margins=margins, confidence=1 - 2 * level)
+                found += [other for other in at if other["metric"] == entry["metric"]]
+        if found and len(found) == len(taken):
+            equivalences = [other["p_equivalence"] for other in found]
+            entry["looked"] = {
+                "seeds": taken[-1][0],
+                "level": 2 * taken[-1][1],
+                "low": found[-1]["low"],
+                "high": found[-1]["high"],
+                "p_value": float(two_sided([other["p_value"] for other in found], fractions)),
+                "p_equivalence": None
+                if entry["margin"] is None
+                else float(sequential_p([1.0 if p is None else p for p in equivalences], fractions)),
+            }
 
 
 def _mean(values: Array, table: Table, confidence: float) -> MetricValue:

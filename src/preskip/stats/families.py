@@ -1,8 +1,17 @@
-"""The family of comparisons that a run declares before training: Holm's correction over it, and every verdict."""
+"""The family of comparisons that a run declares before training: its correction, and every verdict.
+
+A family has a primary comparison (level 1) and secondary ones (level 2). A level is tested only if every comparison of
+the levels before it is decided, by Holm's procedure within the level: serial gatekeeping (Maurer, Hothorn and Lehmacher
+1995; Westfall and Krishen 2001; Dmitrienko, Offen and Westfall 2003). The chance of any false difference is at most
+alpha. Equivalences are corrected by Holm over all declared ones, without a gate: a primary comparison that is decided
+speaks against its own equivalence, and would close the gate for all others. Families of earlier runs have one level,
+and leave equivalence uncorrected.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -33,18 +42,42 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
+def gatekeeping(p_values: Sequence[float], levels: Sequence[int]) -> list[float]:
+    """p-values adjusted by serial gatekeeping: `holm` within a level, and never below any of the levels before it.
+
+    Args:
+        p_values: one raw p per test of the family.
+        levels: of each test; the lowest is tested first.
+    """
+    adjusted, gate = [0.0] * len(p_values), 0.0
+    for level in sorted(set(levels)):
+        own = [place for place, other in enumerate(levels) if other == level]
+        for place, value in zip(own, holm([p_values[place] for place in own]), strict=True):
+            adjusted[place] = max(gate, value)
+        gate = max(adjusted[place] for place in own)
+    return adjusted
+
+
+def tests_beside(family: Family, entry: Declared) -> int:
+    """How many tests share the level with a declared comparison, itself included; 1 for one that is not declared."""
+    declared = family.get("declared", ())
+    level = next((other.get("level", 1) for other in declared if key_of(other) == key_of(entry)), None)
+    return max(1, sum(other.get("level", 1) == level for other in declared))
+
+
 def apply_family(
     entries: Sequence[PairedDifference], family: Family, described: Mapping[str, SetFacts] | None = None
 ) -> list[Comparison]:
     """The entries of `compare` with `declared`, `p_holm` and `verdict`; see `verdict_of` for the rule.
 
-    Holm's correction counts every declared comparison. One that was not measured counts as p = 1, so that the family
-    does not shrink after the fact. A declared pair may stand in either direction.
+    The correction counts every declared comparison. One that was not measured counts as p = 1, so that the family does
+    not shrink after the fact. A declared pair may stand in either direction. Where looks were declared, the p-values
+    that are corrected are those adjusted for looking (`looked`).
 
     Args:
         entries: from `compare`, whose `margins` must be the family's.
-        family: {"declared": [{"arm", "reference", "set", "metric"}], "alpha": 0.05, "margins": {metric: margin}}; the
-            last two may be left out.
+        family: {"declared": [{"arm", "reference", "set", "metric", "level"}], "alpha": 0.05, "margins": {metric:
+            margin}, "procedure": "gatekeeping"}; all but the first may be left out.
         described: the evaluation sets as in run.json; a set's "higher_is_better" gives its metrics' directions.
 
     Raises:
@@ -52,12 +85,20 @@ def apply_family(
             given twice.
     """
     alpha, margins = family.get("alpha", ALPHA), family.get("margins", DEFAULT_MARGINS)
-    declared = [_key(entry) for entry in family.get("declared", ())]
-    given = {_key(entry): entry for entry in entries}
+    family_of = family.get("declared", ())
+    declared = [key_of(entry) for entry in family_of]
+    given = {key_of(entry): entry for entry in entries}
     if len(set(declared)) < len(declared) or len(given) < len(entries):
         raise PreskipError("a comparison occurs twice: declare and give each arm, reference, set and metric once")
-    p_values = [given[key]["p_value"] if key in given else 1.0 for key in declared]
-    adjusted = dict(zip(declared, holm(p_values), strict=True))
+    looked = bool(family.get("looks"))
+    p_values = [_p(given.get(key), "p_value", looked) for key in declared]
+    levels = [entry.get("level", 1) for entry in family_of]
+    adjusted = dict(zip(declared, gatekeeping(p_values, levels), strict=True))
+    equivalences: dict[Key, float] = {}
+    if family.get("procedure") == "gatekeeping":
+        judged = [key for key in declared if margin_of(margins, key[0], key[1]) is not None]
+        p_values = [_p(given.get(key), "p_equivalence", looked) for key in judged]
+        equivalences = dict(zip(judged, holm(p_values), strict=True))
     result: list[Comparison] = []
     for entry in entries:
         margin = margin_of(margins, entry["set"], entry["metric"])
@@ -66,17 +107,28 @@ def apply_family(
                 f"{entry['metric']} on {entry['set']} was compared with margin {entry['margin']}, the family states "
                 f"{margin}: give `compare` the family's margins"
             )
-        key = _key(entry)
+        key = key_of(entry)
         full: Comparison = {
             **entry,
             "declared": key in adjusted,
             "p_holm": adjusted.get(key),
             "verdict": "undecided",
         }
+        if key in equivalences:
+            full["p_equivalence_holm"] = equivalences[key]
         full["verdict"] = verdict_of(full, alpha, (described or {}).get(entry["set"]))
         result.append(full)
     return result
 
 
-def _key(entry: Declared) -> Key:
+def _p(entry: PairedDifference | None, name: Literal["p_value", "p_equivalence"], looked: bool) -> float:
+    """A p of an entry, of one with looks adjusted for them; 1 where it was not measured, or not looked at yet."""
+    if entry is None or (looked and "looked" not in entry):
+        return 1.0
+    found = entry["looked"][name] if looked else entry[name]
+    return 1.0 if found is None else found
+
+
+def key_of(entry: Declared) -> Key:
+    """What a comparison is known by, whichever way round it stands."""
     return entry["set"], entry["metric"], frozenset((entry["arm"], entry["reference"]))

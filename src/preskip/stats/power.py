@@ -26,6 +26,7 @@ from preskip.errors import PreskipError
 from preskip.metrics import DEFAULT_MARGINS, metric_named
 from preskip.runs.schema import Comparison, Declared, DesignFacts, Family, PairedDifference, PowerEntry, SetFacts
 from preskip.stats.bootstrap import seeds_and_units_reach
+from preskip.stats.families import tests_beside
 from preskip.stats.inputs import Array
 from preskip.stats.verdicts import ALPHA, FEWEST_UNITS, independent_units, margin_of
 
@@ -268,7 +269,7 @@ def planned_power(
         sets: as in run.json: "kind" and "documents" or "items" of each set; "clusters" in their place where units are
             resampled in clusters; "unit_freedom" where sizes are known.
         seeds: training seeds.
-        family: the declared family; the level is its alpha over its size.
+        family: the declared family; the level is its alpha over the number of tests at the comparison's own.
         power: probability of finding the difference. Default 0.8.
 
     Returns:
@@ -290,14 +291,15 @@ def planned_power(
         )
         design = replace(design, unit_freedom=sets[name].get("unit_freedom"))
         margin = margin_of(family.get("margins", DEFAULT_MARGINS), name, metric)
-        entries.append(_entry(entry, design, family, len(declared), power, "assumed", margin))
+        entries.append(_entry(entry, design, family, tests_beside(family, entry), power, "assumed", margin))
     return entries
 
 
 def measured_power(entries: Sequence[Comparison], family: Family, *, power: float = POWER) -> list[PowerEntry]:
     """The `power` entries of a run's results, one per comparison, from its measured variance components.
 
-    Declared comparisons are held to alpha over the size of the family, others to alpha. Where nothing differs at all,
+    Declared comparisons are held to alpha over the number of tests at their level of the family (of secondary ones as
+    if the primary one were decided), others to alpha. Where nothing differs at all,
     the figure is the half width of the interval.
 
     Args:
@@ -305,11 +307,10 @@ def measured_power(entries: Sequence[Comparison], family: Family, *, power: floa
         family: the declared family.
         power: probability of finding the difference. Default 0.8.
     """
-    size = max(1, len(family.get("declared", ())))
     result = []
     for entry in entries:
         design = measured_design(entry)
-        figures = _entry(entry, design, family, size if entry["declared"] else 1, power, "measured", entry["margin"])
+        figures = _entry(entry, design, family, tests_beside(family, entry), power, "measured", entry["margin"])
         if design.standard_error == 0:
             figures["resolvable"] = (entry["high"] - entry["low"]) / 2
         result.append(figures)

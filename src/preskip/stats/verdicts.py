@@ -41,7 +41,7 @@ def verdict_of(comparison: Comparison, alpha: float = ALPHA, described: SetFacts
         p_value = comparison["p_value"]
     if not low <= 0 <= high and p_value <= alpha:
         return "better" if (high < 0) == metric_named(comparison["metric"], described).lower_is_better else "worse"
-    p_equivalence = comparison.get("p_equivalence")
+    p_equivalence = comparison.get("p_equivalence_holm", comparison.get("p_equivalence"))
     if p_equivalence is not None and p_equivalence <= alpha:
         return "equivalent"
     return "undecided"

@@ -109,7 +109,7 @@ def _training(record: Manifest, results: Results, arm: str, seed: int) -> list[s
     lines = [
         f"Text: {escape(corpus['name'])} ({escape(corpus['source'])}), {corpus['training_tokens']:,} tokens",
         f"{steps:,} steps of {config['batch_size']} × {config['seq_len']} tokens, seed {seed}",
-        f"Learning rate {found['learning_rate']:g}{searched}",
+        f"Learning rate {found.get('learning_rates', {}).get(str(seed), found['learning_rate']):g}{searched}",
     ]
     if is_pretraining(results):
         return [*lines, f"Weights float32, computed in {found['compute_dtype']}"]

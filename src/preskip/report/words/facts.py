@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from preskip.metrics import metric_named
 from preskip.report.lookup import is_declared, primary, sets_of, trained_arms
-from preskip.report.words.verdicts import amount, sentence, set_label, set_title
+from preskip.report.words.verdicts import MINUS, amount, sentence, set_label, set_title
+from preskip.runs.declaration import changes
 from preskip.runs.schema import Manifest, Results
 
 Groups = list[tuple[str, list[tuple[str, str]]]]
@@ -51,10 +52,28 @@ def facts(record: Manifest) -> Groups:
             "Seeds": ", ".join(str(seed) for seed in record["seeds"]),
             "Started": record["created"],
             "Finished": record.get("finished"),
+            "Learning rates": _rate_rule(record),
             **{k.replace("_", " ").capitalize(): _seconds(v) for k, v in (record.get("timings") or {}).items()},
+        },
+        "Declaration": {
+            "Declared": record.get("declaration", {}).get("time"),
+            "SHA-256": record.get("declaration", {}).get("sha256"),
+            "Looks": ", ".join(f"{look} seeds" for look in record["family"].get("looks", ())),
+            "Changed since": "; ".join(changes(record)) if "declaration" in record else "",
         },
     }
     return fact_groups(groups)
+
+
+def _rate_rule(record: Manifest) -> str:
+    """How `--lr tune` chose; empty where it did not."""
+    config = record["config"]
+    if config.get("lr_mode") != "tune":
+        return ""
+    each = "anew for each seed" if "declaration" in record else "once for all seeds"
+    if config.get("lr_rule") != "frontier":
+        return f"tuned {each}, the best in-domain"
+    return f"tuned {each}, the best in-domain that loses at most {config['lr_harm']:g} bits per byte out-of-domain"
 
 
 def fact_groups(groups: Mapping[str, Mapping[str, Any]], text: Callable[[Any], str] = str) -> Groups:
@@ -93,8 +112,19 @@ def family_text(results: Results) -> str:
         text = (
             f"{declared} comparison{'s were' if declared > 1 else ' was'} declared before training; their p-values "
             f"are corrected for that family (Holm) and judged at {alpha:g}. "
-            "All other comparisons are exploratory: their p-values are not corrected."
         )
+        if family.get("procedure") == "gatekeeping":
+            first = family["declared"][0]
+            text = (
+                f"{declared} comparison{'s were' if declared > 1 else ' was'} declared before training and judged at "
+                f"{alpha:g}. The primary one is {first['arm']} {MINUS} {first['reference']} on "
+                f"{set_label(results['sets'], first['set'])}. The others are secondary: they count only if it is "
+                "decided as a difference, and are corrected for their number (Holm). Equivalences are corrected by "
+                "Holm over all. "
+            )
+        if looks := family.get("looks"):
+            text += f"Looks were declared at {', '.join(map(str, looks))} seeds; corrected p-values allow for them. "
+        text += "All other comparisons are exploratory: their p-values are not corrected."
     else:
         text = f"No family was declared before training: every p-value is uncorrected, judged at {alpha:g}."
     margins = "; ".join(
@@ -133,6 +163,7 @@ def limits(record: Manifest, results: Results, seeds: int) -> list[str]:
         found.append(
             f"{seeds} training seeds. How much the result varies with the seed is estimated from {seeds} values only."
         )
+    found += [f"Changed after the declaration: {line}." for line in changes(record)]
     model, corpus = record["model"]["name"], record["corpus"]["name"]
     abroad = ", ".join(set_label(results["sets"], name) for name in sets_of(results, domain="out"))
     found.append(
@@ -193,6 +224,7 @@ def _rate_limit(results: Results) -> str:
     fixed = [arm for arm in arms if arm not in searched]
     if not fixed and arms:
         searches = results["search"]
+        per_seed = all("by_seed" in searches[arm] for arm in arms)
         counts = [len(searches[arm]["trace"]) for arm in arms]
         extended = [arm for arm in arms if searches[arm].get("extended")]
         runs = " to ".join(str(count) for count in dict.fromkeys((min(counts), max(counts))))
@@ -200,6 +232,11 @@ def _rate_limit(results: Results) -> str:
             f"Each arm's learning rate was tuned on development documents, in {runs} short trainings per arm from the "
             "same first grid"
             + (f" (it was extended for {', '.join(extended)}, whose best rate lay at its edge)" if extended else "")
+            + (
+                ". Each training seed has a search of its own, so intervals over seeds hold what the choice varies by"
+                if per_seed
+                else ". One search served all seeds: no interval holds what the choice of the rate varies by"
+            )
             + ". Other settings (steps, batch, schedule) are shared, not tuned."
         )
     if searched:

@@ -1,0 +1,94 @@
+"""What a run declares before training, by hash and time, and what was changed after."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from preskip.runs.schema import Declaration, Extension, Facts, Family, Manifest
+
+
+def declare(config: Mapping[str, Any], facts: Facts) -> Declaration:
+    """Options, family, looks and rules of a run, and what it is made of, before anything is trained.
+
+    Args:
+        config: every option, as run.json stores it.
+        facts: what was prepared.
+    """
+    content = {
+        "config": dict(config),
+        "family": facts["family"],
+        "model": facts["model"]["sha256"],
+        "corpus": facts["corpus"]["sha256"],
+        "sets": {name: described["sha256"] for name, described in facts["sets"].items()},
+    }
+    content = json.loads(json.dumps(content))  # as it will be read
+    return {"sha256": digest(content), "time": now(), "content": content}
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a declaration's content, as JSON with sorted keys and no spaces."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def extension(family: Family, before: Sequence[int], seeds: Sequence[int]) -> Extension:
+    """The record of seeds that are added to a run."""
+    planned = len(before) + len(seeds) in family.get("looks", ())
+    return {"time": now(), "before": list(before), "seeds": list(seeds), "planned": planned}
+
+
+def changes(manifest: Manifest) -> list[str]:
+    """What differs from what was declared, a sentence each; nothing of a run of an earlier preskip.
+
+    Args:
+        manifest: run.json.
+    """
+    declaration = manifest.get("declaration")
+    if declaration is None:
+        return []
+    found = []
+    content, config = declaration["content"], manifest["config"]
+    if digest(content) != declaration["sha256"]:
+        found.append("the declaration was edited after it was made: it does not have its own SHA-256")
+    added = [seed for extension in manifest.get("extensions", ()) for seed in extension["seeds"]]
+    expected = {**content["config"], "seeds": content["config"]["seeds"] + added}
+    for name in sorted(expected.keys() | config.keys()):
+        if expected.get(name) != config.get(name):
+            found.append(f"the option {name} is {config.get(name)}, declared was {expected.get(name)}")
+    family = manifest["family"]
+    found += margin_changes(content["family"], family["margins"])
+    for name in ("declared", "alpha", "looks", "procedure"):
+        if content["family"].get(name) != family.get(name):
+            found.append(f"the family's {name} was changed after it was declared")
+    for entry in manifest.get("extensions", ()):
+        if not entry["planned"]:
+            added_then = f"{'seeds' if entry['seeds'][1:] else 'seed'} {', '.join(map(str, entry['seeds']))} added"
+            found.append(
+                f"{added_then} after the results of {len(entry['before'])} had been seen, without a declared look: "
+                + (
+                    "declared comparisons keep the p-values of the last declared look"
+                    if family.get("looks")
+                    else "p-values are not adjusted for looking"
+                )
+            )
+    return found
+
+
+def margin_changes(family: Family, margins: Mapping[str, float]) -> list[str]:
+    """The margins that are not those that a family declared, a sentence each."""
+    declared = family.get("margins", {})
+    return [
+        f"the margin of {name} is {value:g}, "
+        + (f"declared was {declared[name]:g}" if name in declared else "none was declared")
+        + ": equivalence within it was not declared"
+        for name, value in margins.items()
+        if declared.get(name) != value
+    ]
+
+
+def now() -> str:
+    """The time, ISO 8601, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,224 @@
+"""Seeds are added to a run: what was there stays to the byte, looks are as declared, and the rest is marked."""
+
+import json
+import shutil
+
+import pytest
+
+from conforming import run_faults
+from preskip.cli.main import main
+from preskip.errors import PreskipError
+from preskip.experiment.run import finish_run, start_run
+from preskip.runs.declaration import changes
+from preskip.runs.directory import RunDirectory
+from small_probe import small_probe, stored
+from stored_runs import invoke_app
+
+FAST = {"last_word_items": 0, "steps": 2, "save_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("extension")
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    """Two seeds of a probe with tuned rates that declares looks at 2 and 3 seeds."""
+    run = start_run(small_probe(folder, looks=(2, 3), **FAST), folder / "first", ["test"])
+    finish_run(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def extended(first, folder):
+    """The same with a third seed, added."""
+    path = shutil.copytree(first.path, folder / "extended")
+    finish_run(RunDirectory.open(path), seeds=(1, 2, 3))
+    return RunDirectory.open(path)
+
+
+def files(run):
+    return {
+        str(path.relative_to(run.path)): path.read_bytes()
+        for part in ("arms", "search")
+        for path in (run.path / part).rglob("*")
+        if path.is_file() and path.name != "README.md"  # the card of an adapter is about the whole run
+    }
+
+
+def test_what_was_there_stays_to_the_byte(first, extended):
+    before, after = files(first), files(extended)
+    assert {name: after[name] for name in before} == before
+    new = {name for name in after if name not in before and "/checkpoints/" not in name}
+    assert {name.split("/")[2] for name in new} == {"seed-3"}
+    assert {"arms/preskip/seed-3/cell.json", "search/preskip/seed-3/search.json"} <= new
+    assert run_faults(extended.path) == []
+
+
+def test_the_third_seed_is_that_of_a_run_that_has_three_from_the_start(extended, folder):
+    whole = start_run(small_probe(folder, looks=(2, 3), **FAST, seeds=(1, 2, 3)), folder / "whole", ["test"])
+    finish_run(whole)
+    own, other = stored(extended.path), stored(whole.path)
+    for part in (own, other):  # of two runs that declared other seeds
+        for value in part.values():
+            (value if isinstance(value, dict) else {}).pop("declaration", None)
+    assert own == other
+
+
+def test_each_seed_trains_at_the_rate_that_was_chosen_for_it(extended):
+    results = json.loads((extended.path / "results.json").read_text())
+    search = results["search"]["preskip"]
+    chosen = {}
+    for seed in (1, 2, 3):
+        cell = json.loads(extended.cell("preskip", seed).summary.read_text())
+        own = json.loads(extended.search_file("preskip", seed).read_text())
+        last = [trial for trial in own["trace"] if trial["rung"] == 1]
+        assert own["chosen"] == min(last, key=lambda trial: trial["dev"]["in"]["value"])["learning_rate"]
+        assert cell["learning_rate"] == own["chosen"] == search["by_seed"][str(seed)]
+        assert {trial["for_seed"] for trial in own["trace"]} == {seed}
+        assert len({trial["seed"] for trial in own["trace"]}) == 1
+        assert (min(trial["rung"] for trial in own["trace"]) == 0) == (seed == 1)
+        chosen[str(seed)] = own["chosen"]
+    assert extended.manifest["arms"]["preskip"]["learning_rates"] == chosen
+    assert len({trial["seed"] for trial in search["trace"]}) == 3
+
+
+def test_a_planned_look_changes_nothing_that_was_declared(first, extended):
+    assert extended.manifest["declaration"] == first.manifest["declaration"]
+    (added,) = extended.manifest["extensions"]
+    assert (added["before"], added["seeds"], added["planned"]) == ([1, 2], [3], True)
+    assert changes(extended.manifest) == []
+    (at_two,), (at_three,) = (
+        [row for row in json.loads((run.path / "results.json").read_text())["comparisons"] if row["declared"]]
+        for run in (first, extended)
+    )
+    assert (at_two["looked"]["seeds"], at_three["looked"]["seeds"]) == (2, 3)
+    assert at_two["looked"]["level"] < at_three["looked"]["level"] < 0.05
+    assert at_two["looked"]["p_value"] > at_two["p_value"]
+    assert at_three["p_holm"] == at_three["looked"]["p_value"] <= at_two["looked"]["p_value"]
+    page = (extended.path / "report.html").read_text() if (extended.path / "report.html").exists() else None
+    assert page is None or "Looks were declared at 2, 3 seeds" in page
+
+
+def test_compare_says_the_same_as_the_results(extended):
+    found = json.loads(invoke_app("compare", extended.path, "--json"))
+    (own,) = [row for row in found["comparisons"] if row["declared"]]
+    (kept,) = [
+        row for row in json.loads((extended.path / "results.json").read_text())["comparisons"] if row["declared"]
+    ]
+    assert own == kept
+    assert found["notes"] == []
+
+
+def test_seeds_without_a_look_are_added_and_marked(first, extended, folder, capsys):
+    path = shutil.copytree(extended.path, folder / "marked")
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", "--resume", str(path), "--seeds", "1,...,4"])
+    assert stop.value.code == 0
+    captured = capsys.readouterr()
+    assert "seeds are added without a declared look" in captured.err
+    marked = RunDirectory.open(path)
+    assert marked.manifest["config"]["seeds"] == marked.manifest["seeds"] == [1, 2, 3, 4]
+    (line,) = changes(marked.manifest)
+    assert line == (
+        "seed 4 added after the results of 3 had been seen, without a declared look: declared comparisons keep the "
+        "p-values of the last declared look"
+    )
+    for shown in (invoke_app("compare", path), (path / "report.html").read_text()):
+        assert "after the results of 3 had been seen, without a declared look" in " ".join(shown.split())
+    after = files(marked)
+    before = files(extended)
+    assert {name: after[name] for name in before} == before
+
+
+def test_an_extension_that_was_interrupted_goes_on(first, extended, folder, monkeypatch):
+    from preskip.experiment import search
+
+    path = shutil.copytree(first.path, folder / "interrupted")
+    real, calls = search._trial, []
+
+    def stops(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(search, "_trial", stops)
+    with pytest.raises(KeyboardInterrupt):
+        finish_run(RunDirectory.open(path), seeds=(1, 2, 3))
+    assert RunDirectory.open(path).manifest["status"] == "interrupted"
+    monkeypatch.setattr(search, "_trial", real)
+    finish_run(RunDirectory.open(path))
+    assert stored(path) == stored(extended.path)
+    assert len(RunDirectory.open(path).manifest["extensions"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ("2,3", "--seeds leaves out 1"),
+        ("1,2,3,3", "different numbers"),
+        ("1,2,-3", "a seed must be >= 0"),
+        ("1,2,x", "'x' is not a whole number"),
+        ("1,...", "needs a last number"),
+    ],
+)
+def test_impossible_seeds_leave_the_run_as_it_was(first, seeds, message, capsys):
+    before = (first.path / "run.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", "--resume", str(first.path), "--seeds", seeds])
+    assert stop.value.code == 1
+    assert message in capsys.readouterr().err
+    assert (first.path / "run.json").read_bytes() == before
+    with pytest.raises(SystemExit):
+        main(["probe", "--resume", str(first.path), "--seeds", "1,2,3", "--steps", "4"])
+    assert "leave out steps" in capsys.readouterr().err
+
+
+def test_a_number_of_seeds_between_the_looks_is_refused(folder):
+    with pytest.raises(PreskipError, match="--seeds gives 2: looks are declared at 3, 5 seeds"):
+        small_probe(folder, looks=(3, 5))
+
+
+def test_another_corpus_is_refused_and_adds_nothing(first, folder):
+    path = shutil.copytree(first.path, folder / "other")
+    corpus = folder / "corpus.jsonl"
+    text = corpus.read_text()
+    corpus.write_text(text + json.dumps({"text": "One more document, of a few words."}) + "\n")
+    try:
+        with pytest.raises(PreskipError, match=r"corpus .* has changed since this run began"):
+            finish_run(RunDirectory.open(path), seeds=(1, 2, 3))
+    finally:
+        corpus.write_text(text)
+    manifest = RunDirectory.open(path).manifest
+    assert (manifest["config"]["seeds"], "extensions" in manifest) == ([1, 2], False)
+
+
+def test_a_run_of_an_earlier_preskip_keeps_its_one_search_and_its_family(first, folder):
+    """Its search lies where that served all seeds; nothing is declared for it after the fact."""
+    path = shutil.copytree(first.path, folder / "old")
+    run = RunDirectory.open(path)
+    search = json.loads(run.search_file("preskip", 1).read_text())
+    search["trace"] = [{key: value for key, value in row.items() if key != "for_seed"} for row in search["trace"]]
+    shutil.rmtree(path / "search" / "preskip")
+    run.search_file("preskip", None).parent.mkdir()
+    run.search_file("preskip", None).write_text(json.dumps(search))
+    manifest = json.loads((path / "run.json").read_text())
+    del manifest["declaration"]
+    for name in ("lr_rule", "lr_harm", "looks", "primary"):
+        del manifest["config"][name]
+    pairs = [{key: value for key, value in entry.items() if key != "level"} for entry in manifest["family"]["declared"]]
+    manifest["family"] = {"declared": pairs, "alpha": 0.05, "margins": {"bits_per_byte": 0.005}}
+    (path / "run.json").write_text(json.dumps(manifest))
+    shutil.rmtree(run.cell("preskip", 2).folder)
+    finish_run(run)
+    results = json.loads((path / "results.json").read_text())
+    assert results["search"]["preskip"] == search
+    assert results["family"] == manifest["family"]
+    assert "declaration" not in run.manifest
+    assert json.loads(run.cell("preskip", 2).summary.read_text())["learning_rate"] == search["chosen"]
+    (entry,) = [row for row in results["comparisons"] if row["declared"]]
+    assert entry["p_holm"] == entry["p_value"]
+    assert "p_equivalence_holm" not in entry
+    assert run_faults(path) == []

@@ -1,0 +1,68 @@
+"""A declaration has its own hash, and whatever differs from it is named."""
+
+import copy
+import hashlib
+import json
+
+import pytest
+
+from preskip.runs.declaration import changes, declare, extension, margin_changes
+
+FAMILY = {
+    "declared": [{"arm": "preskip", "reference": "lora", "set": "sotu", "metric": "bits_per_byte", "level": 1}],
+    "procedure": "gatekeeping",
+    "alpha": 0.05,
+    "margins": {"bits_per_byte": 0.005},
+}
+FACTS = {"family": FAMILY, "model": {"sha256": "a"}, "corpus": {"sha256": None}, "sets": {"sotu": {"sha256": "b"}}}
+
+
+@pytest.fixture
+def manifest():
+    config = {"seeds": [1, 2], "steps": 4, "lr_rule": "frontier"}
+    found = {"config": config, "family": FAMILY, "declaration": declare(config, FACTS)}
+    return copy.deepcopy(found)
+
+
+def test_the_hash_is_of_what_stands_beside_it(manifest):
+    declaration = manifest["declaration"]
+    text = json.dumps(declaration["content"], sort_keys=True, separators=(",", ":"))
+    assert declaration["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert declaration["content"]["family"] == FAMILY
+    assert declaration["time"].endswith("+00:00")
+    assert declare({"seeds": [1, 2], "steps": 5, "lr_rule": "frontier"}, FACTS)["sha256"] != declaration["sha256"]
+    assert changes(manifest) == []
+
+
+def test_what_was_changed_is_named(manifest):
+    manifest["config"]["steps"] = 8
+    manifest["family"]["margins"]["bits_per_byte"] = 0.02
+    manifest["family"]["declared"] = []
+    assert changes(manifest) == [
+        "the option steps is 8, declared was 4",
+        "the margin of bits_per_byte is 0.02, declared was 0.005: equivalence within it was not declared",
+        "the family's declared was changed after it was declared",
+    ]
+    manifest["declaration"]["content"]["config"]["steps"] = 8
+    assert changes(manifest)[0].startswith("the declaration was edited")
+    assert changes({"config": {}, "family": {}}) == []
+
+
+def test_added_seeds_are_no_change_where_a_look_was_declared(manifest):
+    manifest["config"]["seeds"] = [1, 2, 3]
+    assert changes(manifest) == ["the option seeds is [1, 2, 3], declared was [1, 2]"]
+    manifest["extensions"] = [extension({"looks": [2, 3]}, [1, 2], [3])]
+    assert manifest["extensions"][0]["planned"]
+    assert changes(manifest) == []
+    manifest["extensions"] = [extension(FAMILY, [1, 2], [3])]
+    assert changes(manifest) == [
+        "seed 3 added after the results of 2 had been seen, without a declared look: p-values are not adjusted for "
+        "looking"
+    ]
+
+
+def test_margins_beside_the_declared_ones():
+    assert margin_changes(FAMILY, {"bits_per_byte": 0.005}) == []
+    assert margin_changes(FAMILY, {"acc": 0.1}) == [
+        "the margin of acc is 0.1, none was declared: equivalence within it was not declared"
+    ]

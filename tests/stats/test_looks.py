@@ -1,0 +1,108 @@
+"""Limits of looks against published tables and SciPy, p-values over looks, and the family's error with both."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from preskip.stats import Design
+from preskip.stats.families import gatekeeping, holm
+from preskip.stats.looks import fractions_of, nominal_levels, planned_stops, sequential_p, spent, two_sided
+from stored_runs import invoke_app
+
+
+def limits(level, fractions):
+    return -special.ndtri(nominal_levels(level, fractions))
+
+
+def test_limits_are_those_of_published_tables():
+    # Two-sided 5 %, five equal looks: DeMets and Lan (1994), table of the O'Brien-Fleming-like function; R's ldbounds.
+    assert limits(0.025, [0.2, 0.4, 0.6, 0.8, 1.0]) == pytest.approx([4.877, 3.357, 2.680, 2.290, 2.031], abs=6e-4)
+    # Three equal looks: R's gsDesign, sfLDOF.
+    assert limits(0.025, [1 / 3, 2 / 3, 1.0]) == pytest.approx([3.7103, 2.5114, 1.9930], abs=1e-4)
+    assert limits(0.025, [1.0]) == pytest.approx([1.959964], abs=1e-5)
+
+
+@pytest.mark.parametrize("level", [0.005, 0.025, 0.05])
+def test_the_looks_together_spend_the_level_by_scipy(level):
+    """The probability that a multivariate normal stays below all limits; correlations √(t_i / t_j)."""
+    fractions = np.array(fractions_of([3, 5, 8]))
+    correlation = np.sqrt(np.minimum.outer(fractions, fractions) / np.maximum.outer(fractions, fractions))
+    found = limits(level, list(fractions))
+    for count in (1, 2, 3):
+        inside = stats.multivariate_normal.cdf(found[:count], cov=correlation[:count, :count], abseps=1e-8, releps=1e-8)
+        passed = 1 - inside
+        assert passed == pytest.approx(spent(level, fractions[count - 1]), rel=0.003)
+    assert spent(level, 1.0) == pytest.approx(level)
+
+
+def test_p_over_looks_is_the_level_at_which_a_look_decides():
+    fractions = fractions_of([3, 5, 8])
+    for level in (0.001, 0.025, 0.2):
+        own = nominal_levels(level, fractions)
+        for look in range(3):
+            before = [0.9] * look
+            assert sequential_p([*before, own[look]], fractions) == pytest.approx(level, rel=2e-3)
+    # An early finding stays, what comes later can only add to it, and one look less than planned is never too sure.
+    assert two_sided([1e-7, 0.9], fractions) == two_sided([1e-7], fractions) > 1e-7
+    assert two_sided([0.9, 0.9, 0.04], fractions) == pytest.approx(0.0424, abs=2e-4)
+    assert two_sided([1.0, 1.0, 1.0], fractions) == 1.0
+    assert two_sided([0.0], fractions) > 0
+    assert two_sided([0.03], [1.0]) == pytest.approx(0.03, rel=2e-3)
+
+
+def test_gatekeeping_by_hand():
+    # The primary one, then Holm within the level: max(.03, .01·2), max(.03, max(.02, .04·1)).
+    assert gatekeeping([0.01, 0.03, 0.04], [2, 1, 2]) == pytest.approx([0.03, 0.03, 0.04])
+    assert gatekeeping([0.2, 1e-9, 1e-9], [1, 2, 3]) == pytest.approx([0.2, 0.2, 0.2])  # the gate is shut
+    p_values = np.random.default_rng(0).random(7)
+    assert gatekeeping(p_values, [1] * 7) == holm(p_values)
+    assert gatekeeping([], []) == []
+
+
+@pytest.mark.parametrize("true", [(), (0,), (0, 1), (1, 2, 3, 4)])
+def test_family_error_with_gate_and_looks_is_at_most_five_percent(true):
+    """Five comparisons that share an arm, t tests over 3, 5 and 8 seeds; `true` differences are large."""
+    generator, looks = np.random.default_rng(len(true)), [3, 5, 8]
+    runs = 4000
+    own = generator.standard_normal((runs, 5, looks[-1])) + generator.standard_normal((runs, 1, looks[-1]))
+    own[:, list(true)] += 20.0
+    p_values = [stats.ttest_1samp(own[:, :, :look], 0.0, axis=2).pvalue for look in looks]
+    p = two_sided(p_values, fractions_of(looks))
+    adjusted = np.array([gatekeeping(row, [1, 2, 2, 2, 2]) for row in p])
+    false = [place for place in range(5) if place not in true]
+    error = (adjusted[:, false] <= 0.05).any(axis=1).mean()
+    assert error <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / runs)
+    if true == (0,):
+        assert error > 0.015  # the gate is open: it is Holm's procedure that holds the error
+    if true == (1, 2, 3, 4):
+        assert error > 0.03  # what the looks spend is all but the level
+        naive = np.min(p_values, axis=0)[:, 0] <= 0.05
+        assert naive.mean() > 0.08  # without the looks' correction
+
+
+def test_planned_stops_by_the_test_that_is_made():
+    """With many units and no unit part: a t test over the seeds at the nominal level of each look."""
+    design = Design(units=10**6, unit_deviation=1e-9, seed_deviation=1.0)
+    looks, runs = [3, 6], 20_000
+    stops = planned_stops(design, 1.2, looks, experiments=runs)
+    own = 1.2 + np.random.default_rng(5).standard_normal((runs, looks[-1]))
+    first, last = (
+        stats.ttest_1samp(own[:, :look], 0.0, axis=1).pvalue <= stop["level"]
+        for look, stop in zip(looks, stops, strict=True)
+    )
+    assert stops[0]["stops"] == pytest.approx(first.mean(), abs=0.01)
+    assert stops[1]["stops"] == pytest.approx((last & ~first).mean(), abs=0.015)
+    assert sum(stop["stops"] for stop in planned_stops(design, 0.0, looks)) <= 0.055
+
+
+def test_power_plans_the_looks():
+    asked = ("power", "--documents", 60, "--seeds", 8, "--seed-sd", 0.003, "--difference", 0.01)
+    (row,) = json.loads(invoke_app(*asked, "--looks", "3,5,8", "--json"))["designs"]
+    assert [look["seeds"] for look in row["looks"]] == [3, 5, 8]
+    assert [look["level"] for look in row["looks"]] == pytest.approx([5.04e-4, 8.99e-3, 4.71e-2], rel=1e-2)
+    assert sum(look["by_chance"] for look in row["looks"]) < 0.056
+    shown = invoke_app(*asked, "--looks", "3,5,8")
+    assert "decided here" in shown
+    assert "0.047" in shown
