@@ -36,7 +36,6 @@ def test_stored_runs_of_schema_2_are_read_and_written_back(path):
             "lora_scale": 1.0,
             "keep_weight": 0.0,
             "reuse_prefix": True,
-            "keep_weight": 0.0,
             "layers": None,
             "task_settings": asdict(TaskSettings()),
             "eval_text_column": None,

@@ -55,7 +55,68 @@ class Throughput(TypedDict):
     preskip_to_base_processor: Ratio
 
 
-BENCHMARKS = {"pretrain-lr-sweep/*.json": Sweep, "pretrain-throughput/*.json": Throughput}
+class Bench(TypedDict):
+    """The output of `preskip bench --json`."""
+
+    model: str
+    adapter: str | None
+    dtype: str
+    environment: schema.Environment
+    rows: dict[str, dict[str, float]]
+    left_out: dict[str, str]
+    layers: dict[str, int | None]
+    limits: dict[str, float]
+    rounds: int
+    work: list[dict[str, Any]]
+
+
+class CheapForms(TypedDict):
+    """The output of benchmarks/cheap_forms.py."""
+
+    model: str
+    corpus: str
+    dtype: str
+    design: dict[str, int]
+    seeds: list[int]
+    threads: int
+    learning_rates: dict[str, float]
+    weights: dict[str, int]
+    comparisons: list[dict[str, Any]]
+
+
+class BySeed(TypedDict):
+    """A figure of trainings with a branch in two dtypes."""
+
+    bfloat16: list[float]
+    float32: list[float]
+    differences: list[float]
+    mean_difference: float
+    deviation_between_seeds: float
+    within: bool
+
+
+class BranchDtype(TypedDict):
+    """The output of benchmarks/branch_dtype.py."""
+
+    model: str
+    corpus: str
+    design: dict[str, float]
+    seeds: list[int]
+    threads: int
+    loss_of_last_steps: BySeed
+    largest_difference_of_a_step: float
+    bits_per_byte: BySeed
+    interval: dict[str, Any]
+    moved_share: dict[str, float]
+
+
+BENCHMARKS = {
+    "pretrain-lr-sweep/*.json": Sweep,
+    "pretrain-throughput/*.json": Throughput,
+    "cheap-forms/bench.json": Bench,
+    "cheap-forms/quality.json": CheapForms,
+    "branch-dtype/*.json": BranchDtype,
+}
 
 
 def test_every_stored_file_conforms():

@@ -24,8 +24,9 @@ def declare_family(
     the paper's table. With few seeds a large family finds little: three seeds and 21 comparisons need a difference of
     25 standard errors.
 
-    The primary comparison comes first and alone has level 1: against the first of the others that is trained as the
-    reference is, on the first in-domain set. All others have level 2.
+    The primary comparison alone has level 1: against the first of the others that is trained as the reference is, on
+    the first in-domain set. Before it, with level 0, comes the reference against the plain model on that set: whether
+    it learned anything. All others have level 2.
 
     Args:
         arms: what is compared.
@@ -47,13 +48,20 @@ def declare_family(
     if len(primary) > 2 and wanted not in scored:
         raise PreskipError(f"--primary: {wanted!r} is not compared: choose one of {', '.join(scored)}")
     against = primary[1] if primary else next((name for name in others if name not in PLAIN), next(iter(others), None))
+    text = wanted or scored[0] if scored else ""
+
+    def level(other: str, name: str) -> int:
+        if (other, name) == (against, text):
+            return 1
+        return 0 if name == text and other in PLAIN else 2
+
     declared: list[Declared] = [
         {
             "arm": reference,
             "reference": other,
             "set": name,
             "metric": sets[name]["primary"],
-            "level": 1 if (other, name) == (against, wanted or scored[0]) else 2,
+            "level": level(other, name),
         }
         for other in others
         if reference is not None

@@ -35,7 +35,7 @@ def flipped(entry: Comparison) -> Comparison:
         turned["detail"] = {
             **detail,
             "by_seed": [-value for value in detail["by_seed"]],
-            "new_seed": None if predicted is None else (-predicted[1], -predicted[0]),
+            "new_seed": None if predicted is None else [-predicted[1], -predicted[0]],
             "probability_higher": 1 - detail["probability_higher"],
         }
     return cast(Comparison, turned)

@@ -118,7 +118,7 @@ class Declared(TypedDict):
     reference: str
     set: str
     metric: str
-    level: NotRequired[int]  # of a gatekeeping family: 1 is tested first
+    level: NotRequired[int]  # of a gatekeeping family: the lowest is tested first, 1 is the primary comparison
 
 
 class Family(TypedDict):
@@ -484,7 +484,7 @@ class Detail(TypedDict):
     """What stands beside a paired difference."""
 
     by_seed: list[float]  # the difference of each paired seed
-    new_seed: tuple[float, float] | None  # prediction interval for one more seed; None with one seed
+    new_seed: list[float] | None  # low and high of the prediction interval for one more seed; None with one seed
     probability_higher: float  # that the arm's figure is higher than the reference's, over all pairs of seeds
     p_sign_flip: float | None  # randomisation test over units or clusters; None where there are over 40
     unit_freedom: float | None  # degrees of freedom of the variance over units

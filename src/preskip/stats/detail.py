@@ -59,7 +59,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple
     return mean - reach, mean + reach
 
 
-def new_seed(by_seed: Array, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+def new_seed(by_seed: Array, confidence: float = CONFIDENCE) -> list[float] | None:
     """Student's prediction interval for the difference that one more training seed would show on the same units:
     mean ± t · s · √(1 + 1 / seeds); None with one seed.
     """
@@ -68,7 +68,7 @@ def new_seed(by_seed: Array, confidence: float = CONFIDENCE) -> tuple[float, flo
         return None
     t = -float(special.stdtrit(seeds - 1, (1 - confidence) / 2))
     reach = t * float(by_seed.std(ddof=1)) * math.sqrt(1 + 1 / seeds)
-    return float(by_seed.mean()) - reach, float(by_seed.mean()) + reach
+    return [float(by_seed.mean()) - reach, float(by_seed.mean()) + reach]
 
 
 def sign_flip(totals: Array) -> float:

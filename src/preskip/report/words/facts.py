@@ -114,13 +114,15 @@ def family_text(results: Results) -> str:
             f"are corrected for that family (Holm) and judged at {alpha:g}. "
         )
         if family.get("procedure") == "gatekeeping":
-            first = family["declared"][0]
+            first = next(entry for entry in family["declared"] if entry["level"] == 1)
+            has_gain = family["declared"][0]["level"] == 0
             text = (
                 f"{declared} comparison{'s were' if declared > 1 else ' was'} declared before training and judged at "
                 f"{alpha:g}. The primary one is {first['arm']} {MINUS} {first['reference']} on "
-                f"{set_label(results['sets'], first['set'])}. The others are secondary: they count only if it is "
-                "decided as a difference, and are corrected for their number (Holm). Equivalences are corrected by "
-                "Holm over all. "
+                f"{set_label(results['sets'], first['set'])}. "
+                + ("It is tested if the gain over the plain model there is shown. " if has_gain else "")
+                + "The others are secondary: they count only if it is decided as a difference, and are corrected for "
+                "their number (Holm). Equivalences are corrected by Holm over all. "
             )
         if looks := family.get("looks"):
             text += f"Looks were declared at {', '.join(map(str, looks))} seeds; corrected p-values allow for them. "
