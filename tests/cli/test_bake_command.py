@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import PROBE, make_run, preskip
@@ -44,6 +45,16 @@ def test_an_adapter_of_a_run(place, tmp_path, capsys):
     )
     assert f"{difference['difference']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
+
+
+def test_serve_says_which_adapter_of_a_run_it_takes(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PRESKIP_CACHE", str(tmp_path))
+    preskip("serve", place / "run", "--check", "--engine", "transformers")
+    assert f"arm preskip, seed 1; another one is {place}/run/arms/ARM/seed-N/adapter" in capsys.readouterr().err
+    (made,) = tmp_path.glob("baked/*/model.safetensors")
+    wanted = load_file(place / "run/arms/preskip/seed-1/adapter/adapter_model.safetensors")
+    branch = "model.layers.0.self_attn.preskip.up.weight"
+    assert torch.equal(load_file(made)[branch], wanted[f"base_model.model.{branch}"])
 
 
 def test_the_baked_model_is_scored_as_the_adapter_was(place, tmp_path, capsys):
