@@ -84,6 +84,22 @@ def test_a_server_that_dies_says_why_in_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_an_option_that_the_engine_refuses_is_said(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "Traceback (most recent call last):\n"
+        "(APIServer pid=7) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+        "(APIServer pid=7)   Value error, max_model_len (4096) is greater than 512. [type=value_error]\n"
+        "(APIServer pid=7)     For further information visit https://errors.pydantic.dev\n"
+    )
+    assert server.reason_in(log) == f"ValueError: Value error, max_model_len (4096) is greater than 512. (log: {log})"
+    log.write_text(
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for CacheConfig\n"
+        "block_size\n  Input should be 16 or 32 [type=literal_error, input_value=7]\n"
+    )
+    assert server.reason_in(log) == f"ValueError: block_size; Input should be 16 or 32 (log: {log})"
+
+
 def test_a_port_in_use_and_too_little_memory_are_refused(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

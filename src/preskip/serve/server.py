@@ -191,6 +191,10 @@ def last_line(log: Path) -> str:
 def reason_in(log: Path) -> str:
     """Why a server ended, in one line: the first error of its log that says something, and where the log is."""
     lines = [_plain(line) for line in _tail(log)]
+    # Pydantic, which checks vLLM's options, says what is wrong two lines on.
+    for place, line in enumerate(lines):
+        if re.search(r"\d+ validation errors? for \w+$", line):
+            lines[place] = f"ValueError: {'; '.join(lines[place + 1 : place + 3]).partition(' [type=')[0]}"
     known = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     # What the engine's process died of comes before what that meant to the others.
     first = next((line for line in known if "Engine core" not in line and "failed to start" not in line), None)
