@@ -77,12 +77,11 @@ def embedded(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("dtype", "options"),
-    [("float32", EAGER), ("float32", COMPILED), ("float32", PARALLEL), ("bfloat16", EAGER)],
-    ids=["float32", "compiled", "tensor parallel", "bfloat16"],
+    [("float32", EAGER), ("float32", COMPILED), ("bfloat16", EAGER)],
+    ids=["float32", "compiled", "bfloat16"],
 )
-def test_the_embedded_model(embedded, dtype, options, monkeypatch):
-    if options is PARALLEL:
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+def test_the_embedded_model(embedded, dtype, options):
+    """Not tensor parallel: its 9 heads do not divide over 2 processes."""
     prompts = {"prompts": LONG} if options is COMPILED else {}
     found = judged("SmolLM2-135M-Instruct", embedded(dtype), options, dtype=dtype, **prompts)
     assert found.problem is None
