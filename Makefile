@@ -14,7 +14,7 @@ WORKERS ?= logical
 # A file stays in one process; files with slow tests go first (tests/conftest.py).
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-serve test-fast coverage lint format oldest gpu docs clean
+.PHONY: help install demo test test-serve test-fast coverage lint format oldest gpu gpu-study docs clean
 
 help:
 	@echo "make demo       insert Preskip into the embedded model, train, compare, write a report (minutes)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-serve  the tests with the real vLLM, in an environment of its own (a gigabyte, up to an hour)"
 	@echo "make docs       the documentation site in build/site, every warning an error"
 	@echo "make gpu        what has to hold on a CUDA device, a line of JSON per part; on a CPU at small sizes (minutes)"
+	@echo "make gpu-study  nine minutes of the confirmatory study (benchmarks/study.py), resumed by the next call"
 	@echo "make oldest     the test suite on the oldest supported peft and transformers"
 
 # What runs the package and draws its pages; tests and lint need more.
@@ -92,6 +93,11 @@ test-serve: $(SERVE) .venv-serve/transformers-5.17.0 .venv-serve/transformers-5.
 # With an environment of one's own: PYTHONPATH=src python benchmarks/gpu.py
 gpu: $(RUNS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
+
+# Call it again until it is done: each call is 9 minutes, and goes on where the last one stopped. STUDY takes models,
+# corpora and options, e.g. STUDY="--models smollm2 -- --steps 200".
+gpu-study: $(RUNS)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --minutes 9 $(STUDY)
 
 # The packages come from the index, the build itself reads nothing from the network.
 $(VENV)/.docs: $(INSTALLED)

@@ -1,4 +1,7 @@
-"""Where the options of a probe start from: `quick`, `standard` and the paper's own protocol (docs/paper-index.md)."""
+"""Where the options of a probe start from: `quick`, `standard`, `confirmatory` and the paper's own protocol.
+
+docs/paper-index.md tells of them.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,23 @@ PRESETS = {
             "nulls": "noise,shuffled",
             "equal_step": True,
             "ablation_documents": 8,
+        },
+    ),
+    "confirmatory": Preset(
+        description="One question declared first: is `content` better in-domain than LoRA on all layers? Many hours.",
+        options={
+            "corpus": "wikitext2",
+            "arms": "none,preskip,content,content-gated,parallel,skip,lora,lora-attention,full",
+            "primary": "content:lora",
+            "seeds": "1,2,3,4,5",
+            "lr": ["tune"],
+            "lr_rule": "frontier",
+            "steps": 48,
+            "save_steps": 16,
+            "last_word_items": 0,
+            "tasks": "lambada_openai",
+            "task_limit": 500,
+            "eval_corpora": "wikitext2:62x250,books24:94x150",
         },
     ),
     "paper": Preset(

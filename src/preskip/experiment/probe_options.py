@@ -43,7 +43,7 @@ class ProbeConfig(ExperimentConfig):
     rates = ("learning_rates", "lr_mode")
 
     model: str = option("smollm2", "smollm2 (embedded), a Hub id, a folder, a GGUF file.", positional=True, path=True)
-    preset: str = option("quick", "quick, standard or paper: where the other options start from.", WHAT)
+    preset: str = option("quick", "quick, standard, confirmatory or paper: where the other options start from.", WHAT)
     arms: tuple[str, ...] = ("none", "preskip", "lora")
     seeds: tuple[int, ...] = (42,)
     match: str = option(

@@ -1,0 +1,84 @@
+"""The confirmatory study: `preskip probe --preset confirmatory` on every model and corpus, and one estimate over all.
+
+    python benchmarks/study.py --out runs/confirmatory --models smollm2,./gemma-3-270m.gguf --corpora wikitext2,books24
+    python benchmarks/study.py ... --minutes 9        # the same command goes on where it was (make gpu-study)
+    python benchmarks/study.py ... -- --steps 200       # what follows -- goes to every probe that is not begun yet
+
+Each probe is a process of its own with a run directory `OUT/MODEL-CORPUS`. One that was begun is resumed with the
+options it has. Ctrl-C, SIGTERM and the end of the minutes interrupt the probe, which keeps all that is finished. After
+the last one, every pair of arms is compared in each run and over all of them (`preskip compare --combine`).
+
+Exit code: 0 when all is done, 3 when something is left to do, else that of the probe that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from preskip.data.splits import slug
+from preskip.runs.directory import RunDirectory
+
+LEFT_TO_DO = 3
+
+
+def main() -> int:
+    """Run what is not finished, then compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/confirmatory"))
+    parser.add_argument("--models", default="smollm2", help="names, ids or paths, separated by commas")
+    parser.add_argument("--corpora", default="wikitext2,books24")
+    parser.add_argument("--minutes", type=float, help="stop after so many; default: when all is done")
+    parser.add_argument("more", nargs="*", metavar="-- OPTIONS", help="options of preskip probe")
+    options = parser.parse_args()
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    runs = {
+        options.out / f"{slug(model.removesuffix('.gguf'))}-{slug(corpus)}": (model, corpus)
+        for model in options.models.split(",")
+        for corpus in options.corpora.split(",")
+    }
+    for run, (model, corpus) in runs.items():
+        if is_finished(run):
+            continue
+        begun = (run / "run.json").is_file()
+        what = ["--resume", str(run)] if begun else [model, "--preset", "confirmatory", "--corpus", corpus]
+        code = interruptible(["probe", *what, *([] if begun else ["--out", str(run), *options.more])], deadline)
+        if code is None:
+            print(f"stopped; {run} and what follows it go on with the same command", flush=True)
+            return LEFT_TO_DO
+        if code:
+            return code
+    if len(runs) > 1:
+        return preskip(["compare", *map(str, runs), "--combine"]).wait()
+    return 0
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has its results."""
+    return (run / "run.json").is_file() and RunDirectory.open(run).manifest.get("status") == "finished"
+
+
+def preskip(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a command."""
+    return subprocess.Popen([sys.executable, "-m", "preskip", *arguments])
+
+
+def interruptible(arguments: Sequence[str], deadline: float | None) -> int | None:
+    """The exit code of a command; None where the deadline or the user interrupted it."""
+    process = preskip(arguments)
+    try:
+        return process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

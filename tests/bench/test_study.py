@@ -1,0 +1,82 @@
+"""The study's driver: what is begun is resumed, what is done is left, the deadline interrupts, all is compared."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from preskip.runs.directory import RunDirectory
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    path = Path(__file__).parents[2] / "benchmarks" / "study.py"
+    spec = importlib.util.spec_from_file_location("study", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return module
+
+
+class Process:
+    """In place of a probe: it finishes its run, unless it is to take longer than is left."""
+
+    endless = False
+
+    def __init__(self, arguments):
+        self.arguments = list(map(str, arguments))
+        self.signals = []
+
+    def wait(self, timeout=None):
+        if self.signals:
+            return 130
+        if "--out" in self.arguments:
+            run = RunDirectory.create(Path(self.arguments[self.arguments.index("--out") + 1]), {"config": {}})
+            if self.endless:
+                raise subprocess.TimeoutExpired("probe", timeout)
+            path = run.path / "run.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "status": "finished"}))
+        return 0
+
+    def send_signal(self, number):
+        self.signals.append(number)
+
+
+def run(script, monkeypatch, *arguments):
+    started = []
+
+    def start(command):
+        started.append(Process(command))
+        return started[-1]
+
+    monkeypatch.setattr(script, "preskip", start)
+    monkeypatch.setattr(sys, "argv", ["study.py", *map(str, arguments)])
+    return script.main(), [process.arguments for process in started], started
+
+
+def test_every_model_and_corpus_then_one_estimate(script, tmp_path, monkeypatch):
+    options = ("--out", tmp_path / "study", "--models", "a,./b.gguf", "--", "--steps", "5")
+    code, commands, _ = run(script, monkeypatch, *options)
+    names = ["a-wikitext2", "a-books24", "b-wikitext2", "b-books24"]
+    runs = [str(tmp_path / "study" / name) for name in names]
+    assert code == 0
+    assert [command[:6] for command in commands[:2]] == [
+        ["probe", "a", "--preset", "confirmatory", "--corpus", corpus] for corpus in ("wikitext2", "books24")
+    ]
+    assert [command[6:] for command in commands[:4]] == [["--out", path, "--steps", "5"] for path in runs]
+    assert commands[4] == ["compare", *runs, "--combine"]
+    assert run(script, monkeypatch, *options)[1] == [commands[4]]  # all is done
+
+
+def test_the_deadline_interrupts_and_the_next_call_resumes(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(Process, "endless", True)
+    code, commands, started = run(script, monkeypatch, "--out", tmp_path, "--corpora", "wikitext2", "--minutes", "0")
+    assert (code, len(commands), started[0].signals) == (3, 1, [signal.SIGINT])
+    assert (tmp_path / "smollm2-wikitext2" / "run.json").is_file()
+    monkeypatch.setattr(Process, "endless", False)
+    code, commands, _ = run(script, monkeypatch, "--out", tmp_path, "--corpora", "wikitext2", "--", "--steps", "9")
+    assert (code, commands) == (0, [["probe", "--resume", str(tmp_path / "smollm2-wikitext2")]])
