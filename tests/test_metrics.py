@@ -21,7 +21,7 @@ LOWER = ["bits_per_byte", "word_perplexity", "byte_perplexity", "perplexity", "n
 
 def difference(metric: str, **changes: object) -> dict:
     entry = {"set": "s", "metric": metric, "arm": "a", "reference": "b", "p_value": 0.01, "difference": -0.1}
-    more = {"low": -0.2, "high": -0.01, "margin": None, "units": 9, "unit": "item", "seeds": 1}
+    more = {"low": -0.2, "high": -0.01, "margin": None, "units": 9, "clusters": None, "unit": "item", "seeds": 1}
     return {**entry, **more, **changes}
 
 
@@ -103,7 +103,9 @@ def family(metric):
 sets = {"s": {"kind": "item", "items": 60, "title": "S"}}
 (entry,) = compare_arms({"none": {0: items(0)}, "a": {0: items(-0.05)}}, family("ece"), sets)
 assert (entry["verdict"], entry["margin"]) == ("better", 0.02), entry
-assert sentence(entry, sets) == "a lowers calibration error on S by 5.0 [5.0, 5.0] points against none"
+assert sentence(entry, sets) == (
+    "this training of a lowers calibration error on S by 5.0 [5.0, 5.0] points against none"
+)
 assert _unit("ece") == "ECE"
 (plan,) = planned_power(sets, 3, family("ece"))
 assert plan["design"]["seed_deviation"] == 0.01, plan

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 import preskip
 import zoo
 from preskip import PreskipConfig, PreskipError, bake
+from preskip.branch import FUNCTIONS
 from preskip.quantizing import Int8Linear, PaddedInt8, quantize
 
 
@@ -81,6 +82,18 @@ def test_sides_that_are_no_multiples_take_the_kernel_too(sides, monkeypatch):
         layer(x)
     product(x)  # has a gradient
     assert calls == [torch.Size((-(-sides[1] // 64) * 64, 64))]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu", "mish"])
+def test_the_inner_width_may_stay_padded_between_two_products(activation):
+    up, down = Int8Linear(60, 75), Int8Linear(75, 60)
+    for layer in (up, down):
+        layer.weight, layer.scale = quantize(torch.randn(layer.out_features, layer.in_features), torch.bfloat16)
+    x = torch.randn(2, 3, 60).bfloat16()
+    with torch.inference_mode():
+        inner = FUNCTIONS[activation](PaddedInt8(up, wide=True)(x))
+        assert inner.shape == (2, 3, 128)
+        assert torch.equal(PaddedInt8(down)(inner), PaddedInt8(down)(FUNCTIONS[activation](PaddedInt8(up)(x))))
 
 
 def test_what_cannot_be_quantised_is_refused(tmp_path):

@@ -160,7 +160,9 @@ def _plan(branch: Any, dtype: torch.dtype | None) -> _Plan:
         weight: Any = linear._parameters.get("weight")
         sources.append((linear, weight, 0 if weight is None else weight._version))
         if isinstance(linear, Int8Linear) and dtype in (torch.bfloat16, torch.float32):
-            products[part] = PaddedInt8(linear) if dtype == torch.bfloat16 else linear
+            # The inner width may stay padded: every activation of 0 is 0.
+            wide = part in ("up", "gate")
+            products[part] = PaddedInt8(linear, wide=wide) if dtype == torch.bfloat16 else linear
         elif (
             type(linear) is not nn.Linear
             or linear._forward_hooks

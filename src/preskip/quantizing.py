@@ -64,23 +64,24 @@ class PaddedInt8:
 
     Args:
         linear: the layer; it computes what the kernel does not take.
+        wide: whether the kernel's outputs keep the zeros behind them, for another product that takes them so.
     """
 
-    def __init__(self, linear: Int8Linear) -> None:
-        self.linear = linear
-        self.columns, rows = -linear.in_features % _VECTOR, -linear.out_features % _VECTOR
-        self.weight = F.pad(linear.weight, (0, self.columns, 0, rows))
+    def __init__(self, linear: Int8Linear, *, wide: bool = False) -> None:
+        self.linear, self.wide = linear, wide
+        columns, rows = -linear.in_features % _VECTOR, -linear.out_features % _VECTOR
+        self.weight = F.pad(linear.weight, (0, columns, 0, rows))
         self.scale = F.pad(linear.scale.to(torch.bfloat16), (0, rows))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] → [..., out], as the layer."""
+        """[..., in] → [..., out], as the layer; x may have the zeros of a wide product behind it."""
         if not takes_kernel(x):
             return self.linear(x)
         flat = x.reshape(-1, x.shape[-1])
-        if self.columns:
-            flat = F.pad(flat, (0, self.columns))
+        if missing := self.weight.shape[1] - flat.shape[1]:
+            flat = F.pad(flat, (0, missing))
         flat = torch._weight_int8pack_mm(flat, self.weight, self.scale)
-        return flat[:, : self.linear.out_features].reshape(*x.shape[:-1], -1)
+        return (flat if self.wide else flat[:, : self.linear.out_features]).view(*x.shape[:-1], -1)
 
 
 def quantize(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

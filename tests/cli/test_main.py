@@ -27,7 +27,10 @@ from tiny_model import save_tiny_llama, write_corpus
         (["pretrain", "--workers", "0"], "--workers 0 is not possible: it must be at least 1"),
         (["probe", "--workers", "0"], "--workers 0 is not possible: it must be at least 1"),
         (["probe", "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
-        (["probe", "--resume", "x", "--config", "y"], "--resume takes every option from the run: leave out config"),
+        (
+            ["probe", "--resume", "x", "--config", "y"],
+            "--resume takes every option but --seeds from the run: leave out config",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_its_mend(arguments, message, capsys):

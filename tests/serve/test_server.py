@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -67,6 +69,24 @@ def test_an_error_in_the_block_ends_the_server_too(tmp_path):
     with pytest.raises(KeyboardInterrupt), server.running(arguments, tmp_path / "log") as process:
         server.wait(process, tmp_path / "log", url, interrupted)
     assert process.returncode is not None
+
+
+def test_ctrl_c_at_the_moment_of_its_start_ends_the_server_too(tmp_path, monkeypatch):
+    started = []
+
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        os.kill(os.getpid(), signal.SIGINT)  # before anything here knows of the process
+        return started[-1]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
+    before = signal.getsignal(signal.SIGTERM)
+    arguments, *_ = engine(tmp_path)
+    with pytest.raises(KeyboardInterrupt), server.running(arguments, tmp_path / "log"):
+        raise AssertionError("the block was entered")
+    assert started[0].returncode is not None
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_server_that_dies_says_why_in_one_line(tmp_path):

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -100,20 +101,43 @@ def running(
         log: what it prints goes there.
         variables: of its environment; None takes `environment()`.
     """
-    with log.open("wb") as output:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the other in order.
-        server = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=variables or environment(),
-            start_new_session=True,
-        )
+    release = _hold_signals()  # one that comes while the process starts would leave it behind
     try:
+        with log.open("wb") as output:
+            # A session of its own: Ctrl-C reaches this process alone, which then ends the other in order.
+            server = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=variables or environment(),
+                start_new_session=True,
+            )
+    except BaseException:
+        release()
+        raise
+    try:
+        release()
         yield server
     finally:
         stop(server)
+
+
+def _hold_signals() -> Callable[[], None]:
+    """Let Ctrl-C and SIGTERM wait until the returned function is called; it handles the first that came."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda own, _: came.append(own)) for number in numbers}
+
+    def release() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+    return release
 
 
 def environment() -> dict[str, str]:
