@@ -32,8 +32,9 @@ def reused(run):
 
 
 def without_counts(value):
+    """Without what tells of the option itself."""
     if isinstance(value, dict):
-        return {key: without_counts(part) for key, part in value.items() if key != "reuse"}
+        return {key: without_counts(part) for key, part in value.items() if key not in ("reuse", "declaration")}
     return [without_counts(part) for part in value] if isinstance(value, list) else value
 
 
