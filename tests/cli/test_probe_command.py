@@ -245,7 +245,7 @@ def test_target_modules_choose_the_same_layers_for_both_arms(probe, tmp_path):
         (["--arms", ""], "--arms needs one or more"),
         (["--arms", "bitfit"], "LlamaForCausalLM has no biases"),
         (["--arms", "full", "--dtype", "bfloat16"], "would train weights in bfloat16"),
-        (["--preset", "huge"], "--preset 'huge' is unknown: choose one of quick, standard, paper"),
+        (["--preset", "huge"], "--preset 'huge' is unknown: choose one of quick, standard, confirmatory, paper"),
         (["--match", "size"], "--match 'size'"),
         (["--lora-rank", "few"], "--lora-rank 'few' is not a number"),
         (["--lora-rank", "preskip=4"], "--lora-rank preskip=4"),

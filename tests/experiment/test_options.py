@@ -116,7 +116,7 @@ def test_preset_below_file_below_option():
     assert (config.task_limit, config.lr_mode) == (1500, "tune")
     assert preset_options(ProbeConfig, [file, {"preset": "quick"}])["batch_size"] == 4
     assert preset_options(PretrainConfig, [given]) == {}
-    with pytest.raises(PreskipError, match="--preset 'huge' is unknown: choose one of quick, standard, paper"):
+    with pytest.raises(PreskipError, match="--preset 'huge' is unknown: choose one of quick, standard, confirmatory"):
         preset_options(ProbeConfig, [{"preset": "huge"}])
 
 

@@ -76,7 +76,7 @@ def test_ctrl_c_at_the_moment_of_its_start_ends_the_server_too(tmp_path, monkeyp
 
     def start(*arguments, **options):
         started.append(popen(*arguments, **options))
-        os.kill(os.getpid(), signal.SIGINT)  # before anything here knows of the process
+        signal.raise_signal(signal.SIGINT)  # before anything here knows of the process
         return started[-1]
 
     popen = subprocess.Popen
