@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from preskip.errors import PreskipError
-from preskip.stats.combined import combine, standard_error
+from preskip.stats.combined import combine
 
 
 def test_the_figures_are_those_of_statsmodels():
@@ -51,9 +51,3 @@ def test_what_cannot_be_combined_is_said():
             combine([1.0, 2.0], [1.0, error])
     two = combine([1.0, 2.0], [1.0, 1.0])
     assert two.predicted_low is None
-
-
-def test_the_standard_error_is_that_of_the_components():
-    found = standard_error({"seed": 3.0, "unit": 4.0, "residual": None}, 9, 16)
-    assert found == pytest.approx((9 / 9 + 16 / 16) ** 0.5)
-    assert standard_error({"seed": None, "unit": 4.0, "residual": None}, 1, 16) == 1.0

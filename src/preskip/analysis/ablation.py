@@ -29,6 +29,7 @@ from preskip.evaluate.likelihood import batches, default_batch_tokens, score_seq
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import AblationRow
 from preskip.stats import paired_ratio_difference
+from preskip.train.prefix import forward_replaced
 
 # The two parts of a layer that has two, off together.
 BOTH = "both"
@@ -157,20 +158,8 @@ def switched_off(branch: LiveBranch, part: str) -> Iterator[None]:
 
             handle = attention.register_forward_pre_hook(remember, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
-            stack.enter_context(_forward_replaced(attention, on_plain))
+            stack.enter_context(forward_replaced(attention, on_plain))
         yield
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    own = module.__dict__.get("forward")  # accelerate's hooks put one there
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 class _KeptBlocks:
@@ -201,7 +190,7 @@ class _KeptBlocks:
         with ExitStack() as stack:
             for block in self.blocks[site.stack][: site.layer] if self.is_usable else ():
                 outputs = iter(self.outputs[block])
-                stack.enter_context(_forward_replaced(block, lambda *args, _outputs=outputs, **kwargs: next(_outputs)))
+                stack.enter_context(forward_replaced(block, lambda *args, _outputs=outputs, **kwargs: next(_outputs)))
             yield
 
 

@@ -30,22 +30,21 @@ def combine_runs(
         PreskipError: fewer than two runs, what cannot be compared within one, or no pair that two runs hold.
     """
     from preskip.progress import progress_bar
-    from preskip.runs.stored import load_runs
+    from preskip.runs.stored import load_runs, run_labels
     from preskip.stats import compare_arms
     from preskip.stats.combined import combine_comparisons
 
     if len(runs) < 2:
         raise PreskipError("--combine needs two runs or more")
-    if len({path.resolve() for path in runs}) < len(runs):
-        raise PreskipError("the same run is given twice: give each run once")
+    labels = run_labels(runs)
     compared = {}
     with progress_bar("comparing", len(runs), quiet=as_json) as advance:
-        for number, path in enumerate(runs, 1):
+        for number, (label, path) in enumerate(zip(labels, runs, strict=True), 1):
             stored = load_runs([path], allow_different_dtype=allow_different_dtype)
             pairs = stored.pairs(list(parse_names(arms)) if arms else None, reference)
             entries = compare_arms(stored.items, stored.family, stored.sets, pairs=pairs, confidence=confidence)
-            compared[str(path)] = (entries, stored.sets)
-            advance(number, path.name)
+            compared[label] = (entries, stored.sets)
+            advance(number, label)
     found = combine_comparisons(compared, confidence=confidence)
     if not found:
         raise PreskipError("no pair of arms is in two of these runs, on sets of one metric and domain")
@@ -61,16 +60,17 @@ def _print(entry: Mapping[str, Any]) -> None:
 
     from preskip.cli.printing import columns, difference_cell, print_table
     from preskip.metrics import metric_named
+    from preskip.report.lookup import DOMAINS
     from preskip.report.words.verdicts import MINUS, amount, p_text
 
     about = metric_named(entry["metric"])
     table = columns("experiment", right=(f"difference [{100 * entry['confidence']:g} %]", "p (raw)"))
-    role = {"in": "in-domain", "out": "out-of-domain"}.get(entry["role"], entry["role"])
+    role = DOMAINS.get(entry["role"], entry["role"])
     unit = f" ({about.difference_unit.strip()})" if about.difference_unit else ""
     table.title = Text(f"{entry['arm']} {MINUS} {entry['reference']}: {about.name}{unit}, {role}")
     for part in entry["parts"]:
         single = part["comparison"]
-        table.add_row(f"{Path(part['run']).name}: {single['set']}", difference_cell(single), p_text(single["p_value"]))
+        table.add_row(f"{part['run']}: {single['set']}", difference_cell(single), p_text(single["p_value"]))
     mean = {"metric": entry["metric"], "difference": entry["value"], "low": entry["low"], "high": entry["high"]}
     table.add_section()
     table.add_row(f"combined, {entry['experiments']}", difference_cell(mean), p_text(entry["p_value"]))

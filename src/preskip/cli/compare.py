@@ -12,13 +12,13 @@ from preskip.cli.options import Json, flag
 from preskip.errors import PreskipError
 from preskip.experiment.parse import parse_names
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 DETAIL_NOTE = (
     "behind it: each seed's difference; where one more seed's would lie; how often a seed of the arm is better; the "
     "share of variance of seeds / units / seed by unit; p of random signs of up to 40 units (items only)"
 )
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def compare(
@@ -175,7 +175,8 @@ def _details(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any]) -> l
     from preskip.report.words.detail import detail_texts
     from preskip.report.words.verdicts import MINUS, set_label
 
-    table = columns("behind it", right=("by seed", "next seed [95 %]", "P(better)", "variance %", "p flip"))
+    level = f"{100 * entries[0]['confidence']:g} %" if entries else ""
+    table = columns("behind it", right=("by seed", f"next seed [{level}]", "P(better)", "variance %", "p flip"))
     heading = None
     measures = list(dict.fromkeys((entry["set"], entry["metric"]) for entry in entries))
     for entry in sorted(entries, key=lambda entry: measures.index((entry["set"], entry["metric"]))):

@@ -177,7 +177,7 @@ def _key(adapter: Path, base: str, dtype: str) -> str:
 def _refuse_as_lora(arguments: Sequence[str]) -> None:
     """Refuse Preskip adapters that an engine is told to take for LoRA, which it would do wrongly or not at all."""
     for argument in arguments:
-        path = Path(argument.rpartition("=")[2]) / "adapter_config.json"
+        path = Path(argument.rpartition("=")[2]) / ADAPTER_CONFIG
         if path.is_file() and json.loads(path.read_text()).get("peft_type") == PEFT_TYPE:
             raise PreskipError(
                 f"{path.parent} is a Preskip adapter, which is no LoRA: its branch depends non-linearly on its input "

@@ -114,8 +114,7 @@ def load_texts(
     """
     if not _is_published(name):
         return load_corpus(name, text_column=text_column, split=split, progress=progress)
-    heldout = _moved(_read_part(name, "training", data_dir))[1] if name == "books24" else []
-    return Corpus(name, (*heldout, *_read_part(name, "heldout", data_dir)), TITLES[name])
+    return Corpus(name, tuple(_read_part(name, "heldout", data_dir)), TITLES[name])
 
 
 def slug(name: str) -> str:
@@ -154,7 +153,12 @@ def _read_part(name: str, part: str, data_dir: Path | None) -> list[Document]:
     if name == "wikitext2":
         return _pages(text, part)
     pieces = _pieces(text, part)
-    return _spread(pieces) if name == "books24" and part == "heldout" else pieces
+    if name == "books24":
+        if part == "training":
+            return [piece for piece in pieces if not _is_fourth(piece)]
+        fourths = [piece for piece in _read_part("books", "training", data_dir) if _is_fourth(piece)]
+        return _spread(fourths + pieces)
+    return pieces
 
 
 def find_file(directory: Path, file: str) -> Path:
@@ -170,9 +174,6 @@ def missing_file(name: str, directory: Path) -> str | None:
 
 def _published(name: str, data_dir: Path | None, seed: int) -> Splits:
     parts: dict[str, Any] = {part: _read_part(name, part, data_dir) for part in PUBLISHED[name]}
-    if name == "books24":
-        parts["training"], more = _moved(parts["training"])
-        parts["heldout"] = more + parts["heldout"]
     if "development" not in parts:
         parts["training"], parts["development"] = _set_aside(Corpus(name, tuple(parts["training"]), name), seed)
     digest = hashlib.sha256()
@@ -200,12 +201,9 @@ def _pieces(text: str, part: str) -> list[Document]:
     return documents
 
 
-def _moved(pieces: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Pieces of the training books without every fourth book, and `_spread` pieces of those."""
-    books = list(dict.fromkeys(piece.group for piece in pieces))
-    every_fourth = set(books[3::4])
-    stay = [piece for piece in pieces if piece.group not in every_fourth]
-    return stay, _spread([piece for piece in pieces if piece.group in every_fourth])
+def _is_fourth(piece: Document) -> bool:
+    """Whether a piece is of every fourth of the training books, by the number in its group."""
+    return int(piece.group.rpartition("-")[2]) % 4 == 3
 
 
 def _spread(pieces: list[Document]) -> list[Document]:

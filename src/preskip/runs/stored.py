@@ -82,7 +82,7 @@ def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> 
     """
     runs = [RunDirectory.open(path) for path in paths]
     manifests = [run.manifest for run in runs]
-    labels = _labels(paths)
+    labels = run_labels(paths)
     for label, manifest in zip(labels[1:], manifests[1:], strict=True):
         _check_same_model(labels[0], manifests[0], label, manifest)
     items: dict[str, dict[int, Items]] = {}
@@ -129,7 +129,12 @@ def _finished(run: RunDirectory, arm: str, order: Sequence[int], notes: list[str
     return done
 
 
-def _labels(paths: Sequence[Path]) -> list[str]:
+def run_labels(paths: Sequence[Path]) -> list[str]:
+    """What runs are called beside each other: their folders' names, or their paths where names are the same.
+
+    Raises:
+        PreskipError: the same run is given twice.
+    """
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
         raise PreskipError("the same run is given twice: give each run once")

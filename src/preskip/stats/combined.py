@@ -11,8 +11,9 @@ import numpy as np
 from scipy import optimize, stats
 
 from preskip.errors import PreskipError
-from preskip.runs.schema import Comparison, Deviations, SetFacts
+from preskip.runs.schema import Comparison, SetFacts
 from preskip.stats.intervals import CONFIDENCE
+from preskip.stats.power import measured_design
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def combine(values: Sequence[float], standard_errors: Sequence[float], *, confid
 
     between = 0.0
     if excess(0.0) > 0:
-        highest = float(np.ptp(found) ** 2)  # there Q is below count / 4 · (ptp² / ptp²): below what is expected
+        highest = float(np.ptp(found) ** 2)
         while excess(highest) > 0:
             highest *= 2
         between = float(optimize.brentq(excess, 0.0, highest, xtol=1e-18, rtol=1e-12))
@@ -133,10 +134,7 @@ def combine_comparisons(
         values, errors = [], []
         experiments: list[dict[str, Any]] = []
         for run, entries in by_run.items():
-            own = [
-                standard_error(entry["deviations"], entry["seeds"], entry["clusters"] or entry["units"])
-                for entry in entries
-            ]
+            own = [measured_design(entry).standard_error for entry in entries]
             if min(own) > 0:
                 values.append(sum(entry["difference"] for entry in entries) / len(entries))
                 errors.append(sum(own) / len(own))
@@ -158,15 +156,3 @@ def combine_comparisons(
             }
         )
     return found
-
-
-def standard_error(deviations: Deviations, seeds: int, units: int) -> float:
-    """Of a difference, from its variance components (`preskip.stats.intervals.Distribution.components`).
-
-    Args:
-        deviations: standard deviations of seeds, units and the rest; `unit` holds the rest with one seed.
-        seeds: number of training seeds.
-        units: number of documents, items or clusters.
-    """
-    seed, unit, residual = (deviations[name] or 0.0 for name in ("seed", "unit", "residual"))
-    return math.sqrt(seed**2 / seeds + unit**2 / units + residual**2 / (seeds * units))

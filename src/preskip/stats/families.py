@@ -3,10 +3,9 @@
 A family has a primary comparison (level 1) and secondary ones (level 2); before them comes whether the arm differs from
 the plain model at all (level 0). A level is tested only if every comparison of the levels before it is decided, by
 Holm's procedure within the level: serial gatekeeping (Maurer, Hothorn and Lehmacher 1995; Westfall and Krishen 2001;
-Dmitrienko, Offen and Westfall 2003). The chance of any false difference is at most
-alpha. Equivalences are corrected by Holm over all declared ones, without a gate: a primary comparison that is decided
-speaks against its own equivalence, and would close the gate for all others. Families of earlier runs have one level,
-and leave equivalence uncorrected.
+Dmitrienko, Offen and Westfall 2003). The chance of any false difference is at most alpha. Equivalences are corrected by
+Holm over all declared ones, without a gate: a primary comparison that is decided speaks against its own equivalence,
+and would close the gate for all others. Families of earlier runs have one level, and leave equivalence uncorrected.
 """
 
 from __future__ import annotations
