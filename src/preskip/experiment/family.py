@@ -8,10 +8,8 @@ from preskip.arms import REGISTRY, Arm
 from preskip.errors import PreskipError
 from preskip.evaluate.paper import COLUMNS
 from preskip.runs.schema import Declared, Family, SetFacts
+from preskip.runs.stored import PLAIN
 from preskip.stats import ALPHA, DEFAULT_MARGINS
-
-# What is compared as it is: no reference arm, as long as there is another.
-PLAIN = ("none", "base")
 
 
 def declare_family(
@@ -37,7 +35,7 @@ def declare_family(
     Raises:
         PreskipError: the primary comparison names a set that is not scored.
     """
-    names = [arm.name for arm in arms if arm.name not in PLAIN]
+    names = [arm.name for arm in arms if arm.name not in PLAIN]  # as long as there is another
     reference = primary[0] if primary else "preskip" if "preskip" in names else next(iter(names), None)
     others = [arm.name for arm in arms if arm.name != reference]
     others = [arm.name for arm in REGISTRY if arm.decisive and arm.name in others] or others

@@ -16,6 +16,8 @@ from preskip.runs.schema import Family, SetFacts
 Items = Sequence[Mapping[str, Any]]
 
 UNTRAINED = "none"  # the arm that is not trained
+# What is compared as it is: the untouched model, and the plain architecture trained from scratch.
+PLAIN = (UNTRAINED, "base")
 # What must be the same for scores of one set to be comparable.
 _SCORING = ("context_length", "stride")
 # And of lm-eval's task, where it is one.

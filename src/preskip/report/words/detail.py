@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from preskip.metrics import metric_named
 from preskip.report.words.verdicts import decimals, limits_text, number, p_text
 from preskip.runs.schema import Comparison, SetFacts
+from preskip.runs.stored import PLAIN
 from preskip.stats.detail import variance_shares
 from preskip.stats.verdicts import independent_units
 
-PLAIN = ("none", "base")
 NONE = "–"
 
 
