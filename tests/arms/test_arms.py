@@ -1,3 +1,4 @@
+import copy
 import pathlib
 import re
 import subprocess
@@ -325,15 +326,43 @@ def test_bitfit_trains_biases_and_says_when_there_are_none():
         pass
 
 
-def test_weights_that_are_not_float32_are_not_trained():
-    base = tiny_llama().bfloat16()
+def test_weights_of_a_float16_base_are_not_trained():
+    base = tiny_llama().half()
     with (
-        pytest.raises(PreskipError, match="arm full would train weights in bfloat16"),
+        pytest.raises(PreskipError, match="arm full would train weights in float16"),
         insert(ARMS["full"], context_for(base), seed=0),
     ):
         pass
+    assert {weight.dtype for weight in base.parameters()} == {torch.float16}
+
+
+def test_all_weights_of_a_bfloat16_base_are_trained_in_float32():
+    """The first loss and gradients are those of PyTorch's own mixed precision; the base comes back bit for bit."""
+    base = tiny_llama().bfloat16()
+    state = {name: weight.clone() for name, weight in base.state_dict().items()}
+    ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        assert base(input_ids=torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16
+        before = base(input_ids=ids).logits
+    reference = copy.deepcopy(base).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = reference(input_ids=ids, labels=ids).loss
+    expected.backward()
+    with insert(ARMS["full"], context_for(base), seed=0) as inserted:
+        assert {weight.dtype for weight in inserted.trainable.values()} == {torch.float32}
+        loss = inserted.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        assert loss.item() == expected.item()
+        for name, weight in reference.named_parameters():
+            torch.testing.assert_close(inserted.trainable[name].grad, weight.grad, rtol=0, atol=0)
+        with torch.no_grad():
+            for weight in inserted.trainable.values():
+                weight.add_(1e-4)  # bfloat16 could not hold it beside a weight of 1
+            assert not torch.equal(inserted.model(input_ids=ids).logits, before)
+            with inserted.as_base():
+                torch.testing.assert_close(inserted.model(input_ids=ids).logits, before, rtol=0, atol=0)
+    assert bit_equal(state, base.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(base(input_ids=ids).logits, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])

@@ -244,7 +244,7 @@ def test_target_modules_choose_the_same_layers_for_both_arms(probe, tmp_path):
         (["--lr", "dora=1e-3"], "'dora', which is not compared"),
         (["--arms", ""], "--arms needs one or more"),
         (["--arms", "bitfit"], "LlamaForCausalLM has no biases"),
-        (["--arms", "full", "--dtype", "bfloat16"], "would train weights in bfloat16"),
+        (["--arms", "full", "--dtype", "float16"], "would train weights in float16"),
         (["--preset", "huge"], "--preset 'huge' is unknown: choose one of quick, standard, confirmatory, paper"),
         (["--match", "size"], "--match 'size'"),
         (["--lora-rank", "few"], "--lora-rank 'few' is not a number"),

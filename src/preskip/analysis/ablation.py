@@ -26,10 +26,10 @@ from preskip.attach import AttentionSite, hidden_states_of, with_hidden_states
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import batches, default_batch_tokens, score_sequences
+from preskip.forwards import forward_replaced
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import AblationRow
 from preskip.stats import paired_ratio_difference
-from preskip.train.prefix import forward_replaced
 
 # The two parts of a layer that has two, off together.
 BOTH = "both"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from preskip.adapter.norms import float32_norms
 from preskip.arms.arm import Arm, ArmContext
 from preskip.arms.budget import TOLERANCE
 from preskip.errors import PreskipError
+from preskip.forwards import forward_autocast, forward_replaced
 from preskip.peers.insert import attach_peers, detach_peers, peer_weights, peers_off, save_peers
 from preskip.peers.place import PeerModule
 
@@ -28,8 +29,10 @@ class Inserted:
         model: what to train and to score; the base itself for an arm without adapter.
         layers: the PEFT models, one per stacked adapter, first to last.
         configs: the configuration of each.
-        own: the base's parameters that are trained in place, by name.
-        before: what these were before, by name.
+        own: the base's parameters that are trained in place, by name; those of a bfloat16 base are in float32 then,
+            and it computes in bfloat16 by autocast.
+        before: what these were before, by name, in the base's dtype.
+        plain: the base's forward without autocast, where there is one with it.
         peers: settings by name of what was put into the blocks (`preskip.peers`).
         targets: paths of the attentions whose blocks have them.
     """
@@ -39,6 +42,7 @@ class Inserted:
     configs: list[Any] = field(default_factory=list)
     own: dict[str, nn.Parameter] = field(default_factory=dict)
     before: dict[str, torch.Tensor] = field(default_factory=dict)
+    plain: Callable[..., Any] | None = None
     peers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
 
@@ -78,6 +82,8 @@ class Inserted:
                 stack.callback(tuner.enable_adapter_layers)
                 tuner.disable_adapter_layers()
             stack.enter_context(peers_off(self.model))
+            if self.plain is not None:
+                stack.enter_context(forward_replaced(self.model, self.plain))
             try:
                 for name, weight in self.own.items():
                     weight.data = self.before[name]
@@ -131,6 +137,7 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
     base = context.base
     frozen = {name: weight.requires_grad for name, weight in base.named_parameters()}
     inserted = Inserted(model=base)
+    autocast = ExitStack()
     try:
         for weight in base.parameters():
             weight.requires_grad_(False)
@@ -153,18 +160,23 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
         if arm.own_weights is not None:
             weights = dict(base.named_parameters())
             inserted.own = {name: weights[name] for name in arm.own_weights(context)}
-            inserted.before = {name: weight.detach().clone() for name, weight in inserted.own.items()}
+            inserted.before = {name: weight.data for name, weight in inserted.own.items()}
+            mixed = {weight.dtype for weight in inserted.own.values()} == {torch.bfloat16}
             for weight in inserted.own.values():
+                weight.data = weight.data.to(torch.float32 if mixed else weight.dtype, copy=True)
                 weight.requires_grad_(True)
+            if mixed:
+                inserted.plain = base.forward
+                autocast.enter_context(forward_autocast(base, torch.bfloat16))
         _check(arm, context, inserted)
         yield inserted
     finally:
         for layer in reversed(inserted.layers):
             layer.unload()  # type: ignore[operator]
         detach_peers(base)
-        with torch.no_grad():
-            for name, values in inserted.before.items():
-                inserted.own[name].copy_(values)
+        autocast.close()
+        for name, values in inserted.before.items():
+            inserted.own[name].data = values
         for name, weight in base.named_parameters():
             weight.requires_grad_(frozen[name])
             weight.grad = None

@@ -22,6 +22,7 @@ from torch import nn
 
 from preskip.attach import find_sites, text_decoder
 from preskip.errors import PreskipError
+from preskip.forwards import forward_replaced
 from preskip.train.kept_states import KeptStates
 
 # Arguments of a decoder that do not change what its layers give.
@@ -226,16 +227,3 @@ def _pass(model: Any, ids: torch.Tensor, seed: int) -> list[torch.Tensor]:
 def _same_files(one: Path, other: Path) -> bool:
     names = {path.name for path in one.glob("*")} | {path.name for path in other.glob("*")}
     return all((one / n).is_file() and (one / n).read_bytes() == (other / n).read_bytes() for n in names)
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a module another `forward` while the context lasts."""
-    own = module.__dict__.get("forward")  # accelerate's hooks put one there
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
