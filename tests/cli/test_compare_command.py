@@ -45,7 +45,7 @@ def test_one_run_gives_every_pair_with_the_declared_family(tmp_path: Path) -> No
     for part in (
         "declared",
         "preskip − none",
-        "p (Holm)",
+        "p (corr.)",
         "exploratory",
         "p (raw)",
         "undecided †",
@@ -65,7 +65,7 @@ def test_one_seed_says_items_only(tmp_path: Path) -> None:
     text = invoke(write_run(tmp_path / "run", arms(seeds=(1,))))
     assert "one seed: items only, not training randomness" in text
     assert "one seed: documents only, not training randomness" in text
-    assert "p (Holm)" not in text
+    assert "p (corr.)" not in text
 
 
 def test_options_choose_arms_sets_and_margins(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_stored_runs_fit_80_columns(run: Path) -> None:
     for entry in results["comparisons"]:
         if entry["declared"]:
             assert f"{entry['arm']} − {entry['reference']}" in shown
-    assert "p (Holm)" in shown
+    assert "p (corr.)" in shown
     assert ("p (raw)" in shown) == ("†" in shown)
     for command in ("compare", "power") if run.name == "scratch-books" else ():  # the others take seconds each
         fits(invoke_app(command, run, columns=80))
@@ -133,13 +133,13 @@ def test_what_is_not_a_run_fits_80_columns() -> None:
 
 
 def test_declared_and_exploratory_rows_stand_apart_and_each_p_says_which_it_is(capsys) -> None:
-    """The same pair of raw 0.022 and of Holm 0.116 must not stand in one column."""
+    """The same pair of raw 0.022 and of corrected 0.116 must not stand in one column."""
     run = RUNS[2]
     results = json.loads((run / "results.json").read_text())
     tables.print_results(results, None)
     declared, exploratory = capsys.readouterr().out.split("\nexploratory ")
     declared = declared[declared.index("\ndeclared before training") :]
-    assert "p (Holm)" in declared
+    assert "p (corr.)" in declared
     assert "†" not in declared
     rows = [line for line in exploratory.splitlines() if " − " in line]
     assert rows

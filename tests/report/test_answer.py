@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from fixture_run import rich_run
+from preskip.report.comparison_tables import comparison_groups, declared_table, power_table, scoreboard
 from preskip.report.diagrams import Diagram, diagram
-from preskip.report.tables import comparison_groups, declared_table, power_table, scoreboard
+from preskip.report.tables import search_table
 from preskip.report.words.answer import answer
 from preskip.report.words.claims import assess, parts_text
 from preskip.report.words.frontier import assess_plane
@@ -95,13 +96,43 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     return json.loads((run / "run.json").read_text()), json.loads((run / "results.json").read_text())
 
 
+def test_limits_adjusted_for_looks_stand_below_the_plain_ones_and_equivalence_is_corrected_where_it_was() -> None:
+    looked = {"seeds": 3, "level": 0.008, "low": -3.0, "high": 0.5, "p_value": 0.04, "p_equivalence": 0.3}
+    found = results(
+        entry("home", "none", "better", margin=0.005, p_equivalence=0.2, p_equivalence_holm=0.6, looked=looked),
+        entry("home", "lora", "better", margin=0.005, p_equivalence=0.2, declared=False, p_holm=None),
+    )
+    (group,) = comparison_groups(found)
+    declared, others = group["declared"], group["others"]
+    for table in (declared, declared_table(found)):
+        (row,) = table.rows
+        place = [column.title for column in table.columns].index("Interval")
+        assert (row[place].text, row[place].note) == ("[−2.000, −0.500]", "[−3.000, +0.500] for looks")
+    for table, p, note in (
+        (declared, "0.6", "p equivalent, corrected"),
+        (others, "0.2", "p equivalent, not corrected"),
+    ):
+        place = [column.title for column in table.columns].index("Margin")
+        assert table.columns[place].note == note
+        assert table.rows[0][place].note.startswith(p)
+
+
+@pytest.mark.parametrize(("within", "said"), [(True, "yes"), (False, "not for every seed: the least harm there")])
+def test_a_rate_that_does_more_harm_than_was_allowed_is_said(*, within: bool, said: str) -> None:
+    search = {"default": 1e-3, "chosen": 1e-3, "extended": False, "trace": []}
+    heading = "Within the harm allowed"
+    table = search_table({"search": {"lora": {**search, "within_harm": within}}})
+    assert table.rows[0][[column.title for column in table.columns].index(heading)].text == said
+    assert heading not in {column.title for column in search_table({"search": {"lora": search}}).columns}
+
+
 def test_no_table_mixes_corrected_and_raw_p(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:
     _, stored = rich
     declared = [e for e in stored["comparisons"] if e["declared"]]
     groups = comparison_groups(stored)
     corrected = [declared_table(stored), *(group["declared"] for group in groups)]
     raw = [power_table(stored), *(group["others"] for group in groups)]
-    for tables, note in ((corrected, "Holm, corrected"), (raw, "not corrected")):
+    for tables, note in ((corrected, "corrected"), (raw, "not corrected")):
         for table in tables:
             assert [column.note for column in table.columns if column.title == "p"] == [note]
     # Every p stands where its kind does: of declared ones the raw p, too, beside what they resolve.

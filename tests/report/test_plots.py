@@ -83,7 +83,7 @@ def test_the_forest_draws_the_declared_pairs_in_order(results: dict[str, Any]) -
     assert row["difference"] == pytest.approx(100 * entry["difference"])
     assert (row["margin_low"], row["margin"]) == pytest.approx((-1.0, 1.0))
     assert row["outcome"] == entry["verdict"]
-    assert row["p"].endswith(" (Holm)")
+    assert row["p"].endswith(" (corrected)")
     spec = forest.forest([row, {**row, "declared": False}], metric_named("acc"))
     styles = {layer["transform"][0]["filter"]: layer["mark"].get("style") for layer in spec["layer"][-2:]}
     assert styles == {"datum.declared": None, "!datum.declared": "hollow"}

@@ -1,10 +1,11 @@
 """What the report shows of a run from scratch: sizes, curves with bands, claims; by hand-made results."""
 
+from preskip.report.comparison_tables import scoreboard
 from preskip.report.figures import make_figures
 from preskip.report.load import load_json
 from preskip.report.lookup import plain_arm
 from preskip.report.plots.training import evaluation_records
-from preskip.report.tables import scoreboard, size_table
+from preskip.report.tables import size_table
 from preskip.report.words.claims import assess
 
 SETS = {"books": {"kind": "document", "domain": "in", "title": "books", "primary": "bits_per_byte"}}

@@ -134,6 +134,7 @@ def _tables(
 
     from preskip.cli.printing import columns, difference_cell, verdict_text
     from preskip.metrics import metric_named
+    from preskip.report.lookup import p_equivalence, p_value
     from preskip.report.words.detail import gain_share
     from preskip.report.words.verdicts import MINUS, amount, p_text, set_label
 
@@ -149,7 +150,7 @@ def _tables(
             "declared" if is_declared else "exploratory",
             right=(
                 f"difference [{100 * group[0]['confidence']:g} %]",
-                "p (Holm)" if is_declared else "p (raw)",
+                "p (corr.)" if is_declared else "p (raw)",
                 "p equiv.",
             ),
             last="reading",
@@ -159,8 +160,8 @@ def _tables(
             table.add_row(
                 f"{entry['arm']} {MINUS} {entry['reference']}",
                 difference_cell(entry),
-                p_text(entry["p_holm" if is_declared else "p_value"]),
-                p_text(entry["p_equivalence"]),
+                p_text(p_value(entry)),  # type: ignore[arg-type]
+                p_text(p_equivalence(entry)),  # type: ignore[arg-type]
                 verdict_text(entry["verdict"], is_declared=is_declared),
             )
         tables.append(table)

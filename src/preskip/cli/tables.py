@@ -12,7 +12,7 @@ from rich.text import Text
 from preskip.cli.printing import EXPLORATORY_NOTE, columns, difference_cell, print_table, verdict_text
 from preskip.metrics import metric_named
 from preskip.progress import console
-from preskip.report.lookup import by_measure, is_declared, ordered, primary, rate_text
+from preskip.report.lookup import by_measure, is_declared, ordered, p_value, primary, rate_text
 from preskip.report.tables import paper_table
 from preskip.report.words.claims import assess
 from preskip.report.words.frontier import assess_plane, planes
@@ -134,7 +134,7 @@ def _shown(results: Results) -> list[Comparison]:
 
 
 def _differences(results: Results, entries: Sequence[Comparison], *, is_declared: bool) -> Table:
-    what, p = ("declared before training", "p (Holm)") if is_declared else ("exploratory", "p (raw)")
+    what, p = ("declared before training", "p (corr.)") if is_declared else ("exploratory", "p (raw)")
     table = columns(what, right=("difference [interval]", p), last="reading")
     for name, metric, group in by_measure(entries):
         table.add_row(Text(f"{set_label(results['sets'], name)}, {_unit(metric)}", style="bold"))
@@ -142,7 +142,7 @@ def _differences(results: Results, entries: Sequence[Comparison], *, is_declared
             table.add_row(
                 f"  {entry['arm']} {MINUS} {entry['reference']}",
                 difference_cell(entry),
-                p_text(entry["p_holm"] if is_declared else entry.get("p_value")),
+                p_text(p_value(entry)),
                 verdict_text(entry["verdict"], is_declared=is_declared),
             )
         table.add_section()

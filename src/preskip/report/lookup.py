@@ -107,6 +107,16 @@ def is_declared(entry: Comparison) -> bool:
     return bool(entry.get("declared"))
 
 
+def p_value(entry: Comparison) -> float | None:
+    """The p that a comparison is judged by: corrected of a declared one, else as it is."""
+    return entry.get("p_holm") if is_declared(entry) else entry.get("p_value")
+
+
+def p_equivalence(entry: Comparison) -> float | None:
+    """The p that its equivalence is judged by; runs before gatekeeping did not correct those of declared ones."""
+    return entry.get("p_equivalence_holm", entry.get("p_equivalence"))
+
+
 def resolvable(results: Results, entry: Comparison) -> tuple[float, str]:
     """The smallest true difference that a comparison finds with 80 % power, in the metric's stored unit, and its basis:
     "measured" or "assumed" as in the run's power analysis, else "interval": 1.43 half widths of the comparison's own.

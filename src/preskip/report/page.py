@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from preskip.report import tables
+from preskip.report import comparison_tables, tables
 from preskip.report.diagrams import arm_lines
 from preskip.report.explain.page import explain_section, find_explains
 from preskip.report.load import Curve, clear_errors, load_curves, load_run, resume_command
@@ -73,7 +73,7 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "answer": answer(results),
         "model_source": record["model"].get("source") or "",
         "lines": arm_lines(record, results),
-        "declared_rows": tables.declared_table(results),
+        "declared_rows": comparison_tables.declared_table(results),
         "planes": [assess_plane(results, home, abroad) for home, abroad in planes(results)] if comparisons else [],
         "claims": [
             {
@@ -83,7 +83,7 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
             }
             for claim in assess(record, results)
         ],
-        "scoreboard": tables.scoreboard(results),
+        "scoreboard": comparison_tables.scoreboard(results),
         "scope": verdicts.scope(comparisons, seeds),
         "family": facts.family_text(results),
         "declared": facts.declared_text(results),
@@ -97,9 +97,9 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "sizes": tables.size_table(results),
         "from_scratch": is_pretraining(results),
         "sets": tables.set_table(results),
-        "comparisons": tables.comparison_groups(results),
-        "power": tables.power_table(results),
-        "detail": tables.detail_table(results),
+        "comparisons": comparison_tables.comparison_groups(results),
+        "power": comparison_tables.power_table(results),
+        "detail": comparison_tables.detail_table(results),
         "paper": tables.paper_table(results),
         "paper_model": results["paper"]["model"] if results.get("paper") else None,
         "search": tables.search_table(results),

@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from preskip.report.lookup import (
     DOMAINS,
-    by_measure,
     chosen_rate,
     development,
-    doubled,
-    find,
-    is_declared,
     is_pretraining,
     metric_on,
-    ordered,
-    plain_arm,
     primary,
     rate_text,
-    resolvable,
-    trained_arms,
 )
+from preskip.report.table import NONE, Cell, Column, Table, make_table, measured, words
 from preskip.report.words.claims import MEASURES
-from preskip.report.words.detail import detail_texts, gain_share
 from preskip.report.words.facts import bytes_text
 from preskip.report.words.verdicts import (
-    MINUS,
-    amount,
-    difference_text,
     interval_text,
     limits_text,
     nulls_text,
     number,
-    p_text,
     set_label,
     set_title,
 )
-from preskip.runs.schema import Comparison, Manifest, Results, Trend
+from preskip.runs.schema import Manifest, Results, Trend
 
 PAPER_COLUMNS = {
     "paper:lambada": "LAMBADA",
@@ -53,56 +41,6 @@ BUDGETS = {
     "floor": "floor, unmatched",
     "ceiling": "ceiling",
 }
-NONE = "–"
-
-
-class Column(NamedTuple):
-    """A heading; a column of numbers is set to the right and sorted by size."""
-
-    title: str
-    note: str = ""
-    number: bool = True
-    wrap: bool = False
-
-
-class Cell(NamedTuple):
-    """What stands in a table: its text, what stands small below, what it sorts by, or a verdict's badge, marked where
-    the comparison is exploratory.
-    """
-
-    text: str
-    note: str = ""
-    sort: float | str | None = ""  # "": by its text; None: last
-    badge: bool = False
-    exploratory: bool = False
-
-
-class Table(NamedTuple):
-    """A table under its heading; a row's first cell names it."""
-
-    label: str
-    columns: list[Column]
-    rows: list[list[Cell]]
-    caption: str
-
-
-HOLM, RAW = Column("p", "Holm, corrected"), Column("p", "not corrected")
-
-
-def words(title: str, note: str = "", *, wrap: bool = False) -> Column:
-    """A column of words."""
-    return Column(title, note, number=False, wrap=wrap)
-
-
-def make_table(label: str, columns: Iterable[Column | str], rows: Iterable[Sequence[Any]], caption: str = "") -> Table:
-    """A table whose cells may be plain values; of columns a plain text heads numbers."""
-    shown = [[cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in row] for row in rows]
-    return Table(label, [c if isinstance(c, Column) else Column(c) for c in columns], shown, caption or label)
-
-
-def measured(sort: float | None, shown: dict[str, str] | None) -> Cell:
-    """A value with its interval below it; a dash where there is none."""
-    return Cell(NONE, sort=None) if shown is None else Cell(shown["value"], shown["interval"], sort)
 
 
 def arm_columns(results: Results) -> list[dict[str, Any]]:
@@ -212,110 +150,19 @@ def size_table(results: Results) -> Table:
     return make_table("Size and compute", columns, rows, "Weights, compute and speed of every arm")
 
 
-def comparison_groups(results: Results) -> list[dict[str, Any]]:
-    """Every set and metric with its comparisons: those declared before training, then the others."""
-    first = (words("Comparison"), words("Verdict"), "Difference", "Interval")
-    last = (Column("Margin", "p equivalent, not corrected"), "Units", "Seeds")
-    groups = []
-    for set_name, metric, entries in by_measure(results["comparisons"]):
-        about = metric_on(results, set_name, metric)
-        title = f"{about.name}, {set_label(results['sets'], set_name)}"
-        declared, others = (
-            [
-                _comparison(entry, results)
-                for entry in ordered(entries, about.lower_is_better)
-                if is_declared(entry) == wanted
-            ]
-            for wanted in (True, False)
-        )
-        groups.append(
-            {
-                "key": f"{set_name}-{metric}",
-                "title": title,
-                "domain": DOMAINS[results["sets"][set_name]["domain"]],
-                "note": about.direction,
-                "declared": make_table(f"{title}, declared", (*first, HOLM, *last), declared),
-                "others": make_table(f"{title}, exploratory", (*first, RAW, *last), others),
-            }
-        )
-    return groups
-
-
-def _comparison(entry: Comparison, results: Results) -> tuple[Any, ...]:
-    shown, margin, equivalence = difference_text(entry), entry.get("margin"), entry.get("p_equivalence")
-    gained, lost, clusters = entry.get("gained"), entry.get("lost"), entry.get("clusters")
-    counted = "" if gained is None or lost is None else f"{gained:,} gained, {lost:,} lost"
-    bound = NONE if margin is None else f"±{amount(entry['metric'], margin)}"
-    share = gain_share(entry, results["comparisons"], results["sets"])
-    of_gain = "" if share is None else f"{100 * share[0]:.0f} % of {share[1]}'s gain"
-    return (
-        f"{entry['arm']} {MINUS} {entry['reference']}",
-        Cell(entry["verdict"], badge=True, exploratory=not is_declared(entry)),
-        Cell(shown["value"] + shown["unit"], counted),
-        shown["interval"],
-        p_text(entry.get("p_holm") if is_declared(entry) else entry.get("p_value")),
-        Cell(bound, "" if equivalence is None else p_text(equivalence) + (f"; {of_gain}" if of_gain else "")),
-        Cell(f"{entry['units']:,} {entry['unit']}s", f"in {clusters:,} clusters" if clusters else ""),
-        entry["seeds"],
-    )
-
-
-def declared_table(results: Results) -> Table:
-    """A row per comparison declared before training, with its p corrected for that family."""
-    rows = []
-    for entry in filter(is_declared, results["comparisons"]):
-        shown, about = difference_text(entry), metric_on(results, entry["set"], entry["metric"])
-        domain = DOMAINS[results["sets"][entry["set"]]["domain"]]
-        rows.append(
-            (
-                f"{entry['arm']} {MINUS} {entry['reference']}",
-                Cell(f"{set_label(results['sets'], entry['set'])}, {about.phrase}", domain),
-                Cell(entry["verdict"], badge=True),
-                shown["value"] + shown["unit"],
-                shown["interval"],
-                p_text(entry.get("p_holm")),
-            )
-        )
-    columns = (words("Comparison"), words("On", wrap=True), words("Verdict"), "Difference", "Interval", HOLM)
-    return make_table("Declared before training", columns, rows)
-
-
-def scoreboard(results: Results) -> dict[str, Any]:
-    """Every trained arm against the plain one on every set's primary metric, where that is exploratory: declared
-    comparisons are judged by another p, and stand apart.
-
-    Returns:
-        "columns" (title, name, domain) and "rows" (arm, cells with outcome, value, interval, unit, p; None where it
-        was not compared or declared).
-    """
-    plain, sets = plain_arm(results), results["sets"]
-    columns = [
-        {"title": set_label(sets, name), "name": metric_on(results, name).phrase, "domain": DOMAINS[entry["domain"]]}
-        for name, entry in sets.items()
-    ]
-    rows = []
-    for arm in trained_arms(results):
-        found = [find(results, arm, plain, name) for name in sets if arm != plain]
-        cells = [
-            {"outcome": entry["verdict"], **difference_text(entry), "p": p_text(entry.get("p_value"))}
-            if entry and not is_declared(entry)
-            else None
-            for entry in found
-        ]
-        if any(cells):
-            rows.append({"arm": arm, "cells": cells})
-    return {"columns": columns, "rows": rows}
-
-
 def search_table(results: Results) -> Table:
     """A row per searched arm: where it started, what it chose, and whether the grid had to grow."""
-    columns = (words("Arm"), "Default", "Chosen", "Runs", words("Best at the edge, grid extended"), "Diverged")
+    every = results.get("search") or {}
+    harm = [words("Within the harm allowed")] if any("within_harm" in search for search in every.values()) else []
+    columns: list[Column | str] = [words("Arm"), "Default", "Chosen", *harm]
+    columns += ["Runs", words("Best at the edge, grid extended"), "Diverged"]
     rows = []
-    for arm, search in (results.get("search") or {}).items():
+    for arm, search in every.items():
         chosen = ", ".join(f"{rate:g}" for rate in search.get("by_seed", {"": search["chosen"]}).values())
         rates, extended = (f"{search['default']:g}", chosen), "yes" if search.get("extended") else "no"
         diverged = sum(bool(point.get("diverged")) for point in search["trace"])
-        rows.append((arm, *rates, len(search["trace"]), extended, diverged))
+        kept = ["yes" if search.get("within_harm") else "not for every seed: the least harm there"] if harm else []
+        rows.append((arm, *rates, *kept, len(search["trace"]), extended, diverged))
     return make_table("Chosen learning rates", columns, rows, "What the search chose for each arm")
 
 
@@ -346,62 +193,6 @@ def paper_table(results: Results) -> Table:
         rows.append((arm, *(Cell(number(values[name], 3), notes[name]) for name in sets)))
     columns = (words("Arm"), *(PAPER_COLUMNS.get(name, name) for name in sets))
     return make_table("The paper's own scoring", columns, rows)
-
-
-def power_table(results: Results) -> Table:
-    """What the run resolves, per declared comparison (all where none was declared), beside what it found."""
-    rows = []
-    for entry in [entry for entry in results["comparisons"] if is_declared(entry)] or results["comparisons"]:
-        smallest, basis = resolvable(results, entry)
-        twice = doubled(results, entry)
-        about, shown = metric_on(results, entry["set"], entry["metric"]), difference_text(entry)
-        rows.append(
-            (
-                f"{entry['arm']} {MINUS} {entry['reference']}",
-                f"{about.name}, {set_label(results['sets'], entry['set'])}",
-                amount(entry["metric"], smallest),
-                NONE if twice is None else amount(entry["metric"], twice),
-                shown["value"] + shown["unit"],
-                p_text(entry.get("p_value")),
-                {"interval": "interval's width"}.get(basis, f"{basis} spread"),
-                f"{entry['units']:,} {entry['unit']}s",
-                entry["seeds"],
-            )
-        )
-    first = (words("Comparison"), words("Metric and set", wrap=True))
-    resolves = ("Resolves", Column("Resolves", "if seeds vary twice as much"))
-    return make_table(
-        "Power",
-        (*first, *resolves, "Found", RAW, words("From"), "Units", "Seeds"),
-        rows,
-        "Smallest difference that each comparison resolves",
-    )
-
-
-def detail_table(results: Results) -> Table:
-    """What stands beside the declared differences (all where none was declared): seeds, the next one, who wins, whence
-    the variance, and the randomisation p of few units.
-    """
-    rows = []
-    for entry in [entry for entry in results["comparisons"] if is_declared(entry)] or results["comparisons"]:
-        if "detail" in entry:
-            about, shown = (
-                metric_on(results, entry["set"], entry["metric"]),
-                detail_texts(entry, results["sets"][entry["set"]]),
-            )
-            rows.append(
-                (
-                    f"{entry['arm']} {MINUS} {entry['reference']}",
-                    f"{about.name}, {set_label(results['sets'], entry['set'])}",
-                    *shown.values(),
-                )
-            )
-    columns = (
-        *(words("Comparison"), words("Metric and set", wrap=True), Column("By seed"), Column("Next seed", "95 %")),
-        *(Column("P(better)", "over pairs of seeds"), Column("Variance, %", "seeds / units / both")),
-        Column("p", "sign flips, items only"),
-    )
-    return make_table("Seeds and variance", columns, rows, "What stands behind each difference")
 
 
 def trend_table(results: Results) -> Table:

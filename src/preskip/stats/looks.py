@@ -140,7 +140,7 @@ def planned_stops(
             seen.var(axis=1, ddof=1) / look,
             np.float64(unit_square),
             seed_freedom=look - 1,
-            unit_freedom=design.units - 1,
+            unit_freedom=design.freedom_of_units,
         )
         found = undecided & (np.abs(seen.mean(axis=1) + shared) > np.abs(reach))
         undecided &= ~found

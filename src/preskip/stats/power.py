@@ -91,7 +91,8 @@ class Design:
         return float(np.sqrt(self._seed_square + self._unit_square))
 
     @property
-    def _unit_freedom(self) -> float:
+    def freedom_of_units(self) -> float:
+        """Degrees of freedom of the variance over units."""
         return self.units - 1 if self.unit_freedom is None else self.unit_freedom
 
     def of_units(self, count: int) -> Design:
@@ -153,7 +154,7 @@ class Design:
 
     def _reach(self, tail: float) -> Array:
         """Equally likely half widths of the test, as the mean squares vary."""
-        freedom = self._unit_freedom
+        freedom = self.freedom_of_units
         if self.seeds == 1:
             t = -special.stdtrit(freedom, tail)
             return np.asarray(t * np.sqrt(self._unit_square * _chi(freedom, 400)))

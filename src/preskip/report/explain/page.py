@@ -13,7 +13,7 @@ from preskip.report.explain.measures import ABLATIONS, ALIGNMENTS, DIMENSIONS, S
 from preskip.report.explain.words import counted, extent, findings, limits
 from preskip.report.load import clear_errors, load_object
 from preskip.report.render import render, require_extra
-from preskip.report.tables import NONE, Cell, make_table, words
+from preskip.report.table import NONE, Cell, make_table, words
 from preskip.report.words.facts import Groups, fact_groups
 from preskip.report.words.verdicts import MINUS
 from preskip.runs.files import write_bytes

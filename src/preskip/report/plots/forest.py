@@ -8,7 +8,7 @@ from typing import Any, cast
 import altair as alt
 
 from preskip.metrics import Metric
-from preskip.report.lookup import is_declared, ordered
+from preskip.report.lookup import is_declared, ordered, p_value
 from preskip.report.plots.base import POINT, Record, Spec, chart, specification, tooltips, zero_line
 from preskip.report.words.verdicts import MINUS, p_text
 from preskip.runs.schema import Comparison
@@ -31,9 +31,7 @@ def forest_records(entries: Sequence[Comparison], about: Metric) -> list[Record]
             **{key: about.factor * cast(Any, entry)[key] for key in ("difference", "low", "high")},
             "outcome": entry["verdict"],
             "declared": is_declared(entry),
-            "p": f"{p_text(entry.get('p_holm'))} (Holm)"
-            if is_declared(entry)
-            else f"{p_text(entry.get('p_value'))} (not corrected)",
+            "p": f"{p_text(p_value(entry))} ({'corrected' if is_declared(entry) else 'not corrected'})",
             "seeds": [about.factor * value for value in detail["by_seed"]] if detail and entry["seeds"] > 1 else [],
             "margin_low": -margin if margin else None,
             "margin": margin,

@@ -89,6 +89,12 @@ def difference_text(comparison: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def looks_text(comparison: Mapping[str, Any]) -> str:
+    """The limits of a comparison that are adjusted for looking while seeds were added; empty without looks."""
+    looked = comparison.get("looked")
+    return difference_text({**comparison, **looked})["interval"] + " for looks" if looked else ""
+
+
 def interval_text(key: str, metric_value: Mapping[str, Any] | None) -> dict[str, str] | None:
     """A metric's value and interval as shown in the arms table, or None when it was not measured."""
     if not metric_value or metric_value.get("value") is None:
