@@ -10,8 +10,8 @@ import numpy as np
 from preskip.analysis.explain.reading import Text
 from preskip.data.corpus import EMBEDDED_CORPORA, Document
 from preskip.data.local import data_directory
+from preskip.data.scan import clean_text
 from preskip.data.splits import choose, load_splits, load_texts, locate
-from preskip.data.tables import clean_text
 from preskip.data.words import count_words
 from preskip.errors import PreskipError
 from preskip.runs.files import read_json
