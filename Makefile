@@ -14,7 +14,7 @@ WORKERS ?= logical
 # A file stays in one process; files with slow tests go first (tests/conftest.py).
 SPREAD := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-serve test-fast coverage lint format oldest gpu gpu-study docs clean
+.PHONY: help install demo test test-serve test-fast coverage lint format oldest gpu gpu-study gpu-scratch docs clean
 
 help:
 	@echo "make demo       insert Preskip into the embedded model, train, compare, write a report (minutes)"
@@ -26,6 +26,7 @@ help:
 	@echo "make docs       the documentation site in build/site, every warning an error"
 	@echo "make gpu        what has to hold on a CUDA device, a line of JSON per part; on a CPU at small sizes (minutes)"
 	@echo "make gpu-study  nine minutes of the confirmatory study (benchmarks/study.py), resumed by the next call"
+	@echo "make gpu-scratch  nine minutes of the study from scratch (benchmarks/scratch_study.py), as above"
 	@echo "make oldest     the test suite on the oldest supported peft and transformers"
 
 # What runs the package and draws its pages; tests and lint need more.
@@ -95,9 +96,12 @@ gpu: $(RUNS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
 
 # Call it again until it is done: each call is 9 minutes, and goes on where the last one stopped. STUDY takes models,
-# corpora and options, e.g. STUDY="--models smollm2 -- --steps 200".
+# corpora and options, e.g. STUDY="--models smollm2 -- --steps 200"; SCRATCH does the same for the other.
 gpu-study: $(RUNS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --minutes 9 $(STUDY)
+
+gpu-scratch: $(RUNS)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/scratch_study.py --minutes 9 $(SCRATCH)
 
 # The packages come from the index, the build itself reads nothing from the network.
 $(VENV)/.docs: $(INSTALLED)

@@ -1,6 +1,6 @@
-"""In-domain gain against out-of-domain change, a panel for each run and set: the picture of docs/results.md.
+"""In-domain gain against out-of-domain change, a panel for each run and set: pictures of docs/results.md and its kin.
 
-    python benchmarks/results_figure.py docs/results.svg results/standard-wikitext2 results/standard-books
+    python benchmarks/results_figure.py docs/standard-runs.svg results/standard-{wikitext2,books}
 
 From results.json alone. Every mark is an arm against the untouched model, with its 95 % intervals; the untouched model
 stands where the lines cross. Up and right is better.

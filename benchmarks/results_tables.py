@@ -1,10 +1,10 @@
-"""A run's stored figures as the Markdown tables of docs/results.md.
+"""A run's stored figures as the Markdown tables of docs/results.md and docs/standard-runs.md.
 
     python benchmarks/results_tables.py results/standard-wikitext2
 
-The arms, the comparisons declared before training with their p-values after Holm, the exploratory ones apart from them
+The arms, the comparisons declared before training with their corrected p-values, the exploratory ones apart from them
 with raw p-values and marked verdicts, the rates that were searched, and the trends over depth, from results.json alone.
-tests/report/test_results_page.py holds the page to these tables.
+tests/report/test_results_page.py holds the pages to these tables.
 """
 
 from __future__ import annotations
@@ -16,12 +16,21 @@ from typing import Any
 
 from preskip.metrics import metric_named
 from preskip.report.load import load_json
-from preskip.report.lookup import DOMAINS, development, find, is_declared, metric_on, plain_arm, trained_arms
+from preskip.report.lookup import (
+    DOMAINS,
+    development,
+    find,
+    is_chosen,
+    is_declared,
+    metric_on,
+    plain_arm,
+    rate_text,
+    trained_arms,
+)
 from preskip.report.words.claims import MEASURES
 from preskip.report.words.verdicts import MINUS, decimals, difference_text, limits_text, nulls_text, number, p_text
 from preskip.runs.schema import Results
 
-ARM = "preskip"
 # Behind every verdict word that rests on a raw p-value.
 EXPLORATORY = "†"
 
@@ -30,13 +39,19 @@ def tables(results: Results) -> Iterator[tuple[str, str]]:
     """Heading and Markdown of every table that the results have."""
     yield "Arms", arms(results)
     yield "Declared", declared(results)
-    for reference in (plain_arm(results), ARM):
+    for reference in (plain_arm(results), declared_arm(results)):
         if reference in results["arms"]:
             yield f"Exploratory, against {reference}", exploratory(results, reference)
     if results.get("search"):
-        yield "Searched rates", searched(results)
+        each = any("by_seed" in search for search in results["search"].values())
+        yield "Searched rates", (searched_by_seed if each else searched)(results)
     if results.get("trend"):
         yield "Trends over depth", depth(results)
+
+
+def declared_arm(results: Results) -> str:
+    """The arm that the declared comparisons are of."""
+    return results["family"]["declared"][0]["arm"]
 
 
 def arms(results: Results) -> str:
@@ -44,12 +59,13 @@ def arms(results: Results) -> str:
     rows = []
     for arm in trained_arms(results):
         summary = results["arms"][arm]
-        rows.append((f"`{arm}`", _weights(summary), f"{summary['learning_rate']:g}"))
+        rows.append((f"`{arm}`", _weights(summary), rate_text(summary)))
     return _markdown(("arm", "weights", "lr"), rows)
 
 
 def declared(results: Results) -> str:
-    """The comparisons declared before training, with the p-value after Holm and the verdict."""
+    """The comparisons declared before training, with the corrected p-value and the verdict."""
+    corrected = "corrected p" if results["family"].get("procedure") == "gatekeeping" else "p after Holm"
     rows = [
         (
             f"`{entry['arm']}` {MINUS} `{entry['reference']}`",
@@ -61,7 +77,7 @@ def declared(results: Results) -> str:
         for entry in results["comparisons"]
         if is_declared(entry)
     ]
-    return _markdown(("difference", "on", "[95 %]", "p after Holm", "verdict"), rows)
+    return _markdown(("difference", "on", "[95 %]", corrected, "verdict"), rows)
 
 
 def exploratory(results: Results, reference: str) -> str:
@@ -93,6 +109,23 @@ def searched(results: Results) -> str:
                 others = [point["dev"]["out"].get(name) for name in abroad]
                 rows.append((f"`{arm}`", shown, *map(_development, (development(point, "in"), *others))))
     return _markdown(("arm", "lr", "in-domain", *abroad), rows)
+
+
+def searched_by_seed(results: Results) -> str:
+    """The rate that every arm's search chose for each seed, and the range of what it reached there on development
+    documents.
+    """
+    abroad = [
+        name for name, entry in results["sets"].items() if entry["domain"] == "out" and entry["kind"] == "document"
+    ]
+    rows = []
+    for arm, search in results["search"].items():
+        chosen = [point for point in search["trace"] if is_chosen(search, point)]
+        reached = [[development(point, "in")["value"] for point in chosen]]
+        reached += [[point["dev"]["out"][name]["value"] for point in chosen] for name in abroad]
+        rates = ", ".join(f"{rate:g}" for rate in search["by_seed"].values())
+        rows.append((f"`{arm}`", rates, *map(_range, reached)))
+    return _markdown(("arm", "lr by seed", "in-domain", *abroad), rows)
 
 
 def depth(results: Results) -> str:
@@ -135,6 +168,11 @@ def _development(value: Mapping[str, Any] | None) -> str:
         return "–"
     places = decimals(value["low"], value["high"], 3)
     return f"{number(value['value'], places, sign=True)} {limits_text(value['low'], value['high'], places)}"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (number(value, 3, sign=True) for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _weights(summary: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ import pytest
 
 import preskip
 from preskip.metrics import DEFAULT_MARGINS, METRICS, Metric, metric_named
-from preskip.report.plots.forest import forest_records
 from preskip.report.comparison_tables import comparison_groups
+from preskip.report.plots.forest import forest_records
 from preskip.stats.verdicts import verdict_of
 
 LOWER = ["bits_per_byte", "word_perplexity", "byte_perplexity", "perplexity", "nll", "loss"]

@@ -1,4 +1,5 @@
 import errno
+import gzip
 import json
 import os
 import signal
@@ -213,6 +214,21 @@ def test_a_damaged_cell_names_the_folder_to_delete(tmp_path, name, content):
     (cell.folder / name).write_text(content)
     with pytest.raises(PreskipError, match=f"{name}.*; delete {cell.folder} and resume"):
         cell.load()
+
+
+def test_lines_are_read_compressed_where_they_are_not_plain(tmp_path):
+    rows = [{"id": "a", "nll": 1.0}, {"id": "ä", "nll": 2.0}]
+    write_jsonl(tmp_path / "items.jsonl", rows)
+    packed = gzip.compress((tmp_path / "items.jsonl").read_bytes(), mtime=0)
+    (tmp_path / "items.jsonl").unlink()
+    (tmp_path / "items.jsonl.gz").write_bytes(packed)
+    assert read_jsonl(tmp_path / "items.jsonl") == rows
+    for damaged in (packed[:-9], b"\x1f\x8bnothing", packed[:20] + b"\0" * 20, b"[]"):
+        (tmp_path / "items.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(PreskipError, match=r"items\.jsonl\.gz cannot be read: "):
+            read_jsonl(tmp_path / "items.jsonl")
+    write_jsonl(tmp_path / "items.jsonl", rows[:1])
+    assert read_jsonl(tmp_path / "items.jsonl") == rows[:1]  # what is computed again goes before
 
 
 def test_a_score_that_is_not_finite_names_its_line(tmp_path):

@@ -90,6 +90,7 @@ RUN_FILES: dict[str, Any] = {
 
 def file_faults(path: Path, kind: Any) -> Iterator[str]:
     """The faults of a file: of its value, or of each line's where it ends in .jsonl."""
+    path = path.with_name(path.name.removesuffix(".gz"))
     values = read_jsonl(path) if path.suffix == ".jsonl" else [read_json(path)]
     for number, value in enumerate(values, 1):
         yield from faults(value, kind, f"{path.name}:{number}")
@@ -98,5 +99,8 @@ def file_faults(path: Path, kind: Any) -> Iterator[str]:
 def run_faults(run: Path) -> list[str]:
     """The faults of all files of a run."""
     return [
-        fault for pattern, kind in RUN_FILES.items() for path in run.glob(pattern) for fault in file_faults(path, kind)
+        fault
+        for pattern, kind in RUN_FILES.items()
+        for path in [*run.glob(pattern), *run.glob(f"{pattern}.gz")]
+        for fault in file_faults(path, kind)
     ]

@@ -49,7 +49,10 @@ class ExperimentConfig:
         (), "Seeds of initialisation and data order, the same for all arms, e.g. 1,2,3.", WHAT, read=parse_seeds
     )
     primary: tuple[str, ...] = option(
-        (), "Primary comparison, e.g. content:lora. Default: preskip:lora, in-domain.", WHAT, read=parse_primary
+        (),
+        "Primary comparison, e.g. content:lora. Default: preskip:lora; from scratch preskip:base-wide.",
+        WHAT,
+        read=parse_primary,
     )
     looks: tuple[int, ...] = option(
         (), "Numbers of seeds to look at, if seeds are to be added: 3,5,8.", WHAT, read=parse_looks

@@ -6,11 +6,13 @@ Every file is written beside its place and then renamed, so that a reader sees t
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import math
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,14 +153,19 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Read one JSON object per line.
+    """Read one JSON object per line, of the file or, where it is not there, of the same compressed (`.gz`).
 
     Raises:
         PreskipError: the file cannot be read or a line is not a JSON object (its number is given).
     """
+    compressed = path.with_name(f"{path.name}.gz")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if not path.exists() and compressed.exists():
+            path = compressed
+            text = gzip.decompress(path.read_bytes()).decode("utf-8")
+        else:
+            text = path.read_text(encoding="utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise PreskipError(f"{path} cannot be read: {error}") from None
     rows = []
     # Not splitlines: a document's id may hold U+2028 and its like unescaped.

@@ -1,0 +1,177 @@
+"""The study from scratch: the published changes of a block beside preskip, each at its own rate, loss against cost.
+
+    python benchmarks/scratch_study.py --out runs/scratch --archs llama-1m,llama-3m --corpus books --tokens 10M
+    python benchmarks/scratch_study.py --minutes 9         # the same command goes on where it was
+    python benchmarks/scratch_study.py -- --workers 2      # what follows -- goes to every preskip pretrain
+
+For each architecture `OUT/ARCH/rate-R` trains arms at one rate, seed 0, on a share of the tokens. The rates are 3e-3,
+its halves and doubles; an arm whose best has no worse one on either side is trained at the next beyond, too. Then
+`OUT/ARCH/study` trains all arms on all tokens, each at its best rate, and `OUT/ARCH/loss.svg` draws the loss against
+weights, training FLOPs and time (of trainings that had the machine to themselves: without --workers).
+
+Exit code: 0 when all is done, 3 when something is left to do, else that of the run that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import altair as alt
+from study import LEFT_TO_DO, interruptible, is_finished
+
+from preskip.experiment.parse import parse_tokens
+from preskip.report.load import load_json
+from preskip.report.pictures import picture
+from preskip.report.plots.base import POINT, Record, chart, colour, shape, shown_arms, specification, value_axis
+from preskip.runs.schema import Results
+
+ARMS = "base,base-wide,base-flops,canon-a,canon,value-residual,value-embed,nonlinear-q,gated-attention,preskip"
+ARMS += ",preskip+canon"
+CENTRE = 3e-3
+# Doubles of the centre that are tried on either side at most.
+FARTHEST = 4
+COSTS = {
+    "non_embedding": "Weights without embeddings",
+    "training_flops": "Training FLOPs",
+    "seconds": "Seconds of a training",
+}
+
+
+def main() -> int:
+    """Run what is not finished; print and draw what is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/scratch"))
+    parser.add_argument("--archs", default="llama-1m,llama-3m")
+    parser.add_argument("--arms", default=ARMS)
+    parser.add_argument("--corpus", default="books")
+    parser.add_argument("--tokens", default="10M")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--search", type=float, default=0.2, help="share of the tokens that a rate is chosen on")
+    parser.add_argument("--minutes", type=float, help="stop after so many; default: when all is done")
+    parser.add_argument("more", nargs="*", metavar="-- OPTIONS", help="options of preskip pretrain")
+    options = parser.parse_args()
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for arch in options.archs.split(","):
+        if code := study(options.out / arch, arch, options, deadline):
+            return code
+    return 0
+
+
+def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float | None) -> int:
+    """The search and the study of one architecture; gives the exit code."""
+    arms, tokens = options.arms.split(","), parse_tokens(options.tokens)
+    same = ["--arch", arch, "--corpus", options.corpus, *options.more]
+    losses: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+    for power in sorted(range(-FARTHEST, FARTHEST + 1), key=abs):
+        waiting = [arm for arm in arms if is_open(losses[arm], power)]
+        if not waiting:
+            continue
+        run, rate = folder / f"rate-{rate_of(power):g}", f"{rate_of(power):g}"
+        few = ["--tokens", str(round(options.search * tokens)), "--seeds", "0", "--eval-documents", "2"]
+        if code := train(run, [*same, *few, "--arms", ",".join(waiting), "--lr", rate], deadline):
+            return code
+        found = load_json(run / "results.json")["arms"]
+        for arm in waiting:
+            losses[arm][power] = found[arm]["final_eval_loss"]
+    rates = [part for arm in arms for part in ("--lr", f"{arm}={rate_of(best(losses[arm])):g}")]
+    whole = ["--tokens", str(tokens), "--seeds", options.seeds, "--arms", ",".join(arms), *rates]
+    if code := train(folder / "study", [*same, *whole], deadline):
+        return code
+    results = load_json(folder / "study" / "results.json")
+    (folder / "loss.svg").write_text(draw(results), encoding="utf-8")
+    print(f"{arch}, {folder / 'loss.svg'}\n\n{table(results, losses)}\n", flush=True)
+    return 0
+
+
+def rate_of(power: int) -> float:
+    """The rate so many doublings from the centre."""
+    return float(f"{CENTRE * 2**power:.3g}")
+
+
+def best(losses: Mapping[int, float]) -> int:
+    """The power of the lowest loss."""
+    return min(losses, key=lambda power: losses[power])
+
+
+def is_open(losses: Mapping[int, float], power: int) -> bool:
+    """Whether a rate is to be tried: the centre and its neighbours, then what is beyond a best one at the edge."""
+    return abs(power) <= 1 or best(losses) == power - (1 if power > 0 else -1)
+
+
+def train(run: Path, options: Sequence[str], deadline: float | None) -> int:
+    """Begin a run or go on with it, unless it is finished; gives the exit code."""
+    if is_finished(run):
+        return 0
+    begun = (run / "run.json").is_file()
+    code = interruptible(["pretrain", *(["--resume", run] if begun else [*options, "--out", run])], deadline)
+    if code is None:
+        print(f"stopped; {run} and what follows it go on with the same command", flush=True)
+        return LEFT_TO_DO
+    return code
+
+
+def records(results: Results) -> list[Record]:
+    """An arm each: its costs, and its loss on development documents over the seeds."""
+    rows = []
+    for arm, summary in results["arms"].items():
+        curves = results["curves"][arm].values()
+        losses = [points[-1]["eval_loss"] for points in curves]
+        speed = summary["tokens_per_second"]
+        rows.append(
+            {
+                "arm": arm,
+                **{key: summary[key] for key in ("non_embedding", "training_flops", "learning_rate")},
+                "seconds": None if speed is None else summary["tokens"] / speed,
+                "loss": statistics.fmean(losses),
+                "low": min(losses),
+                "high": max(losses),
+            }
+        )
+    return rows
+
+
+def draw(results: Results) -> str:
+    """Loss against weights, FLOPs and time: means over seeds, lines from the lowest to the highest."""
+    rows, arms = records(results), list(results["arms"])
+    figures = []
+    for key, title in COSTS.items():
+        x = alt.X(
+            f"{key}:Q", title=title, scale=alt.Scale(zero=False, padding=12), axis=alt.Axis(format="~s", tickCount=5)
+        )
+        base = chart(rows).encode(x=x, color=colour(arms, shown_arms(arms, rows, 110)))
+        loss, low = (value_axis(field, "Development loss, nats per token", zero=False) for field in ("loss", "low"))
+        marks = base.mark_point(size=160, **POINT).encode(y=loss, shape=shape(arms, shown_arms(arms, rows, 110)))
+        layers = [base.mark_rule(strokeWidth=2).encode(y=low, y2="high:Q"), marks]
+        figures.append({"title": title, "spec": specification(layers, height=320)})
+    return picture(figures, columns=3, shared=True)
+
+
+def table(results: Results, losses: Mapping[str, Mapping[int, float]]) -> str:
+    """The same in Markdown, the lowest loss first, with the rates that were tried."""
+    lines = [
+        "| arm | lr, of those tried | weights | PFLOP | seconds | loss, lowest to highest |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(records(results), key=lambda row: row["loss"]):
+        tried = ", ".join(f"{rate_of(power):g}" for power in sorted(losses[row["arm"]]))
+        cells = (
+            f"`{row['arm']}`",
+            f"{row['learning_rate']:g} of {tried}",
+            f"{row['non_embedding']:,}",
+            f"{row['training_flops'] / 1e15:.3g}",
+            "–" if row["seconds"] is None else f"{row['seconds']:.0f}",
+            f"{row['loss']:.4f}, {row['low']:.4f} to {row['high']:.4f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

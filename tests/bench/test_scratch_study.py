@@ -1,0 +1,93 @@
+"""The study from scratch: rates are tried until the best has a worse one on either side, then each arm has its own."""
+
+import importlib.util
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from preskip.runs.files import write_json
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# The power of two of 3e-3 at which each arm is best.
+BEST = {"base": 0, "canon": 3, "preskip": -1}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    pytest.importorskip("altair")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("scratch_study", BENCHMARKS / "scratch_study.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return module
+
+
+@pytest.fixture
+def commands(script, monkeypatch):
+    """What would be run; in place of training each run gets losses that rise with the distance from the best rate."""
+    given = []
+
+    def finish(arguments, deadline):
+        if deadline is not None:
+            return None
+        arguments = list(map(str, arguments))
+        given.append(arguments)
+        value = {name: arguments[arguments.index(name) + 1] for name in ("--arms", "--out", "--seeds")}
+        rates = [arguments[place + 1] for place, word in enumerate(arguments) if word == "--lr"]
+        own = dict(rate.split("=") for rate in rates) if "=" in rates[0] else {}
+        found = {"schema_version": 2, "arms": {}, "curves": {}}
+        for number, arm in enumerate(value["--arms"].split(",")):
+            rate = float(own.get(arm, rates[0]))
+            loss = abs(rate / script.rate_of(BEST[arm]) - 1)
+            found["arms"][arm] = {"final_eval_loss": loss, "learning_rate": rate, "tokens": 1000}
+            found["arms"][arm] |= {"non_embedding": 10 + number, "training_flops": 1e9, "tokens_per_second": 100.0}
+            points = {seed: [{"eval_loss": loss + number + float(seed)}] for seed in value["--seeds"].split(",")}
+            found["curves"][arm] = points
+        Path(value["--out"]).mkdir(parents=True)
+        write_json(Path(value["--out"]) / "run.json", {"schema_version": 2, "status": "finished"})
+        write_json(Path(value["--out"]) / "results.json", found)
+        return 0
+
+    monkeypatch.setattr(script, "interruptible", finish)
+    monkeypatch.setattr(script, "is_finished", lambda run: (run / "run.json").is_file())
+    return given
+
+
+def run(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["scratch_study.py", *map(str, arguments)])
+    return script.main()
+
+
+def test_every_arm_is_tried_beyond_its_best_and_trained_at_it(script, commands, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("vl_convert")
+    options = ("--out", tmp_path, "--archs", "tiny", "--arms", ",".join(BEST), "--seeds", "1,2", "--", "--workers", "2")
+    assert run(script, monkeypatch, *options) == 0
+    *searches, study = commands
+    tried = {}
+    for command in searches:
+        assert command[:7] == ["pretrain", "--arch", "tiny", "--corpus", "books", "--workers", "2"]
+        rate = float(command[command.index("--lr") + 1])
+        for arm in command[command.index("--arms") + 1].split(","):
+            tried.setdefault(arm, set()).add(rate)
+        assert command[command.index("--tokens") + 1] == "2000000"
+    assert tried == {arm: {script.rate_of(power) for power in powers} for arm, powers in {
+        "base": (-1, 0, 1), "canon": (-1, 0, 1, 2, 3, 4), "preskip": (-2, -1, 0, 1)}.items()}  # fmt: skip
+    assert [word for word in study if "=" in word] == ["base=0.003", "canon=0.024", "preskip=0.0015"]
+    assert study[study.index("--tokens") + 1] == "10000000"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[1] for line in lines] == ["base", "canon", "preskip"]
+    assert lines[1].endswith("| 0.024 of 0.0015, 0.003, 0.006, 0.012, 0.024, 0.048 | 11 | 1e-06 | 10 | "
+                             "2.5000, 2.0000 to 3.0000 |")  # fmt: skip
+    assert "<svg" in (tmp_path / "tiny" / "loss.svg").read_text()
+    before = len(commands)
+    assert run(script, monkeypatch, *options) == 0
+    assert len(commands) == before  # all is done
+
+
+def test_the_deadline_leaves_the_rest_for_the_next_call(script, commands, tmp_path, monkeypatch, capsys):
+    assert run(script, monkeypatch, "--out", tmp_path, "--archs", "tiny", "--minutes", "0") == script.LEFT_TO_DO
+    assert commands == []
+    assert "go on with the same command" in capsys.readouterr().out
