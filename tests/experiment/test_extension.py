@@ -1,7 +1,9 @@
 """Seeds are added to a run: what was there stays to the byte, looks are as declared, and the rest is marked."""
 
+import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -222,3 +224,31 @@ def test_a_run_of_an_earlier_preskip_keeps_its_one_search_and_its_family(first, 
     assert entry["p_holm"] == entry["p_value"]
     assert "p_equivalence_holm" not in entry
     assert run_faults(path) == []
+
+
+def test_a_copy_without_weights_says_the_same(extended, folder):
+    """benchmarks/keep_run.py, by which results/ is filled."""
+    script = Path(__file__).parents[2] / "benchmarks" / "keep_run.py"
+    spec = importlib.util.spec_from_file_location("keep_run", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kept = folder / "kept"
+    module.keep(extended, kept)
+    module.keep(extended, kept)  # replaced
+    names = {path.name for path in kept.rglob("*") if path.is_file()}
+    assert names == {
+        "run.json",
+        "results.json",
+        "cell.json",
+        "items.jsonl.gz",
+        "train.jsonl",
+        "search.json",
+        "trial.json",
+    }
+    assert run_faults(kept) == []
+    assert invoke_app("compare", kept, "--json") == invoke_app("compare", extended.path, "--json")
+    assert RunDirectory.open(kept).manifest["directory"] == "."
+    begun = start_run(small_probe(folder, **FAST), folder / "begun", ["test"])
+    with pytest.raises(PreskipError, match="is not finished: finish it with --resume"):
+        module.keep(begun, folder / "none")
+    assert not (folder / "none").exists()

@@ -120,10 +120,15 @@ BENCHMARKS = {
 
 
 def test_every_stored_file_conforms():
-    kinds = {path: kind for run in RUNS for pattern, kind in RUN_FILES.items() for path in run.glob(pattern)}
+    kinds = {
+        path: kind
+        for run in RUNS
+        for pattern, kind in RUN_FILES.items()
+        for path in [*run.glob(pattern), *run.glob(f"{pattern}.gz")]
+    }
     kinds |= {path: kind for pattern, kind in BENCHMARKS.items() for path in RESULTS.glob(pattern)}
     assert {path for path in RESULTS.rglob("*") if path.is_file()} == set(kinds)
-    assert len(RUNS) == 3
+    assert {"standard-wikitext2", "standard-books", "scratch-books"} <= {run.name for run in RUNS}
     assert [fault for path, kind in kinds.items() for fault in file_faults(path, kind)] == []
 
 
