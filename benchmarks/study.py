@@ -3,6 +3,7 @@
     python benchmarks/study.py --out runs/confirmatory --models smollm2,./gemma-3-270m.gguf --corpora wikitext2,books24
     python benchmarks/study.py ... --minutes 9        # the same command goes on where it was (make gpu-study)
     python benchmarks/study.py ... -- --steps 200       # what follows -- goes to every probe that is not begun yet
+    python benchmarks/study.py ... --seeds 1,2,3 -- --looks 3,5     # then --seeds 1,...,5 adds two to every run
 
 Each probe is a process of its own with a run directory `OUT/MODEL-CORPUS`. One that was begun is resumed with the
 options it has. Ctrl-C, SIGTERM and the end of the minutes interrupt the probe, which keeps all that is finished. After
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from preskip.data.splits import slug
+from preskip.experiment.parse import parse_seeds
 from preskip.runs.directory import RunDirectory
 
 LEFT_TO_DO = 3
@@ -33,6 +35,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/confirmatory"))
     parser.add_argument("--models", default="smollm2", help="names, ids or paths, separated by commas")
     parser.add_argument("--corpora", default="wikitext2,books24")
+    parser.add_argument("--seeds", help="default: the preset's; more than a finished run has are added to it")
     parser.add_argument("--minutes", type=float, help="stop after so many; default: when all is done")
     parser.add_argument("more", nargs="*", metavar="-- OPTIONS", help="options of preskip probe")
     options = parser.parse_args()
@@ -43,12 +46,17 @@ def main() -> int:
         for model in options.models.split(",")
         for corpus in options.corpora.split(",")
     }
+    seeds, wanted = (["--seeds", options.seeds], parse_seeds(options.seeds)) if options.seeds else ([], ())
     for run, (model, corpus) in runs.items():
         if is_finished(run):
-            continue
-        begun = (run / "run.json").is_file()
-        what = ["--resume", str(run)] if begun else [model, "--preset", "confirmatory", "--corpus", corpus]
-        code = interruptible(["probe", *what, *([] if begun else ["--out", str(run), *options.more])], deadline)
+            if not set(wanted) - set(RunDirectory.open(run).manifest.get("seeds", ())):
+                continue
+            what = ["--resume", str(run), *seeds]
+        elif (run / "run.json").is_file():
+            what = ["--resume", str(run)]
+        else:
+            what = [model, "--preset", "confirmatory", "--corpus", corpus, "--out", str(run), *seeds, *options.more]
+        code = interruptible(["probe", *what], deadline)
         if code is None:
             print(f"stopped; {run} and what follows it go on with the same command", flush=True)
             return LEFT_TO_DO

@@ -80,3 +80,15 @@ def test_the_deadline_interrupts_and_the_next_call_resumes(script, tmp_path, mon
     monkeypatch.setattr(Process, "endless", False)
     code, commands, _ = run(script, monkeypatch, "--out", tmp_path, "--corpora", "wikitext2", "--", "--steps", "9")
     assert (code, commands) == (0, [["probe", "--resume", str(tmp_path / "smollm2-wikitext2")]])
+
+
+def test_seeds_are_added_to_what_is_finished(script, tmp_path, monkeypatch):
+    options = ("--out", tmp_path, "--corpora", "wikitext2")
+    run_of = tmp_path / "smollm2-wikitext2"
+    _, commands, _ = run(script, monkeypatch, *options, "--seeds", "1,2,3", "--", "--looks", "3,5")
+    assert commands[0][-6:] == ["--out", str(run_of), "--seeds", "1,2,3", "--looks", "3,5"]
+    record = json.loads((run_of / "run.json").read_text())
+    (run_of / "run.json").write_text(json.dumps({**record, "seeds": [1, 2, 3]}))
+    assert run(script, monkeypatch, *options, "--seeds", "1,2,3")[1] == run(script, monkeypatch, *options)[1] == []
+    _, commands, _ = run(script, monkeypatch, *options, "--seeds", "1,...,5")
+    assert commands == [["probe", "--resume", str(run_of), "--seeds", "1,...,5"]]
