@@ -14,6 +14,7 @@ from preskip.stats import compare_arms, measured_power, summarise
 from preskip.stats.trends import arm_trends
 
 RESULTS = Path(__file__).parents[2] / "results"
+NAMES = ["standard-wikitext2", "standard-books", "scratch-books", "confirmatory-smollm2-wikitext2"]
 
 
 def assert_same(found: Any, stored: Any, at: str) -> None:
@@ -32,7 +33,7 @@ def assert_same(found: Any, stored: Any, at: str) -> None:
         assert found == stored, at
 
 
-@pytest.mark.parametrize("name", ["standard-wikitext2", "standard-books", "scratch-books"])
+@pytest.mark.parametrize("name", NAMES)
 def test_figures_recomputed_equal_those_stored(name: str) -> None:
     run, results = RunDirectory(RESULTS / name), read_json(RESULTS / name / "results.json")
     stored = load_runs([run.path], allow_different_dtype=True)
@@ -43,7 +44,7 @@ def test_figures_recomputed_equal_those_stored(name: str) -> None:
         assert_same(summarise(items), results["arms"][arm]["metrics"], arm)
 
 
-@pytest.mark.parametrize("name", ["standard-wikitext2", "standard-books", "scratch-books"])
+@pytest.mark.parametrize("name", NAMES)
 def test_trends_recomputed_equal_those_stored(name: str) -> None:
     run, results = RunDirectory(RESULTS / name), read_json(RESULTS / name / "results.json")
     assert results["trend"]
