@@ -83,8 +83,13 @@ def test_ctrl_c_at_the_moment_of_its_start_ends_the_server_too(tmp_path, monkeyp
     monkeypatch.setattr(subprocess, "Popen", start)
     before = signal.getsignal(signal.SIGTERM)
     arguments, *_ = engine(tmp_path)
-    with pytest.raises(KeyboardInterrupt), server.running(arguments, tmp_path / "log"):
-        raise AssertionError("the block was entered")
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test before may have left another
+    try:
+        with pytest.raises(KeyboardInterrupt), server.running(arguments, tmp_path / "log"):
+            raise AssertionError("the block was entered")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, own)
     assert started[0].returncode is not None
     assert signal.getsignal(signal.SIGTERM) is before
 
