@@ -23,11 +23,18 @@ COMPRESSED = ("arms/*/*/items.jsonl",)
 
 
 def keep(run: RunDirectory, target: Path) -> None:
-    """Write the copy."""
+    """Write the copy.
+
+    Raises:
+        PreskipError: the run is not finished, or at `target` is something that is no copy of a run.
+    """
     manifest = run.manifest
     if manifest.get("status") != "finished":
         raise PreskipError(f"{run.path} is not finished: finish it with --resume {run.path}")
-    shutil.rmtree(target, ignore_errors=True)
+    if target.exists():
+        if not (target / "run.json").is_file() or RunDirectory.open(target).manifest["directory"] != ".":
+            raise PreskipError(f"{target} exists and is no such copy: choose another place")
+        shutil.rmtree(target)
     target.mkdir(parents=True)
     command = list(manifest["command"])
     if "--out" in command:

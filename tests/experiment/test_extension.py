@@ -248,6 +248,10 @@ def test_a_copy_without_weights_says_the_same(extended, folder):
     assert run_faults(kept) == []
     assert invoke_app("compare", kept, "--json") == invoke_app("compare", extended.path, "--json")
     assert RunDirectory.open(kept).manifest["directory"] == "."
+    for place in (extended.path, folder):  # nothing else is replaced
+        with pytest.raises(PreskipError, match="exists and is no such copy"):
+            module.keep(extended, place)
+    assert (extended.path / "results.json").is_file()
     begun = start_run(small_probe(folder, **FAST), folder / "begun", ["test"])
     with pytest.raises(PreskipError, match="is not finished: finish it with --resume"):
         module.keep(begun, folder / "none")
