@@ -24,7 +24,7 @@ def test_tables_are_those_of_the_stored_results(path):
     kind = path.parent.name.partition("-")[0]
     page = (ROOT / "docs" / PAGES[kind]).read_text(encoding="utf-8")
     found = list(script("results_tables").tables(json.loads(path.read_text())))
-    assert len(found) == 6  # one of them for each plain arm and for the one that was declared
+    assert len(found) == 6
     for heading, table in found:
         assert len(table.splitlines()) > 2
         assert table in page, f"{heading} of {path.parent.name}: run benchmarks/results_tables.py again"
