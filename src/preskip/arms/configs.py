@@ -37,12 +37,13 @@ def branch(
     settings = replace(context.settings, **changes)
     if match and context.match != "none" and (changes or targets is not None):
         settings = match_expansion(context.base, settings, context.budget, chosen)
-    config = PreskipConfig(**asdict(settings), skip_position=context.skip_position)
-    if context.by_name or targets is not None:
-        config.target_modules = set(chosen)  # type: ignore[assignment]
-    elif context.layers is not None:
-        config.layers_to_transform = list(context.layers)
-    return config
+    by_name = context.by_name or targets is not None
+    return PreskipConfig(
+        **asdict(settings),
+        skip_position=context.skip_position,
+        target_modules=list(chosen) if by_name else None,
+        layers_to_transform=None if by_name or context.layers is None else list(context.layers),
+    )
 
 
 def late(context: ArmContext, *, share: float = LATE, match: bool = True) -> PeftConfig:

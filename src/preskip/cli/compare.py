@@ -15,6 +15,8 @@ from preskip.experiment.parse import parse_names
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from preskip.runs.schema import Comparison
+
 DETAIL_NOTE = (
     "behind it: each seed's difference; where one more seed's would lie; how often a seed of the arm is better; the "
     "share of variance of seeds / units / seed by unit; p of random signs of up to 40 units (items only)"
@@ -109,7 +111,7 @@ def _check_margins(names: Iterable[str], entries: Sequence[Mapping[str, Any]]) -
         )
 
 
-def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes: Sequence[str]) -> None:
+def _print(entries: Sequence[Comparison], sets: Mapping[str, Any], notes: Sequence[str]) -> None:
     from preskip.cli.printing import EXPLORATORY_NOTE, print_table
 
     declared = [entry for entry in entries if entry["declared"]]
@@ -123,9 +125,9 @@ def _print(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any], notes:
 
 
 def _tables(
-    entries: Sequence[Mapping[str, Any]],
+    entries: Sequence[Comparison],
     sets: Mapping[str, Any],
-    every: Sequence[Mapping[str, Any]],
+    every: Sequence[Comparison],
     *,
     is_declared: bool,
 ) -> list[Table]:
@@ -143,7 +145,7 @@ def _tables(
         group = [entry for entry in entries if (entry["set"], entry["metric"]) == (name, metric)]
         margin, about = group[0]["margin"], metric_named(metric)
         stated = f", equivalent within ±{amount(metric, margin)}" if margin is not None else ""
-        if share := next(filter(None, (gain_share(entry, every, sets) for entry in group)), None):  # type: ignore[arg-type]
+        if share := next(filter(None, (gain_share(entry, every, sets) for entry in group)), None):
             stated += f" ({100 * share[0]:.0f} % of {share[1]}'s in-domain gain)"
         unit = f" ({about.difference_unit.strip()})" if about.difference_unit else ""
         table = columns(
@@ -160,15 +162,15 @@ def _tables(
             table.add_row(
                 f"{entry['arm']} {MINUS} {entry['reference']}",
                 difference_cell(entry),
-                p_text(p_value(entry)),  # type: ignore[arg-type]
-                p_text(p_equivalence(entry)),  # type: ignore[arg-type]
+                p_text(p_value(entry)),
+                p_text(p_equivalence(entry)),
                 verdict_text(entry["verdict"], is_declared=is_declared),
             )
         tables.append(table)
     return tables
 
 
-def _details(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any]) -> list[Table]:
+def _details(entries: Sequence[Comparison], sets: Mapping[str, Any]) -> list[Table]:
     """One table of what stands beside the differences, per set and metric."""
     from rich.text import Text
 
@@ -185,7 +187,7 @@ def _details(entries: Sequence[Mapping[str, Any]], sets: Mapping[str, Any]) -> l
         if own != heading:
             table.add_row(Text(own, style="bold"))
         heading = own
-        shown = detail_texts(entry, sets.get(entry["set"]))  # type: ignore[arg-type]
+        shown = detail_texts(entry, sets.get(entry["set"]))
         table.add_row(f"  {entry['arm']} {MINUS} {entry['reference']}", *shown.values())
     return [table] if entries else []
 

@@ -130,10 +130,14 @@ def scoreboard(results: Results) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
+def _declared_or_all(results: Results) -> list[Comparison]:
+    return list(filter(is_declared, results["comparisons"])) or results["comparisons"]
+
+
 def power_table(results: Results) -> Table:
     """What the run resolves, per declared comparison (all where none was declared), beside what it found."""
     rows = []
-    for entry in [entry for entry in results["comparisons"] if is_declared(entry)] or results["comparisons"]:
+    for entry in _declared_or_all(results):
         smallest, basis = resolvable(results, entry)
         twice = doubled(results, entry)
         about, shown = metric_on(results, entry["set"], entry["metric"]), difference_text(entry)
@@ -165,7 +169,7 @@ def detail_table(results: Results) -> Table:
     the variance, and the randomisation p of few units.
     """
     rows = []
-    for entry in [entry for entry in results["comparisons"] if is_declared(entry)] or results["comparisons"]:
+    for entry in _declared_or_all(results):
         if "detail" in entry:
             about, shown = (
                 metric_on(results, entry["set"], entry["metric"]),
