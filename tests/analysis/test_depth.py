@@ -5,7 +5,10 @@ from transformers import AutoModelForCausalLM
 
 import zoo
 from preskip import PreskipConfig, bake
-from preskip.analysis.depth import depth_profile
+from preskip.analysis.depth import depth_profile, text_profile
+from preskip.data.blocks import Window
+from preskip.data.corpus import Document
+from preskip.evaluate.texts import TextSet
 from preskip.stats import bootstrap_ratio
 from tiny_model import tiny_llama
 
@@ -45,6 +48,23 @@ def test_profile_equals_an_independent_computation():
     ratio = (skip_output.norm(dim=-1).sum() / attention.norm(dim=-1).sum()).item()
     assert rows[0]["skip_to_attention"] == pytest.approx(ratio, rel=1e-4)
     assert len(rows) == 2
+
+
+def test_a_text_is_profiled_over_its_groups():
+    """Eight of ten documents, five of each group; those of a group are summed before they are drawn."""
+    documents = [Document(f"{place}", "", "long" if place < 5 else "short") for place in range(10)]
+    windows = [Window([3, 4 + place, 5, 6 + place], 1) for place in range(10)]
+    text = TextSet(
+        name="made", documents=documents, windows=windows, owners=list(range(10)), context_length=8, stride=8
+    )
+    model = adapted()
+    (row, _) = text_profile(model, text)
+    assert len(row["documents"]["enrichment"]["above"]) == 2
+    used = [0, 5, 1, 6, 2, 7, 3, 8]
+    (alone, _) = depth_profile(model, [windows[place].input_ids[:-1] for place in used], owners=used)
+    tops = alone["documents"]["enrichment"]["above"]  # by document, in their order
+    assert row["documents"]["enrichment"]["above"] == pytest.approx([sum(tops[:4]), sum(tops[4:])])
+    assert row["enrichment"] == pytest.approx(alone["enrichment"])
 
 
 def test_profile_leaves_the_model_as_it_was():

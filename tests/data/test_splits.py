@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from preskip.data.corpus import Document, clusters
 from preskip.data.splits import choose, load_splits, load_texts, slug
 from preskip.errors import PreskipError
 
@@ -95,6 +96,24 @@ def test_choose_is_fixed_and_keeps_white_space(tmp_path):
     assert [document.id for document in chosen] == [document.id for document in choose(splits.training, 5, 3, seed=1)]
     assert all(document.text == f"Text number {document.id[1:]}" for document in chosen)
     assert len(choose(splits.heldout, 1000, 3, seed=1)) == len(splits.heldout)
+
+
+def test_no_long_book_stands_for_all():
+    pieces = [
+        Document(f"{book}-{piece:02}", "a b c", book) for book in "abcd" for piece in range(40 if book == "b" else 3)
+    ]
+    counted = Counter(document.group for document in choose(pieces, 8, 3, seed=1))
+    assert counted == dict.fromkeys("abcd", 2)
+    assert Counter(document.group for document in choose(pieces, 20, 3, seed=1)) == {"a": 3, "b": 11, "c": 3, "d": 3}
+    assert len({document.group for document in choose(pieces, 3, 3, seed=1)}) == 3
+    assert {document.id for document in choose(pieces, 8, 3, 1)} != {
+        document.id for document in choose(pieces, 8, 3, 2)
+    }
+
+
+def test_documents_of_one_group_are_a_cluster():
+    assert clusters([Document(str(place), "", group) for place, group in enumerate("abacb")]) == [0, 1, 0, 2, 1]
+    assert clusters([Document(str(place), "", "a") for place in range(3)]) == [0, 1, 2]
 
 
 def test_slug():

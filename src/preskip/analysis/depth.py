@@ -18,6 +18,7 @@ from torch import nn
 
 from preskip.analysis.branches import LiveBranch, live_branches, skip_weight
 from preskip.attach import hidden_states_of
+from preskip.data.corpus import clusters, evenly
 from preskip.evaluate.texts import TextSet
 from preskip.runs.schema import DepthRow
 from preskip.stats import bootstrap_ratio
@@ -28,10 +29,12 @@ DOCUMENTS = 8
 
 
 def text_profile(model: nn.Module, text: TextSet) -> list[DepthRow]:
-    """`depth_profile` on the first window of some of a text's documents, with intervals over these."""
+    """`depth_profile` on the first window of some of a text's documents, with intervals over their clusters."""
     firsts = dict(zip(reversed(text.owners), reversed(text.windows), strict=True))
-    owners = sorted(firsts)[:DOCUMENTS]
-    return depth_profile(model, [firsts[owner].input_ids[:-1] for owner in owners], owners=owners)
+    present = sorted(firsts)
+    owners = [present[place] for place in evenly([text.documents[owner].group for owner in present])[:DOCUMENTS]]
+    of = clusters([text.documents[owner] for owner in owners])
+    return depth_profile(model, [firsts[owner].input_ids[:-1] for owner in owners], owners=of)
 
 
 def depth_profile(
@@ -42,7 +45,7 @@ def depth_profile(
     Args:
         model: a PEFT model or its base, or a model of a `preskip_<type>` architecture.
         sequences: token ids of held-out text, each run on its own; empty leaves the functional sizes None.
-        owners: for each sequence the document it is cut from; adds intervals over documents.
+        owners: for each sequence the document, or cluster of documents, it is cut from; adds intervals over these.
 
     Returns:
         With `owners` also the limits (None with fewer than 2 documents) and "documents". With several active adapters

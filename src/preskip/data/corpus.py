@@ -4,7 +4,8 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -147,6 +148,25 @@ def is_text(path: Path) -> bool:
 def by_id(documents: Iterable[Document]) -> list[Document]:
     """Documents in the order of their ids."""
     return sorted(documents, key=lambda document: document.id)
+
+
+def evenly(groups: Sequence[Hashable]) -> list[int]:
+    """Places in an order in which every group gives one before one gives a second; else as they stand."""
+    taken: Counter[Hashable] = Counter()
+    order = []
+    for place, group in enumerate(groups):
+        order.append((taken[group], place))
+        taken[group] += 1
+    return [place for _, place in sorted(order)]
+
+
+def clusters(documents: Sequence[Document]) -> list[int]:
+    """The cluster of each document, numbered in their order: its group, or itself where all are of one group."""
+    names = [document.group for document in documents]
+    if len(set(names)) == 1:
+        return list(range(len(documents)))
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
 
 
 def split_documents(corpus: Corpus, heldout_fraction: float = 0.1, seed: int = 0) -> Split:

@@ -18,6 +18,7 @@ from preskip.data.corpus import (
     Corpus,
     Document,
     by_id,
+    evenly,
     load_corpus,
     split_documents,
     split_text,
@@ -248,9 +249,13 @@ def locate(name: str, directory: Path) -> str:
 
 
 def choose(documents: Sequence[Document], count: int, words: int, seed: int) -> list[Document]:
-    """A fixed, seeded choice of documents, each cut to its first words (`preskip.data.words.beginning`)."""
+    """A fixed, seeded choice of documents, each cut to its first words (`preskip.data.words.beginning`).
+
+    Every group gives a document before one gives a second: no long book stands for all.
+    """
     import numpy as np
 
-    order = np.random.default_rng(seed).permutation(len(documents))[:count]
-    chosen = (documents[index] for index in sorted(order))
+    order = np.random.default_rng(seed).permutation(len(documents)).tolist()
+    spread = evenly([documents[index].group for index in order])[:count]
+    chosen = (documents[index] for index in sorted(order[place] for place in spread))
     return [Document(document.id, beginning(document.text, words), document.group) for document in chosen]

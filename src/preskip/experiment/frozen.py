@@ -20,6 +20,7 @@ from preskip.arms import ARMS, Arm, ArmContext, attention_layers, attention_path
 from preskip.arms.insert import Inserted, insert
 from preskip.assets import load_model, load_tokenizer, resolve_model, weights_dtype
 from preskip.data.blocks import check_vocabulary, pack_blocks, scored_size
+from preskip.data.corpus import clusters
 from preskip.data.splits import Splits, choose, locate
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
@@ -198,11 +199,13 @@ class Frozen(Prepared):
         config, documents = self.config, self.heldout.texts[0].documents
         documents = choose(documents, config.ablation_documents, ABLATION_WORDS, config.split_seed)
         text = prepare_texts("ablation", documents, self.tokenizer, context_length=config.context_length)
-        sizes = [scored_size(document, self.tokenizer).bytes for document in documents]
+        of = clusters(text.documents)
+        sizes = np.bincount(of, [scored_size(document, self.tokenizer).bytes for document in text.documents])
+        given: Any = (text.windows, [of[owner] for owner in text.owners], sizes.tolist())
         batch_tokens = config.eval_batch_tokens
         passes = ablation_passes(built.model, text.windows, batch_tokens)
         with progress_bar(f"ablate {label}", passes, quiet=self.quiet) as advance:
-            return ablate(built.model, text.windows, text.owners, sizes, batch_tokens=batch_tokens, advance=advance)
+            return ablate(built.model, *given, batch_tokens=batch_tokens, advance=advance)
 
 
 def _in_options(text: str) -> str:

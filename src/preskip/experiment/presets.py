@@ -58,6 +58,8 @@ PRESETS = {
             "seeds": "1,2,3,4,5",
             "lr": ["tune"],
             "lr_rule": "frontier",
+            "development_documents": 48,
+            "development_words": 150,
             "steps": 48,
             "batch_size": 4,
             "last_word_items": 0,

@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -320,6 +321,18 @@ def test_given_texts_alone_count_where_there_are_no_others(tokenizer):
     found = explain(adapted_llama(), tokenizer, given, EXTENT)
     assert found["method"]["statistics"] == "given"
     assert found["layers"][0]["skip_to_attention"]["value"] > 0
+
+
+def test_texts_of_one_group_count_as_one(tokenizer):
+    model, own = adapted_llama(), texts(4)
+    grouped = [replace(text, group=group) for text, group in zip(own, "aabb", strict=True)]
+    apart, together = (explain(model, tokenizer, some, EXTENT)["layers"][0] for some in (own, grouped))
+    for key in ("skip_to_attention", "entropy_change"):
+        assert together[key]["value"] == pytest.approx(apart[key]["value"])
+        assert together[key]["low"] != apart[key]["low"]
+    assert together["ablation"]["skip"]["value"] == pytest.approx(apart["ablation"]["skip"]["value"])
+    alone = explain(model, tokenizer, [replace(text, group="a") for text in own], EXTENT)["layers"][0]
+    assert alone["skip_to_attention"] is alone["entropy_change"] is alone["ablation"] is None
 
 
 def test_bad_input(tokenizer):

@@ -26,7 +26,7 @@ from preskip.analysis.explain.tokens import TokenWriter
 from preskip.analysis.explain.unembed import promoted_tokens
 from preskip.data.blocks import scored_size, start_token, text_ids
 from preskip.data.corpus import Document
-from preskip.data.splits import choose
+from preskip.data.words import beginning
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import default_batch_tokens, document_windows
 from preskip.progress import Advance, no_progress
@@ -248,7 +248,7 @@ def _take(
         rows.write(reading.text.id, first, own, reading.table, nll[:size], bypass, enrichment)
     if reading.text.set == counted:
         labels = {name: column[first : first + size] for name, column in reading.table.labels.items()}
-        found.sums.add(reading.index, values, labels)
+        found.sums.add(reading.text.group, values, labels)
     return nll[size] if len(nll) > size else None
 
 
@@ -279,24 +279,33 @@ def _attention(
     sequences = [[*lead, *text_ids(text.text, tokenizer)][: extent.context_length] for text in texts]
     with bar("attention patterns", len(sequences)) as advance:
         sums = attention_changes(model, branches, sequences, advance)
+    of = _clusters(texts)
+    together = np.zeros((len(sums), max(of) + 1, 3))  # [layers, clusters, 3]
+    np.add.at(together, (slice(None), of), sums)
     return [
         {"entropy_change": interval(row[:, 0], row[:, 2]), "sink_change": interval(row[:, 1], row[:, 2])}
-        for row in sums
+        for row in together
     ]
+
+
+def _clusters(texts: list[Text]) -> list[int]:
+    """The number of each text's cluster."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(text.group for text in texts))}
+    return [numbers[text.group] for text in texts]
 
 
 def _ablation(
     model: nn.Module, tokenizer: Any, texts: list[Text], extent: Extent, bar: Bar
 ) -> dict[int, dict[str, Limits | None]]:
-    """By layer, what each part and both together are worth; empty with fewer than 2 texts."""
-    if len(texts) < 2:
+    """By layer, what each part and both together are worth; empty with fewer than 2 clusters of texts."""
+    if len({text.group for text in texts}) < 2:
         return {}
-    # In their order, each cut to its beginning.
-    given = [Document(text.id, text.text, text.id) for text in texts]
-    documents = choose(given, len(given), extent.ablation_words, seed=0)
+    documents = [Document(text.id, beginning(text.text, extent.ablation_words), text.group) for text in texts]
     length = extent.context_length
-    windows, owners = document_windows(documents, tokenizer, context_length=length, stride=length)
-    sizes = [scored_size(document, tokenizer).bytes for document in documents]
+    windows, texts_of = document_windows(documents, tokenizer, context_length=length, stride=length)
+    of = _clusters(texts)
+    owners = [of[owner] for owner in texts_of]
+    sizes = np.bincount(of, [scored_size(document, tokenizer).bytes for document in documents]).tolist()
     parts = (*PARTS, BOTH)
     with bar("ablate", ablation_passes(model, windows, extent.batch_tokens, parts)) as advance:
         rows = ablate(model, windows, owners, sizes, parts=parts, batch_tokens=extent.batch_tokens, advance=advance)

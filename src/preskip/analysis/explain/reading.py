@@ -23,12 +23,18 @@ class Text:
         title: for people.
         text: the text itself.
         set: "held-out" or "given" by the user.
+        group: texts of one group, as those of one book, are one cluster. Default: the id.
     """
 
     id: str
     title: str
     text: str
     set: str = "held-out"
+    group: str = ""
+
+    def __post_init__(self) -> None:
+        """Fill in the default."""
+        object.__setattr__(self, "group", self.group or self.id)
 
 
 @dataclass(frozen=True)

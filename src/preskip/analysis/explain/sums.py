@@ -1,4 +1,4 @@
-"""What is kept of all tokens: sums per document, per layer and per class, from which every interval is made."""
+"""What is kept of all tokens: sums per cluster of texts, per layer and per class, from which every interval is made."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ SIZES = {"skip_to_attention": ("skip", "attention"), "enrichment": ("change", "i
 
 
 def interval(above: ArrayLike, below: ArrayLike, confidence: float = CONFIDENCE) -> Limits | None:
-    """Σ above / Σ below with its interval over documents.
+    """Σ above / Σ below with its interval over clusters: documents, or groups of them.
 
     Args:
-        above: numerators, [documents]; NaN where nothing was measured.
-        below: denominators, [documents]; a document with 0 is left out.
+        above: numerators, [clusters]; NaN where nothing was measured.
+        below: denominators, [clusters]; a cluster with 0 is left out.
         confidence: level of the interval. Default 0.95.
 
     Returns:
-        {"value", "low", "high"}, or None with fewer than 2 documents, or so few that a limit is infinite.
+        {"value", "low", "high"}, or None with fewer than 2 clusters, or so few that a limit is infinite.
     """
     tops, bottoms = np.asarray(above, np.float64), np.asarray(below, np.float64)
     usable = np.isfinite(tops) & np.isfinite(bottoms) & (bottoms > 0)
@@ -56,20 +56,20 @@ class Sums:
 
     def __init__(self, layers: int) -> None:
         self.layers = layers
-        self._documents: dict[int, dict[str, Array]] = {}
-        self._classes: dict[tuple[str, str], dict[int, Array]] = defaultdict(dict)
+        self._clusters: dict[str, dict[str, Array]] = {}
+        self._classes: dict[tuple[str, str], dict[str, Array]] = defaultdict(dict)
         self._class_layers: dict[tuple[str, str], Array] = {}
         self._class_tokens: dict[tuple[str, str], int] = defaultdict(int)
 
     def add(
-        self, document: int, values: Mapping[str, NDArray[np.float32]], labels: Mapping[str, list[str | None]]
+        self, cluster: str, values: Mapping[str, NDArray[np.float32]], labels: Mapping[str, list[str | None]]
     ) -> None:
-        """Count some tokens of a document: values by name of `forward.MEASURES`, [layers, tokens], and labels.
+        """Count some tokens of a cluster: values by name of `forward.MEASURES`, [layers, tokens], and labels.
 
         These are by dimension, a class per text token; the tokens before them are a start token's.
         """
         tokens = len(next(iter(labels.values())))
-        row = self._documents.setdefault(document, {name: np.zeros(self.layers) for name in (*values, "tokens")})
+        row = self._clusters.setdefault(cluster, {name: np.zeros(self.layers) for name in (*values, "tokens")})
         exact = {name: value.astype(np.float64) for name, value in values.items()}
         text = {name: value[:, value.shape[1] - tokens :] for name, value in exact.items()}
         for name in values:
@@ -83,13 +83,13 @@ class Sums:
                 chosen = names == label
                 summed = sizes[:, :, chosen].sum(2)  # [4, layers]
                 kept = self._classes[key]
-                kept[document] = kept.get(document, 0.0) + np.nansum(summed, 1)
+                kept[cluster] = kept.get(cluster, 0.0) + np.nansum(summed, 1)
                 self._class_layers[key] = self._class_layers.get(key, 0.0) + summed
                 self._class_tokens[key] += int(chosen.sum())
 
     def layer(self, index: int) -> LayerSizes:
         """Sizes and cosines of one layer with their intervals."""
-        rows = self._documents.values()
+        rows = self._clusters.values()
 
         def of(name: str) -> list[float]:
             return [row[name][index] for row in rows]
@@ -113,7 +113,7 @@ class Sums:
         keys = [key for key in keys if self._class_tokens[key]]
         rows: list[ExplainedClass] = []
         for key in keys:
-            skip, attention, change, x = np.stack(list(self._classes[key].values())).T  # [documents] each
+            skip, attention, change, x = np.stack(list(self._classes[key].values())).T  # [clusters] each
             by_layer = self._class_layers[key]
             rows.append(
                 {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from preskip.analysis.explain.reading import Text
-from preskip.data.corpus import EMBEDDED_CORPORA, Document
+from preskip.data.corpus import EMBEDDED_CORPORA, Document, clusters
 from preskip.data.local import data_directory
 from preskip.data.scan import clean_text
 from preskip.data.splits import choose, load_splits, load_texts, locate
@@ -57,7 +57,8 @@ def heldout_texts(
     chosen = choose(usable, count, words, seed)
     # Shuffled: ablation, attention patterns and the map take the first ones, which by id would be the oldest.
     order = np.random.default_rng(seed).permutation(len(chosen))
-    texts = [Text(chosen[index].id, chosen[index].id, chosen[index].text) for index in order]
+    of = clusters(chosen)
+    texts = [Text(chosen[index].id, chosen[index].id, chosen[index].text, group=f"{of[index]}") for index in order]
     return texts, [document.text for document in documents]
 
 
