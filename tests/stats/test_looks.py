@@ -8,7 +8,8 @@ from scipy import special, stats
 
 from preskip.stats import Design
 from preskip.stats.families import gatekeeping, holm
-from preskip.stats.looks import fractions_of, nominal_levels, planned_stops, sequential_p, spent, two_sided
+from preskip.stats.looks import fractions_of, nominal_levels, sequential_p, spent, two_sided
+from preskip.stats.stops import planned_stops
 from stored_runs import invoke_app
 
 

@@ -70,7 +70,7 @@ def power(
 def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, alpha: float) -> dict[str, Any]:
     from preskip.metrics import METRICS
     from preskip.stats import Design
-    from preskip.stats.power import discordant_deviation
+    from preskip.stats.power import checked_level, discordant_deviation
 
     if ("items" in given) == ("documents" in given):
         raise PreskipError("give --items or --documents for a planned design, or a run directory")
@@ -86,7 +86,8 @@ def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, 
         shared=given["shared"],
     )
     facts = {"metric": assumed.key, "family": given["family"], "basis": "assumed"}
-    row = _row(facts, design, difference, wanted, alpha)
+    level = checked_level(wanted, alpha, given["family"])
+    row = _row(facts, design, difference, wanted, (level, level))
     if "looks" in given:
         row["looks"] = _looks(given["looks"], design, given["family"], difference, alpha)
     return row
@@ -96,7 +97,7 @@ def _looks(text: str, design: Design, family: int, difference: float | None, alp
     """What each planned look holds p to, and how often the run is decided there if the difference is true, or none."""
     from preskip.experiment.options import check_looks
     from preskip.experiment.parse import parse_looks
-    from preskip.stats.looks import planned_stops
+    from preskip.stats.stops import planned_stops
 
     looks = parse_looks(text)
     check_looks(looks, looks)
@@ -125,9 +126,10 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
     """The declared comparisons of a run, or all where none was declared."""
     from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms
-    from preskip.stats.families import tests_beside
-    from preskip.stats.power import measured_design
+    from preskip.stats.families import levels_of, tests_beside
+    from preskip.stats.power import checked_level, measured_design
 
+    checked_level(wanted, alpha, 1)
     stored = load_runs([run], allow_different_dtype=True)
     entries = compare_arms(stored.items, stored.family)
     if not entries:
@@ -145,32 +147,32 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
             measured_design(entry),
             difference if difference is not None else entry["difference"] or None,
             wanted,
-            alpha,
+            levels_of({**stored.family, "alpha": alpha}, entry, entry["seeds"]),
         )
         for entry in declared or entries
     ]
 
 
 def _row(
-    facts: dict[str, Any], design: Design, difference: float | None, wanted: float, alpha: float
+    facts: dict[str, Any], design: Design, difference: float | None, wanted: float, levels: tuple[float, float]
 ) -> dict[str, Any]:
+    """A design's figures at its levels of difference and equivalence (`preskip.stats.families.levels_of`)."""
     from dataclasses import asdict
 
     from preskip.metrics import DEFAULT_MARGINS
     from preskip.stats import needed, resolvable
     from preskip.stats.power import doubled
 
-    options: dict[str, Any] = {"power": wanted, "alpha": alpha, "family": facts["family"]}
+    options: dict[str, Any] = {"power": wanted, "alpha": levels[0]}
     smallest = resolvable(design, **options)
     if design.standard_error == 0 and "low" in facts:  # nothing differed: what the interval still allows
         smallest = (facts["high"] - facts["low"]) / 2
     margin = facts.pop("margin", DEFAULT_MARGINS.get(facts["metric"]))
-    level = alpha / facts["family"]
     row = {**facts, **asdict(design), "resolvable": smallest, "difference": difference}
     row |= {"doubled": resolvable(doubled(design), **options), "margin": margin}
     # What the run says anything at all with: better, worse or equivalent; of equal arms only the last.
-    row["decides_none"] = design.decides(0.0, margin, level, level)
-    row["decides"] = None if difference is None else design.decides(difference, margin, level, level)
+    row["decides_none"] = design.decides(0.0, margin, *levels)
+    row["decides"] = None if difference is None else design.decides(difference, margin, *levels)
     if difference is not None and design.standard_error > 0:
         found = needed(design, difference, **options)
         row |= {"needed_units": found.units, "needed_seeds": found.seeds}

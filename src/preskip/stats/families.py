@@ -18,6 +18,7 @@ import numpy as np
 from preskip.errors import PreskipError
 from preskip.metrics import DEFAULT_MARGINS
 from preskip.runs.schema import Comparison, Declared, Family, PairedDifference, SetFacts
+from preskip.stats.looks import fractions_of, nominal_levels
 from preskip.stats.verdicts import ALPHA, margin_of, verdict_of
 
 Key = tuple[str, str, frozenset[str]]
@@ -63,6 +64,33 @@ def tests_beside(family: Family, entry: Declared) -> int:
     declared = family.get("declared", ())
     level = next((other.get("level", 1) for other in declared if key_of(other) == key_of(entry)), None)
     return max(1, sum(other.get("level", 1) == level for other in declared))
+
+
+def levels_of(family: Family, entry: Declared, seeds: int) -> tuple[float, float]:
+    """What a comparison's p-values are held to while none beside it is decided.
+
+    Args:
+        family: with its looks, where there are any.
+        entry: one that is not declared is held to alpha.
+        seeds: so many were trained; of several looks the last one that they reach counts, else the first.
+
+    Returns:
+        The two-sided level of the difference, alpha over the tests at its own level; and the one-sided level of
+        equivalence, alpha over all declared ones that have a margin (families of earlier runs: alpha).
+    """
+    alpha, declared = family.get("alpha", ALPHA), family.get("declared", ())
+    if key_of(entry) not in map(key_of, declared):
+        return alpha, alpha
+    difference = equivalence = alpha
+    if family.get("procedure") == "gatekeeping":
+        margins = family.get("margins", DEFAULT_MARGINS)
+        equivalence /= max(1, sum(margin_of(margins, other["set"], other["metric"]) is not None for other in declared))
+    difference /= tests_beside(family, entry)
+    if looks := family.get("looks"):
+        fractions, place = fractions_of(looks), max(1, sum(look <= seeds for look in looks)) - 1
+        difference = 2 * nominal_levels(difference / 2, fractions)[place]
+        equivalence = nominal_levels(equivalence, fractions)[place]
+    return difference, equivalence
 
 
 def apply_family(

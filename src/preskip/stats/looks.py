@@ -14,29 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, special
 
-from preskip.stats.bootstrap import seeds_and_units_reach
 from preskip.stats.inputs import Array
-from preskip.stats.power import Design
-from preskip.stats.verdicts import ALPHA
 
 # Nodes of the integral over one look, and the lowest value of the statistic that it counts.
 NODES, LOWEST = 160, -8.0
 # One-sided levels between which p-values are interpolated, evenly in z.
 LEVELS = special.ndtr(np.linspace(-8.0, 0.0, 81))
-
-
-class Stop(TypedDict):
-    """What a planned look does."""
-
-    seeds: int
-    level: float  # two-sided, that p is held to at this look
-    stops: float  # probability that the comparison is decided here and at no look before
 
 
 def spent(level: float, fraction: float) -> float:
@@ -105,44 +93,3 @@ def two_sided(p_values: Sequence[ArrayLike], fractions: Sequence[float]) -> Arra
 def fractions_of(looks: Sequence[int]) -> list[float]:
     """The share of the planned seeds at looks after so many seeds each."""
     return [look / looks[-1] for look in looks]
-
-
-def planned_stops(
-    design: Design,
-    difference: float,
-    looks: Sequence[int],
-    *,
-    alpha: float = ALPHA,
-    experiments: int = 20_000,
-    seed: int = 0,
-) -> list[Stop]:
-    """The probability that a comparison is decided at each look, simulated.
-
-    Args:
-        design: the spreads and the units; its number of seeds is not used.
-        difference: the true difference, in the metric's unit.
-        looks: numbers of seeds, ascending, the first at least 2.
-        alpha: two-sided level of all looks together. Default 0.05.
-        experiments: simulated. Default 20,000: a standard error of at most 0.4 points.
-        seed: of the simulation.
-    """
-    generator = np.random.default_rng(seed)
-    unit_square = design.unit_deviation**2 / design.units
-    own = np.sqrt(design.seed_deviation**2 + design.residual_deviation**2 / design.units)
-    each = difference + own * generator.standard_normal((experiments, looks[-1]))
-    shared = np.sqrt(unit_square) * generator.standard_normal(experiments)
-    undecided = np.ones(experiments, bool)
-    stops: list[Stop] = []
-    for look, level in zip(looks, nominal_levels(alpha / 2, fractions_of(looks)), strict=True):
-        seen = each[:, :look]
-        reach = seeds_and_units_reach(
-            level,
-            seen.var(axis=1, ddof=1) / look,
-            np.float64(unit_square),
-            seed_freedom=look - 1,
-            unit_freedom=design.freedom_of_units,
-        )
-        found = undecided & (np.abs(seen.mean(axis=1) + shared) > np.abs(reach))
-        undecided &= ~found
-        stops.append({"seeds": look, "level": 2 * level, "stops": float(found.mean())})
-    return stops

@@ -26,7 +26,7 @@ from preskip.errors import PreskipError
 from preskip.metrics import DEFAULT_MARGINS, metric_named
 from preskip.runs.schema import Comparison, Declared, DesignFacts, Family, PairedDifference, PowerEntry, SetFacts
 from preskip.stats.bootstrap import seeds_and_units_reach
-from preskip.stats.families import tests_beside
+from preskip.stats.families import levels_of, tests_beside
 from preskip.stats.inputs import Array
 from preskip.stats.verdicts import ALPHA, FEWEST_UNITS, independent_units, margin_of
 
@@ -207,7 +207,7 @@ def resolvable(design: Design, *, power: float = POWER, alpha: float = ALPHA, fa
     Raises:
         PreskipError: power, alpha or family out of range.
     """
-    level = _level(power, alpha, family)
+    level = checked_level(power, alpha, family)
     error = design.standard_error
     if error == 0:
         return 0.0
@@ -238,7 +238,7 @@ def needed(design: Design, difference: float, *, power: float = POWER, alpha: fl
     Raises:
         PreskipError: the difference is 0, or as `resolvable`.
     """
-    level = _level(power, alpha, family)
+    level = checked_level(power, alpha, family)
     if difference == 0 or not np.isfinite(difference):
         raise PreskipError(f"difference {difference!r}: give the true difference to find, not 0")
 
@@ -270,7 +270,7 @@ def planned_power(
         sets: as in run.json: "kind" and "documents" or "items" of each set; "clusters" in their place where units are
             resampled in clusters; "unit_freedom" where sizes are known.
         seeds: training seeds.
-        family: the declared family; the level is its alpha over the number of tests at the comparison's own.
+        family: the declared family, which the levels are from (`levels_of`).
         power: probability of finding the difference. Default 0.8.
 
     Returns:
@@ -292,16 +292,15 @@ def planned_power(
         )
         design = replace(design, unit_freedom=sets[name].get("unit_freedom"))
         margin = margin_of(family.get("margins", DEFAULT_MARGINS), name, metric)
-        entries.append(_entry(entry, design, family, tests_beside(family, entry), power, "assumed", margin))
+        entries.append(_entry(entry, design, family, power, "assumed", margin))
     return entries
 
 
 def measured_power(entries: Sequence[Comparison], family: Family, *, power: float = POWER) -> list[PowerEntry]:
     """The `power` entries of a run's results, one per comparison, from its measured variance components.
 
-    Declared comparisons are held to alpha over the number of tests at their level of the family (of secondary ones as
-    if the primary one were decided), others to alpha. Where nothing differs at all,
-    the figure is the half width of the interval.
+    Levels are those of `levels_of`, of secondary comparisons as if the primary one were decided. Where nothing differs
+    at all, the figure is the half width of the interval.
 
     Args:
         entries: from `apply_family`.
@@ -311,7 +310,7 @@ def measured_power(entries: Sequence[Comparison], family: Family, *, power: floa
     result = []
     for entry in entries:
         design = measured_design(entry)
-        figures = _entry(entry, design, family, tests_beside(family, entry), power, "measured", entry["margin"])
+        figures = _entry(entry, design, family, power, "measured", entry["margin"])
         if design.standard_error == 0:
             figures["resolvable"] = (entry["high"] - entry["low"]) / 2
         result.append(figures)
@@ -342,13 +341,11 @@ def _entry(
     comparison: Declared,
     design: Design,
     family: Family,
-    size: int,
     power: float,
     basis: Literal["assumed", "measured"],
     margin: float | None,
 ) -> PowerEntry:
-    alpha = family.get("alpha", ALPHA)
-    smallest = resolvable(design, power=power, alpha=alpha, family=size)
+    level, of_equivalence = levels_of(family, comparison, design.seeds)
     return {
         "set": comparison["set"],
         "metric": comparison["metric"],
@@ -356,18 +353,19 @@ def _entry(
         "reference": comparison["reference"],
         "units": design.units,
         "seeds": design.seeds,
-        "resolvable": smallest,
-        "doubled": resolvable(doubled(design), power=power, alpha=alpha, family=size),
-        "decides_none": design.decides(0.0, margin, alpha / size, alpha / size),
+        "resolvable": resolvable(design, power=power, alpha=level),
+        "doubled": resolvable(doubled(design), power=power, alpha=level),
+        "decides_none": design.decides(0.0, margin, level, of_equivalence),
         "basis": basis,
-        "alpha": alpha,
+        "alpha": family.get("alpha", ALPHA),
         "power": power,
-        "family": size,
+        "family": tests_beside(family, comparison),
         "design": cast(DesignFacts, asdict(design)),
     }
 
 
-def _level(power: float, alpha: float, family: int) -> float:
+def checked_level(power: float, alpha: float, family: int) -> float:
+    """alpha / family, where power, alpha and family are in range."""
     for name, value in (("power", power), ("alpha", alpha)):
         if not 0 < value < 1:
             raise PreskipError(f"{name} {value!r} must lie between 0 and 1")

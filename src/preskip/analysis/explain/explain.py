@@ -281,7 +281,8 @@ def _attention(
         sums = attention_changes(model, branches, sequences, advance)
     of = _clusters(texts)
     together = np.zeros((len(sums), max(of) + 1, 3))  # [layers, clusters, 3]
-    np.add.at(together, (slice(None), of), sums)
+    for place, cluster in enumerate(of):
+        together[:, cluster] += sums[:, place]
     return [
         {"entropy_change": interval(row[:, 0], row[:, 2]), "sink_change": interval(row[:, 1], row[:, 2])}
         for row in together
