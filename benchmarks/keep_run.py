@@ -31,6 +31,8 @@ def keep(run: RunDirectory, target: Path) -> None:
     manifest = run.manifest
     if manifest.get("status") != "finished":
         raise PreskipError(f"{run.path} is not finished: finish it with --resume {run.path}")
+    if manifest["directory"] == ".":
+        raise PreskipError(f"{run.path} is such a copy itself: give the run, or copy the folder")
     if target.exists():
         if not (target / "run.json").is_file() or RunDirectory.open(target).manifest["directory"] != ".":
             raise PreskipError(f"{target} exists and is no such copy: choose another place")

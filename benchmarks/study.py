@@ -41,30 +41,37 @@ def main() -> int:
     options = parser.parse_args()
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    pairs = [(model, corpus) for model in options.models.split(",") for corpus in options.corpora.split(",")]
     runs = {
-        options.out / f"{slug(model.removesuffix('.gguf'))}-{slug(corpus)}": (model, corpus)
-        for model in options.models.split(",")
-        for corpus in options.corpora.split(",")
+        options.out / f"{slug(model.removesuffix('.gguf'))}-{slug(corpus)}": (model, corpus) for model, corpus in pairs
     }
-    seeds, wanted = (["--seeds", options.seeds], parse_seeds(options.seeds)) if options.seeds else ([], ())
+    if len(runs) < len(pairs):
+        parser.error("two of the models or corpora have one name: give each a study of its own (--out)")
+    seeds = ["--seeds", options.seeds] if options.seeds else []
     for run, (model, corpus) in runs.items():
-        if is_finished(run):
-            if not set(wanted) - set(RunDirectory.open(run).manifest.get("seeds", ())):
-                continue
-            what = ["--resume", str(run), *seeds]
-        elif (run / "run.json").is_file():
-            what = ["--resume", str(run)]
-        else:
-            what = [model, "--preset", "confirmatory", "--corpus", corpus, "--out", str(run), *seeds, *options.more]
-        code = interruptible(["probe", *what], deadline)
-        if code is None:
-            print(f"stopped; {run} and what follows it go on with the same command", flush=True)
-            return LEFT_TO_DO
-        if code:
-            return code
+        begin = [model, "--preset", "confirmatory", "--corpus", corpus, "--out", str(run), *seeds, *options.more]
+        for _ in range(2):  # a run that was begun is finished with the seeds that it has before any are added
+            if (what := left_to_do(run, begin, seeds)) is None:
+                break
+            code = interruptible(["probe", *what], deadline)
+            if code is None:
+                print(f"stopped; {run} and what follows it go on with the same command", flush=True)
+                return LEFT_TO_DO
+            if code:
+                return code
     if len(runs) > 1:
         return preskip(["compare", *map(str, runs), "--combine"]).wait()
     return 0
+
+
+def left_to_do(run: Path, begin: Sequence[str], seeds: Sequence[str]) -> Sequence[str] | None:
+    """What to call `preskip probe` with; None where a run is finished and has the seeds."""
+    if not (run / "run.json").is_file():
+        return begin
+    if not is_finished(run):
+        return ["--resume", str(run)]
+    wanted = set(parse_seeds(seeds[1])) if seeds else set()
+    return ["--resume", str(run), *seeds] if wanted - set(RunDirectory.open(run).manifest.get("seeds", ())) else None
 
 
 def is_finished(run: Path) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from preskip.experiment.parse import parse_seeds
 from preskip.runs.directory import RunDirectory
 
 
@@ -34,12 +35,16 @@ class Process:
     def wait(self, timeout=None):
         if self.signals:
             return 130
-        if "--out" in self.arguments:
-            run = RunDirectory.create(Path(self.arguments[self.arguments.index("--out") + 1]), {"config": {}})
+        given = dict(zip(self.arguments, self.arguments[1:], strict=False))
+        if self.arguments[0] == "probe":
+            seeds = {"seeds": list(parse_seeds(given["--seeds"]))} if "--seeds" in given else {}
+            run = Path(given.get("--out") or given["--resume"])
+            if "--out" in given:
+                RunDirectory.create(run, {"config": {}})
             if self.endless:
                 raise subprocess.TimeoutExpired("probe", timeout)
-            path = run.path / "run.json"
-            path.write_text(json.dumps({**json.loads(path.read_text()), "status": "finished"}))
+            record = json.loads((run / "run.json").read_text())
+            (run / "run.json").write_text(json.dumps({**record, **seeds, "status": "finished"}))
         return 0
 
     def send_signal(self, number):
@@ -87,8 +92,21 @@ def test_seeds_are_added_to_what_is_finished(script, tmp_path, monkeypatch):
     run_of = tmp_path / "smollm2-wikitext2"
     _, commands, _ = run(script, monkeypatch, *options, "--seeds", "1,2,3", "--", "--looks", "3,5")
     assert commands[0][-6:] == ["--out", str(run_of), "--seeds", "1,2,3", "--looks", "3,5"]
-    record = json.loads((run_of / "run.json").read_text())
-    (run_of / "run.json").write_text(json.dumps({**record, "seeds": [1, 2, 3]}))
     assert run(script, monkeypatch, *options, "--seeds", "1,2,3")[1] == run(script, monkeypatch, *options)[1] == []
     _, commands, _ = run(script, monkeypatch, *options, "--seeds", "1,...,5")
     assert commands == [["probe", "--resume", str(run_of), "--seeds", "1,...,5"]]
+
+
+def test_seeds_are_added_once_a_run_that_was_interrupted_is_finished(script, tmp_path, monkeypatch):
+    run_of = tmp_path / "smollm2-wikitext2"
+    RunDirectory.create(run_of, {"config": {}, "seeds": [1, 2, 3]})
+    options = ("--out", tmp_path, "--corpora", "wikitext2", "--seeds", "1,...,5")
+    resume = ["probe", "--resume", str(run_of)]
+    assert run(script, monkeypatch, *options)[1] == [resume, [*resume, "--seeds", "1,...,5"]]
+    assert run(script, monkeypatch, *options)[1] == []
+
+
+def test_two_models_of_one_name_are_refused(script, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(script, monkeypatch, "--out", tmp_path, "--models", "a/m,b/m")
+    assert "two of the models or corpora have one name" in capsys.readouterr().err

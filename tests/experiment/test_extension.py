@@ -252,6 +252,10 @@ def test_a_copy_without_weights_says_the_same(extended, folder):
         with pytest.raises(PreskipError, match="exists and is no such copy"):
             module.keep(extended, place)
     assert (extended.path / "results.json").is_file()
+    for place in (kept, folder / "other"):
+        with pytest.raises(PreskipError, match="is such a copy itself"):
+            module.keep(RunDirectory.open(kept), place)
+    assert run_faults(kept) == []
     begun = start_run(small_probe(folder, **FAST), folder / "begun", ["test"])
     with pytest.raises(PreskipError, match="is not finished: finish it with --resume"):
         module.keep(begun, folder / "none")

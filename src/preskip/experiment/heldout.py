@@ -167,7 +167,23 @@ def load_corpora(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise PreskipError(f"two evaluation sets are named {twice!r}: rename a file, or leave one out")
-    return scored
+    return [scored[0], *(_apart(other, scored[0].splits, quiet) for other in scored[1:])]
+
+
+def _apart(other: Scored, home: Splits, quiet: bool) -> Scored:
+    """A set without texts of the training corpus: none that is trained on is scored, nor any that is scored trained on.
+
+    `books24` holds out books that `books` trains on.
+    """
+    trained = {document.text for document in home.training}
+    scored = {document.text for document in (*home.development, *home.heldout)}
+    parts: dict[str, Any] = {
+        part: [document for document in getattr(other.splits, part) if document.text not in texts]
+        for part, texts in (("training", scored), ("development", trained), ("heldout", trained))
+    }
+    if left_out := len(other.splits.heldout) - len(parts["heldout"]):
+        say(f"{other.splits.name}: {left_out} held-out documents are left out, they are trained on", quiet=quiet)
+    return other._replace(splits=replace(other.splits, **parts))
 
 
 def require(config: Config, part: str, documents: Sequence[Document], least: int) -> None:
