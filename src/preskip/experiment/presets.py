@@ -59,7 +59,6 @@ PRESETS = {
             "lr": ["tune"],
             "lr_rule": "frontier",
             "development_documents": 48,
-            "development_words": 150,
             "steps": 48,
             "batch_size": 4,
             "last_word_items": 0,
