@@ -1,7 +1,9 @@
 """`preskip eval` through the real command, on a tiny model in a folder."""
 
+import errno
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -122,6 +124,7 @@ def test_mistakes_are_one_line_and_write_nothing(call, inputs, tmp_path):
         "no such folder": [*tasks, "--adapter", tmp_path / "nowhere"],
         "lacks base_model": [*tasks, "--adapter", broken],
         "exists already": [*tasks, "--out", tmp_path / "there"],
+        "no folder can be made in .*short.txt: choose another --out": [*tasks, "--out", short / "scores"],
         "at least 2 items": [*tasks, "--limit", "1"],
         "between 1 and 512": [*tasks, "--context-length", "1000"],
         "stride must lie": ["--corpus", inputs / "texts.jsonl", "--stride", "600"],
@@ -137,6 +140,22 @@ def test_mistakes_are_one_line_and_write_nothing(call, inputs, tmp_path):
         (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
         assert re.search(message, line), line
         assert not (tmp_path / "out").exists()
+
+
+def test_scores_that_cannot_be_written_are_still_printed(call, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # In the middle of the first file, behind the check of the place.
+    monkeypatch.setattr(os, "replace", full)
+    for options in ([], ["--json"]):
+        out = tmp_path / f"full{len(options)}"
+        code, stdout, stderr = call("--tasks", "lambada_openai", "--out", out, *options)
+        assert code == 1
+        assert re.search(r"lambada_openai +acc +\d", stderr)
+        assert "records:" not in stderr
+        assert stderr.splitlines()[-1].startswith(f"error: no space left on the disk while writing {out}")
+        assert not options or json.loads(stdout)["error"].startswith("no space left")
 
 
 def test_nan_is_a_failure_and_writes_nothing(call, inputs, tmp_path):

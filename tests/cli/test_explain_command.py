@@ -211,6 +211,7 @@ CASES = {
     "no file": (["{place}/run", "--text", "gone.txt", "--out", "{out}"], "--text gone.txt: no such file"),
     "binary": (["{place}/run", "--text", "{place}/bytes.txt", "--out", "{out}"], "cannot be read: give a UTF-8 text"),
     "exists": (["{place}/run", "--out", "{place}/model"], "exists already: choose another --out"),
+    "place": (["{place}/run", "--out", "{place}/corpus.jsonl/out"], "corpus.jsonl: choose another --out"),
     "figures": (["{place}/run", "--figures", "{place}/corpus.jsonl", "--out", "{out}"], "is a file: give a folder"),
     "dtype": (["{place}/run", "--dtype", "float8"], "--dtype 'float8' is unknown"),
     "documents": (["{place}/run", "--documents", "1"], "--documents 1 is not possible: it must be at least 2"),

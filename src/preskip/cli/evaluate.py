@@ -93,8 +93,10 @@ def evaluate(
     settings, seeds = TaskSettings.from_options(given), _seeds(seed)
     if log_samples and (not names or out is None or out.suffix == ".jsonl"):
         raise PreskipError("--log-samples needs --tasks, and a folder as --out")
-    from preskip.experiment.preflight import check_inputs
+    from preskip.experiment.preflight import check_inputs, check_place
 
+    if out is not None:
+        check_place(out)
     check_inputs(texts, names, data_dir=data_dir, model=model, include_path=settings.include_path)
     from preskip.progress import progress_bar, say, spinner
 
@@ -192,17 +194,21 @@ def evaluate(
     }
     if named := {name: value for name, value in asdict(settings).items() if value not in (None, False)}:
         results["task_settings"] = named
-    if out is not None and log_samples:
-        from preskip.evaluate.lm_eval_files import write_lm_eval_files
+    try:
+        if out is not None and log_samples:
+            from preskip.evaluate.lm_eval_files import write_lm_eval_files
 
-        about = {"batch_size": batch_size, "device": device, "limit": limit, "bootstrap_iters": _BOOTSTRAP}
-        about |= dict(zip(("random_seed", "numpy_seed", "torch_seed", "fewshot_seed"), seeds, strict=True))
-        about |= {"model_num_parameters": facts["parameters"], "model_dtype": facts["dtype"]}
-        write_lm_eval_files(
-            out, scores.lm_eval, tokenizer, model=model, adapter=facts["adapter"], settings=settings, about=about
-        )
-    if out is not None:
-        _write(out, records, results)
+            about = {"batch_size": batch_size, "device": device, "limit": limit, "bootstrap_iters": _BOOTSTRAP}
+            about |= dict(zip(("random_seed", "numpy_seed", "torch_seed", "fewshot_seed"), seeds, strict=True))
+            about |= {"model_num_parameters": facts["parameters"], "model_dtype": facts["dtype"]}
+            write_lm_eval_files(
+                out, scores.lm_eval, tokenizer, model=model, adapter=facts["adapter"], settings=settings, about=about
+            )
+        if out is not None:
+            _write(out, records, results)
+    except Exception:  # the scores took long: they are shown; stdout keeps to one JSON document
+        _print(results, None, stderr=True)
+        raise
     if as_json:
         print(json.dumps({"out": out and str(out), **results}, indent=1))
     else:
@@ -286,7 +292,7 @@ def _write(out: Path, records: Sequence[Mapping[str, Any]], results: Mapping[str
     write_json(out / "results.json", results)  # last: it marks the folder as complete
 
 
-def _print(results: Mapping[str, Any], out: Path | None) -> None:
+def _print(results: Mapping[str, Any], out: Path | None, *, stderr: bool = False) -> None:
     from preskip.cli.printing import columns, print_table
     from preskip.report.words.verdicts import interval_text
 
@@ -310,4 +316,5 @@ def _print(results: Mapping[str, Any], out: Path | None) -> None:
         f"intervals over items or documents; texts with {results['context_length']} tokens of context, "
         f"stride {results['stride']}; {results['seconds']:g} s"
     )
-    print_table(table, [note, *results.get("notes", ())], [] if out is None else [f"records: {out}"])
+    lines = [] if out is None else [f"records: {out}"]
+    print_table(table, [note, *results.get("notes", ())], lines, stderr=stderr)

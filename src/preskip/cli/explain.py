@@ -79,6 +79,7 @@ def explain(
         from preskip.analysis.explain import Extent, explain
         from preskip.analysis.explain.texts import given_texts, heldout_texts
         from preskip.assets import weights_dtype
+        from preskip.experiment.preflight import check_place
         from preskip.report import build_report
         from preskip.report.explain.page import build_explain_page
         from preskip.report.explain.pictures import check_folder, save_figures
@@ -90,6 +91,7 @@ def explain(
     out = out or _default_out(found)
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another --out")
+    check_place(out)
     if figures is not None:
         check_folder(figures)
     given = given_texts(text or [])
