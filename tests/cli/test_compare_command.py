@@ -133,6 +133,23 @@ def test_runs_of_several_models_and_corpora_give_one_estimate(tmp_path: Path) ->
             invoke(*arguments, "--combine")
 
 
+def test_a_pair_that_runs_store_in_opposite_directions_is_combined(tmp_path: Path) -> None:
+    """What one run declared turned round counts as in the first run's direction."""
+    turned = {"declared": [{"arm": "lora", "reference": "preskip", "set": "heldout", "metric": "bits_per_byte"}]}
+    found = {}
+    for name, family in (("alike", {}), ("turned", turned)):
+        first = write_run(tmp_path / name / "first", arms())
+        second = write_run(tmp_path / name / "second", arms(7, shift=-0.03), family=family)
+        found[name] = json.loads(invoke(first, second, "--combine", "--json"))["combined"]
+    assert len(found["alike"]) == 3 * 3
+    shown = ("arm", "reference", "set", "metric", "difference", "low", "high", "gained", "lost")
+    for alike, other in zip(found["alike"], found["turned"], strict=True):
+        parts, others = ([part["comparison"] for part in entry.pop("parts")] for entry in (alike, other))
+        assert alike == other
+        for one, two in zip(parts, others, strict=True):
+            assert {key: one[key] for key in shown} == {key: two[key] for key in shown}
+
+
 def test_unfinished_cells_are_left_out_and_said(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", arms())
     (run / "arms/lora/seed-2/cell.json").unlink()

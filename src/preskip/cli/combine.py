@@ -30,6 +30,7 @@ def combine_runs(
         PreskipError: fewer than two runs, what cannot be compared within one, or no pair that two runs hold.
     """
     from preskip.progress import progress_bar
+    from preskip.report.lookup import flipped
     from preskip.runs.stored import load_runs, run_labels
     from preskip.stats import compare_arms
     from preskip.stats.combined import combine_comparisons
@@ -38,12 +39,19 @@ def combine_runs(
         raise PreskipError("--combine needs two runs or more")
     labels = run_labels(runs)
     compared = {}
+    # A run stores a pair in the direction that it declared; here all have that of the first run.
+    directions: dict[frozenset[str], tuple[str, str]] = {}
     with progress_bar("comparing", len(runs), quiet=as_json) as advance:
         for number, (label, path) in enumerate(zip(labels, runs, strict=True), 1):
             stored = load_runs([path], allow_different_dtype=allow_different_dtype)
             pairs = stored.pairs(list(parse_names(arms)) if arms else None, reference)
             entries = compare_arms(stored.items, stored.family, stored.sets, pairs=pairs, confidence=confidence)
-            compared[label] = (entries, stored.sets)
+            alike = []
+            for entry in entries:
+                pair = (entry["arm"], entry["reference"])
+                is_first = directions.setdefault(frozenset(pair), pair) == pair
+                alike.append(entry if is_first else flipped(entry))
+            compared[label] = (alike, stored.sets)
             advance(number, label)
     found = combine_comparisons(compared, confidence=confidence)
     if not found:

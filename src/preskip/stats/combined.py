@@ -116,7 +116,7 @@ def combine_comparisons(
     they were fully dependent.
 
     Args:
-        runs: comparisons and the description of the sets, by name of the run.
+        runs: comparisons, each pair in one direction throughout, and the description of the sets, by name of the run.
         confidence: level, default 0.95.
 
     Returns:
