@@ -92,6 +92,20 @@ def test_the_start_token_stands_once_wherever_it_comes_from(lead, text):
         assert window.input_ids[:2] != [0, 0]
 
 
+@pytest.mark.parametrize("pairs", [[(" ", "Ships had")], [(" ", "Ships had"), ("\n ", "x"), (PROSE[:90], " The end.")]])
+@pytest.mark.parametrize("lead", [True, False])
+def test_a_blank_context_is_an_empty_one_with_its_space_scored(lead, pairs):
+    """Alone and in a batch; lm-eval's own backend has no answer where the tokenizer adds no start token."""
+    model = LiveModel(adapted("base"), tiny_tokenizer(lead=lead), context_length=CONTEXT_LENGTH)
+    moved = [("", context + text) if context.isspace() else (context, text) for context, text in pairs]
+    found, expected = (
+        model.loglikelihood(requests("loglikelihood", each), disable_tqdm=True) for each in (pairs, moved)
+    )
+    for mine, other in zip(found, expected, strict=True):
+        assert mine == (pytest.approx(other[0], abs=1e-4), other[1])
+        assert mine[0] < -1
+
+
 @pytest.mark.parametrize("lead", [True, False])
 def test_texts_generated_in_a_batch_are_those_generated_one_by_one(lead):
     # lm-eval's backend asks the first prompt of a batch alone whether start tokens are written out.

@@ -280,6 +280,21 @@ def test_a_task_of_which_nothing_can_be_scored_is_refused(tmp_path, folder):
         TaskSuite(["items"], tiny_tokenizer(), settings=TaskSettings(include_path=str(tmp_path)))
 
 
+def test_an_item_without_context_and_target_is_named(tmp_path, model):
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a|Ships", "b|", "c|x")))
+    for name, context in {"empty": "", "blank": " "}.items():
+        task = BAD.format(name=name, folder=tmp_path, kind="loglikelihood", metrics="[{metric: acc}]")
+        (tmp_path / f"{name}.yaml").write_text(task.replace('"{{text.strip() and context}}"', f'"{context}"'))
+    settings = TaskSettings(include_path=str(tmp_path))
+    suite = TaskSuite(["empty", "blank"], tiny_tokenizer(), settings=settings, context_length=64)
+    assert suite.sets["empty"]["notes"] == ["'empty#1' left out: an empty continuation cannot be scored: ('', '')"]
+    records = suite.score(model)
+    assert [one["id"] for one in records] == ["empty#0", "empty#2", "blank#0", "blank#1", "blank#2"]
+    windows = {prepared.name: [window for (window,) in prepared.windows] for prepared in suite._tasks}
+    assert {window.scored_from for own in windows.values() for window in own} == {1}
+    assert {window.input_ids[0] for own in windows.values() for window in own} == {tiny_tokenizer().bos_token_id}
+
+
 def test_an_item_of_nan_is_named_and_dropped_in_pairs(folder):
     """Of a model that fails on one token, the items with it fail; the others are as those of the whole model."""
     tokenizer, model = tiny_tokenizer(), tiny_llama()

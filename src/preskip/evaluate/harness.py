@@ -74,6 +74,14 @@ class RequestEncoder(TemplateLM):
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer(string, verbose=False, **options)["input_ids"])
 
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Any]:
+        """The window of each context and continuation; the start token stands for a context without tokens."""
+        for context, continuation in (request.args for request in requests):
+            # Of these lm-eval reads the first token, before it asks for windows.
+            if context == "" and not self.tok_encode(continuation, add_special_tokens=False):
+                raise _nothing_to_score((context, continuation))
+        return super().loglikelihood(list(requests), disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[Any]:
         return [self._window(context, continuation, text) for text, context, continuation in requests]
 
@@ -128,13 +136,18 @@ class RequestEncoder(TemplateLM):
 
     def _window(self, context: list[int], continuation: list[int], text: Any) -> Window:
         if not continuation:
-            raise PreskipError(f"an empty continuation cannot be scored: {text!r:.120}")
+            raise _nothing_to_score(text)
         if len(continuation) > self.max_length:
             raise PreskipError(
                 f"a continuation of {len(continuation)} tokens exceeds the context length {self.max_length}: raise it"
             )
-        ids = (context + continuation)[-(self.max_length + 1) :]
+        # lm-eval moves a context's spaces to the continuation, and of a blank one leaves nothing.
+        ids = ((context or [self.prefix_token_id]) + continuation)[-(self.max_length + 1) :]
         return Window(ids, len(ids) - len(continuation))
+
+
+def _nothing_to_score(text: Any) -> PreskipError:
+    return PreskipError(f"an empty continuation cannot be scored: {text!r:.120}")
 
 
 class LiveModel(RequestEncoder):
