@@ -124,6 +124,20 @@ def test_figures_of_other_tasks_need_no_perplexity(monkeypatch):
     assert (found["acc"]["difference"], found["acc_norm"]["difference"]) == (0.25, 0.25)
 
 
+def test_items_that_failed_are_left_out_of_the_distance(monkeypatch):
+    figures = Published(model="x", checkpoint="c", source="s", tasks={"lambada_openai": {"acc": 0.5, "ppl": 10.0}})
+    monkeypatch.setattr(module, "published_figures", lambda name: figures)
+    head = {"set": "lambada_openai", "kind": "item"}
+    rows = [{**head, "scores": {"acc": float(i < 3), "nll": 2.0 + i}} for i in range(4)]
+    failed = {**head, "scores": {}, "failed": "its log-likelihood is NaN"}
+    records = {"float32": rows, "bfloat16": [failed, *rows], "autocast": [failed]}
+    found = module._published("x", records)["distances"]
+    assert found["float32"]["lambada_openai"]["acc"]["difference"] == 0.25
+    assert found["float32"]["lambada_openai"]["ppl"]["ratio"] == pytest.approx(math.exp(3.5) / 10)
+    assert found["bfloat16"] == found["float32"]
+    assert "autocast" not in found
+
+
 def test_nothing_to_score_or_to_compare_with_is_one_line(inputs):
     name = str(inputs / "pythia-160m")
     with pytest.raises(PreskipError, match="nothing to audit"):

@@ -166,7 +166,8 @@ def _published(name: str, records: dict[str, list[Record]]) -> PublishedAudit:
     distances: dict[str, Any] = {}
     for label, rows in records.items():
         for task, values in figures.tasks.items():
-            own = [row["scores"] for row in rows if row["kind"] == "item" and row["set"] == task]
+            items = [row for row in rows if row["kind"] == "item" and row["set"] == task]
+            own = [row["scores"] for row in items if "failed" not in row]
             for metric in ("acc", "acc_norm"):
                 if own and metric in values and metric in own[0]:
                     right = sum(int(scores[metric]) for scores in own)
@@ -174,5 +175,5 @@ def _published(name: str, records: dict[str, list[Record]]) -> PublishedAudit:
                     distances.setdefault(label, {}).setdefault(task, {})[metric] = found
             if own and "ppl" in values:
                 found = perplexity_distance([scores["nll"] for scores in own], values["ppl"])
-                distances[label][task]["ppl"] = found
+                distances.setdefault(label, {}).setdefault(task, {})["ppl"] = found
     return {"model": name, "checkpoint": figures.checkpoint, "source": figures.source, "distances": distances}
