@@ -111,7 +111,10 @@ def test_samples_and_groups_equal_those_of_simple_evaluate(folder, model, case, 
         [one["exact_match"] for one in samples if one["filter"] == name] for name in ("whole", "flexible")
     ]
     first = mine["samples"]["own_small"][0]["arguments"][0][0]
-    assert ("Answer in one word." in first) is ("system_instruction" in given and not (lead and case == "chat"))
+    is_left_out = lead and case == "chat"
+    assert ("Answer in one word." in first) is ("system_instruction" in given and not is_left_out)
+    note = "the chat template takes no system message: left out"
+    assert [entry.get("notes") for entry in suite.sets.values()] == [[note] if is_left_out else None] * len(suite.sets)
     assert first.count("[user]") == (0 if "apply_chat_template" not in given else 3 if case == "chat" else 1)
 
 

@@ -40,6 +40,9 @@ class RequestEncoder(TemplateLM):
         tokenizer: a Hugging Face tokenizer.
         context_length: most tokens read at once; longer requests lose tokens on the left.
         add_bos_token: whether to put the start token before a text; None leaves it to the tokenizer.
+
+    Attributes:
+        left_out_system: whether a chat lost its system message, which the template refused.
     """
 
     def __init__(self, tokenizer: Any, context_length: int, *, add_bos_token: bool | None = None) -> None:
@@ -47,6 +50,7 @@ class RequestEncoder(TemplateLM):
         self.tokenizer = tokenizer
         self.max_length = context_length
         self.add_bos_token = add_bos_token
+        self.left_out_system = False
         if self.prefix_token_id is None:
             raise PreskipError("the tokenizer has neither start nor end token: lm-eval needs one before a text")
 
@@ -104,7 +108,7 @@ class RequestEncoder(TemplateLM):
         raise NotImplementedError("generation needs a model: use LiveModel")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt of a chat; where the template refuses a system message, without it.
+        """The prompt of a chat; where the template refuses a system message, without it (`left_out_system`).
 
         Raises:
             PreskipError: the tokenizer has no chat template.
@@ -124,7 +128,9 @@ class RequestEncoder(TemplateLM):
         try:
             return apply(chat_history)
         except TemplateError:
-            return apply([message for message in chat_history if message["role"] != "system"])
+            prompt = apply([message for message in chat_history if message["role"] != "system"])
+            self.left_out_system = True
+            return prompt
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The tokenizer's template, None where it has none."""

@@ -93,6 +93,7 @@ def prepare_task(
             tokenizer_name=encoder.tokenizer_name if chat else "",
         )
 
+    encoder.left_out_system = False
     left: dict[int, str] = {}  # why, by the position of the document
     try:
         build(chosen if is_sample else None)
@@ -147,6 +148,8 @@ def prepare_task(
         "title": local.name if local else name,
         "sha256": local.sha256 if local else _documents_hash(every),
     }
+    notes = ["the chat template takes no system message: left out"] if encoder.left_out_system else []
+    notes += [f"{ids[position]!r} left out: {reason}" for position, reason in sorted(left.items())]
     return PreparedTask(
         name=name,
         task=task,
@@ -154,7 +157,7 @@ def prepare_task(
         docs=docs,
         windows=windows,
         facts=facts,
-        notes=[f"{ids[position]!r} left out: {reason}" for position, reason in sorted(left.items())],
+        notes=notes,
     )
 
 
