@@ -105,6 +105,30 @@ def test_absent_data_are_none_and_damaged_data_are_named(folder, tmp_path):
         lambada_development(folder)
 
 
+FILES = {
+    "lambada_openai": "lambada/lambada_openai_test.jsonl",
+    "arc_easy": "arc_easy/arc_easy_test.jsonl",
+    "hellaswag": "hellaswag/hellaswag_val_1000_olmes.jsonl",
+    "wikitext": "wikitext2/wiki.test.raw",
+    "development": "lambada/lambada_development_plain_text.txt",
+}
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_a_mark_of_utf_8_is_read_and_other_encodings_are_one_line(folder, task):
+    path = folder / FILES[task]
+
+    def read():
+        return lambada_development(folder) if task == "development" else load_local(task, folder).splits
+
+    content, plain = path.read_bytes(), read()
+    path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert read() == plain
+    path.write_bytes(content + b"caf\xe9\n")
+    with pytest.raises(PreskipError, match=rf"{path.name} is not UTF-8 \(byte {len(content) + 3}\): convert it"):
+        read()
+
+
 def test_the_checksum_of_one_file_is_that_file(folder):
     data = load_local("lambada_openai", folder)
     assert data.files == ("lambada/lambada_openai_test.jsonl",)

@@ -231,6 +231,11 @@ def test_rows_come_from_the_data_directory(tmp_path):
     assert data.sources["paper:lambada"]["source"] == "lambada/lambada_openai_test.jsonl"
     (tmp_path / "wikitext2/wiki.valid.raw").write_text("raw text")
     assert load_paper_data(tmp_path).sources["paper:wikitext"]["title"] == "WikiText validation"
+    (tmp_path / "wikitext2/wiki.valid.raw").write_bytes(b"\xef\xbb\xbfraw text\r\nmore")
+    assert list(load_paper_data(tmp_path).wikitext) == ["raw text\n", "more\n"]
+    (tmp_path / "wikitext2/wiki.valid.raw").write_bytes(b"caf\xe9")
+    with pytest.raises(PreskipError, match=r"wiki.valid.raw is not UTF-8 \(byte 3\): convert it"):
+        load_paper_data(tmp_path)
 
 
 HUB = {

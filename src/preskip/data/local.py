@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.data.corpus import Document
+from preskip.data.rows import read_text
 from preskip.data.wikitext import wikitext_pages
 from preskip.errors import PreskipError
 
@@ -94,7 +95,7 @@ def load_local(task: str, directory: Path | None) -> LocalData | None:
         directory: see `data_directory`.
 
     Raises:
-        PreskipError: a file is not in the expected form.
+        PreskipError: a file cannot be read, or is not in the expected form.
     """
     layout = LAYOUT.get(task)
     if layout is None or directory is None:
@@ -102,10 +103,10 @@ def load_local(task: str, directory: Path | None) -> LocalData | None:
     files = {split: name for split, name in layout.files.items() if (directory / name).is_file()}
     if next(iter(layout.files)) not in files:
         return None
+    splits = {split: layout.read(directory / name) for split, name in files.items()}
     names = tuple(files.values())
     contents = [hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names]
     sha256 = contents[0] if len(contents) == 1 else hashlib.sha256("".join(contents).encode()).hexdigest()
-    splits = {split: layout.read(directory / name) for split, name in files.items()}
     return LocalData(splits=splits, files=names, sha256=sha256, name=layout.name)
 
 
@@ -113,12 +114,12 @@ def lambada_development(directory: Path) -> list[Document]:
     """The passages of LAMBADA's development set as documents, detokenised but still in lower case: tune on these.
 
     Raises:
-        PreskipError: the file is not there.
+        PreskipError: the file is not there, or cannot be read.
     """
     path = directory / LAMBADA_DEVELOPMENT
     if not path.is_file():
         raise PreskipError(f"{path} does not exist: it holds LAMBADA's development set, one passage a line")
-    texts = [detokenise_lambada(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = [detokenise_lambada(line) for line in read_text(path).splitlines() if line.strip()]
     return [Document(f"lambada_development#{i:04d}", text, f"{i}") for i, text in enumerate(texts)]
 
 
@@ -142,7 +143,7 @@ def detokenise_lambada(text: str) -> str:
 def _checked(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Path], Rows]:
     def read(path: Path) -> Rows:
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             try:
                 rows += [convert(json.loads(line))] if line.strip() else []
             except json.JSONDecodeError as error:
@@ -192,7 +193,7 @@ def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wikitext(path: Path) -> Rows:
-    return [{"page": page} for page in wikitext_pages(path.read_text(encoding="utf-8"))]
+    return [{"page": page} for page in wikitext_pages(read_text(path))]
 
 
 LAYOUT: Mapping[str, _Layout] = {

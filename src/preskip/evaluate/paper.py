@@ -35,6 +35,7 @@ from torch import nn
 from preskip.data.blocks import Window
 from preskip.data.corpus import Document
 from preskip.data.local import data_directory, load_local
+from preskip.data.rows import read_text
 from preskip.data.wikitext import page_title
 from preskip.errors import PreskipError, explained
 from preskip.evaluate.likelihood import FAILED, Score, say_failed, score_sequences
@@ -279,10 +280,10 @@ def _task_rows(task: str, directory: Path | None, count: int, hub: _Hub) -> _Row
 def _wikitext_rows(directory: Path | None, count: int) -> _Rows:
     for name in WIKITEXT_FILES:
         if directory is not None and (directory / name).is_file():
-            content = (directory / name).read_bytes()
-            rows = [{"text": line + "\n"} for line in content.decode("utf-8").split("\n")[:count]]
+            rows = [{"text": line + "\n"} for line in read_text(directory / name).split("\n")[:count]]
             title = "WikiText validation" + ("" if name.endswith(".raw") else " with <unk>")
-            return rows, {"title": title, "source": name, "sha256": hashlib.sha256(content).hexdigest()}
+            sha256 = hashlib.sha256((directory / name).read_bytes()).hexdigest()
+            return rows, {"title": title, "source": name, "sha256": sha256}
     return _hub_rows(_HUB["paper:wikitext"], count)
 
 
