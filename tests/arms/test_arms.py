@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -31,6 +32,7 @@ from preskip.arms import (
     match_expansion,
     resolve_arms,
 )
+from preskip.arms.catalogue import LORA_ARMS
 from preskip.arms.insert import insert
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
@@ -183,6 +185,10 @@ def test_every_arm_meets_the_budget_starts_as_the_base_trains_and_leaves_no_trac
     with torch.no_grad():
         before = base(input_ids=ids).logits
     state = {key: value.clone() for key, value in base.state_dict().items()}
+    if name == "hira" and match == "flops":
+        with pytest.raises(PreskipError, match=r"arm hira: it adds a second product .*: match params, or leave it out"):
+            ARMS[name].configs(replace(context_for(base), match=match))
+        return
     # HiRA has one rank for all layers: of 3,328 weights each, 17 come near to 4 · (2 · 79 · 64 + 64²).
     settings = BranchSettings(expansion=1.24) if name == "hira" else None
     context = replace(context_for(base, settings), match=match)
@@ -275,6 +281,30 @@ def test_counted_sizes():
     assert counts["preskip-bottleneck"] == (4 * (2 * 16 * 64 + 2 * 8 * 64), 2 * 4 * (2 * 16 * 64 + 2 * 8 * 64))
     budget = int(3.5 * 64**2) * 4
     assert counts["preproj+lora"][0] == pytest.approx(budget, rel=0.005)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_llama(hidden_size=64), gpt2])
+@pytest.mark.parametrize(
+    "name",
+    ["preskip", "content", "preskip-lowrank", "lora", "lora-mlp", "dora", "rslora", "hira", "preproj+lora", "ia3"],
+)
+def test_flops_of_an_arm_are_those_that_torch_counts(name, make):
+    """What a token more costs with the arm and without it; so products of weights alone, once per pass, fall out."""
+    base = make().eval()
+
+    def per_token(model):
+        counted = []
+        for length in (8, 24):
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(input_ids=torch.zeros(1, length, dtype=torch.long))
+            counted.append(counter.get_total_flops())
+        return (counted[1] - counted[0]) / 16
+
+    plain = per_token(base)
+    with insert(ARMS[name], replace(context_for(base), match="none", lora_ranks=dict.fromkeys(LORA_ARMS, 4)), 0) as own:
+        # Torch counts matrix products alone, not what multiplies by a vector.
+        vectors = sum(p.numel() for p in own.trainable.values() if p.dim() == 1 or min(p.shape) == 1)
+        assert own.flops_per_token - vectors == per_token(own.model) - plain
 
 
 def test_dora_has_a_larger_rank_where_flops_are_matched():

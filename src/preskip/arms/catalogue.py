@@ -198,7 +198,7 @@ REGISTRY = (
     Arm(
         "hira",
         "HiRA (the weight times a low-rank matrix, entry by entry) on all linear layers",
-        1e-3,
+        5e-3,
         make_config=hira,
     ),
     Arm(

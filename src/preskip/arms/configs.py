@@ -76,6 +76,10 @@ def lora(context: ArmContext, arm: str, *, part: str = "all", budget: int | None
 
 def hira(context: ArmContext) -> PeftConfig:
     """ΔW = W ⊙ (B·A), as many weights as LoRA of that rank."""
+    if context.match == "flops":
+        raise PreskipError(
+            "it adds a second product of the base's size, whatever its rank: match params, or leave it out"
+        )
     try:
         from peft import HiraConfig
     except ImportError as error:

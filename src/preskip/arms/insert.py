@@ -60,13 +60,18 @@ class Inserted:
     def flops_per_token(self) -> int:
         """Forward FLOPs per token that the arm adds to the base: 2 per weight of a matrix, 1 per factor of a vector.
 
-        Weights that take the place of the base's own (norms, biases, full fine-tuning) add none. Activations, additions
-        and norms of weights (DoRA) are not counted.
+        HiRA multiplies by a second matrix of the base's size. Weights that take the place of the base's own (norms,
+        biases, full fine-tuning) add none. Activations, additions, and what is computed of weights alone, once per pass
+        (DoRA's norms, HiRA's products), are not counted.
         """
         added = 0
         if self.peers:
             added += sum(module.flops_per_token for module in self.model.modules() if isinstance(module, PeerModule))
         beside = {id(weight) for weight in peer_weights(self.model).values()}
+        for layer in self.model.modules():
+            if hasattr(layer, "hira_A"):
+                added += 2 * layer.in_features * layer.out_features  # type: ignore[operator]
+                beside |= {id(weight) for weight in (*layer.hira_A.values(), *layer.hira_B.values())}  # type: ignore
         for name, weight in self.trainable.items():
             if name not in self.own and "ln_tuning_layers" not in name and id(weight) not in beside:
                 added += (2 if weight.dim() > 1 and min(weight.shape) > 1 else 1) * weight.numel()
