@@ -36,6 +36,14 @@ def test_the_table_of_what_works_is_that_of_the_code():
     assert "| `vit` | images | yes | – | – |" in page
 
 
+def test_the_readme_counts_what_the_table_holds():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table, _, _ = (ROOT / "docs" / "capabilities.md").read_text(encoding="utf-8").partition("## What is refused")
+    assert f" {len(re.findall(r'(?m)^. `', table))} families in the tests" in text
+    assert len(set(re.findall(r"`preskip_\w+`", table))) == 12
+    assert "architectures for twelve" in text
+
+
 def test_every_stored_file_is_described():
     pytest.importorskip("mkdocs")
     hooks = load("hooks")
