@@ -68,10 +68,10 @@ class Inserted:
         if self.peers:
             added += sum(module.flops_per_token for module in self.model.modules() if isinstance(module, PeerModule))
         beside = {id(weight) for weight in peer_weights(self.model).values()}
-        for layer in self.model.modules():
-            if hasattr(layer, "hira_A"):
-                added += 2 * layer.in_features * layer.out_features  # type: ignore[operator]
-                beside |= {id(weight) for weight in (*layer.hira_A.values(), *layer.hira_B.values())}  # type: ignore
+        hira: list[Any] = [module for module in self.model.modules() if hasattr(module, "hira_A")]
+        for layer in hira:
+            added += 2 * layer.in_features * layer.out_features
+            beside |= {id(weight) for weight in (*layer.hira_A.values(), *layer.hira_B.values())}
         for name, weight in self.trainable.items():
             if name not in self.own and "ln_tuning_layers" not in name and id(weight) not in beside:
                 added += (2 if weight.dim() > 1 and min(weight.shape) > 1 else 1) * weight.numel()

@@ -47,10 +47,10 @@ def combine_runs(
             pairs = stored.pairs(list(parse_names(arms)) if arms else None, reference)
             entries = compare_arms(stored.items, stored.family, stored.sets, pairs=pairs, confidence=confidence)
             alike = []
-            for entry in entries:
-                pair = (entry["arm"], entry["reference"])
+            for comparison in entries:
+                pair = (comparison["arm"], comparison["reference"])
                 is_first = directions.setdefault(frozenset(pair), pair) == pair
-                alike.append(entry if is_first else flipped(entry))
+                alike.append(comparison if is_first else flipped(comparison))
             compared[label] = (alike, stored.sets)
             advance(number, label)
     found = combine_comparisons(compared, confidence=confidence)
