@@ -146,7 +146,7 @@ def _read_part(name: str, part: str, data_dir: Path | None) -> list[Document]:
         )
     path = find_file(data_dir, PUBLISHED[name][part])
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         raise PreskipError(
             f"corpus {name}: {path} is missing or not UTF-8: `preskip data` says where to get it"
