@@ -126,6 +126,17 @@ def test_several_adapters_are_models_of_one_server(place, capsys, monkeypatch):
     assert (found["largest"], found["tokens"]) == (0.0, 2 * alone)
 
 
+def test_several_adapters_are_not_packed_into_one_row(place, capsys, monkeypatch):
+    """Continuous batching runs the bare model, so every name would answer as the first adapter."""
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    assert preskip("bake", f"zeal={place / 'adapter'}", f"ash={place / 'adapter'}", place / "both") == 0
+    more = ["--engine", "transformers", "--port", free_port(), "--engine-args", "--continuous-batching"]
+    capsys.readouterr()
+    monkeypatch.setattr(server, "running", lambda *arguments: pytest.fail("the server was started"))
+    assert preskip("serve", place / "both", *more) == 1
+    assert "--continuous-batching answers all of zeal, ash as zeal: leave it out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm", "as lora", "no base"])
 def test_what_cannot_be_served_ends_in_one_line(case, place, capsys, monkeypatch):
     monkeypatch.setattr(command, "serving_problem", lambda: "vLLM is not installed: pip install vllm")

@@ -25,6 +25,8 @@ from preskip.version import __version__
 if TYPE_CHECKING:
     from preskip.serve.checkpoint import Facts
 
+# Packs requests into one row of the bare model, which then has the first adapter for all of them.
+CONTINUOUS = "--continuous-batching"
 WITHOUT_SERVER = "transformers' own server needs fastapi and uvicorn: pip install 'preskip[serve]'"
 
 
@@ -74,6 +76,10 @@ def serve(
             raise PreskipError(f"{problem}: use --engine transformers")
         chosen = _engine("transformers", needs_server=not check, quiet=as_json)
         say(f"falling back to transformers: {problem}", quiet=as_json)
+    if several and chosen == "transformers" and CONTINUOUS in more:
+        raise PreskipError(
+            f"{CONTINUOUS} answers all of {', '.join(several)} as {several[0]}: leave it out, or serve one adapter"
+        )
     if check:
         from preskip.cli.serve_check import run_check
 

@@ -31,7 +31,7 @@ def put_classes_on(module: Any) -> None:
 
 def main() -> None:
     """Serve one checkpoint under a name until the process is told to stop."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("name")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
