@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -124,6 +125,19 @@ def test_several_adapters_are_models_of_one_server(place, capsys, monkeypatch):
     assert preskip("serve", place / "both", "--check", "--engine", "transformers", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["largest"], found["tokens"]) == (0.0, 2 * alone)
+
+
+def test_memory_is_checked_in_the_dtype_that_is_served(place, capsys, monkeypatch):
+    """A float32 checkpoint that would fit in bfloat16 only."""
+    assert preskip("bake", place / "adapter", place / "baked") == 0
+    size = (place / "baked" / "model.safetensors").stat().st_size
+    free = SimpleNamespace(available=size * 3 // 4)
+    monkeypatch.setattr(server, "SPARE", 0)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    more = ["--check", "--engine", "transformers"]
+    assert preskip("serve", place / "baked", *more) == 1
+    assert "of cpu memory are free: free some, or give --dtype bfloat16" in " ".join(capsys.readouterr().err.split())
+    assert preskip("serve", place / "baked", *more, "--dtype", "bfloat16") == 0
 
 
 def test_several_adapters_are_not_packed_into_one_row(place, capsys, monkeypatch):

@@ -36,6 +36,8 @@ def test_sizes_are_counted_from_the_files_heads(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     named = dict(model.named_parameters())
     assert facts.weight_bytes == sum(p.numel() * 4 for p in named.values())
+    assert facts.weight_bytes_in("bfloat16") == facts.weight_bytes / 2
+    assert facts.weight_bytes_in("float32") == facts.weight_bytes
     assert facts.branch_bytes == sum(p.numel() * 4 for name, p in named.items() if ".preskip." in name)
     assert facts.weight_ratio == pytest.approx(facts.weight_bytes / (facts.weight_bytes - facts.branch_bytes))
     cache = model(torch.arange(8, 12)[None], use_cache=True).past_key_values

@@ -133,9 +133,21 @@ def test_a_port_in_use_and_too_little_memory_are_refused(monkeypatch):
         with pytest.raises(PreskipError, match=rf"port {port} of 127.0.0.1 cannot be used \(Address already in use\)"):
             server.check_port("127.0.0.1", port)
     server.check_port("127.0.0.1", port)
-    server.check_memory(1 << 20, "cpu")
+    server.check_memory(1 << 20, "cpu", "vllm")
     with pytest.raises(PreskipError, match=r"the weights take 1024\.0 GiB and .* GiB of cpu memory are free"):
-        server.check_memory(1 << 40, "cpu")
+        server.check_memory(1 << 40, "cpu", "vllm")
+
+
+def test_weights_are_held_against_the_gpus_that_share_them(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda place=0: (3 << 30, 4 << 30))
+    server.check_memory(5 << 30, "cuda", "transformers")
+    server.check_memory(2 << 30, "cuda", "vllm")
+    for more in ([], ["--max-model-len", "4096"]):
+        with pytest.raises(PreskipError, match=r"the weights take 5\.0 GiB and 3\.0 GiB of cuda memory are free"):
+            server.check_memory(5 << 30, "cuda", "vllm", more)
+    for more in ("--tensor-parallel-size 2", "-tp 2", "--pipeline_parallel_size=2", "--quantization fp8"):
+        server.check_memory(5 << 30, "cuda", "vllm", more.split())
 
 
 def test_commands_and_environment(monkeypatch):

@@ -68,7 +68,6 @@ def serve(
 
         facts = examine(folder)
     device = resolve_device("auto")
-    check_memory(facts.weight_bytes, device)
     computed = facts.dtype if dtype == "auto" else dtype
     several = list(adapter_settings(facts.config))
     if chosen == "vllm" and (problem := _not_in_vllm(facts)):
@@ -80,6 +79,7 @@ def serve(
         raise PreskipError(
             f"{CONTINUOUS} answers all of {', '.join(several)} as {several[0]}: leave it out, or serve one adapter"
         )
+    check_memory(facts.weight_bytes_in(computed), device, chosen, more)
     if check:
         from preskip.cli.serve_check import run_check
 

@@ -43,6 +43,12 @@ class Facts:
         """Weight bytes over the base's."""
         return self.weight_bytes / (self.weight_bytes - self.branch_bytes)
 
+    def weight_bytes_in(self, dtype: str) -> int:
+        """Of all tensors once they are cast; int8 branches, which are not cast alike, are taken as the rest."""
+        import torch
+
+        return self.weight_bytes * getattr(torch, dtype).itemsize // getattr(torch, self.dtype).itemsize
+
 
 def examine(folder: Path) -> Facts:
     """Read a checkpoint's config and the heads of its weight files.

@@ -41,20 +41,25 @@ def check_port(host: str, port: int) -> None:
             raise PreskipError(f"port {port} of {host} cannot be used ({reason}): choose another --port") from None
 
 
-def check_memory(weight_bytes: int, device: str) -> None:
+def check_memory(weight_bytes: int, device: str, engine: str, more: Sequence[str] = ()) -> None:
     """Refuse weights that do not fit into what is free now.
 
     Args:
-        weight_bytes: of the checkpoint.
+        weight_bytes: of the checkpoint, in the dtype that it is served in.
         device: "cpu" or "cuda".
+        engine: "vllm", which takes one GPU, or "transformers", which takes all.
+        more: further arguments of the engine; nothing is refused where they split, offload or quantise the weights.
 
     Raises:
         PreskipError: too little memory, with both figures.
     """
+    if any(re.match(r"-(tp|pp|dp|q)\b|--.*(parallel|offload|quantization)", argument) for argument in more):
+        return
     if device == "cuda":
         import torch
 
-        free = torch.cuda.mem_get_info()[0]
+        places = range(torch.cuda.device_count() if engine == "transformers" else 1)
+        free = sum(torch.cuda.mem_get_info(place)[0] for place in places)
     else:
         import psutil
 
@@ -62,7 +67,7 @@ def check_memory(weight_bytes: int, device: str) -> None:
     if weight_bytes + SPARE > free:
         raise PreskipError(
             f"the weights take {weight_bytes / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of {device} memory are free: "
-            "free some, or bake in bfloat16"
+            "free some, or give --dtype bfloat16"
         )
 
 
