@@ -1,6 +1,7 @@
 """The command line itself: help, mistakes, files of options, time to answer."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from commands import PROBE, preskip
 from preskip.branch_settings import BranchSettings
+from preskip.cli import main
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.fields import flags
@@ -111,3 +113,24 @@ def test_defaults_are_accepted_where_something_has_imported_pydantic(command, ca
     monkeypatch.chdir(tmp_path)
     assert preskip(command, "--corpus", "/nowhere", "--json") == 1
     assert json.loads(capsys.readouterr().out) == {"error": "corpus /nowhere does not exist: check the path"}
+
+
+@pytest.mark.parametrize(("before", "code"), [(signal.SIG_DFL, 128 + signal.SIGHUP), (signal.SIG_IGN, 0)])
+def test_a_closed_terminal_ends_a_command_in_order_unless_under_nohup(before, code, monkeypatch, capsys):
+    def command():
+        try:
+            signal.raise_signal(signal.SIGHUP)
+        finally:
+            print("tidied")
+
+    monkeypatch.setattr(main, "app", lambda arguments, console: command())
+    own = signal.signal(signal.SIGHUP, before)
+    try:
+        if code:
+            assert preskip("doctor") == code
+        else:
+            main.main(["doctor"])
+        assert signal.getsignal(signal.SIGHUP) is before
+    finally:
+        signal.signal(signal.SIGHUP, own)
+    assert capsys.readouterr().out == "tidied\n"

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -92,6 +93,39 @@ def test_ctrl_c_at_the_moment_of_its_start_ends_the_server_too(tmp_path, monkeyp
         signal.signal(signal.SIGINT, own)
     assert started[0].returncode is not None
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_ctrl_c_waits_until_all_has_ended(tmp_path, monkeypatch):
+    """It comes while a stubborn engine has its time to go."""
+    monkeypatch.setattr(server, "GRACE", 0.5)
+    arguments, url, child = engine(tmp_path, kind="stubborn")
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test before may have left another
+    again = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    try:
+        with pytest.raises(KeyboardInterrupt), server.running(arguments, tmp_path / "log") as process:
+            server.wait(process, tmp_path / "log", url, lambda note: None)
+            pid = int(child.read_text())
+            again.start()
+    finally:
+        again.join()
+        signal.signal(signal.SIGINT, own)
+    assert process.returncode == -signal.SIGKILL
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_an_ignored_signal_hides_none_that_comes_after_it(monkeypatch):
+    own = {signal.SIGHUP: signal.SIG_IGN, signal.SIGINT: signal.default_int_handler}
+    own = {number: signal.signal(number, handler) for number, handler in own.items()}
+    try:
+        release = server._hold_signals()
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            release()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in own.items():
+            signal.signal(number, handler)
 
 
 def test_a_server_that_dies_says_why_in_one_line(tmp_path):

@@ -25,6 +25,7 @@ from preskip.cli.power import power
 from preskip.cli.pretrain import pretrain
 from preskip.cli.probe import probe
 from preskip.cli.report import report
+from preskip.cli.runs import ENDING
 from preskip.cli.serve import serve
 from preskip.errors import PreskipError
 from preskip.progress import console
@@ -69,7 +70,9 @@ def show_completion() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; a user's mistake ends in one line on stderr and exit code 1, Ctrl-C in 130, SIGTERM in 143.
+    """Run the command line; a user's mistake ends in one line on stderr and exit code 1.
+
+    Ctrl-C ends in 130, SIGTERM in 143, a closed terminal (SIGHUP) in 129.
 
     With `--json` a mistake is also {"error": ...} on stdout, so that there is exactly one JSON document.
     """
@@ -110,7 +113,10 @@ def _words(error: Exception) -> str:
 
 @contextmanager
 def _terminated_like_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM, as batch systems send it, end a run in order: it is marked as interrupted and can be resumed."""
+    """Let the signals of `ENDING` end a run in order: it is marked as interrupted and can be resumed.
+
+    One that is ignored already, as by nohup, stays so.
+    """
 
     def stop(signum: int, frame: object) -> NoReturn:
         sys.exit(128 + signum)
@@ -118,11 +124,15 @@ def _terminated_like_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

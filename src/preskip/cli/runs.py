@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from preskip.runs.schema import Manifest, Results
 
 Written = TypeVar("Written")
+# What batch systems and a closed terminal send; Windows has no SIGHUP.
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 # What a run computes lies in files this deep in its folders: cells, trials of the search, controls.
 _COMPUTED = ("arms/*/*/*", "search/*/*", "controls/*")
 
@@ -158,7 +160,9 @@ def _follow(course: Course, given: Mapping[str, Any], file: Path | None, resume:
         device = device or resolve_device(_asked(course.kind, given, file).device)
     except PreskipError:
         sys.exit(1)  # the main process says why
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it has nothing to tidy, and waits where Python sees no signals
+    for number in ENDING:  # it has nothing to tidy, and waits where Python sees no signals
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     follow_run(device)
 
 

@@ -48,7 +48,8 @@ def serve(
 ) -> None:
     """Serve a model with its branch through an OpenAI API, with vLLM where it is installed.
 
-    An adapter is baked into the cache first, once. Ctrl-C or SIGTERM stops the server and all that it has started.
+    An adapter is baked into the cache first, once. Ctrl-C, SIGTERM or a closed terminal stops the server and all that
+    it has started.
     """
     from preskip.rows import BASE
     from preskip.serve.by_token import server_arguments, write_loras

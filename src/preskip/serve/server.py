@@ -129,18 +129,18 @@ def running(
 
 
 def _hold_signals() -> Callable[[], None]:
-    """Let Ctrl-C and SIGTERM wait until the returned function is called; it handles the first that came."""
+    """Let Ctrl-C, SIGTERM and SIGHUP wait until the returned function is called; it handles what came."""
     came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         return lambda: None
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, lambda own, _: came.append(own)) for number in numbers}
 
     def release() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+        for number in came:  # the first that is not ignored ends it
+            signal.raise_signal(number)
 
     return release
 
@@ -174,7 +174,18 @@ def wait(server: subprocess.Popen[bytes], log: Path, url: str, note: Callable[[s
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """End a server and every process that it has started; those that do not go are killed."""
+    """End a server and every process that it has started; those that do not go are killed.
+
+    Signals wait meanwhile: a second Ctrl-C would leave behind what has not gone yet.
+    """
+    release = _hold_signals()
+    try:
+        _end(server)
+    finally:
+        release()
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
     import psutil
 
     family: list[Any] = []
