@@ -151,6 +151,20 @@ def test_several_adapters_are_not_packed_into_one_row(place, capsys, monkeypatch
     assert "--continuous-batching answers all of zeal, ash as zeal: leave it out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argument", "mend"),
+    [
+        ("--port 9000", "--port is not possible: give --port to preskip serve itself"),
+        ("--host=0.0.0.0", "--host is not possible: give --host to preskip serve itself"),
+        ("--ssl_keyfile key.pem", "--ssl-keyfile is not possible: preskip serve listens on --host and --port by HTTP"),
+    ],
+)
+def test_the_engine_gets_no_other_address(argument, mend, place, capsys):
+    """The wait would ask the old one for ever."""
+    assert preskip("serve", place / "adapter", "--engine-args", argument) == 1
+    assert f"error: --engine-args {mend}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm", "as lora", "no base"])
 def test_what_cannot_be_served_ends_in_one_line(case, place, capsys, monkeypatch):
     monkeypatch.setattr(command, "serving_problem", lambda: "vLLM is not installed: pip install vllm")

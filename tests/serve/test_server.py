@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import psutil
@@ -59,6 +60,20 @@ def test_all_that_a_server_has_started_ends_with_it(kind, tmp_path, monkeypatch)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     assert not server.is_healthy(url)
     assert server.last_line(tmp_path / "log") == "listening"
+
+
+def test_a_proxy_of_the_environment_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    arguments, url, _ = engine(tmp_path)
+    with server.running(arguments, tmp_path / "log"):
+        for _ in range(100):
+            if server.is_healthy(url):
+                break
+            time.sleep(0.2)
+        else:
+            pytest.fail("the server was asked through the proxy")
 
 
 def test_an_error_in_the_block_ends_the_server_too(tmp_path):

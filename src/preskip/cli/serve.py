@@ -57,6 +57,7 @@ def serve(
 
     more = shlex.split(engine_args)
     _refuse_as_lora(more)
+    _refuse_address(more)
     if not check:
         check_port(host, port)
     chosen = _engine(engine, needs_server=not check, quiet=as_json)
@@ -179,6 +180,19 @@ def _key(adapter: Path, base: str, dtype: str) -> str:
     for file in sorted(Path(base).glob("*.safetensors")) if base and Path(base).is_dir() else ():
         digest.update(f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:24]
+
+
+def _refuse_address(arguments: Sequence[str]) -> None:
+    """Refuse another address for the engine than the one where this waits for its answer."""
+    for argument in arguments:
+        option = argument.partition("=")[0].replace("_", "-")
+        if option in ("--host", "--port"):
+            raise PreskipError(f"--engine-args {option} is not possible: give {option} to preskip serve itself")
+        if option == "--uds" or option.startswith("--ssl-"):
+            raise PreskipError(
+                f"--engine-args {option} is not possible: preskip serve listens on --host and --port by HTTP; put a "
+                "proxy before it"
+            )
 
 
 def _refuse_as_lora(arguments: Sequence[str]) -> None:

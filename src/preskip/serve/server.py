@@ -24,6 +24,8 @@ from preskip.errors import PreskipError
 GRACE = 20.0
 # Fewer bytes than this beside the weights are of no use: one request's cache and activations.
 SPARE = 1 << 28
+# A proxy, which the environment may name, does not know this machine's own addresses.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def check_port(host: str, port: int) -> None:
@@ -216,7 +218,7 @@ def _session(pid: int) -> int | None:
 def is_healthy(url: str) -> bool:
     """Whether a server answers its health check."""
     try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
+        with _DIRECT.open(url, timeout=5) as answer:
             return answer.status == 200
     except (urllib.error.URLError, OSError):
         return False
