@@ -117,15 +117,17 @@ def test_a_second_ctrl_c_waits_until_all_has_ended(tmp_path, monkeypatch):
     own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test before may have left another
     again = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
     try:
-        with pytest.raises(KeyboardInterrupt), server.running(arguments, tmp_path / "log") as process:
+        with server.running(arguments, tmp_path / "log") as process:
             server.wait(process, tmp_path / "log", url, lambda note: None)
             pid = int(child.read_text())
             again.start()
+            with pytest.raises(KeyboardInterrupt):
+                server.stop(process)
+            assert process.returncode == -signal.SIGKILL
+            assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     finally:
         again.join()
         signal.signal(signal.SIGINT, own)
-    assert process.returncode == -signal.SIGKILL
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_an_ignored_signal_hides_none_that_comes_after_it(monkeypatch):
