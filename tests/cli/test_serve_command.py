@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import sys
@@ -13,7 +14,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 import preskip.cli.serve as command
-from commands import preskip
+from commands import make_run, preskip
 from ports import free_port
 from preskip import PreskipConfig
 from preskip.serve import server
@@ -48,6 +49,40 @@ def test_check_of_an_adapter_bakes_it_once(place, capsys, monkeypatch):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert preskip("serve", place / "adapter", "--check", "--engine", "transformers") == 0
     assert len(list((place / "cache" / "baked").iterdir())) == 2
+
+
+@pytest.mark.parametrize("case", ["tokenizer", "template", "generation", "base weights", "gguf", "nothing"])
+def test_a_bake_is_as_old_as_what_it_was_made_of(case, place, monkeypatch):
+    base = place / "model"
+    if case == "gguf":
+        base = place / "model.gguf"
+        base.write_bytes(b"GGUF")
+    (place / "adapter" / "tokenizer.json").write_text("{}")
+    before = command._key(place / "adapter", str(base), "float32")
+    if case == "tokenizer":
+        (place / "adapter" / "tokenizer.json").write_text('{"added_tokens": []}')
+    elif case == "template":
+        (place / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    elif case == "generation":
+        (place / "model" / "generation_config.json").write_text('{"temperature": 0.5}')
+    elif case == "base weights":
+        os.utime(place / "model" / "model.safetensors", ns=(1, 1))
+    elif case == "gguf":
+        base.write_bytes(b"GGUF more")
+    after = command._key(place / "adapter", str(base), "float32")
+    assert (after == before) is (case == "nothing")
+
+
+def test_the_base_of_a_run_is_looked_up_where_it_was_started(place, monkeypatch, capsys):
+    """Its weights are part of the key wherever the command is started."""
+    make_run(place)
+    config = json.loads((place / "run" / "run.json").read_text())
+    config["config"]["model"], config["directory"] = "model", str(place)
+    (place / "run" / "run.json").write_text(json.dumps(config))
+    keys = []
+    monkeypatch.setattr(command, "_key", lambda adapter, base, dtype: keys.append((base, dtype)) or "key")
+    assert preskip("serve", place / "run", "--check", "--engine", "transformers") == 0
+    assert keys == [(str(place / "model"), "float32")]
 
 
 def test_other_adapters_in_the_folder_are_named(place, capsys):

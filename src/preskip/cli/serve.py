@@ -25,6 +25,8 @@ from preskip.version import __version__
 if TYPE_CHECKING:
     from preskip.serve.checkpoint import Facts
 
+# Configs, tokenizers and chat templates: what they say is baked, too.
+SMALL = (".json", ".jinja", ".model", ".txt")
 # Packs requests into one row of the bare model, which then has the first adapter for all of them.
 CONTINUOUS = "--continuous-batching"
 WITHOUT_SERVER = "transformers' own server needs fastapi and uvicorn: pip install 'preskip[serve]'"
@@ -150,8 +152,10 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
     if inner and found.run is None:
         say(f"{source} also holds {', '.join(inner)}: for another give its folder, for all bake them", quiet=quiet)
     from preskip.assets.cache import cache_dir, workspace
+    from preskip.data.splits import locate
 
-    key = _key(found.weights, model or found.base or "", dtype)
+    base = model or (found.base and locate(found.base, found.directory)) or ""
+    key = _key(found.weights, base, dtype if dtype != "auto" else found.dtype)
     place = cache_dir() / "baked" / key
     if not place.is_dir():
         with workspace(f"baked-{key}") as work:
@@ -173,12 +177,18 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
 
 
 def _key(adapter: Path, base: str, dtype: str) -> str:
-    """Names what a bake depends on: the adapter's content, the base's name and files, the dtype, this version."""
+    """Names what a bake depends on: content of the adapter and of the base's small files, its weight files, the dtype.
+
+    A base on the Hub is its name alone.
+    """
     digest = hashlib.sha256(f"{__version__}\0{dtype}\0{base}\0".encode())
-    for file in sorted(adapter.glob("adapter_*")):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    for file in sorted(Path(base).glob("*.safetensors")) if base and Path(base).is_dir() else ():
-        digest.update(f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    place = Path(base)
+    of_base = sorted(place.iterdir()) if base and place.is_dir() else [place] if place.is_file() else []
+    for file in (*sorted(adapter.iterdir()), *of_base):
+        if file.suffix in SMALL or file.name.startswith("adapter_"):
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+        elif file.suffix in (".safetensors", ".gguf"):
+            digest.update(f"{file.absolute()} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:24]
 
 
