@@ -54,6 +54,11 @@ class Page(HTMLParser):
     def visible(self) -> str:
         return " ".join(" ".join(self.text).split())
 
+    @property
+    def dangling(self) -> set[str]:
+        """Links within the page that lead nowhere."""
+        return {link for link in self.links if link.startswith("#") and link[1:] not in self.ids}
+
 
 def read(page: Path) -> Page:
     return Page(page.read_text(encoding="utf-8"))

@@ -180,7 +180,7 @@ const preskip = {}; // what the page's scripts share: make, save, say, csv, comp
   }
 
   // Contents show where the reader is.
-  const links = Array.from(document.querySelectorAll("nav a"));
+  const links = Array.from(document.querySelectorAll("nav a")).filter((link) => document.getElementById(link.hash.slice(1)));
   const mark = () => {
     const reached = links.filter((link) => document.getElementById(link.hash.slice(1)).getBoundingClientRect().top < innerHeight / 3);
     const current = reached[reached.length - 1] || links[0];
