@@ -48,7 +48,7 @@ def test_what_lm_eval_states_of_a_set_goes_before_the_table(metric: str, higher:
     assert verdict_of(difference(metric), described=described) == ("worse" if higher else "better")
     assert page(metric, described)["note"] == ("higher is better" if higher else "lower is better")
     both = [difference(metric, verdict="x"), difference(metric, arm="c", verdict="x")]
-    drawn = forest_records(both, metric_named(metric, described))
+    drawn = forest_records(both, metric_named(metric, described), "none")
     assert [record["pair"] for record in drawn] == ["a − b", "c − b"]
     # A set that states nothing of the metric leaves the table's word.
     assert metric_named(metric, {"higher_is_better": {"other": True}}) == metric_named(metric)
@@ -110,7 +110,7 @@ assert _unit("ece") == "ECE"
 (plan,) = planned_power(sets, 3, family("ece"))
 assert plan["design"]["seed_deviation"] == 0.01, plan
 assert abs(plan["design"]["unit_deviation"] - 0.2 * 0.5**0.5) < 1e-12, plan
-records = forest_records([entry], metric_named("ece"))
+records = forest_records([entry], metric_named("ece"), "none")
 assert abs(records[0]["difference"] + 5) < 1e-9, records
 assert records[0]["margin"] == 2.0, records
 assert "Difference, points" in str(forest(records, metric_named("ece")))

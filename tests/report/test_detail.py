@@ -73,10 +73,10 @@ def test_the_margin_as_a_share_of_the_in_domain_gain() -> None:
 
 
 def test_each_seed_is_a_tick_in_the_forest() -> None:
-    records = forest_records([entry("home", "a", "none", -0.03)], metric_named("bits_per_byte"))
+    records = forest_records([entry("home", "a", "none", -0.03)], metric_named("bits_per_byte"), "none")
     assert records[0]["seeds"] == [-0.04, -0.06, 0.01]
     marks = [layer["mark"]["type"] for layer in forest(records, metric_named("bits_per_byte"))["layer"]]
     assert "tick" in marks
-    alone = forest_records([entry("home", "a", "none", -0.03, seeds=1)], metric_named("bits_per_byte"))
+    alone = forest_records([entry("home", "a", "none", -0.03, seeds=1)], metric_named("bits_per_byte"), "none")
     marks = [layer["mark"]["type"] for layer in forest(alone, metric_named("bits_per_byte"))["layer"]]
     assert "tick" not in marks

@@ -72,7 +72,7 @@ def test_all_figures_of_a_rich_and_a_minimal_run(rich: Path, results: dict[str, 
 
 def test_the_forest_draws_the_declared_pairs_in_order(results: dict[str, Any]) -> None:
     entries = [e for e in results["comparisons"] if (e["set"], e["metric"]) == ("lambada_openai", "acc")]
-    records = forest.forest_records(entries, metric_named("acc"))
+    records = forest.forest_records(entries, metric_named("acc"), "none")
     assert len(entries) == 36
     assert len(records) == 15
     against_none = [row["difference"] for row in records[:8]]

@@ -1,9 +1,13 @@
 """What the report shows of a run from scratch: sizes, curves with bands, claims; by hand-made results."""
 
+from preskip.cli.tables import _shown
+from preskip.metrics import metric_named
 from preskip.report.comparison_tables import scoreboard
 from preskip.report.figures import make_figures
 from preskip.report.load import load_json
 from preskip.report.lookup import plain_arm
+from preskip.report.plots.forest import forest_records
+from preskip.report.plots.plane import plane_records
 from preskip.report.plots.training import evaluation_records
 from preskip.report.tables import size_table
 from preskip.report.words.claims import assess
@@ -109,3 +113,22 @@ def test_an_unfinished_run_is_finished_with_its_own_command(tmp_path):
     (tmp_path / "run.json").write_text('{"schema_version": 2, "kind": "pretrain"}')
     with pytest.raises(PreskipError, match="preskip pretrain --resume"):
         load_json(tmp_path / "results.json")
+
+
+def test_from_scratch_the_plane_is_around_the_plain_architecture():
+    far = {"books": SETS["books"], "letters": {**SETS["books"], "domain": "out"}}
+    entries = [comparison("base", -0.05, "better"), {**comparison("base", 0.02, "worse"), "set": "letters"}]
+    results = {**RESULTS, "sets": far, "comparisons": entries}
+    (record,) = plane_records(results, "books", "letters")
+    assert (record["arm"], record["x"], record["y"]) == ("preskip", 0.05, -0.02)
+    plane = next(figure for figure in make_figures(results, []) if figure["section"] == "plane-letters")
+    assert plane["alt"].startswith("Benefit against the plain architecture: preskip +0.0500 in-domain")
+
+
+def test_among_many_pairs_those_with_the_plain_architecture_stay():
+    others = [{**comparison(f"base-{i}", 0.01 * i, "worse"), "declared": False} for i in range(20)]
+    plain = [{**comparison("base", -0.05, "better"), "declared": False}]
+    plain.append({**plain[0], "arm": "base", "reference": "base-wide", "difference": 0.03})
+    records = forest_records(others + plain, metric_named("bits_per_byte"), "base")
+    assert [record["pair"] for record in records] == ["preskip − base", "base − base-wide"]
+    assert _shown({**RESULTS, "comparisons": others + plain}) == plain

@@ -12,7 +12,7 @@ from rich.text import Text
 from preskip.cli.printing import EXPLORATORY_NOTE, columns, difference_cell, print_table, verdict_text
 from preskip.metrics import metric_named
 from preskip.progress import console
-from preskip.report.lookup import by_measure, is_declared, ordered, p_value, primary, rate_text
+from preskip.report.lookup import by_measure, is_declared, ordered, p_value, plain_arm, primary, rate_text, with_plain
 from preskip.report.tables import paper_table
 from preskip.report.words.claims import assess
 from preskip.report.words.frontier import assess_plane, planes
@@ -120,16 +120,14 @@ def _scores(results: Results) -> Table:
 
 
 def _shown(results: Results) -> list[Comparison]:
-    """The comparisons worth a line: all of a few, else those declared, else each arm against `none`; at most 48."""
-    entries = results["comparisons"]
+    """The comparisons worth a line: all of a few, else those declared, else those with the plain arm; at most 48."""
+    entries, plain = results["comparisons"], plain_arm(results)
     if len(entries) > FEW:
         entries = [entry for entry in entries if is_declared(entry)] or [
-            entry
-            for entry in entries
-            if entry["reference"] == "none" and entry["metric"] == primary(results, entry["set"])
+            entry for entry in entries if with_plain(entry, plain) and entry["metric"] == primary(results, entry["set"])
         ]
     if len(entries) > MOST_ROWS:
-        entries = [entry for entry in entries if entry["reference"] == "none"] or entries
+        entries = [entry for entry in entries if with_plain(entry, plain)] or entries
     return list(entries[:MOST_ROWS])
 
 
@@ -138,7 +136,8 @@ def _differences(results: Results, entries: Sequence[Comparison], *, is_declared
     table = columns(what, right=("difference [interval]", p), last="reading")
     for name, metric, group in by_measure(entries):
         table.add_row(Text(f"{set_label(results['sets'], name)}, {_unit(metric)}", style="bold"))
-        for entry in ordered(group, metric_named(metric, results["sets"].get(name)).lower_is_better):
+        about = metric_named(metric, results["sets"].get(name))
+        for entry in ordered(group, about.lower_is_better, plain_arm(results)):
             table.add_row(
                 f"  {entry['arm']} {MINUS} {entry['reference']}",
                 difference_cell(entry),

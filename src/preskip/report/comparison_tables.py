@@ -45,7 +45,7 @@ def comparison_groups(results: Results) -> list[dict[str, Any]]:
         declared, others = (
             [
                 _comparison(entry, results)
-                for entry in ordered(entries, about.lower_is_better)
+                for entry in ordered(entries, about.lower_is_better, plain_arm(results))
                 if is_declared(entry) == wanted
             ]
             for wanted in (True, False)

@@ -7,9 +7,20 @@ from typing import Any
 
 from preskip.metrics import Metric
 from preskip.report.load import Curve
-from preskip.report.lookup import DOMAINS, PAPER, by_measure, find, metric_on, reference_arm, rivals, trained_arms
+from preskip.report.lookup import (
+    DOMAINS,
+    PAPER,
+    by_measure,
+    find,
+    metric_on,
+    plain_arm,
+    reference_arm,
+    rivals,
+    trained_arms,
+)
 from preskip.report.plots import depth, forest, plane, search, training
 from preskip.report.plots.base import Figure, figure
+from preskip.report.words.answer import NAMES
 from preskip.report.words.frontier import assess_plane, planes
 from preskip.report.words.verdicts import number, set_label
 from preskip.runs.schema import Results
@@ -38,8 +49,8 @@ def _overview(results: Results) -> Iterator[Figure]:
     """The reference arm against the plain one and its rival: one forest plot per set, on its primary metric."""
     arm = reference_arm(results)
     for name in results["sets"]:
-        found = [find(results, arm, rival, name) for rival in rivals(results)]
-        records = forest.forest_records(list(filter(None, found)), about := metric_on(results, name))
+        about, found = metric_on(results, name), [find(results, arm, rival, name) for rival in rivals(results)]
+        records = forest.forest_records(list(filter(None, found)), about, plain_arm(results))
         if records and not name.startswith(PAPER):
             domain = DOMAINS[results["sets"][name]["domain"]]
             title = f"{set_label(results['sets'], name)}: {about.phrase}"
@@ -67,7 +78,7 @@ def _planes(results: Results) -> Iterator[Figure]:
             continue
         title = f"{set_label(results['sets'], home)} against "
         sentence = assess_plane(results, home, abroad)["sentence"]
-        alt = f"Benefit against the untouched model: {_places(tested)}. {sentence}"
+        alt = f"Benefit against {NAMES[plain_arm(results)]}: {_places(tested)}. {sentence}"
         shown = [(abroad, f"plane-{abroad}", title + set_label(results["sets"], abroad), records, alt)]
         text = plane.DEVELOPMENT_TEXT.get(abroad, "")
         searched = [record for arm in trained_arms(results) for record in plane.grid_records(results, arm, text)]
@@ -92,7 +103,7 @@ def _places(records: Sequence[Mapping[str, Any]]) -> str:
 def _forests(results: Results) -> Iterator[Figure]:
     for set_name, metric, entries in by_measure(results["comparisons"]):
         about = metric_on(results, set_name, metric)
-        records = forest.forest_records(entries, about)
+        records = forest.forest_records(entries, about, plain_arm(results))
         if not records:
             continue
         key, title = f"{set_name}-{metric}", f"Paired differences, {about.phrase}"

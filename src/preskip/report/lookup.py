@@ -102,6 +102,11 @@ def rivals(results: Results) -> list[str]:
     return [arm for arm in (plain_arm(results), *others) if arm in results["arms"] and arm != reference_arm(results)]
 
 
+def with_plain(entry: Comparison, plain: str) -> bool:
+    """Whether a comparison is one with the arm `plain`, whichever of the two that is."""
+    return plain in (entry["arm"], entry["reference"])
+
+
 def is_declared(entry: Comparison) -> bool:
     """Whether a comparison belongs to the family declared before training."""
     return bool(entry.get("declared"))
@@ -151,10 +156,10 @@ def by_measure(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, str, li
         yield set_name, metric, entries
 
 
-def ordered(entries: Sequence[Comparison], lower_is_better: bool) -> list[Comparison]:
-    """Comparisons of one set and metric: against `none` first, then by reference, the best difference first."""
+def ordered(entries: Sequence[Comparison], lower_is_better: bool, plain: str) -> list[Comparison]:
+    """Comparisons of one set and metric: against `plain` first, then by reference, the best difference first."""
     references = list(dict.fromkeys(entry["reference"] for entry in entries))
-    references.sort(key=lambda name: name != "none")
+    references.sort(key=lambda name: name != plain)
     sign = 1 if lower_is_better else -1
     return sorted(entries, key=lambda entry: (references.index(entry["reference"]), sign * entry["difference"]))
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import altair as alt
 
 from preskip.metrics import Metric
-from preskip.report.lookup import is_declared, ordered, p_value
+from preskip.report.lookup import is_declared, ordered, p_value, with_plain
 from preskip.report.plots.base import POINT, Record, Spec, chart, specification, tooltips, zero_line
 from preskip.report.words.verdicts import MINUS, p_text
 from preskip.runs.schema import Comparison
@@ -18,13 +18,13 @@ MARKS = ["circle", "triangle-down", "square", "diamond", "diamond"]
 MOST_PAIRS = 14
 
 
-def forest_records(entries: Sequence[Comparison], about: Metric) -> list[Record]:
+def forest_records(entries: Sequence[Comparison], about: Metric, plain: str) -> list[Record]:
     """One record per comparison of one set and metric, in shown units (accuracy in points), in the order drawn.
 
-    Where there are more than 14 pairs, only those declared before training and those against `none` are drawn.
+    Where there are more than 14 pairs, only those declared before training and those with the arm `plain` are drawn.
     """
     if len(entries) > MOST_PAIRS:
-        entries = [entry for entry in entries if is_declared(entry) or entry["reference"] == "none"]
+        entries = [entry for entry in entries if is_declared(entry) or with_plain(entry, plain)]
     return [
         {
             "pair": f"{entry['arm']} {MINUS} {entry['reference']}",
@@ -36,7 +36,7 @@ def forest_records(entries: Sequence[Comparison], about: Metric) -> list[Record]
             "margin_low": -margin if margin else None,
             "margin": margin,
         }
-        for entry in ordered(entries, about.lower_is_better)
+        for entry in ordered(entries, about.lower_is_better, plain)
         for stated, detail in [(entry.get("margin"), entry.get("detail"))]
         for margin in [None if stated is None else about.factor * stated]
     ]

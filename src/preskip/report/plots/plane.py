@@ -12,7 +12,7 @@ from typing import Any, cast
 import altair as alt
 
 from preskip.metrics import Metric, metric_named
-from preskip.report.lookup import development, find, is_chosen, metric_on, primary, trained_arms
+from preskip.report.lookup import development, find, is_chosen, metric_on, plain_arm, primary, trained_arms
 from preskip.report.plots.base import (
     POINT,
     Record,
@@ -43,14 +43,14 @@ CORNERS: tuple[tuple[str, int, int, Any, Any, Any, int], ...] = (
 
 
 def plane_records(results: Results, home: str, abroad: str) -> list[Record]:
-    """Marks of one plane: part "test" (an arm's difference to `none` on both sets) and part "grid" (a point of its
-    learning-rate search on development documents, where those were scored out-of-domain in bits per byte).
+    """Marks of one plane: part "test" (an arm's difference to the plain one on both sets) and part "grid" (a point of
+    its learning-rate search on development documents, where those were scored out-of-domain in bits per byte).
 
-    Coordinates are benefits: x and y positive where the arm is better than the untouched model.
+    Coordinates are benefits: x and y positive where the arm is better than the plain one.
     """
     records: list[Record] = []
     for arm in trained_arms(results):
-        at_home, far = (find(results, arm, "none", name) for name in (home, abroad))
+        at_home, far = (find(results, arm, plain_arm(results), name) for name in (home, abroad))
         if at_home and far:
             x, y = _benefit("x", at_home, metric_on(results, home)), _benefit("y", far, metric_on(results, abroad))
             records.append({"part": "test", "arm": arm, **x, **y})
