@@ -395,6 +395,8 @@ def test_gguf_file(gguf_file, folder, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     assert load_file(tmp_path / "saved" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     assert assets.resolve_model(str(gguf_file)).sha256 == assets.file_sha256(gguf_file)
+    limit = model.config.max_position_embeddings
+    assert assets.context_limit(str(gguf_file)) == assets.context_limit(str(folder)) == limit
 
 
 def test_gguf_tokenizer_splits_digits(gguf_file, folder):

@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
+from commands import preskip
 from local_data import SENTENCES, write_local_data
 from preskip.assets import load_model, load_tokenizer
 from preskip.cli.audit import _published_lines
@@ -171,6 +173,19 @@ def test_command_prints_json_or_a_table(call, inputs):
     assert code == 0, err
     assert "of the weights change when rounded to bf16" in out
     assert "lambada_openai acc" not in out
+
+
+def test_no_context_is_longer_than_the_models_own(tmp_path, capsys, inputs):
+    """A model with learned positions fails beyond them."""
+    config = GPT2Config(vocab_size=400, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    load_tokenizer(str(inputs / "pythia-160m")).save_pretrained(tmp_path / "gpt2")
+    call = ["audit", tmp_path / "gpt2", "--lambada", 0, "--documents", 3, "--words", 60, "--device", "cpu"]
+    call += ["--corpus", inputs / "texts.jsonl", "--json"]
+    assert preskip(*call) == 0
+    assert json.loads(capsys.readouterr().out)["context_length"] == 32
+    assert preskip(*call, "--context-length", 33) == 1
+    assert "error: --context-length 33: the model reads at most 32" in capsys.readouterr().err
 
 
 def test_a_device_without_bf16_is_warned_of(call, inputs, monkeypatch):

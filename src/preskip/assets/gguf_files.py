@@ -61,6 +61,19 @@ def load_gguf(path: Path, dtype: "torch.dtype", attn_implementation: str | None 
     return model.eval(), report
 
 
+def load_gguf_config(path: Path) -> Any:
+    """Load the config inside a GGUF file.
+
+    Raises:
+        PreskipError: no such file, corrupt or truncated, or an architecture that transformers cannot read.
+    """
+    from transformers import AutoConfig
+
+    check_readable(path)
+    with explained(partial(_explain, path)), quiet_transformers():
+        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
 def load_gguf_tokenizer(path: Path) -> Any:
     """Load the tokenizer inside a GGUF file.
 

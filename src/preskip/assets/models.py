@@ -221,6 +221,24 @@ def check_model(name: str) -> None:
             gguf_files.check_readable(Path(place))
 
 
+def context_limit(name: str, trust_remote_code: bool = False) -> int | None:
+    """The most tokens that a model reads at once, as its config says; None where it does not.
+
+    Args:
+        name: see `resolve_model`.
+        trust_remote_code: allow code from the checkpoint's repository to run.
+
+    Raises:
+        PreskipError: as `load_model`, as far as it can be seen without reading weights.
+    """
+    kind, place = _locate(name)
+    if kind == "gguf":
+        config = gguf_files.load_gguf_config(Path(place))
+    else:
+        config = _read_config(name, place, trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def _locate(name: str) -> tuple[str, str]:
     """Return which kind of name this is ("embedded", "gguf", "folder", "hub") and the place behind it."""
     if name in EMBEDDED_MODELS:

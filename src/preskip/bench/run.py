@@ -49,22 +49,22 @@ def bench(
         One JSON value (docs/bench.md).
     """
     dtype = base.dtype
+    works, left_out = _within_reach(base, settings.work)
     with tempfile.TemporaryDirectory() as workspace:
         source = Rows(base, dtype, adapter, Path(workspace))
         rows: dict[str, Row] = {}
-        left_out: dict[str, str] = {}
         for name in settings.rows:
             advance(0, f"making {name}")
             try:
                 rows[name] = source.make(name)
             except PreskipError as error:
                 left_out[name] = str(error)
-        ids = _tokens(base, settings.work)
-        wanted = _wanted(source, {row.kind for row in rows.values()}, settings.work, ids, advance)
+        ids = _tokens(base, works)
+        wanted = _wanted(source, {row.kind for row in rows.values()}, works, ids, advance)
     counts = {name: count(row.model, dtype) for name, row in rows.items()}
     factor = layers / base.config.get_text_config().num_hidden_layers if layers else 1.0
     found = []
-    for done, work in enumerate(settings.work):
+    for done, work in enumerate(works):
         advance(done, work.title)
         taking = {name: row for name, row in rows.items() if _takes_part(name, work, settings)}
         found.append(_measure(work, taking, counts, wanted, ids, limits, settings.rounds, factor))
@@ -82,6 +82,15 @@ def bench(
         "rounds": settings.rounds,
         "work": found,
     }
+
+
+def _within_reach(base: Any, works: tuple[Work, ...]) -> tuple[tuple[Work, ...], dict[str, str]]:
+    """The work that the model's positions reach for, and why the other is left out, by title."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    fitting = tuple(work for work in works if limit is None or work.tokens + work.new_tokens <= limit)
+    if not fitting:
+        raise PreskipError(f"the model reads at most {limit:,} tokens: give fewer for each work")
+    return fitting, {work.title: f"the model reads at most {limit:,}" for work in works if work not in fitting}
 
 
 def _takes_part(name: str, work: Work, settings: BenchSettings) -> bool:

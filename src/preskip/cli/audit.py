@@ -38,7 +38,10 @@ def audit(
     published: Annotated[
         Optional[str], flag("A local folder's name where figures are published, as pythia-160m.", "What")
     ] = None,
-    context_length: Annotated[int, flag("Most tokens read at once.", "Scoring", hint=int, least=1)] = 512,
+    context_length: Annotated[
+        Optional[int],
+        flag("Most tokens read at once. Default: the model's own, at most 512.", "Scoring", hint=int, least=1),
+    ] = None,
     device: Device = "auto",
     attn_implementation: AttnImplementation = None,
     batch_tokens: BatchTokens = None,
@@ -64,7 +67,7 @@ def audit(
         from preskip.progress import quiet_libraries
 
         quiet_libraries()
-        from preskip.assets import load_tokenizer
+        from preskip.assets import context_limit, load_tokenizer
         from preskip.data.local import data_directory
         from preskip.data.splits import choose, load_splits, missing_file, slug
         from preskip.evaluate.dtype_audit import dtype_audit
@@ -89,6 +92,11 @@ def audit(
         if len(texts) < 2:
             raise PreskipError(f"corpus {name} has {len(texts)} held-out document, an interval needs 2: give more text")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    own = context_limit(model, trust_remote_code=trust_remote_code)
+    if context_length is None:
+        context_length = min(own or 512, 512)
+    elif own is not None and context_length > own:
+        raise PreskipError(f"--context-length {context_length}: the model reads at most {own}")
     sets = [prepare_texts(slug(name), texts, tokenizer, context_length=context_length)] if texts else []
     for text in sets:
         for left in text.notes:
