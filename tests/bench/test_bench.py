@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from commands import preskip
 from preskip import PreskipError
@@ -208,6 +208,49 @@ def test_the_command(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any("scaled to all of them" in line for line in lines)
     assert max(len(line) for line in lines if "wrong" not in line) <= 80
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A model with 32 learned positions, in a folder."""
+    config = GPT2Config(vocab_size=96, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    folder = tmp_path_factory.mktemp("gpt2") / "model"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_work_beyond_the_models_positions_is_left_out_and_said(short, monkeypatch, capsys):
+    monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
+    more = ["--dtype", "float32", "--rows", "base,adapter", "--cache", "dynamic", "--batch", "1", "--rounds", "2"]
+    more += ["--work", "prefill,decode", "--prompt", "8,32,33", "--new-tokens", "4"]
+    assert preskip("bench", short, *more, "--context", "28", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [(work["work"], work["tokens"]) for work in printed["work"]] == [
+        ("prefill", 8),
+        ("prefill", 32),
+        ("decode", 28),
+    ]
+    assert printed["left_out"] == {"prefill, 1 x 33 tokens": "the model reads at most 32"}
+    assert preskip("bench", short, *more, "--context", "29") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "decode per token, batch 1, dynamic cache of 29 tokens: the model reads at most 32" in out
+    assert preskip("bench", short, *more, "--prompt", "33", "--context", "29") == 1
+    assert capsys.readouterr().err.endswith("error: the model reads at most 32 tokens: give fewer for each work\n")
+
+
+def test_a_row_held_against_nothing_has_no_ratio(monkeypatch, capsys):
+    monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
+    for rows, work, expected in (
+        ("adapter,optimized", "scoring", {"adapter": "–", "optimized": "–"}),
+        ("base,adapter", "training", {"adapter": "–"}),
+        ("lora,adapter", "training", {"lora": "1"}),
+        ("base,adapter", "scoring", {"base": "1"}),
+    ):
+        assert preskip(*TINY, "--rows", rows, "--work", work) == 0
+        table = capsys.readouterr().out.partition(f"{work}, 1 x 5 tokens")[2]
+        cells = {line.split()[0]: line.split()[2:4] for line in table.splitlines() if line.split()}
+        for name, text in expected.items():
+            assert cells[name] == [text, text], (rows, work, name)
 
 
 @pytest.mark.parametrize(

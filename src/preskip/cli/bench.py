@@ -176,14 +176,16 @@ def print_bench(result: dict[str, Any]) -> None:
     print_table(table, notes, [f"{name}: {reason}" for name, reason in result["left_out"].items()])
     for work in result["work"]:
         table = columns("row", right=("ms", "time ratio", "owed", "x limit", "peak MB"))
+        references = ("lora",) if work["work"] == "training" else ("base", "base-compiled")
         for name, entry in work["rows"].items():
             ratio = entry.get("ratio")
+            without = "1" if name in references else "–"
             scale = entry.get("seconds_owed_by_all_layers", entry["seconds_owed"]) / entry["seconds_owed"]
             table.add_row(
                 name,
                 f"{1e3 * scale * entry['seconds']:,.1f}",
-                f"{ratio:.3f} [{entry['ratio_low']:.2f}, {entry['ratio_high']:.2f}]" if ratio else "1",
-                f"{entry['ratio_owed']:.3f}" if ratio else "1",
+                f"{ratio:.3f} [{entry['ratio_low']:.2f}, {entry['ratio_high']:.2f}]" if ratio else without,
+                f"{entry['ratio_owed']:.3f}" if ratio else without,
                 f"{entry['times_of_limit']:.3f}" if ratio else "–",
                 f"{entry['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in entry and not is_scaled else "–",
             )
