@@ -1,5 +1,6 @@
 """Model cards: what they say is what results.json says, and the code in them loads what they are of."""
 
+import builtins
 import json
 import re
 import shlex
@@ -109,6 +110,26 @@ def test_report_writes_them_again(place, capsys):
     path = adapter(place, "preskip") / "README.md"
     before = path.read_text()
     path.write_text("lost")
+    assert preskip("report", place / "run") == 0
+    assert path.read_text() == before
+
+
+def test_cards_are_written_where_the_extra_of_the_page_is_missing(place, capsys, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.split(".")[0] in ("altair", "jinja2", "vl_convert"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *arguments, **options)
+
+    path = adapter(place, "preskip") / "README.md"
+    before = path.read_text()
+    path.write_text("lost")
+    with monkeypatch.context() as patched:
+        patched.setattr(builtins, "__import__", without)
+        assert preskip("report", place / "run") == 1
+    assert "pip install 'preskip[report]'" in capsys.readouterr().err
+    assert path.read_text().splitlines()[0] == before.splitlines()[0]
     assert preskip("report", place / "run") == 0
     assert path.read_text() == before
 

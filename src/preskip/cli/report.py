@@ -17,6 +17,6 @@ def report(
     """Make RUN/report.html, and the model cards of what was trained, again from the stored results."""
     from preskip.report import build_report, write_cards
 
+    write_cards(run)  # they need no extra, the page does
     page = build_report(run)
-    write_cards(run)
     print(json.dumps({"report": str(page)}) if as_json else page)
