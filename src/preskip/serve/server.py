@@ -141,8 +141,8 @@ def _hold_signals() -> Callable[[], None]:
     def release() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in came:  # the first that is not ignored ends it
-            signal.raise_signal(number)
+        for one in came:  # the first that is not ignored ends it
+            signal.raise_signal(one)
 
     return release
 
