@@ -171,6 +171,45 @@ def test_unloading_copies_and_a_second_call():
     assert not hasattr(base.model.layers[0].self_attn, CHILD)
 
 
+@pytest.mark.parametrize("name", ["default", "second"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_next_adapter_on_an_unloaded_base_is_the_only_one_that_acts(name, training):
+    """As on a base that was never optimised, with its hooks, optimised anew, and after the first handle's end."""
+    first = adapted()
+    handle = preskip.optimize(first)
+    first(IDS)
+    base, plain = first.unload(), LlamaForCausalLM._from_config(ODD)
+    plain.load_state_dict(base.state_dict())
+    models = []
+    for each in (base, plain):
+        torch.manual_seed(1)
+        models.append(get_peft_model(each, PreskipConfig(init_weights="paper", init_std=0.3), adapter_name=name))
+        models[-1].train(training)
+    found, wanted = models
+    assert torch.equal(found(IDS).logits, wanted(IDS).logits)
+    again = preskip.optimize(found)
+    assert again.attentions == 3
+    assert torch.equal(found(IDS).logits, wanted(IDS).logits)
+    handle.remove()
+    assert torch.equal(found(IDS).logits, wanted(IDS).logits)
+    again.remove()
+    assert hooks_of(found) == hooks_of(wanted)
+    assert type(base.model.layers[0].self_attn).__name__ == "LlamaAttention"
+    assert torch.equal(found(IDS).logits, wanted(IDS).logits)
+
+
+def test_an_unloaded_copy_leaves_the_original_optimised():
+    model = adapted()
+    wanted = model(IDS).logits
+    with preskip.optimize(model):
+        twin = copy.deepcopy(model)
+        base = twin.unload()
+        assert type(base.model.layers[0].self_attn).__name__ == "LlamaAttention"
+        assert torch.equal(model(IDS).logits, wanted)
+        assert not torch.equal(base(IDS).logits, wanted)
+        assert hooks_of(model) < hooks_of(adapted())
+
+
 def test_an_attention_with_anothers_hook_is_left_as_it_is():
     model = adapted()
     seen = []

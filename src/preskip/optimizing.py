@@ -15,7 +15,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from preskip.adapter import PreskipLayer
-from preskip.attach import CHILD, ELSEWHERE, add_skip, attach, hidden_states_of, replace_input, with_hidden_states
+from preskip.attach import (
+    CHILD,
+    ELSEWHERE,
+    add_skip,
+    attach,
+    detach,
+    hidden_states_of,
+    replace_input,
+    with_hidden_states,
+)
 from preskip.branch import FUNCTIONS, PreskipBranch
 from preskip.branch_settings import BranchSettings
 from preskip.casting import cast_once
@@ -31,17 +40,16 @@ class Optimized:
         attentions: how many attentions it has changed.
     """
 
-    def __init__(self, attentions: list[nn.Module]) -> None:
-        self._changed = attentions
-        self.attentions = len(attentions)
+    def __init__(self, changed: list[tuple[nn.Module, nn.Module]]) -> None:
+        self._changed = changed
+        self.attentions = len(changed)
 
     def remove(self) -> None:
         """Put the model back as it was; a second call does nothing."""
-        for attention in self._changed:
-            attention.__class__ = type(attention).__mro__[1]
-            del attention.__dict__[_PLAN]
-            if hasattr(attention, CHILD):  # not where the adapter was unloaded meanwhile
-                attach(attention, getattr(attention, CHILD))
+        for attention, branch in self._changed:
+            if attention._modules.get(CHILD) is branch:  # not where the adapter was unloaded meanwhile
+                detach(attention)
+                attach(attention, branch)
         self._changed = []
 
     def __enter__(self) -> Optimized:
@@ -80,8 +88,21 @@ def optimize(model: nn.Module) -> Optimized:
         attention.__dict__[_PLAN] = _plan(branch, _dtype_of(attention, branch))
         kind: Any = type(attention)
         attention.__class__ = _with_branch(kind)
-        changed.append(attention)
+        branch.hook_handles = [_InForward(attention)]
+        changed.append((attention, branch))
     return Optimized(changed)
+
+
+class _InForward:
+    """In place of the handles of a branch's hooks: `detach` removes it with the branch, so no plan outlives one."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self._attention = attention
+
+    def remove(self) -> None:
+        """Give the attention its own class back."""
+        self._attention.__class__ = type(self._attention).__mro__[1]
+        del self._attention.__dict__[_PLAN]
 
 
 class _Matrix:
@@ -194,9 +215,7 @@ def _with_branch(kind: Any) -> Any:
     """The class of an attention whose forward holds its branch."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        branch: Any = self._modules.get(CHILD)
-        if branch is None:
-            return kind.forward(self, *args, **kwargs)
+        branch: Any = self._modules[CHILD]
         x = hidden_states_of(args, kwargs)
         plan = self.__dict__[_PLAN]
         if not plan.holds(branch, x):
