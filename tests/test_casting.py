@@ -108,6 +108,14 @@ def test_a_replaced_weight_is_cast_anew() -> None:
     assert torch.equal(product(x, module.up), before * 2)
 
 
+def test_writes_through_data_are_seen_after_forget() -> None:
+    module, x = branch().requires_grad_(False), some_input()
+    before = product(x, module.up)
+    module.up.weight.data.mul_(2)
+    casting.forget()
+    assert torch.equal(product(x, module.up), before * 2)
+
+
 def test_gradients_against_float64_and_added_up_in_float32() -> None:
     module, x = branch(), some_input()
     exact = copy.deepcopy(module).double()

@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import preskip
 import zoo
-from preskip import PreskipConfig
+from preskip import PreskipConfig, casting
 from preskip.attach import CHILD
 
 # Odd sizes: width 60, 63 tokens, 3 rows.
@@ -140,6 +141,81 @@ def test_what_changes_meanwhile_is_seen(dtype):
             disabled = model(IDS).logits
         with twin.disable_adapter():
             assert torch.equal(disabled, twin(IDS).logits)
+
+
+def through_data(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if ".preskip." in name:
+            parameter.data.mul_(1.5)
+    casting.forget()
+
+
+def in_other_storage(model: nn.Module) -> None:
+    own = [parameter for name, parameter in model.named_parameters() if ".preskip." in name]
+    vector_to_parameters(parameters_to_vector(own) * 1.5, own)
+
+
+def in_a_new_adapter_of_its_name(model: nn.Module) -> None:
+    model.add_adapter("second", PreskipConfig())
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    model.add_adapter("default", PreskipConfig(init_weights="paper", init_std=0.3))
+    model.set_adapter("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [through_data, in_other_storage, in_a_new_adapter_of_its_name])
+def test_weights_that_change_without_a_new_version_are_seen(change, dtype):
+    model = adapted(dtype)
+    twin = copy.deepcopy(model)
+    with preskip.optimize(model), torch.inference_mode():
+        before = model(IDS).logits
+        with torch.inference_mode(False), torch.no_grad():
+            for each in (model, twin):
+                torch.manual_seed(1)
+                change(each)
+        found, wanted = model.eval()(IDS).logits, twin.eval()(IDS).logits
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+        assert (found - before).abs().max() > 10 * tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_int8_weights_that_are_loaded_meanwhile_are_seen(rows, tmp_path):
+    preskip.bake(adapted(torch.bfloat16), tmp_path / "out", quantize="int8")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    others = {
+        key: -value if value.dtype == torch.int8 else value * 1.5 if key.endswith("preskip.skip.scale") else value
+        for key, value in model.state_dict().items()
+    }
+    ids = IDS[:rows, :1]
+    with preskip.optimize(model), torch.inference_mode():
+        before = model(ids).logits
+        model.load_state_dict(others)
+        found = model(ids).logits
+    with torch.inference_mode():
+        wanted = model(ids).logits
+    assert (found - wanted).abs().max() <= 2e-2 * wanted.abs().max()
+    assert (found - before).abs().max() > 0.2 * wanted.abs().max()
+
+
+def test_weights_that_torch_gives_no_versions_compute_as_with_hooks():
+    with torch.inference_mode():
+        model = adapted(torch.bfloat16)
+        wanted = model(IDS).logits
+        with preskip.optimize(model) as handle:
+            assert handle.attentions == 3
+            assert torch.equal(model(IDS).logits, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_compiles_before_its_first_call(dtype):
+    model = adapted(dtype)
+    preskip.optimize(model)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin.base_model.model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=IDS).logits, model(IDS).logits)
 
 
 def test_training_and_its_dropout_are_as_with_hooks():

@@ -21,9 +21,17 @@ _CAST = "_preskip_cast"
 _steps = 0
 
 
-def _count_step(optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+def forget() -> None:
+    """Cast and pack every weight of a branch anew at its next use; to be called after writes through `.data`.
+
+    torch counts `weight.copy_(average)` but not `weight.data.copy_(average)`. Every optimiser's step calls this itself.
+    """
     global _steps
     _steps += 1
+
+
+def _count_step(optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    forget()
 
 
 register_optimizer_step_post_hook(_count_step)
@@ -33,8 +41,8 @@ class _Cast:
     """The copy of one weight, kept beside the module that owns it; a copy of the module begins without."""
 
     def __init__(self) -> None:
-        self.key: tuple[Any, ...] = ()
-        self.weight: torch.Tensor | None = None
+        # Key and copy in one, so that no thread reads those of two.
+        self.made: tuple[tuple[Any, ...], torch.Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Cast:
         return _Cast()
@@ -77,11 +85,16 @@ def cast_once(linear: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> to
     held: _Cast | None = linear.__dict__.get(_CAST)
     if held is None:
         held = linear.__dict__[_CAST] = _Cast()
-    key = (id(weight), weight.data_ptr(), weight._version, weight.device, weight.requires_grad, dtype, _steps)
-    if held.key == key and held.weight is not None:
-        return held.weight
+    key = (id(weight), *version_of(weight), weight.requires_grad, dtype)
+    if held.made is not None and held.made[0] == key:
+        return held.made[1]
     # As in training, whatever the mode of this call: recomputation comes without gradients first.
     with torch.inference_mode(False), torch.set_grad_enabled(weight.requires_grad):
         cast = weight.to(dtype)
-    held.key, held.weight = key, cast
+    held.made = key, cast
     return cast
+
+
+def version_of(weight: torch.Tensor) -> tuple[Any, ...]:
+    """What tells a weight from itself before it was changed, moved or given other storage, but for `forget`'s case."""
+    return weight.data_ptr(), weight.device, weight._version, _steps

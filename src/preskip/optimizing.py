@@ -6,6 +6,7 @@ arithmetic is that of the hooks, in the same order, on matrices that are cast an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -27,7 +28,7 @@ from preskip.attach import (
 )
 from preskip.branch import FUNCTIONS, PreskipBranch
 from preskip.branch_settings import BranchSettings
-from preskip.casting import cast_once
+from preskip.casting import cast_once, version_of
 from preskip.quantizing import Int8Linear, PaddedInt8
 
 _PLAN = "preskip_plan"
@@ -68,7 +69,8 @@ def optimize(model: nn.Module) -> Optimized:
     hooks of others is left as it is.
 
     Args:
-        model: is changed in place. Compile it afterwards, and anew when its weights have changed.
+        model: is changed in place. Compile it afterwards, and anew when its weights have changed. Where these are
+            written through `.data`, call `preskip.casting.forget` then.
 
     Returns:
         A handle; `with preskip.optimize(model): ...` or `.remove()` undoes it.
@@ -141,14 +143,15 @@ class _Plan:
         settings: of the branch; None where only the hooks' arithmetic will do.
         dtype: of the activations it is for.
         products: per part, what multiplies by it.
-        sources: per part, the layer, its weight and the weight's version when this was made.
+        sources: the layers and tensors that these are made of: where each is kept, its name there, itself, and of a
+            tensor the version.
         adapters: the active adapters then.
     """
 
     settings: BranchSettings | None = None
     dtype: torch.dtype | None = None
     products: dict[str, Any] = field(default_factory=dict)
-    sources: tuple[tuple[nn.Module, Any, int], ...] = ()
+    sources: tuple[tuple[Mapping[str, Any], str, Any, tuple[Any, ...] | None], ...] = ()
     adapters: list[str] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Plan:
@@ -159,27 +162,40 @@ class _Plan:
         if self.dtype != x.dtype or getattr(branch, "_active_adapter", self.adapters) != self.adapters:
             return False
         return torch.compiler.is_compiling() or all(
-            layer._parameters.get("weight") is weight and (weight is None or weight._version == version)
-            for layer, weight, version in self.sources
+            kept.get(name) is value and (version is None or version_of(value) == version)
+            for kept, name, value, version in self.sources
         )
 
 
 def _plan(branch: Any, dtype: torch.dtype | None) -> _Plan:
-    """The plan for activations of a dtype; None is made anew at the first call."""
+    """The plan for activations of a dtype; for None it is made anew at the first call."""
     adapters = list(getattr(branch, "_active_adapter", []))
     others = _Plan(dtype=dtype, adapters=adapters)
+    if torch.compiler.is_compiling():
+        return others  # a graph knows no versions
     if isinstance(branch, PreskipBranch):
         linears, settings = branch.linears, branch.settings
+        places = {part: (branch._modules, part) for part in linears}
     else:
         active = [name for name in adapters if name in branch.settings]
         if len(active) != 1:
             return others
         linears, settings = branch.linears(active[0]), branch.settings[active[0]]
+        places = {part: (branch._modules[part]._modules, active[0]) for part in linears}
     products: dict[str, Any] = {}
-    sources = []
+    sources: list[Any] = []
     for part, linear in linears.items():
         weight: Any = linear._parameters.get("weight")
-        sources.append((linear, weight, 0 if weight is None else weight._version))
+        tensors = [
+            (kept, name, tensor)
+            for kept in (linear._parameters, linear._buffers)
+            for name, tensor in kept.items()
+            if tensor is not None
+        ]
+        if any(tensor.is_inference() for *_, tensor in tensors):
+            return others  # without versions
+        sources.append((*places[part], linear, None))
+        sources += [(*place, version_of(place[-1])) for place in tensors]
         if isinstance(linear, Int8Linear) and dtype in (torch.bfloat16, torch.float32):
             # The inner width may stay padded: every activation of 0 is 0.
             wide = part in ("up", "gate")
@@ -219,7 +235,9 @@ def _with_branch(kind: Any) -> Any:
         x = hidden_states_of(args, kwargs)
         plan = self.__dict__[_PLAN]
         if not plan.holds(branch, x):
-            plan = self.__dict__[_PLAN] = _plan(branch, x.dtype)
+            plan = _plan(branch, x.dtype)
+            if not torch.compiler.is_compiling():
+                self.__dict__[_PLAN] = plan
         if (
             plan.settings is None
             or self.training
