@@ -90,6 +90,22 @@ def test_what_cannot_lie_side_by_side_is_refused(baked, tmp_path):
         one(**zoo.inputs("llama"), adapter_names=["first"])
 
 
+def test_training_with_names_is_refused_as_by_peft(baked):
+    model, alone, _ = baked
+    values = zoo.inputs("llama", batch=4)
+    model.train()
+    try:
+        for call in (model, model.generate):
+            with pytest.raises(PreskipError, match=r"^adapter_names is for inference: call model\.eval\(\) first$"):
+                call(**values, adapter_names=["second"])
+        model(**values, labels=values["input_ids"]).loss.backward()
+    finally:
+        model.eval()
+        model.zero_grad()
+    with torch.no_grad():
+        assert torch.equal(model(**values, adapter_names=["second"]).logits, alone["second"])
+
+
 @torch.no_grad()
 def test_behind_a_norm_too(tmp_path):
     model, alone = adapted("gemma2", skip_position="residual")

@@ -70,8 +70,10 @@ def picked(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         names: one per row of a batch, or per group of consecutive rows.
 
     Raises:
-        PreskipError: a name that the model has not, or a model with one adapter alone.
+        PreskipError: a name that the model has not, a model with one adapter alone, or one that trains.
     """
+    if model.training:  # gradient checkpointing computes again in the backward pass, when no row has a name any more
+        raise PreskipError("adapter_names is for inference: call model.eval() first")
     branches = [module for module in model.modules() if isinstance(module, SeveralBranches)]
     if not branches:
         raise PreskipError(f"{type(model).__name__} has one adapter alone: adapter_names needs several, baked together")
