@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import PROBE, make_run, preskip
+from preskip.cli.bake import bake_saved
 from tiny_model import save_tiny_llama
 
 
@@ -113,6 +114,35 @@ def test_what_cannot_be_baked_ends_in_one_line(case, place, tmp_path, capsys):
     assert error.startswith("error: ")
     assert words in error
     assert case == "exists" or not out.exists()
+
+
+@pytest.mark.parametrize("quantize", [(), ("--quantize", "int8")])
+def test_logits_that_are_not_finite_are_no_match(quantize, place, tmp_path, capsys):
+    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    with torch.no_grad():
+        base.lm_head.weight.fill_(float("nan"))
+    base.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(tmp_path / "broken")
+    assert preskip("bake", adapter(place), tmp_path / "out", "--model", tmp_path / "broken", *quantize) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        error == "error: logits in float32 hold NaN or infinity, nothing was kept: the base or the adapter is damaged"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_a_checkpoint_that_was_not_compared_to_the_end_is_not_kept(stop, place, tmp_path, monkeypatch):
+    def stopped(live, out, *rest):
+        assert out.is_dir()
+        raise stop
+
+    monkeypatch.setattr("preskip.cli.bake._difference", stopped)
+    with pytest.raises(stop):
+        bake_saved({"one": adapter(place)}, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert bake_saved({"one": adapter(place)}, tmp_path / "out", quiet=True)["logits_difference"] == 0.0
 
 
 def test_several_adapters_side_by_side(place, tmp_path, capsys):

@@ -129,11 +129,17 @@ def bake_saved(
     with spinner(f"writing {out}", quiet=quiet):
         names = list(adapters) if others else None
         bake_checkpoint(live, out, adapter=names, tokenizer=tokenizer, base_name=base_name, quantize=quantize)
-    with spinner("comparing its logits", quiet=quiet):
-        difference = _difference(live, out, getattr(torch, resolved), names)
-    if difference != 0.0 and (quantize is None or not math.isfinite(difference)):
+    try:
+        with spinner("comparing its logits", quiet=quiet):
+            difference = _difference(live, out, getattr(torch, resolved), names)
+        if not math.isfinite(difference):
+            mend = "try --dtype float32" if resolved != "float32" else "the base or the adapter is damaged"
+            raise PreskipError(f"logits in {resolved} hold NaN or infinity, nothing was kept: {mend}")
+        if difference != 0.0 and quantize is None:
+            raise PreskipError(f"the baked model's logits differ by up to {difference:.3g}: nothing was kept")
+    except BaseException:  # what is kept has been compared
         shutil.rmtree(out)
-        raise PreskipError(f"the baked model's logits differ by up to {difference:.3g}: nothing was kept")
+        raise
     if card is not None:
         card.write(out)
     return {
@@ -157,7 +163,10 @@ def _card(source: Source, name: str) -> Card | None:
 
 
 def _difference(live: Any, out: Path, dtype: Any, names: Sequence[str] | None) -> float:
-    """The largest difference of the logits of the adapted and the baked model, on 64 tokens, over all adapters."""
+    """The largest difference of the logits of the adapted and the baked model, on 64 tokens, over all adapters.
+
+    NaN or infinity where logits are not finite.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -166,12 +175,12 @@ def _difference(live: Any, out: Path, dtype: Any, names: Sequence[str] | None) -
     generator = torch.Generator().manual_seed(0)
     vocabulary = live.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocabulary, (1, 64), generator=generator)
-    largest = 0.0
+    differences = []
     for name in names or ("",):
         picked = {"adapter_names": [name]} if name else {}
         if name:
             live.set_adapter(name)
         with torch.inference_mode():
             difference = live(input_ids=ids).logits - baked(input_ids=ids, **picked).logits
-        largest = max(largest, difference.abs().max().item())
-    return largest
+        differences.append(difference.abs().max())
+    return torch.stack(differences).max().item()  # Python's max would lose a NaN
