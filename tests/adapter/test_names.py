@@ -72,3 +72,13 @@ def test_saving_refuses_to_leave_tensors_out(tmp_path) -> None:
     with pytest.raises(PreskipError, match=r"cannot be saved whole: .*self_attn"):
         branch.save_pretrained(tmp_path)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.skipif(PEFT_VERSION < (0, 21), reason="earlier versions do not ask the method what it saves")
+def test_saving_refuses_an_adapter_that_was_unloaded(tmp_path) -> None:
+    model = get_peft_model(zoo.build("llama"), PreskipConfig())
+    model.save_pretrained(tmp_path)
+    model.unload()
+    with pytest.raises(PreskipError, match="'default' has no branch in this model"):
+        model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 6

@@ -97,6 +97,28 @@ def test_the_branch_is_unloaded_and_lora_stays(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("preskip_first", [True, False])
+def test_saving_after_the_branch_is_unloaded_keeps_the_saved_branch(preskip_first: bool, tmp_path) -> None:
+    first, second, _, _ = stack("llama", preskip_first)
+    branch, lora = (first, second) if preskip_first else (second, first)
+    branch.save_pretrained(tmp_path, selected_adapters=["branch"])
+    saved = load_file(tmp_path / "branch" / "adapter_model.safetensors")
+    branch.unload()
+    alone = zoo.logits(lora, "llama")
+    lora.save_pretrained(tmp_path)
+    assert list(lora.peft_config) == ["lora"]
+    kept = load_file(tmp_path / "branch" / "adapter_model.safetensors")
+    assert len(kept) == 3 * zoo.LAYERS
+    assert kept.keys() == saved.keys()
+    assert all(torch.equal(kept[key], saved[key]) for key in saved)
+    again = PeftModel.from_pretrained(zoo.build("llama"), tmp_path / "lora", adapter_name="lora")
+    assert torch.equal(zoo.logits(again, "llama"), alone)
+    assert torch.equal(zoo.logits(branch, "llama"), alone)
+    third = get_peft_model(lora.get_base_model(), PreskipConfig(), adapter_name="branch")  # the name is free again
+    assert set(third.peft_config) == {"branch", "lora"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_a_second_branch_joins_over_lora(name: str) -> None:
     """LoRA wraps the layer that the first branch taps: the second must find the same place."""

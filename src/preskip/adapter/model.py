@@ -178,8 +178,15 @@ class PreskipModel(BaseTuner):
         """Only the branch's own tensors, also where LoRA is stacked with it (peft >= 0.21)."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         own = {key: value for key, value in found.items() if f".{cls.prefix}" in f".{key}"}
-        missing = sorted(expected_tensors(model, adapter_name).keys() - own.keys())
-        if missing and state_dict:  # a process that holds no part of a sharded model gives nothing
+        expected = expected_tensors(model, adapter_name)
+        if not state_dict:  # a process that holds no part of a sharded model gives nothing
+            return own
+        if not expected:
+            raise PreskipError(
+                f"adapter {adapter_name!r} has no branch in this model, so there is nothing to save: it was unloaded; "
+                "name the adapters to save with selected_adapters=[...]"
+            )
+        if missing := sorted(expected.keys() - own.keys()):
             raise PreskipError(
                 f"adapter {adapter_name!r} cannot be saved whole: {missing[0]}"
                 f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} would be left out, as another adapter "
@@ -246,9 +253,19 @@ class PreskipModel(BaseTuner):
             target: Any = getattr(parent, name)
             original = target.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
             setattr(parent, name, original)
-        if hasattr(self.model, "peft_config") and not _has_tuner_layers(self.model):
-            del self.model.peft_config
+        if hasattr(self.model, "peft_config"):
+            if _has_tuner_layers(self.model):
+                self._leave_shared_names()
+            else:
+                del self.model.peft_config
         return self.model
+
+    def _leave_shared_names(self) -> None:
+        """Take the branches' names out of the table that all adapters of this base share; this model keeps its own."""
+        shared: Any = self.model.peft_config
+        self.peft_config = dict(shared)
+        for name in [name for name, config in shared.items() if isinstance(config, PreskipConfig)]:
+            del shared[name]
 
 
 def base_model(model: nn.Module) -> Any:
