@@ -6,9 +6,14 @@ import peft
 import pytest
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 import zoo
-from preskip import PreskipConfig, PreskipError
+from preskip import PreskipBranch, PreskipConfig, PreskipError
+from preskip.adapter.names import check_adapter_name
+from preskip.architecture.several import SeveralBranches
+from preskip.attach import attach
+from preskip.serve.by_token import ByToken
 
 PEFT_VERSION = tuple(int(part) for part in peft.__version__.split(".")[:2])
 
@@ -33,6 +38,27 @@ def test_what_no_key_or_folder_can_hold_is_refused_in_one_line(name: str) -> Non
     with pytest.raises(PreskipError, match="adapter_name=") as error:
         get_peft_model(zoo.build("llama"), PreskipConfig(), adapter_name=name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["content", "enrich", "row_names", "names", "__base__", "preskip_pick"])
+def test_what_cannot_lie_beside_others_when_baked_is_refused_in_one_line(name: str) -> None:
+    model = get_peft_model(zoo.build("llama"), PreskipConfig())
+    with pytest.raises(PreskipError, match=f"adapter_name='{name}' is not possible") as error:
+        model.add_adapter(name, PreskipConfig())
+    assert "\n" not in str(error.value)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_no_name_of_the_modules_that_hold_several_branches_is_possible() -> None:
+    branches = {"first": PreskipBranch(8), "second": PreskipBranch(8)}
+    several = SeveralBranches(8, {name: branch.settings for name, branch in branches.items()})
+    attach(nn.Identity(), several)
+    by_token = ByToken(branches, nn.Linear(1, 1))
+    attach(nn.Identity(), by_token)
+    model = zoo.build("llama")
+    for name in {*dir(several), *dir(by_token)} - set(branches):
+        with pytest.raises(PreskipError, match="adapter_name="):
+            check_adapter_name(name, model)
 
 
 @pytest.mark.parametrize("name", ["mine", "my-adapter_2", "größe", "预投影", "lora", "Default"])

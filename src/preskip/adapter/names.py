@@ -7,12 +7,15 @@ from torch import nn
 from preskip.attach import CHILD
 from preskip.branch import PARTS
 from preskip.errors import PreskipError
+from preskip.rows import BASE
 
 # Parts of the keys of adapted models that no tensor of the base may have: the branch's own, PEFT's wrappers'.
 _RESERVED = {
     CHILD, *PARTS, "dropout", "settings", "base_model", "model", "base_layer", "modules_to_save", "original_module",
     "weight", "bias",
 }  # fmt: skip
+# Of the modules that hold the branches of a baked checkpoint by their names (`SeveralBranches`, `ByToken`).
+_TAKEN_WHEN_BAKED = {"enrich", "content", "names", "_names", "_each", "row_names", "hook_handles", "preskip_pick"}
 
 
 def check_adapter_name(name: object, model: nn.Module) -> None:
@@ -41,6 +44,15 @@ def check_adapter_name(name: object, model: nn.Module) -> None:
         raise PreskipError(
             f"adapter_name={name!r} is not possible: it is part of the names of this model's tensors, and PEFT could "
             "not tell its weights from those of other adapters; give another, such as 'my-adapter'"
+        )
+    if name == BASE:
+        raise PreskipError(
+            f"adapter_name={name!r} is not possible: it means no adapter; give another"
+        )
+    if name in _TAKEN_WHEN_BAKED:
+        raise PreskipError(
+            f"adapter_name={name!r} is not possible: beside other adapters in one checkpoint it would stand for a part "
+            "of the module that holds them; give another, such as 'my-adapter'"
         )
     if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
         raise PreskipError(f"adapter_name={name!r} is not possible: torch reserves it; give another")
