@@ -6,7 +6,9 @@ import copy
 import importlib
 import inspect
 import pkgutil
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -58,6 +60,46 @@ def add_branches(model: nn.Module, skip_position: str = "attention", **settings:
 
 def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "skip_position"), [("bert", "attention"), ("gemma2", "residual")])
+def test_threads_that_call_at_once_keep_their_own_skips(family: str, skip_position: str) -> None:
+    model = zoo.build(family).eval()
+    add_branches(model, skip_position)
+    rows = [{key: value[row : row + 1] for key, value in zoo.inputs(family).items()} for row in (0, 1)]
+    alone = [model(**row).logits for row in rows]
+    both = Barrier(2)
+
+    def wait(*_: Any) -> None:
+        both.wait(timeout=60)  # behind each attention, where its skip is on the way
+
+    for site in find_sites(model).attentions:
+        model.get_submodule(site.name).register_forward_hook(wait)
+
+    def run(row: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**row).logits
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, rows))
+    assert not torch.equal(alone[0], alone[1])
+    for one, wanted in zip(found, alone, strict=True):
+        assert torch.equal(one, wanted)
+
+
+@torch.no_grad()
+def test_a_tap_reads_the_branch_of_the_module_that_runs() -> None:
+    """DataParallel's replicas share hooks, and have branches of their own."""
+    model = zoo.build("gemma2").eval()
+    branches = add_branches(model, "residual")
+    twin = copy.deepcopy(model)
+    for site, branch in zip(find_sites(model).attentions, branches, strict=True):
+        other = copy.deepcopy(branch)
+        other.skip.weight.mul_(2)
+        model.get_submodule(site.name)._modules[CHILD] = other
+        twin.get_submodule(site.name).preskip.skip.weight.mul_(2)
+    assert torch.equal(zoo.logits(model, "gemma2"), zoo.logits(twin, "gemma2"))
 
 
 def weights(branch: PreskipBranch) -> dict[str, torch.Tensor]:

@@ -11,8 +11,9 @@ attention (`skip_position="residual"`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -228,7 +229,7 @@ def attach(attention: nn.Module, branch: nn.Module, tap: nn.Module | None = None
     if tap is None:
         handles.append(attention.register_forward_hook(add_skip, with_kwargs=True))
     else:
-        carrier = _Tap(branch)
+        carrier = _Tap()
         handles.append(attention.register_forward_hook(carrier.keep, with_kwargs=True))
         handles.append(tap.register_forward_hook(carrier.add))
     branch.hook_handles = handles  # type: ignore[assignment]
@@ -375,15 +376,24 @@ def add_skip(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
 
 
 class _Tap:
-    """Carries one skip from an attention module to the module that follows it in the same block."""
+    """Carries one skip from an attention module to the module that follows it in the same block.
 
-    def __init__(self, branch: nn.Module) -> None:
-        self.content: Callable[[torch.Tensor], torch.Tensor | None] = branch.content  # type: ignore[assignment]
+    Attributes:
+        pending: the skip on its way.
+        of_threads: the same by thread, as several may call the model at once; unknown to a compiled graph.
+    """
+
+    def __init__(self) -> None:
         self.pending: torch.Tensor | None = None
+        self.of_threads: dict[int, torch.Tensor | None] = {}
 
     def keep(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        self.pending = self.content(hidden_states_of(args, kwargs))
+        skip = self.pending = getattr(attention, CHILD).content(hidden_states_of(args, kwargs))
+        if not torch.compiler.is_compiling():
+            self.of_threads[get_ident()] = skip
 
     def add(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         skip, self.pending = self.pending, None
+        if not torch.compiler.is_compiling():
+            skip = self.of_threads.pop(get_ident(), skip)
         return output if skip is None else output + skip

@@ -46,9 +46,7 @@ def check_adapter_name(name: object, model: nn.Module) -> None:
             "not tell its weights from those of other adapters; give another, such as 'my-adapter'"
         )
     if name == BASE:
-        raise PreskipError(
-            f"adapter_name={name!r} is not possible: it means no adapter; give another"
-        )
+        raise PreskipError(f"adapter_name={name!r} is not possible: it means no adapter; give another")
     if name in _TAKEN_WHEN_BAKED:
         raise PreskipError(
             f"adapter_name={name!r} is not possible: beside other adapters in one checkpoint it would stand for a part "
