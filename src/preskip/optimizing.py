@@ -6,7 +6,6 @@ arithmetic is that of the hooks, in the same order, on matrices that are cast an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -75,7 +74,7 @@ def optimize(model: nn.Module) -> Optimized:
     Returns:
         A handle; `with preskip.optimize(model): ...` or `.remove()` undoes it.
     """
-    changed = []
+    changed: list[tuple[nn.Module, nn.Module]] = []
     for attention in list(model.modules()):
         branch: Any = attention._modules.get(CHILD)
         if not isinstance(branch, (PreskipLayer, PreskipBranch)) or _PLAN in attention.__dict__:
@@ -90,7 +89,7 @@ def optimize(model: nn.Module) -> Optimized:
         attention.__dict__[_PLAN] = _plan(branch, _dtype_of(attention, branch))
         kind: Any = type(attention)
         attention.__class__ = _with_branch(kind)
-        branch.hook_handles = [_InForward(attention)]
+        branch.hook_handles = [_InForward(attention)]  # type: ignore[assignment]
         changed.append((attention, branch))
     return Optimized(changed)
 
@@ -151,7 +150,7 @@ class _Plan:
     settings: BranchSettings | None = None
     dtype: torch.dtype | None = None
     products: dict[str, Any] = field(default_factory=dict)
-    sources: tuple[tuple[Mapping[str, Any], str, Any, tuple[Any, ...] | None], ...] = ()
+    sources: tuple[tuple[Any, str, Any, tuple[Any, ...] | None], ...] = ()
     adapters: list[str] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Plan:
