@@ -2,12 +2,14 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
 from preskip import PreskipConfig
@@ -123,13 +125,45 @@ def assert_same(outcome, whole):
     assert outcome[1] == whole[1]
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_model.safetensors", "trained.safetensors", "optimizer.pt", "trainer_state.json"]
+)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, whole, capsys, name):
     train(tmp_path)
     flip_bit(tmp_path / "checkpoints" / "checkpoint-6" / name)
     assert_same(train(tmp_path), whole)
     assert f"{name} has another checksum than when it was written" in capsys.readouterr().err
     assert find_fault(tmp_path / "checkpoints" / "checkpoint-6") is None
+
+
+def sealed_with(path: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Give a sealed checkpoint another file of tensors."""
+    (path / SEAL).unlink()
+    save_file(tensors, path / name)
+    seal(path)
+
+
+def test_trained_weights_do_not_come_from_the_adapters_file(tmp_path, whole):
+    """PEFT 0.20 stores of stacked adapters the outer one's weights alone; here its file holds zeros."""
+    train(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-6")
+    older = tmp_path / "checkpoints" / "checkpoint-4"
+    zeros = {key: torch.zeros_like(value) for key, value in load_file(older / "adapter_model.safetensors").items()}
+    sealed_with(older, "adapter_model.safetensors", zeros)
+    seen = []
+    assert_same(train(tmp_path, lambda step, note="": seen.append(step)), whole)
+    assert seen == [5, 6]
+
+
+def test_a_checkpoint_without_all_trained_weights_is_refused(tmp_path):
+    train(tmp_path)
+    newest = tmp_path / "checkpoints" / "checkpoint-6"
+    weights = load_file(newest / "trained.safetensors")
+    lost = sorted(weights)[0]
+    del weights[lost]
+    sealed_with(newest, "trained.safetensors", weights)
+    with pytest.raises(PreskipError, match=f"checkpoint-6 lacks 1 trained weights, {lost} among them: delete .*anew"):
+        train(tmp_path)
 
 
 def test_nothing_but_damage_starts_anew(tmp_path, whole, capsys):

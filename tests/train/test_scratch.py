@@ -101,8 +101,10 @@ def test_only_matrices_decay(model_type, tied):
         assert of[id(parameter)]["lr"] == (0.25 if ".preskip." in name else 1.0), name
 
 
-def test_interrupted_training_ends_as_if_it_had_not_been(tmp_path):
-    whole, stopped = model(), model()
+@pytest.mark.parametrize("kind", ["preskip_llama", "mixtral"])
+def test_interrupted_training_ends_as_if_it_had_not_been(tmp_path, kind):
+    """Of a mixture of experts, too, whose weights transformers stores under other names than the module's."""
+    whole, stopped, resumed = model(kind), model(kind), model(kind)
     rows = train(whole, tmp_path / "whole", evaluation=BLOCKS[:4], eval_steps=2)
 
     class Stop(Exception):
@@ -115,7 +117,8 @@ def test_interrupted_training_ends_as_if_it_had_not_been(tmp_path):
     options = {"arm": "a", "checkpoints": tmp_path / "c", "log": tmp_path / "train.jsonl", "evaluation": BLOCKS[:4]}
     with pytest.raises(Stop):
         train_scratch(stopped, BLOCKS, settings(eval_steps=2), advance=stop, **options)
-    again = train_scratch(model(), BLOCKS, settings(eval_steps=2), **options)
+    again = train_scratch(resumed, BLOCKS, settings(eval_steps=2), **options)
+    assert torch.equal(flat(resumed), flat(whole))
     deterministic = ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss")
     assert [{k: row.get(k) for k in deterministic} for row in again] == [
         {k: row.get(k) for k in deterministic} for row in rows

@@ -211,10 +211,10 @@ def _missing_cells(prepared: Prepared) -> list[tuple[str, int]]:
 
 
 def _needed_bytes(config: Config, cells: Sequence[tuple[str, int]], facts: Facts) -> float:
-    """What the weights of the cells take, and one checkpoint with its optimiser's two moments."""
+    """What the weights of the cells take, and one checkpoint: weights, perhaps twice, and the optimiser's moments."""
     arms: Any = facts["arms"]
     sizes = [4.0 * (arms[arm].get("trainable_parameters", arms[arm].get("parameters")) or 0) for arm, _ in cells]
-    return sum(sizes) + (3 * max(sizes, default=0.0) if config.save_steps else 0.0)
+    return sum(sizes) + (4 * max(sizes, default=0.0) if config.save_steps else 0.0)
 
 
 def _announce(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Facts) -> Outlook:

@@ -22,6 +22,7 @@ from preskip.assets import file_sha256
 from preskip.errors import PreskipError
 from preskip.progress import say
 from preskip.runs.files import clear_disk_errors, read_json, sync_tree, write_json
+from preskip.train.trained import read_rest, write_rest
 
 SEAL = "seal.json"
 DAMAGED = "damaged-"
@@ -31,9 +32,10 @@ class ResumableTrainer(Trainer):
     """A `Trainer` that continues exactly: on CPU in fp32, stopped and resumed ends bit for bit as if never stopped.
 
     Its checkpoints are sealed (see `seal`), and `args.save_total_limit` is applied after the new one is sealed: give 2
-    or more, so that there is one to fall back on. Beyond `Trainer` a checkpoint keeps the losses since the last log, so
-    that logging and saving need not fall together. `state.log_history` is part of the checkpoint: what a callback adds
-    to its last row in `on_log` comes back with it, and never runs ahead of the weights.
+    or more, so that there is one to fall back on. Beyond `Trainer` a checkpoint keeps every trained weight under its
+    module name (`preskip.train.trained`), and the losses since the last log, so that logging and saving need not fall
+    together. `state.log_history` is part of the checkpoint: what a callback adds to its last row in `on_log` comes back
+    with it, and never runs ahead of the weights.
 
     In a distributed run the main process alone seals, verifies and removes; the processes agree on what to resume from.
     """
@@ -118,6 +120,26 @@ class ResumableTrainer(Trainer):
             self.args.save_total_limit = limit
         if self.args.should_save:
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and not self.is_fsdp_enabled:  # which keeps module names
+            write_rest(Path(output_dir or str(self.args.output_dir)), self._plain_model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            read_rest(Path(resume_from_checkpoint), self._plain_model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = Path(str(self.state.best_model_checkpoint))
+        if not self.is_fsdp_enabled and best.is_dir():
+            read_rest(best, self._plain_model)
+
+    @property
+    def _plain_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
