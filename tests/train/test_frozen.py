@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import TrainingArguments
 
 import zoo
 from preskip import PreskipConfig
@@ -52,6 +53,19 @@ def test_order_is_a_permutation_per_pass_and_depends_on_the_seed_alone():
     assert list(data.order) == list(BlockDataset(BLOCKS, 20, seed=3).order)
     assert list(data.order) != list(BlockDataset(BLOCKS, 20, seed=4).order)
     assert torch.equal(data[5]["input_ids"], torch.from_numpy(BLOCKS[data.order[5]]).long())
+
+
+def test_a_machine_with_several_gpus_trains_on_the_same_batches(tmp_path, monkeypatch):
+    set_up = TrainingArguments.__post_init__
+
+    def on_two_gpus(self):
+        set_up(self)
+        self._n_gpu = 2
+
+    expected = train(model(), tmp_path / "one")
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_two_gpus)
+    rows = train(model(), tmp_path / "two")
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
 
 
 def test_trainer_equals_a_written_out_loop(tmp_path):

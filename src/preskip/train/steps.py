@@ -158,6 +158,8 @@ def fit(
         disable_tqdm=True,
         **arguments,
     )
+    if options.n_gpu > 1:
+        options._n_gpu = 1  # without a launcher Trainer would multiply the batch by the machine's GPUs
     with shared_training(model) as trained:
         worker = trainer(
             model=trained,
