@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import preskip.architecture  # noqa: F401
 from preskip.arms.flops import forward_flops_per_token
 from preskip.errors import DivergedError, PreskipError
-from preskip.train.scratch import ScratchSettings, parameter_groups, trackers, train_scratch
+from preskip.train.scratch import ScratchSettings, ScratchTrainer, parameter_groups, trackers, train_scratch
 from preskip.train.speed import measured_peak
 from preskip.train.steps import BlockDataset
 
@@ -136,6 +136,60 @@ def test_evaluation_while_training_is_the_mean_loss_of_those_blocks(tmp_path):
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     # Trainer averages over batches; blocks are of one length, and the last batch may be smaller.
     assert rows[-1]["eval_loss"] == pytest.approx(loss.item(), rel=2e-3)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock by which a forward pass takes a second and a checkpoint 100; the pass that `stop` counts to fails."""
+
+    class Clock:
+        now, passes, stop = 0.0, 0, None
+
+        def perf_counter(self):
+            return self.now
+
+    watch, loss, save = Clock(), ScratchTrainer.compute_loss, ScratchTrainer._save_checkpoint
+
+    def compute_loss(*arguments, **options):
+        watch.now += 1
+        watch.passes += 1
+        if watch.passes == watch.stop:
+            raise KeyboardInterrupt
+        return loss(*arguments, **options)
+
+    def save_checkpoint(*arguments):
+        watch.now += 100
+        save(*arguments)
+
+    monkeypatch.setattr(ScratchTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(ScratchTrainer, "_save_checkpoint", save_checkpoint)
+    for module in ("steps", "scratch"):
+        monkeypatch.setattr(f"preskip.train.{module}.time", watch)
+    return watch
+
+
+@pytest.mark.parametrize("log_steps", [4, 10])
+def test_the_last_step_is_logged_whatever_log_steps_is(tmp_path, log_steps):
+    rows = train(model(), tmp_path, log_steps=log_steps, evaluation=BLOCKS[:4], eval_steps=log_steps)
+    assert [row["step"] for row in rows] == ([4, 6] if log_steps == 4 else [6])
+    assert [row["tokens"] for row in rows] == ([256, 128] if log_steps == 4 else [384])
+    assert all("eval_loss" in row for row in rows)
+
+
+def test_saving_and_evaluating_are_no_steps_seconds(tmp_path, clock):
+    rows = train(model(), tmp_path, log_steps=4, save_steps=1, evaluation=BLOCKS[:4], eval_steps=4)
+    assert [row["seconds"] for row in rows] == [4, 2]
+    assert [row["tokens_per_second"] for row in rows] == [64, 64]
+
+
+def test_a_row_that_a_resume_falls_into_counts_all_of_its_steps(tmp_path, clock):
+    clock.stop = 4
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), tmp_path, log_steps=4)
+    rows = train(model(), tmp_path, log_steps=4)
+    assert [row["step"] for row in rows] == [4, 6]
+    assert [row["seconds"] for row in rows] == [4, 2]
+    assert rows[0]["tokens_per_second"] == 64
 
 
 def test_a_longer_training_begins_as_a_shorter_one():

@@ -232,14 +232,14 @@ class Scratch(Prepared):
 
     def summarise(self, arm: str, rows: list[StepRow]) -> dict[str, Any]:
         """See `Prepared.summarise`."""
-        plan = self.plans[arm]
+        plan, per_step = self.plans[arm], self.config.tokens_per_step
         evaluated = [row["eval_loss"] for row in rows if "eval_loss" in row]
         return {
             "steps": plan.steps,
             "tokens": plan.tokens,
             "final_training_loss": float(np.mean([row["loss"] for row in rows[-max(1, len(rows) // 20) :]])),
             "final_eval_loss": evaluated[-1] if evaluated else None,
-            "seconds_per_step": float(np.median([row["seconds"] / self.config.log_steps for row in rows])),
+            "seconds_per_step": float(np.median([row["seconds"] * per_step / row["tokens"] for row in rows])),
             "tokens_per_second": float(np.median([row["tokens_per_second"] for row in rows])),
             "mfu": float(np.median([row["mfu"] for row in rows])) if "mfu" in rows[-1] else None,
         }

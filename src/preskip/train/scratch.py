@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -93,6 +94,11 @@ class _Log(StepLog):
     def __init__(self, settings: ScratchSettings, flops_per_token: int, *args: Any) -> None:
         super().__init__(*args)
         self.settings, self.flops_per_token = settings, flops_per_token
+        self.paused = 0.0  # when training last stood still: what follows until it goes on is no step's
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        self.paused = time.perf_counter()
 
     def complete(self, row: StepRow, seconds: float, logs: dict[str, Any]) -> str:
         """See `StepLog`."""
@@ -114,10 +120,16 @@ class _Log(StepLog):
             )
         if self.rows and self.rows[-1]["step"] == state.global_step:
             self.rows[-1]["eval_loss"] = loss
-        self.mark = None
+        self._go_on()
 
     def on_save(self, args, state, control, **kwargs):
-        self.mark = None
+        self._go_on()
+
+    def _go_on(self) -> None:
+        now = time.perf_counter()
+        if self.mark is not None:
+            self.mark += now - max(self.mark, self.paused)
+        self.paused = now
 
 
 def train_scratch(

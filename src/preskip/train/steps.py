@@ -72,17 +72,23 @@ class StepLog(TrainerCallback):
     def __init__(self, arm: str, tokens_per_step: int, advance: Advance) -> None:
         self.arm, self.tokens_per_step, self.advance = arm, tokens_per_step, advance
         self.rows: list[StepRow] = []
-        self.last_step = 0
+        self.last_step = self.first_step = 0
         self.mark: float | None = None  # when the steps of the next row began
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take back the rows that a checkpoint kept."""
         self.rows = [entry["row"] for entry in state.log_history if "row" in entry]
         self.last_step = self.rows[-1]["step"] if self.rows else 0
+        self.first_step = state.global_step
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Begin to count a row's seconds."""
         self.mark = time.perf_counter() if self.mark is None else self.mark
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Log the last step, too."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Add a row."""
@@ -95,15 +101,18 @@ class StepLog(TrainerCallback):
                 f"{self.advice}; the last good checkpoint is kept"
             )
         now = time.perf_counter()
+        steps = state.global_step - self.last_step
+        # Of a row's steps before a resume the time is lost: they took as long as those after it.
+        seconds = (now - self.mark) * steps / (state.global_step - max(self.last_step, self.first_step))
         row: StepRow = {
             "step": state.global_step,
             "loss": loss,
             "learning_rate": float(logs["learning_rate"]),
             "grad_norm": norm,
-            "tokens": (state.global_step - self.last_step) * self.tokens_per_step,
-            "seconds": round(now - self.mark, 4),
+            "tokens": steps * self.tokens_per_step,
+            "seconds": round(seconds, 4),
         }
-        note = f"loss {loss:.3f}{self.complete(row, now - self.mark, logs)}"
+        note = f"loss {loss:.3f}{self.complete(row, seconds, logs)}"
         self.rows.append(row)
         state.log_history[-1]["row"] = row  # the checkpoint keeps it: the log cannot run ahead of the weights
         self.last_step, self.mark = state.global_step, now if self.counts_loading else None
