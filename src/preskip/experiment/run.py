@@ -2,7 +2,7 @@
 
 Each arm and seed is a cell of the run directory, each training of the search for a learning rate a trial. What is
 finished is never computed again; what is not continues from its last checkpoint, so that an interrupted run ends with
-the result of an uninterrupted one.
+the result of an uninterrupted one. A cell whose training diverges is left out of the results, which say so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.analysis.depth_results import add_trends
-from preskip.arms import resolve_arms
+from preskip.arms import Arm, resolve_arms
 from preskip.arms.plan import Plan
 from preskip.errors import DivergedError, PreskipError
 from preskip.experiment.cell import KINDS, kind_of, opened, run_cell
@@ -36,7 +36,7 @@ from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other
 from preskip.runs.declaration import declare, extension
 from preskip.runs.directory import RunDirectory
 from preskip.runs.files import write_json
-from preskip.runs.schema import Facts, Results
+from preskip.runs.schema import CellSummary, Facts, Results
 from preskip.stats import planned_power
 from preskip.stats.verdicts import FEWEST_UNITS
 from preskip.train.distributed import Crew, share_batch, world_size
@@ -119,18 +119,24 @@ def finish_run(
         with open_executor(prepared, workers=workers, kind=executor, address=ray_address, done=ahead.done) as execute:
             if isinstance(prepared, Frozen) and tune(prepared, execute):
                 now.seconds["tune"] = now.elapsed() - now.seconds["load"]
-            summaries = execute("cell", run_cell, cells, [f"{arm}, seed {seed}" for arm, seed in cells])
+            names = [f"{arm}, seed {seed}" for arm, seed in cells]
             now.seconds |= {"train": 0.0, "evaluate": 0.0}
-            for _, summary in summaries:
+            diverged: list[str] = []
+            for index, summary in execute("cell", _cell_or_fault, cells, names):
+                if isinstance(summary, str):
+                    diverged.append(f"no results of {names[index]}: {summary}")
+                    say(diverged[-1], quiet=quiet)
+                    continue
                 now.seconds["train"] += summary["train_seconds"]
                 now.seconds["evaluate"] += summary["evaluate_seconds"]
+        _check_compares(prepared, diverged)
         extra: Any = run_controls(prepared) if isinstance(prepared, Frozen) else {}
         crew.dismiss()
         for note in extra.get("notes", ()):
             say(note, quiet=quiet)
         with spinner("comparing the arms", quiet=quiet):
             results = summarise_run(run)
-            notes = [*results.get("notes", ()), *extra.pop("notes", ())]
+            notes = [*results.get("notes", ()), *diverged, *extra.pop("notes", ())]
             results |= extra
             with measured(notes, "trends over depth"):
                 add_trends(results)
@@ -140,6 +146,21 @@ def finish_run(
         now.finish(results)
     shutil.rmtree(run.prefix, ignore_errors=True)
     return results
+
+
+def _cell_or_fault(prepared: Prepared, arm: str, seed: int) -> CellSummary | str:
+    """`run_cell`; of one that diverges the reason, so that the other cells are computed all the same."""
+    try:
+        return run_cell(prepared, arm, seed)
+    except DivergedError as error:
+        return str(error)
+
+
+def _check_compares(prepared: Prepared, diverged: Sequence[str]) -> None:
+    """Refuse to end a run in which nothing that trains has come through."""
+    done = [arm.name for arm, seed in _cells(prepared) if arm.trains and prepared.run.cell(arm.name, seed).is_done]
+    if diverged and not done:
+        raise PreskipError(f"every training diverged ({diverged[0]}): a run keeps its options, start a new one")
 
 
 def extended_seeds(run: RunDirectory, seeds: Sequence[int]) -> list[int]:
@@ -197,17 +218,20 @@ def follow_run(device: str) -> None:
 
 def _missing_cells(prepared: Prepared) -> list[tuple[str, int]]:
     """The arms and seeds that are still to be computed; seeds outermost: what is done early compares all arms."""
-    config, missing = prepared.config, []
-    for seed in config.seeds:
-        for arm in resolve_arms(config.arms, prepared.arms):
-            if not arm.trains and seed != config.seeds[0]:  # the untouched model has no seed: evaluated once
-                continue
-            cell = prepared.run.cell(arm.name, seed)
-            if cell.is_done:
-                cell.load()  # damaged files are found now, not after hours of training
-            else:
-                missing.append((arm.name, seed))
+    missing = []
+    for arm, seed in _cells(prepared):
+        cell = prepared.run.cell(arm.name, seed)
+        if cell.is_done:
+            cell.load()  # damaged files are found now, not after hours of training
+        else:
+            missing.append((arm.name, seed))
     return missing
+
+
+def _cells(prepared: Prepared) -> list[tuple[Arm, int]]:
+    """The arms and seeds of a run; the untouched model has no seed and is evaluated once."""
+    seeds, arms = prepared.config.seeds, resolve_arms(prepared.config.arms, prepared.arms)
+    return [(arm, seed) for seed in seeds for arm in arms if arm.trains or seed == seeds[0]]
 
 
 def _needed_bytes(config: Config, cells: Sequence[tuple[str, int]], facts: Facts) -> float:
