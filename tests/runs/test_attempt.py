@@ -5,6 +5,7 @@ import torch
 
 from preskip.errors import PreskipError
 from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
+from preskip.version import __version__
 
 
 @pytest.fixture
@@ -63,6 +64,47 @@ def test_changed_inputs_are_refused(run):
     other = task | {"lm_eval": {"version": 1, "prompt_sha256": "q"}}
     with pytest.raises(PreskipError, match="prompts of arc_easy have changed"):
         check_same_inputs(run, facts | {"sets": {"arc_easy": other}})
+
+
+def test_another_revision_of_a_model_on_the_hub_is_refused(run):
+    facts = {"model": {"name": "o/m", "sha256": None, "revision": "a" * 40}, "sets": {}}
+    run.update_manifest(**facts)
+    check_same_inputs(run, facts)
+    with pytest.raises(
+        PreskipError, match=r"model o/m has changed since this run began \(its revision was aaaaaaaaaaaa"
+    ):
+        check_same_inputs(run, facts | {"model": {"name": "o/m", "sha256": None, "revision": "b" * 40}})
+
+
+def test_an_arm_that_another_preskip_trains_otherwise_is_refused(run):
+    arms = {"none": {"learning_rate": None}, "lora": {"learning_rate": 1e-3, "trainable_parameters": 64}}
+    facts = {"arms": arms, "sets": {}}
+    run.update_manifest(**facts)
+    check_same_inputs(run, facts)
+    faster = facts | {"arms": {**arms, "lora": {"learning_rate": 2e-3, "trainable_parameters": 64}}}
+    with pytest.raises(PreskipError, match=r"arm lora had learning rate 0\.001 when this run began, and has 0\.002 in"):
+        check_same_inputs(run, faster)
+    larger = facts | {"arms": {**arms, "lora": {"learning_rate": 1e-3, "trainable_parameters": 65}}}
+    with pytest.raises(PreskipError, match="arm lora had trainable parameters 64"):
+        check_same_inputs(run, larger)
+    run.update_manifest(config={**run.manifest["config"], "lr_mode": "tune"})  # the stored rate was searched for
+    check_same_inputs(run, faster)
+    with pytest.raises(PreskipError, match="arm lora had trainable parameters 64"):
+        check_same_inputs(run, larger)
+
+
+def test_another_preskip_is_told(run, capsys):
+    """Of a run of before it was recorded with the environment, too."""
+    run.update_manifest(environment={"torch": "2.13.0"})
+    now = {"torch": "2.13.0", "preskip": "9.9"}
+    noted = note_other_environments(run, now, quiet=False)
+    assert f"were computed with preskip {__version__}, now 9.9: last digits" in capsys.readouterr().err
+    assert noted == {"earlier_environments": [{"torch": "2.13.0", "preskip": __version__}]}
+    run.update_manifest(environment=now, **noted)
+    assert note_other_environments(run, {**now, "preskip": "10.0"}, quiet=True)["earlier_environments"] == [
+        {"torch": "2.13.0", "preskip": __version__},
+        now,
+    ]
 
 
 def test_another_environment_is_told_and_kept(run, capsys):

@@ -67,12 +67,13 @@ EMBEDDED_MODELS = {
 }
 
 
-def resolve_model(name: str) -> ModelSource:
+def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     """Find a model, fetching and converting the embedded one when it is not cached.
 
     Args:
         name: `smollm2`, a local folder, a `.gguf` file, or a Hub id `owner/name`. An embedded name wins over a folder
             of the same name: write `./smollm2` for the folder.
+        revision: commit of a Hub model; None for the newest.
 
     Raises:
         PreskipError: unknown name, no config, pickle weights only, a corrupt file, gated or unreachable on the Hub.
@@ -88,9 +89,10 @@ def resolve_model(name: str) -> ModelSource:
         return ModelSource(
             name=name, path_or_id=place, source=f"local folder {place}", sha256=_folder_sha256(Path(place))
         )
-    config = _read_config(name, place, trust_remote_code=False, probing=True)
-    revision = getattr(config, "_commit_hash", None)
-    return ModelSource(name=name, path_or_id=place, source=f"Hugging Face Hub {place}", revision=revision)
+    _read_config(name, place, trust_remote_code=False, probing=True, revision=revision)
+    return ModelSource(
+        name=name, path_or_id=place, source=f"Hugging Face Hub {place}", revision=_commit(name, place, revision)
+    )
 
 
 def load_model(
@@ -99,6 +101,7 @@ def load_model(
     device: "str | torch.device" = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Any:
     """Load a causal language model in evaluation mode, every weight from the checkpoint.
 
@@ -108,6 +111,7 @@ def load_model(
         device: where to put it.
         attn_implementation: as in transformers ("eager", "sdpa", ...); None leaves its default.
         trust_remote_code: allow code from the checkpoint's repository to run.
+        revision: see `resolve_model`.
 
     Raises:
         PreskipError: as `resolve_model`; also missing or wrong-shape weights, an unsupported model type, a checkpoint
@@ -120,7 +124,7 @@ def load_model(
         model, report = gguf_files.load_gguf(Path(place), dtype, attn_implementation)
         gguf_files.refuse_incomplete(name, report)
         return model.to(device)
-    _read_config(name, place, trust_remote_code)
+    _read_config(name, place, trust_remote_code, revision=revision)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     # On the Hub the download's own progress bars stay.
     quiet = contextlib.nullcontext() if kind == "hub" else gguf_files.quiet_transformers()
@@ -133,6 +137,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported all at once below, and refused
+            revision=revision or "main",
             **options,
         )
     gguf_files.refuse_incomplete(name, report)
@@ -153,12 +158,13 @@ def weights_dtype(model: Any) -> str:
     return f"{dtype}, matrices {f'{kind} ({method})' if kind else method}"
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """Load the tokenizer of a model.
 
     Args:
         name: see `resolve_model`.
         trust_remote_code: allow code from the checkpoint's repository to run.
+        revision: see `resolve_model`.
 
     Raises:
         PreskipError: as `resolve_model`, or there is no usable tokenizer.
@@ -172,7 +178,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     if kind == "folder" and not any((Path(place) / file).is_file() for file in tokenizer_files):
         raise PreskipError(f"model folder {place} has no tokenizer (tokenizer.json): save the tokenizer into it")
     with _plain_errors(name, "tokenizer"), gguf_files.quiet_transformers():
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
 
 
 def converted_folder(name: str) -> Path | None:
@@ -328,13 +334,15 @@ def _folder_sha256(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def _read_config(name: str, place: str, trust_remote_code: bool, probing: bool = False) -> Any:
+def _read_config(
+    name: str, place: str, trust_remote_code: bool, probing: bool = False, revision: str | None = None
+) -> Any:
     """Read the config and refuse what cannot become a causal language model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _plain_errors(name), gguf_files.quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, revision=revision or "main")
         except ValueError as error:
             if probing and "trust_remote_code" in str(error):
                 return None  # the source can be named although loading will need the flag
@@ -346,6 +354,15 @@ def _read_config(name: str, place: str, trust_remote_code: bool, probing: bool =
             f"such as llama, gpt_neox or qwen3"
         )
     return config
+
+
+def _commit(name: str, place: str, revision: str | None) -> str | None:
+    """The commit of a Hub model's config, by the folder of the Hub's cache in which it lies."""
+    from transformers.utils import cached_file
+
+    with _plain_errors(name):
+        folder = Path(str(cached_file(place, "config.json", revision=revision or "main"))).parent
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def _plain_errors(name: str, what: str = "model") -> contextlib.AbstractContextManager[None]:

@@ -54,6 +54,7 @@ def dtype_audit(
     published: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
     batch_tokens: int | None = None,
     known: Mapping[str, list[Record]] = MappingProxyType({}),
     quiet: bool = True,
@@ -71,6 +72,7 @@ def dtype_audit(
         published: name of a published model, such as pythia-160m; None finds it by the model's name.
         attn_implementation: as in transformers; None for its default.
         trust_remote_code: allow code of the model's repository to run.
+        revision: see `preskip.assets.resolve_model`.
         batch_tokens: upper bound of padded tokens per forward pass.
         known: records of a dtype of `DTYPES` that are there already, as this would make them.
         quiet: no progress.
@@ -104,7 +106,9 @@ def dtype_audit(
             model = None
             gc.collect()  # two copies of a large model may not fit
             with spinner(f"loading {model_name} in {weights}", quiet=quiet):
-                model = load_model(model_name, getattr(torch, weights), device, attn_implementation, trust_remote_code)
+                model = load_model(
+                    model_name, getattr(torch, weights), device, attn_implementation, trust_remote_code, revision
+                )
             loaded = weights
         if label == REFERENCE:
             check_vocabulary(model, tokenizer)

@@ -77,6 +77,7 @@ def _dtype_audit(prepared: Frozen) -> DtypeAudit:
             device=config.device,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
+            revision=prepared.run.manifest["model"]["revision"],
             batch_tokens=config.eval_batch_tokens,
             known=_known(prepared),
             quiet=prepared.quiet,

@@ -75,15 +75,19 @@ class Frozen(Prepared):
         corpora = load_corpora(config, directory, quiet, reserved=(LAST_WORD, *config.tasks))
         splits = corpora[0].splits
         model_name = locate(config.model, directory)
-        source = resolve_model(model_name)
+        recorded: Any = run.manifest.get(
+            "model", {}
+        )  # of the first attempt: a name on the Hub may mean another one now
+        source = resolve_model(model_name, recorded.get("revision"))
         with spinner(f"loading {config.model}", quiet=quiet):
-            tokenizer = load_tokenizer(model_name, trust_remote_code=config.trust_remote_code)
+            tokenizer = load_tokenizer(model_name, trust_remote_code=config.trust_remote_code, revision=source.revision)
             base = load_model(
                 model_name,
                 dtype=getattr(torch, config.dtype),
                 device=config.device,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
+                revision=source.revision,
             )
         check_vocabulary(base, tokenizer)
         check_causal(base)

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from preskip.errors import PreskipError
 from preskip.progress import say
 from preskip.runs import environment
-from preskip.runs.declaration import now
+from preskip.runs.declaration import identity, now
 from preskip.runs.directory import RunDirectory
 from preskip.runs.schema import SCHEMA_VERSION, Environment, Facts, Manifest, Results, Status
 from preskip.version import __version__
@@ -106,17 +106,19 @@ def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
         facts: of this one.
 
     Raises:
-        PreskipError: a checksum, or what lm-eval makes of a task, differs.
+        PreskipError: a checksum, a revision, an arm, or what lm-eval makes of a task, differs.
     """
     parts: tuple[Literal["model", "corpus", "tokenizer"], ...] = ("model", "corpus", "tokenizer")
     for part in parts:
         before, now = run.manifest.get(part), facts.get(part)
-        if before and now and before["sha256"] is not None and before["sha256"] != now["sha256"]:
+        if before and now and (mark := identity(before)) is not None and mark != identity(now):
             name = now.get("name") or now["source"]
+            kind = "SHA-256" if before["sha256"] else "revision"
             raise PreskipError(
-                f"{part} {name} has changed since this run began (its SHA-256 was {before['sha256'][:12]}...): put the "
-                "old one back, or start a new run"
+                f"{part} {name} has changed since this run began (its {kind} was {mark[:12]}...): put the old one "
+                "back, or start a new run"
             )
+    _check_same_arms(run.manifest, facts)
     for name, described in run.manifest.get("sets", {}).items():
         same = facts["sets"].get(name)
         if described.get("lm_eval") != (same and same.get("lm_eval")):
@@ -129,6 +131,20 @@ def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
                 f"the texts of the evaluation set {name} have changed since this run began: put the old ones back, or "
                 "start a new run"
             )
+
+
+def _check_same_arms(before: Manifest, facts: Facts) -> None:
+    """Refuse another version of preskip in which an arm is something else; a rate that was searched for is stored."""
+    searched = before["config"].get("lr_mode") == "tune"
+    for arm, described in facts.get("arms", {}).items():
+        stored: Mapping[str, Any] = before.get("arms", {}).get(arm, {})
+        for fact in ("learning_rate", "trainable_parameters")[searched:]:
+            if fact in stored and stored[fact] != described.get(fact):
+                raise PreskipError(
+                    f"arm {arm} had {fact.replace('_', ' ')} {stored[fact]} when this run began, and has "
+                    f"{described.get(fact)} in preskip {__version__}: install preskip {before['preskip_version']}, or "
+                    "start a new run"
+                )
 
 
 def note_other_environments(run: RunDirectory, now: Environment, quiet: bool) -> Facts:
@@ -145,6 +161,8 @@ def note_other_environments(run: RunDirectory, now: Environment, quiet: bool) ->
     before = run.manifest.get("environment")
     if before is None:
         return {"earlier_environments": []}
+    if "preskip" not in before and "preskip" in now:  # a run of before it was recorded
+        before = {**before, "preskip": run.manifest["preskip_version"]}
     changed = _changes(before, now)
     if changed:
         say(

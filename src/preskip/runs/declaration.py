@@ -21,12 +21,17 @@ def declare(config: Mapping[str, Any], facts: Facts) -> Declaration:
     content = {
         "config": dict(config),
         "family": facts["family"],
-        "model": facts["model"]["sha256"],
-        "corpus": facts["corpus"]["sha256"],
+        "model": identity(facts["model"]),
+        "corpus": identity(facts["corpus"]),
         "sets": {name: described["sha256"] for name, described in facts["sets"].items()},
     }
     content = json.loads(json.dumps(content))  # as it will be read
     return {"sha256": digest(content), "time": now(), "content": content}
+
+
+def identity(facts: Mapping[str, Any]) -> str | None:
+    """Which weights or text they are: the SHA-256, of a model on the Hub the revision; None where nothing says it."""
+    return facts["sha256"] or facts.get("revision")
 
 
 def digest(content: Mapping[str, Any]) -> str:

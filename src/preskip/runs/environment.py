@@ -11,6 +11,7 @@ from typing import Any
 
 from preskip.errors import PreskipError
 from preskip.runs.schema import Environment
+from preskip.version import __version__
 
 PACKAGES = (
     "torch",
@@ -109,6 +110,7 @@ def describe(device: str) -> Environment:
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "preskip": __version__,
         **{package: version_of(package) for package in PACKAGES},
     }
     return facts

@@ -58,6 +58,7 @@ class Environment(TypedDict):
     threads: int  # of torch
     memory_bytes: int  # of the machine
     device: str  # "cpu", or the accelerator's name
+    preskip: NotRequired[str]
     torch: str | None
     transformers: str | None
     peft: str | None
