@@ -298,8 +298,11 @@ def test_other_text_under_the_same_name_is_refused(again, corpus, tmp_path, caps
     other.write_text(other.read_text().replace("record", "report"))
     record["config"]["corpus"] = str(other)
     (again / "run.json").write_text(json.dumps(record))
-    assert call("--resume", again) == 1
-    assert f"corpus {other} has changed since this run began" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in again.rglob("*") if path.is_file() and path.name != ".lock"}
+    for seeds in ([], ["--seeds", "1,2,3"]):
+        assert call("--resume", again, *seeds) == 1
+        assert f"corpus {other} has changed since this run began" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in before} == before  # still finished, its texts as they were
 
 
 def test_a_run_of_the_other_command_is_refused(again, capsys):

@@ -40,6 +40,17 @@ def test_how_it_ended_is_recorded_and_the_lock_is_free(run, error, seen, status)
         pass
 
 
+def test_a_finished_run_stays_finished_where_nothing_was_begun(run):
+    run.update_manifest(status="finished")
+    with pytest.raises(PreskipError), attempt(run):
+        raise PreskipError("the corpus has changed")
+    assert run.manifest["status"] == "finished"
+    with pytest.raises(PreskipError), attempt(run):
+        run.update_manifest(status="running")
+        raise PreskipError("no")
+    assert run.manifest["status"] == "failed"
+
+
 def test_seconds_add_up_over_attempts(run):
     for _ in range(2):
         with attempt(run) as now:

@@ -42,6 +42,7 @@ from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.reading import CHARACTERS_PER_TOKEN, amount_read, reading_limit
 from preskip.progress import progress_bar, spinner
+from preskip.runs.attempt import check_same_inputs
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.runs.files import clear_disk_errors, read_json, write_json
 from preskip.runs.schema import Facts, HeldOutSet, StepRow
@@ -86,10 +87,6 @@ class Scratch(Prepared):
                 f"{longest} tokens exceed the architecture's context of {reach}: lower --seq-len/--context-length, or "
                 f"--set max_position_embeddings={longest}"
             )
-        data = run.path / "data"
-        with progress_bar("tokenise training text", len(splits.training), quiet=quiet) as advance:
-            packed = write_packed(data, splits.training, tokenizer, seed=config.split_seed, advance=advance)
-        _check_enough(config, plans, packed, splits)
         with spinner("preparing the held-out texts", quiet=quiet):
             development = pack_blocks(
                 splits.development,
@@ -99,14 +96,21 @@ class Scratch(Prepared):
                 seed=config.split_seed,
                 piece_characters=PIECE_CHARACTERS,
             )
-            with clear_disk_errors(run.path):
-                np.save(data / "development.npy", development)
             heldout = prepare_documents(config, corpora, tokenizer, config.scoring_context)
-            stored: list[HeldOutSet] = [
-                {"name": text.name, "documents": [{"id": d.id, "text": d.text} for d in text.documents]}
-                for text in heldout.texts
-            ]
-            write_json(data / "heldout.json", stored)
+        # Before what the cells share is written: a finished run must stay as it is.
+        given: Any = {"corpus": {"name": config.corpus, "sha256": splits.sha256}, "sets": heldout.sets}
+        check_same_inputs(run, given)
+        data = run.path / "data"
+        with progress_bar("tokenise training text", len(splits.training), quiet=quiet) as advance:
+            packed = write_packed(data, splits.training, tokenizer, seed=config.split_seed, advance=advance)
+        _check_enough(config, plans, packed, splits)
+        with clear_disk_errors(run.path):
+            np.save(data / "development.npy", development)
+        stored: list[HeldOutSet] = [
+            {"name": text.name, "documents": [{"id": d.id, "text": d.text} for d in text.documents]}
+            for text in heldout.texts
+        ]
+        write_json(data / "heldout.json", stored)
         meta: Any = on_meta(first.config)
         attention = config.attn_implementation or meta.config._attn_implementation
         plain = plans.get("base", first).config

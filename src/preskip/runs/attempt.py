@@ -81,6 +81,8 @@ class Attempt:
 def attempt(run: RunDirectory) -> Iterator[Attempt]:
     """Work on a run alone; where that ends early, run.json says "failed" or "interrupted", and the run can be resumed.
 
+    A finished run stays finished until its status is set anew.
+
     Raises:
         PreskipError: another process works on the run, or memory does not suffice.
     """
@@ -189,4 +191,5 @@ def _changes(before: Environment, now: Environment) -> list[str]:
 def _mark(run: RunDirectory, status: Status) -> None:
     """Record how a run ended; where even that cannot be written, the error that ended it matters more."""
     with suppress(PreskipError):
-        run.update_manifest(status=status)
+        if run.manifest["status"] != "finished":
+            run.update_manifest(status=status)
