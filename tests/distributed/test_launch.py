@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from preskip.errors import PreskipError
-from preskip.experiment.run import start_run
+from preskip.experiment.run import finish_run, start_run
 from preskip.train.distributed import adapt_trainer, share_batch, shared_training
-from small_probe import stored
+from small_probe import small_probe, stored
 from tiny_model import write_corpus
 from two_processes import ROOT, launch
 
@@ -113,6 +113,28 @@ def test_shares_of_a_batch(monkeypatch):
         share_batch(6, 6)
     with pytest.raises(PreskipError, match="--micro-batch-size 2 does not divide the 3 sequences"):
         share_batch(12, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"equal_step": True}, "equal steps need whole weights"),
+        ({"keep_weight": 0.5}, "--keep-weight needs the base's"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused_before_anything_is_trained(tmp_path, monkeypatch, options, message):
+    config = small_probe(tmp_path, **options)
+    run = start_run(config, tmp_path / "alone", ["test"])
+    before = (run.path / "run.json").read_bytes()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(PreskipError, match=message):
+        start_run(config, tmp_path / "sharded", ["test"])
+    assert not (tmp_path / "sharded").exists()
+    with pytest.raises(PreskipError, match=message):
+        finish_run(run, quiet=True)
+    assert {path.name for path in run.path.iterdir()} == {"run.json", ".lock"}
+    assert json.loads(before) | {"status": "failed"} == run.manifest
 
 
 def test_every_process_draws_its_own_dropout_masks(tmp_path, monkeypatch):

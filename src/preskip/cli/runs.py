@@ -88,7 +88,7 @@ def make_run(
         PreskipError: an option is wrong, or anything else that a user can mend.
     """
     from preskip.train.cluster import check_executor
-    from preskip.train.distributed import is_main, share_batch, world_size
+    from preskip.train.distributed import is_main, world_size
 
     if course.workers > 1 and (course.executor == "ray" or world_size() > 1):
         raise PreskipError("--workers has its own processes: leave out --executor ray, torchrun or accelerate launch")
@@ -113,7 +113,6 @@ def make_run(
         from preskip.runs.directory import RunDirectory
         from preskip.runs.environment import resolve_dtype
     if asked is not None:
-        share_batch(asked.batch_size, asked.micro_batch)
         run = _started(lambda path: start_run(asked, path, ["preskip", *sys.argv[1:]]), places)
         reason = resolve_dtype(asked.dtype, run.manifest["config"]["device"])[1]
     else:

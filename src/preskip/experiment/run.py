@@ -40,6 +40,7 @@ from preskip.runs.schema import CellSummary, Facts, Results
 from preskip.stats import planned_power
 from preskip.stats.verdicts import FEWEST_UNITS
 from preskip.train.distributed import Crew, share_batch, world_size
+from preskip.train.frozen import check_sharding
 from preskip.train.scratch import trackers
 
 
@@ -52,12 +53,21 @@ def start_run(config: Config, out: Path, command: Sequence[str]) -> RunDirectory
         command: the command line, for the record.
 
     Raises:
-        PreskipError: the path exists, or the device or a tracker is unavailable; nothing has been written then.
+        PreskipError: the path exists, the device or a tracker is unavailable, or the processes of this launch cannot do
+            it; nothing has been written then.
     """
+    _check_launch(config)
     if not isinstance(config, PretrainConfig):
         return new_run(out, config.to_json(), command)
     stored = config.to_json() | {"report_to": list(trackers(config.report_to)) or ["none"]}
     return new_run(out, stored, command, kind="pretrain")
+
+
+def _check_launch(config: Config) -> None:
+    """Refuse what the processes of this launch cannot do, before anything is trained."""
+    share_batch(config.batch_size, config.micro_batch)
+    if not isinstance(config, PretrainConfig):
+        check_sharding(equal_step=config.equal_step, keep=config.keep_weight > 0)
 
 
 def finish_run(
@@ -99,7 +109,7 @@ def finish_run(
         stored = run.manifest["config"]
         stored = {**stored, "seeds": [*stored["seeds"], *added]}
         config = KINDS[own].options.from_json(stored)
-        share_batch(config.batch_size, config.micro_batch)
+        _check_launch(config)
         crew = Crew(config.device)
         prepared, facts = KINDS[own].prepare(run, config, quiet, crew)
         check_same_inputs(run, facts)

@@ -50,6 +50,20 @@ class _StepLog(StepLog):
             write_jsonl(self.path, self.rows)
 
 
+def check_sharding(*, equal_step: bool, keep: bool) -> None:
+    """Refuse under FSDP what needs whole weights.
+
+    Raises:
+        PreskipError: equal steps, or a penalty on what is changed out of domain, and the launcher asks for FSDP.
+    """
+    if equal_step and uses_fsdp():
+        raise PreskipError(
+            "equal steps need whole weights, which FSDP does not keep: train with DDP, or give --no-equal-step"
+        )
+    if keep and uses_fsdp():
+        raise PreskipError("--keep-weight needs the base's whole weights, which FSDP does not keep: train with DDP")
+
+
 def train_frozen(
     model: nn.Module,
     blocks: np.ndarray,
@@ -90,10 +104,7 @@ def train_frozen(
         rows = train_on_noise(model, settings, advance=advance)
         write_jsonl(log, rows)
         return rows
-    if settings.equal_step and uses_fsdp():
-        raise PreskipError("equal steps need whole weights, which FSDP does not keep: train them with DDP")
-    if keep is not None and uses_fsdp():
-        raise PreskipError("--keep-weight needs the base's whole weights, which FSDP does not keep: train with DDP")
+    check_sharding(equal_step=settings.equal_step, keep=keep is not None)
     if settings.gradient_checkpointing:
         model.enable_input_require_grads()  # type: ignore[operator]
     equal_step = EqualStep(model) if settings.equal_step else None
