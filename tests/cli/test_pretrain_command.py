@@ -245,6 +245,8 @@ def test_a_tokenizer_that_exists_is_taken(finished, corpus, tmp_path):
         (["--set", "vocab_size=299"], "too small for the tokenizer, which has 300"),
         (["--tokenizer", "nowhere/tokenizer"], "nowhere"),
         (["--report-to", "tensorboard"], "pip install tensorboard"),
+        (["--report-to", "wanbd"], "wanbd is unknown to transformers"),
+        (["--attn-implementation", "foo"], "--attn-implementation foo cannot be used here .* try eager or sdpa"),
         (["--skip-rank", "64"], "skip_rank=64 exceeds the width 32"),
         (["--eval-corpora", "pydoc:1x9"], "too small"),
         (["--workers", "0"], "at least 1"),

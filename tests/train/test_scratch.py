@@ -2,11 +2,13 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import preskip.architecture  # noqa: F401
 from preskip.arms.flops import forward_flops_per_token
@@ -227,7 +229,13 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path, monkeypatch):
 def test_trackers(monkeypatch):
     monkeypatch.setattr("preskip.train.scratch.find_spec", lambda name: None)
     assert trackers(("auto",)) == trackers(("none",)) == ()
-    assert trackers(("wandb",)) == ("wandb",)
+    with pytest.raises(PreskipError, match=r"--report-to wanbd is unknown to transformers: choose among .*wandb"):
+        trackers(("wanbd",))
+    missing = next(name for name in ("wandb", "comet_ml") if find_spec(name) is None)
+    with pytest.raises(PreskipError, match=f"--report-to {missing}: .* requires"):
+        trackers((missing,))
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, missing, TrainerCallback)
+    assert trackers((missing, "none")) == (missing,)
     with pytest.raises(PreskipError, match="pip install tensorboard"):
         trackers(("tensorboard",))
     monkeypatch.setattr("preskip.train.scratch.find_spec", lambda name: object())

@@ -260,10 +260,10 @@ class Planner:
         )
 
 
-def on_meta(config: PreTrainedConfig) -> nn.Module:
-    """The model of a config on the meta device: shapes without memory."""
+def on_meta(config: PreTrainedConfig, **options: Any) -> nn.Module:
+    """The model of a config on the meta device: shapes without memory; `options` are transformers' own."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
 def _mlp_width(config: PreTrainedConfig) -> int:

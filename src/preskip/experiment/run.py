@@ -64,9 +64,11 @@ def start_run(config: Config, out: Path, command: Sequence[str]) -> RunDirectory
 
 
 def _check_launch(config: Config) -> None:
-    """Refuse what the processes of this launch cannot do, before anything is trained."""
+    """Refuse what this launch cannot do, on this machine or with its processes, before anything is trained."""
     share_batch(config.batch_size, config.micro_batch)
-    if not isinstance(config, PretrainConfig):
+    if isinstance(config, PretrainConfig):
+        trackers(config.report_to)
+    else:
         check_sharding(equal_step=config.equal_step, keep=config.keep_weight > 0)
 
 

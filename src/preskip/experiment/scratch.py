@@ -33,7 +33,7 @@ from preskip.data.corpus import Document
 from preskip.data.packed import PackedText, open_blocks, write_packed
 from preskip.data.splits import Splits, locate
 from preskip.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, explained
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import HeldOut, load_corpora, prepare_documents, require
@@ -80,6 +80,9 @@ class Scratch(Prepared):
         plans = plan_arms(config, tokenizer)
         first = plans[config.arms[0]]
         check_rows(first.config.vocab_size, tokenizer)
+        with explained(lambda error: _attention_fault(config, error)):
+            meta: Any = on_meta(first.config, **_attention(config))
+        attention = config.attn_implementation or meta.config._attn_implementation
         reach = getattr(first.config, "max_position_embeddings", None)
         longest = max(config.seq_len, config.scoring_context)
         if reach is not None and longest > reach:
@@ -111,8 +114,6 @@ class Scratch(Prepared):
             for text in heldout.texts
         ]
         write_json(data / "heldout.json", stored)
-        meta: Any = on_meta(first.config)
-        attention = config.attn_implementation or meta.config._attn_implementation
         plain = plans.get("base", first).config
         wanted = max(plan.tokens for plan in plans.values())
         facts = common_facts(config, splits, tokens=packed.tokens, wanted=wanted, documents=packed.documents)
@@ -260,9 +261,17 @@ class Scratch(Prepared):
 def build_model(config: PretrainConfig, plan: Plan, seed: int) -> nn.Module:
     """A freshly initialised model in fp32; the base's weights are the same for a seed with and without the branch."""
     set_seed(seed)
-    options = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
-    model = AutoModelForCausalLM.from_config(plan.config, dtype=torch.float32, **options)
+    model = AutoModelForCausalLM.from_config(plan.config, dtype=torch.float32, **_attention(config))
     return model.to(config.device)
+
+
+def _attention(config: PretrainConfig) -> dict[str, Any]:
+    return {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+
+
+def _attention_fault(config: PretrainConfig, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:120]
+    return f"--attn-implementation {config.attn_implementation} cannot be used here ({reason}): try eager or sdpa"
 
 
 def plan_arms(config: PretrainConfig, tokenizer: Any | None) -> dict[str, Plan]:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from preskip.arms.flops import training_flops_per_token
 from preskip.attach import CHILD
-from preskip.errors import DivergedError, PreskipError
+from preskip.errors import DivergedError, PreskipError, explained
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import StepRow
 from preskip.train.checkpoints import ResumableTrainer
@@ -199,14 +199,28 @@ def trackers(asked: Sequence[str]) -> tuple[str, ...]:
     """The trackers to report to: as asked; for "auto" TensorBoard where it is installed; for "none" none.
 
     Raises:
-        PreskipError: TensorBoard was asked for and is not installed.
+        PreskipError: a tracker is unknown to transformers, or cannot be used here.
     """
+    from transformers.integrations import integration_utils
+
+    known = integration_utils.INTEGRATION_TO_CALLBACK
     installed = find_spec("tensorboard") is not None or find_spec("tensorboardX") is not None
     if tuple(asked) == ("auto",):
         return ("tensorboard",) if installed else ()
     if "tensorboard" in asked and not installed:
         raise PreskipError("--report-to tensorboard: it is not installed; `pip install tensorboard`, or leave it out")
-    return tuple(name for name in asked if name != "none")
+    names = tuple(name for name in asked if name != "none")
+    if names == ("all",):
+        names = tuple(integration_utils.get_available_reporting_integrations())
+    for name in names:
+        if name not in known:
+            raise PreskipError(
+                f"--report-to {name} is unknown to transformers: choose among {', '.join(known)} or none"
+            )
+        if name != "tensorboard":  # which `_tensorboard` makes
+            with explained(lambda error, name=name: f"--report-to {name}: {' '.join(str(error).split())}"):
+                known[name]()
+    return names
 
 
 def _tensorboard(report_to: Sequence[str], folder: Path) -> list[TrainerCallback]:
