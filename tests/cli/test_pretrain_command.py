@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -279,6 +280,26 @@ def test_text_is_repeated_if_that_is_allowed(corpus, tmp_path):
     options = ["--arms", "base", "--tokens", "20k", "--batch-size", "64", "--repeat"]
     assert call(*TINY, "--corpus", corpus, *options, "--out", run, "--json") == 0
     assert stored(run, "run.json")["corpus"]["training_passes"] > 1
+
+
+def test_weights_and_tokenizer_are_on_the_disk_before_what_names_them_done(again, monkeypatch):
+    """What a power cut leaves: every file was synced before cell.json was, and before the tokenizer had its name."""
+    shutil.rmtree(again / "arms" / "base" / "seed-1")
+    shutil.rmtree(again / "tokenizer")
+    synced, fsync = [], os.fsync
+
+    def recorded(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    assert call("--resume", again, "--json") == 0
+    cell = again / "arms" / "base" / "seed-1"
+    done = next(place for place, path in enumerate(synced) if path.startswith(f"{cell}/.cell.json."))
+    written = {str(path) for path in (cell / "model").iterdir() if path.name != "README.md"}  # the card comes last
+    assert written | {str(cell / "model")} <= set(synced[:done])
+    for path in (again / "tokenizer").iterdir():
+        assert str(again / ".tokenizer" / path.name) in synced
 
 
 def test_a_corrupt_shard_is_refused_by_a_cell_and_mended_by_a_resume(again, finished, capsys):

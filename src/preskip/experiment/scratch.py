@@ -44,7 +44,7 @@ from preskip.experiment.reading import CHARACTERS_PER_TOKEN, amount_read, readin
 from preskip.progress import progress_bar, spinner
 from preskip.runs.attempt import check_same_inputs
 from preskip.runs.directory import Cell, RunDirectory
-from preskip.runs.files import clear_disk_errors, read_json, write_json
+from preskip.runs.files import clear_disk_errors, read_json, sync_tree, write_json
 from preskip.runs.schema import Facts, HeldOutSet, StepRow
 from preskip.train.distributed import Crew
 from preskip.train.scratch import ScratchSettings, train_scratch
@@ -234,6 +234,7 @@ class Scratch(Prepared):
             model.config.use_cache = True  # Trainer has turned it off
             model.save_pretrained(cell.folder / "model")
             self.tokenizer.save_pretrained(cell.folder / "model")
+            sync_tree(cell.folder / "model")
 
     def summarise(self, arm: str, rows: list[StepRow]) -> dict[str, Any]:
         """See `Prepared.summarise`."""
@@ -334,6 +335,7 @@ def _tokenizer(run: RunDirectory, config: PretrainConfig, splits: Splits, quiet:
         with clear_disk_errors(folder):
             shutil.rmtree(temporary, ignore_errors=True)
             tokenizer.save_pretrained(temporary)
+            sync_tree(temporary)
             temporary.rename(folder)
     return load_tokenizer(str(folder), trust_remote_code=config.trust_remote_code)
 
