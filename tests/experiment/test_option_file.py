@@ -41,7 +41,8 @@ def test_paths_of_another_run_are_those_of_its_folder(tmp_path, monkeypatch):
     home = tmp_path / "home"
     (home / "run").mkdir(parents=True)
     (home / "text.txt").write_text("x")
-    config = ProbeConfig(corpus="text.txt", model="owner/model").to_json()
+    others = ("books:4x9", "text.txt", "text.txt:2x5")
+    config = ProbeConfig(corpus="text.txt", model="owner/model", eval_corpora=others).to_json()
     for directory in (str(home), ".."):  # absolute, or as seen from the run
         (home / "run" / "run.json").write_text(
             json.dumps({"schema_version": 2, "directory": directory, "config": config})
@@ -49,6 +50,9 @@ def test_paths_of_another_run_are_those_of_its_folder(tmp_path, monkeypatch):
         options = load_options(home / "run" / "run.json", ProbeConfig)
         assert (home / "text.txt").samefile(options["corpus"])
         assert options["model"] == "owner/model"
+        named, plain, sized = ProbeConfig.from_options(options).eval_corpora
+        assert (named, sized) == ("books:4x9", f"{plain}:2x5")
+        assert (home / "text.txt").samefile(plain)
     monkeypatch.chdir(home)
     assert load_options(home / "run" / "run.json", ProbeConfig)["corpus"] == "text.txt"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -67,7 +68,14 @@ def _anchored(config: Mapping[str, Any], kind: type[ExperimentConfig], directory
     from preskip.data.splits import locate
 
     known = about(kind)
-    return {
-        name: locate(value, directory) if known.get(name, {}).get("path") and value is not None else value
-        for name, value in config.items()
-    }
+
+    def located(value: Any) -> Any:
+        if isinstance(value, str):
+            return locate(value, directory)
+        return value if value is None else [located_corpus(text) for text in value]
+
+    def located_corpus(text: str) -> str:
+        name = re.sub(r":\d+x\d+$", "", text)
+        return locate(name, directory) + text[len(name) :]
+
+    return {name: located(value) if known.get(name, {}).get("path") else value for name, value in config.items()}

@@ -82,7 +82,11 @@ class ExperimentConfig:
     eval_documents: int = option(50, "Held-out documents to score.", EVALUATION, least=2)
     eval_words: int = option(140, "Words scored per document, from its beginning.", EVALUATION, least=1)
     eval_corpora: tuple[str, ...] = option(
-        (), "Texts no arm trains on, separated by commas: books,wikitext2:62x850.", EVALUATION, read=parse_corpora
+        (),
+        "Texts no arm trains on, separated by commas: books,wikitext2:62x850.",
+        EVALUATION,
+        read=parse_corpora,
+        path=True,
     )
     eval_text_column: str | None = option(None, "Column of --eval-corpora. Default: that of texts.", EVALUATION)
     eval_corpus_split: str | None = option(None, "Split of --eval-corpora. Default: test, if any.", EVALUATION)
