@@ -218,9 +218,13 @@ def trackers(asked: Sequence[str]) -> tuple[str, ...]:
                 f"--report-to {name} is unknown to transformers: choose among {', '.join(known)} or none"
             )
         if name != "tensorboard":  # which `_tensorboard` makes
-            with explained(lambda error, name=name: f"--report-to {name}: {' '.join(str(error).split())}"):
+            with explained(partial(_tracker_fault, name)):
                 known[name]()
     return names
+
+
+def _tracker_fault(name: str, error: Exception) -> str:
+    return f"--report-to {name}: {' '.join(str(error).split())}"
 
 
 def _tensorboard(report_to: Sequence[str], folder: Path) -> list[TrainerCallback]:
