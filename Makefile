@@ -27,7 +27,7 @@ help:
 	@echo "make gpu        what has to hold on a CUDA device, a line of JSON per part; on a CPU at small sizes (minutes)"
 	@echo "make gpu-study  nine minutes of the confirmatory study (benchmarks/study.py), resumed by the next call"
 	@echo "make gpu-scratch  nine minutes of the study from scratch (benchmarks/scratch_study.py), as above"
-	@echo "make oldest     the test suite on the oldest supported peft and transformers"
+	@echo "make oldest     tests of adapter, architectures and training on the oldest supported peft and transformers"
 
 # What runs the package and draws its pages; tests and lint need more.
 $(RUNS): pyproject.toml constraints.txt

@@ -33,7 +33,7 @@ from preskip.runs.environment import describe, resolve_device
 from preskip.runs.files import write_json
 from preskip.train import scratch
 from preskip.train.speed import measured_peak
-from preskip.train.steps import BlockDataset
+from preskip.train.steps import BlockDataset, stack_rows
 
 WARM_UP = 2
 
@@ -76,9 +76,7 @@ def plain_trainer(model, blocks, options, clock: Clock) -> None:
             report_to=[],
         )
         data = BlockDataset(blocks, options.steps * options.batch_size, 1)
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=data, data_collator=scratch._stack, callbacks=[clock]
-        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=stack_rows, callbacks=[clock])
         trainer.train()
 
 

@@ -264,6 +264,7 @@ def test_unloading_leaves_the_base_free_for_another_method() -> None:
     assert torch.equal(zoo.logits(again, "llama"), zoo.logits(zoo.build("llama"), "llama"))
 
 
+@pytest.mark.slow
 def test_importing_preskip_registers_the_method_and_nothing_else_does() -> None:
     program = (
         "import sys{first}; import peft; from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m;"

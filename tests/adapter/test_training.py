@@ -122,6 +122,7 @@ def test_compiles_with_inductor() -> None:
     assert zoo.difference(zoo.logits(compiled, "llama"), expected) <= 1e-5
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path) -> None:
     model = adapted()
     alone = torch.tensor(train_steps(model, slice(0, 4)))

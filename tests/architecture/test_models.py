@@ -259,12 +259,16 @@ def test_another_type_is_refused():
 @pytest.mark.parametrize(
     "imports",
     [
-        "import preskip, transformers",
         "import transformers, preskip",
-        "from transformers import AutoModelForCausalLM; import preskip",
-        "from preskip import bake",
-        "import preskip, peft",
-        "import preskip; from transformers.models.auto import tokenization_auto",
+        *(
+            pytest.param(other, marks=pytest.mark.slow)
+            for other in (
+                "import preskip, transformers",
+                "from transformers import AutoModelForCausalLM; import preskip",
+                "from preskip import bake",
+                "import preskip; from transformers.models.auto import tokenization_auto",
+            )
+        ),
     ],
 )
 def test_importing_preskip_registers_in_any_order(imports):

@@ -16,6 +16,7 @@ from tiny_model import write_corpus
 from two_processes import ROOT, launch
 
 FSDP2 = ("accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "fsdp2.yaml"))
+FSDP2 += ("--main_process_port", "0")  # any free one
 PRETRAIN = "--arch llama-1m --num-layers 2 --hidden-size 32 --heads 4 --kv-heads 2 --mlp-width 64 --set head_dim=8"
 PRETRAIN += " --vocab-size 400 --seq-len 16 --batch-size 4 --tokens 256 --arms base,preskip --seeds 1 --device cpu"
 PRETRAIN += " --dtype float32 --eval-steps 2 --eval-blocks 4 --eval-documents 3 --eval-words 30 --log-steps 1"

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -115,18 +114,23 @@ def test_a_second_ctrl_c_waits_until_all_has_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(server, "GRACE", 0.5)
     arguments, url, child = engine(tmp_path, kind="stubborn")
     own = signal.signal(signal.SIGINT, signal.default_int_handler)  # a test before may have left another
-    again = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
     try:
         with server.running(arguments, tmp_path / "log") as process:
             server.wait(process, tmp_path / "log", url, lambda note: None)
             pid = int(child.read_text())
-            again.start()
+            wait = process.wait
+
+            def interrupted(*args):
+                monkeypatch.setattr(process, "wait", wait)
+                signal.raise_signal(signal.SIGINT)
+                return wait(*args)
+
+            monkeypatch.setattr(process, "wait", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 server.stop(process)
             assert process.returncode == -signal.SIGKILL
             assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     finally:
-        again.join()
         signal.signal(signal.SIGINT, own)
 
 

@@ -21,6 +21,7 @@ from ports import free_port
 from preskip import PreskipConfig, bake
 from preskip.architecture import TYPES, architecture
 from preskip.serve.transformers_server import put_classes_on
+from served import first_document
 from tiny_model import tiny_llama
 from tiny_text import tiny_tokenizer
 
@@ -64,7 +65,16 @@ def test_each_adapter_answers_under_its_name_and_nothing_is_left(place):
         stdout=subprocess.PIPE,
         text=True,
     )
-    facts = json.loads("".join(iter(served.stdout.readline, "}\n")) + "}")
+    try:
+        check(served, port, place)
+    finally:
+        if served.poll() is None:
+            served.terminate()
+            served.wait(120)
+
+
+def check(served, port, place):
+    facts = json.loads(first_document(served))
     assert facts["url"] == f"http://127.0.0.1:{port}/v1"
     child = psutil.Process(facts["pid"])
     model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()

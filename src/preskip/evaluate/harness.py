@@ -22,8 +22,10 @@ try:
     from lm_eval import utils
     from lm_eval.api.model import LM, TemplateLM
     from lm_eval.models.utils import resolve_max_length
-except ImportError as error:
+except ModuleNotFoundError as error:
     raise PreskipError("lm-eval is not installed: pip install 'preskip[eval]'") from error
+except ImportError as error:
+    raise PreskipError(f"lm-eval is too old ({error}): pip install 'lm-eval>=0.4.13'") from error
 
 GENERATED_AT_ONCE = 8
 

@@ -18,6 +18,7 @@ import torch
 
 from ports import free_port
 from real_vllm import LONG, PROMPTS, save_several
+from served import first_document
 
 NEW = 24
 MODELS = ["zeal", "ash", "moss"]
@@ -39,9 +40,7 @@ def serving(folder, port, *more):
     """`preskip serve` as a process, and what it printed once it answered; killed if a test fails."""
     served = begin(command(folder, port, "--json", *more), stdout=subprocess.PIPE)
     try:
-        printed = "".join(iter(served.stdout.readline, "}\n"))
-        assert printed, f"it ended with {served.wait()}"
-        yield served, json.loads(printed + "}")
+        yield served, json.loads(first_document(served))
     finally:
         if served.poll() is None:
             served.terminate()
