@@ -12,6 +12,7 @@ import pytest
 from fixture_run import rich_run
 from preskip.report.comparison_tables import comparison_groups, declared_table, power_table, scoreboard
 from preskip.report.diagrams import Diagram, diagram
+from preskip.report.lookup import reference_arm, rivals
 from preskip.report.tables import search_table
 from preskip.report.words.answer import answer
 from preskip.report.words.claims import assess, parts_text
@@ -169,3 +170,14 @@ def test_a_claim_counts_its_parts_by_kind(rich: tuple[dict[str, Any], dict[str, 
     parts = [{"verdict": word, "entry": {"declared": kind}} for word, kind in (("supported", True), ("mixed", False))]
     parts += [parts[0], {"verdict": "undecided"}]
     assert parts_text({"parts": parts}) == "declared: 2 supported; exploratory: 1 mixed; 1 undecided"
+
+
+def test_the_page_is_about_the_first_declared_comparison():
+    run = json.loads((ROOT / "results/confirmatory-smollm2-wikitext2/results.json").read_text())
+    assert reference_arm(run) == "content"
+    assert rivals(run) == ["none", "lora", "lora-attention"]
+    assert answer(run).startswith("On its own text (wikitext2) content is better than the untouched model and ")
+    run["family"]["declared"][0] |= {"arm": "content", "reference": "preskip"}
+    assert rivals(run) == ["none", "preskip", "lora", "lora-attention"]
+    run["family"]["declared"][0] |= {"arm": "none", "reference": "content"}
+    assert reference_arm(run) == "preskip"

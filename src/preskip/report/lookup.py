@@ -92,14 +92,26 @@ def plain_arm(results: Results) -> str:
 
 
 def reference_arm(results: Results) -> str:
-    """The arm that the page is about: `preskip`, else the first that trains weights."""
-    return "preskip" if "preskip" in results["arms"] else next(iter(trained_arms(results)), "none")
+    """The arm that the page is about: that of the first declared comparison, else `preskip`, else the first of those
+    that train weights.
+    """
+    trained = trained_arms(results)
+    return next((arm for arm in (*_first_declared(results)[:1], "preskip", *trained) if arm in trained), "none")
 
 
 def rivals(results: Results) -> list[str]:
-    """What the page's first screen holds the reference arm against: the plain arm, then LoRA or the plain controls."""
+    """What the page's first screen holds the reference arm against: the plain arm, the reference of the first declared
+    comparison, then LoRA or the plain controls.
+    """
     others = ("base-wide", "base-deep", "base-flops") if is_pretraining(results) else ("lora", "lora-attention")
-    return [arm for arm in (plain_arm(results), *others) if arm in results["arms"] and arm != reference_arm(results)]
+    found = dict.fromkeys((plain_arm(results), *_first_declared(results)[1:], *others))
+    return [arm for arm in found if arm in results["arms"] and arm != reference_arm(results)]
+
+
+def _first_declared(results: Results) -> tuple[str, ...]:
+    """(arm, reference) of the first comparison declared before training; () where none was."""
+    declared = (results.get("family") or {}).get("declared")
+    return (declared[0]["arm"], declared[0]["reference"]) if declared else ()
 
 
 def with_plain(entry: Comparison, plain: str) -> bool:
