@@ -66,3 +66,13 @@ def test_margins_beside_the_declared_ones():
     assert margin_changes(FAMILY, {"acc": 0.1}) == [
         "the margin of acc is 0.1, none was declared: equivalence within it was not declared"
     ]
+
+
+def test_added_seeds_are_named_in_a_run_without_a_declaration(manifest):
+    del manifest["declaration"]
+    manifest["config"]["seeds"] = [1, 2, 3]
+    manifest["extensions"] = [extension(FAMILY, [1, 2], [3])]
+    assert changes(manifest) == [
+        "seed 3 added after the results of 2 had been seen, without a declared look: p-values are not adjusted for "
+        "looking"
+    ]

@@ -46,11 +46,17 @@ def extension(family: Family, before: Sequence[int], seeds: Sequence[int]) -> Ex
 
 
 def changes(manifest: Manifest) -> list[str]:
-    """What differs from what was declared, a sentence each; nothing of a run of an earlier preskip.
+    """What differs from what was declared, and seeds added without a declared look, a sentence each.
+
+    A run of an earlier preskip has no declaration: of it only added seeds are known.
 
     Args:
         manifest: run.json.
     """
+    return _edits(manifest) + _unplanned(manifest)
+
+
+def _edits(manifest: Manifest) -> list[str]:
     declaration = manifest.get("declaration")
     if declaration is None:
         return []
@@ -68,6 +74,11 @@ def changes(manifest: Manifest) -> list[str]:
     for name in ("declared", "alpha", "looks", "procedure"):
         if content["family"].get(name) != family.get(name):
             found.append(f"the family's {name} was changed after it was declared")
+    return found
+
+
+def _unplanned(manifest: Manifest) -> list[str]:
+    found = []
     for entry in manifest.get("extensions", ()):
         if not entry["planned"]:
             added_then = f"{'seeds' if entry['seeds'][1:] else 'seed'} {', '.join(map(str, entry['seeds']))} added"
@@ -75,7 +86,7 @@ def changes(manifest: Manifest) -> list[str]:
                 f"{added_then} after the results of {len(entry['before'])} had been seen, without a declared look: "
                 + (
                     "declared comparisons keep the p-values of the last declared look"
-                    if family.get("looks")
+                    if manifest["family"].get("looks")
                     else "p-values are not adjusted for looking"
                 )
             )

@@ -59,7 +59,7 @@ def facts(record: Manifest) -> Groups:
             "Declared": record.get("declaration", {}).get("time"),
             "SHA-256": record.get("declaration", {}).get("sha256"),
             "Looks": ", ".join(f"{look} seeds" for look in record["family"].get("looks", ())),
-            "Changed since": "; ".join(changes(record)) if "declaration" in record else "",
+            "Changed since": "; ".join(changes(record)),
         },
     }
     return fact_groups(groups)
