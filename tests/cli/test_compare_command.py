@@ -158,6 +158,27 @@ def test_unfinished_cells_are_left_out_and_said(tmp_path: Path) -> None:
     assert found["comparisons"][0]["seeds"] == 1
 
 
+def test_seeds_and_arms_without_a_folder_are_said(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", arms())
+    manifest = read_json(run / "run.json")
+    manifest |= {"status": "interrupted", "seeds": [1, 2, 3]}
+    manifest["arms"]["content"] = manifest["arms"]["lora"]
+    write_json(run / "run.json", manifest)
+    assert json.loads(invoke(run, "--json"))["notes"] == [
+        "run: the run is interrupted; it is compared as far as it is",
+        "run: lora is not finished for seed 3; left out",
+        "run: preskip is not finished for seed 3; left out",
+        "run: content is not finished for seed 1, 2, 3; left out",
+    ]
+
+
+def test_the_shown_level_changes_no_verdict(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", arms(shift=-0.011))
+    wide, narrow = (json.loads(invoke(run, "--json", "--confidence", c))["comparisons"] for c in ("0.9999", "0.5"))
+    assert [e["verdict"] for e in wide] == [e["verdict"] for e in narrow]
+    assert any(e["verdict"] == "better" and e["low"] <= 0 <= e["high"] for e in wide)
+
+
 def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", arms())
     fewer = {arm: {s: rows[:-1] for s, rows in cells.items()} for arm, cells in arms().items()}

@@ -76,3 +76,12 @@ def test_added_seeds_are_named_in_a_run_without_a_declaration(manifest):
         "seed 3 added after the results of 2 had been seen, without a declared look: p-values are not adjusted for "
         "looking"
     ]
+
+
+def test_a_margin_of_one_set_equal_to_the_declared_one_is_no_change():
+    declared = {"margins": {"acc": 0.01, "sotu.acc": 0.02}}
+    assert margin_changes(declared, {"lambada_openai.acc": 0.01, "acc": 0.01, "sotu.acc": 0.02}) == []
+    assert margin_changes(declared, {"sotu.acc": 0.01, "em": 0.1}) == [
+        "the margin of sotu.acc is 0.01, declared was 0.02: equivalence within it was not declared",
+        "the margin of em is 0.1, none was declared: equivalence within it was not declared",
+    ]

@@ -47,11 +47,11 @@ def test_equivalence_agrees_with_two_one_sided_t_tests() -> None:
     [
         ({}, "better"),
         ({"metric": "acc"}, "worse"),
-        ({"low": 0.01, "high": 0.2}, "worse"),
-        ({"low": 0.01, "high": 0.2, "metric": "exact_match"}, "better"),
-        # The interval and the test must both find it.
+        ({"difference": 0.1, "low": 0.01, "high": 0.2}, "worse"),
+        ({"difference": 0.1, "low": 0.01, "high": 0.2, "metric": "exact_match"}, "better"),
+        # The test decides, at whatever level the interval is shown.
         ({"p_value": 0.07}, "undecided"),
-        ({"low": -0.2, "high": 0.01}, "undecided"),
+        ({"low": -0.2, "high": 0.01}, "better"),
         # A declared comparison is held to the adjusted p, any other to its own.
         ({"declared": True, "p_holm": 0.07}, "undecided"),
         ({"declared": False, "p_holm": None}, "better"),

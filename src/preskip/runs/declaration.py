@@ -98,11 +98,17 @@ def margin_changes(family: Family, margins: Mapping[str, float]) -> list[str]:
     declared = family.get("margins", {})
     return [
         f"the margin of {name} is {value:g}, "
-        + (f"declared was {declared[name]:g}" if name in declared else "none was declared")
+        + ("none was declared" if before is None else f"declared was {before:g}")
         + ": equivalence within it was not declared"
         for name, value in margins.items()
-        if declared.get(name) != value
+        for before in [_declared_margin(declared, name)]
+        if before != value
     ]
+
+
+def _declared_margin(declared: Mapping[str, float], name: str) -> float | None:
+    """The margin declared for "metric" or "set.metric", whose metric's own counts where the set has none."""
+    return declared.get(name, declared.get(name.partition(".")[2]))
 
 
 def now() -> str:

@@ -93,6 +93,9 @@ def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> 
     notes: list[str] = []
     for label, run, manifest in zip(labels, runs, manifests, strict=True):
         notes += [f"{label}: {line}" if len(runs) > 1 else line for line in changes(manifest)]
+        status = manifest.get("status", "finished")
+        if status != "finished":
+            notes.append(f"{label}: the run is {status}; it is compared as far as it is")
         for arm, facts in manifest.get("arms", {}).items():
             cells = _finished(run, arm, manifest.get("seeds", []), notes)
             if cells:
@@ -102,8 +105,9 @@ def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> 
         for name, described in manifest.get("sets", {}).items():
             _check_same_scoring(name, sets.setdefault(name, described), described)
     if not items:
+        mends = dict.fromkeys(f"preskip {manifest.get('kind') or 'probe'} --resume" for manifest in manifests)
         raise PreskipError(
-            f"{', '.join(map(str, paths))}: no arm has a finished cell; finish with preskip probe --resume"
+            f"{', '.join(map(str, paths))}: no arm has a finished cell; finish with {' or '.join(mends)}"
         )
     for name, other in dtypes.items():
         first, wanted = next(iter(dtypes.items()))
@@ -125,7 +129,8 @@ def _finished(run: RunDirectory, arm: str, order: Sequence[int], notes: list[str
     there = sorted(int(folder.name[5:]) for folder in folders if folder.name[5:].lstrip("-").isdigit())
     seeds = sorted(there, key=lambda seed: order.index(seed) if seed in order else len(order))
     done: dict[int, Items] = {seed: run.cell(arm, seed).load()[1] for seed in seeds if run.cell(arm, seed).is_done}
-    missing = [seed for seed in seeds if seed not in done]
+    expected = order[:1] if arm == UNTRAINED else order  # what is not trained is scored once
+    missing = [seed for seed in dict.fromkeys((*expected, *seeds)) if seed not in done]
     if missing:
         notes.append(f"{run.path.name}: {arm} is not finished for seed {', '.join(map(str, missing))}; left out")
     return done

@@ -24,8 +24,11 @@ def independent_units(comparison: PairedDifference) -> int:
 
 
 def verdict_of(comparison: Comparison, alpha: float = ALPHA, described: SetFacts | None = None) -> Verdict:
-    """Too few units where fewer than 6 are independent; else better or worse when the interval excludes 0 and p ≤
-    alpha; else equivalent when the equivalence p ≤ alpha; else undecided.
+    """Too few units where fewer than 6 are independent; else better or worse, by the difference's sign, when p ≤ alpha;
+    else equivalent when the equivalence p ≤ alpha; else undecided.
+
+    The interval is for reading: at level 1 - alpha it excludes 0 exactly when the raw p is below alpha, but it may be
+    shown at another level.
 
     Args:
         comparison: an entry of results.json's `comparisons`; p is `p_holm` where the comparison was declared before
@@ -35,12 +38,15 @@ def verdict_of(comparison: Comparison, alpha: float = ALPHA, described: SetFacts
     """
     if independent_units(comparison) < FEWEST_UNITS:
         return "too few units"
-    low, high = comparison["low"], comparison["high"]
     p_value = comparison.get("p_holm") if comparison.get("declared") else None
     if p_value is None:
         p_value = comparison["p_value"]
-    if not low <= 0 <= high and p_value <= alpha:
-        return "better" if (high < 0) == metric_named(comparison["metric"], described).lower_is_better else "worse"
+    if p_value <= alpha:
+        return (
+            "better"
+            if (comparison["difference"] < 0) == metric_named(comparison["metric"], described).lower_is_better
+            else "worse"
+        )
     p_equivalence = comparison.get("p_equivalence_holm", comparison.get("p_equivalence"))
     if p_equivalence is not None and p_equivalence <= alpha:
         return "equivalent"
