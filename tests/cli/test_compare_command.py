@@ -226,3 +226,15 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
             invoke(*arguments)
         assert "\n" not in str(caught.value)
     assert "part of a difference may be rounding" in invoke(first, other_dtype, "--allow-different-dtype")
+
+
+def test_combined_runs_keep_their_notes_and_pairs_that_two_of_them_hold(tmp_path: Path) -> None:
+    more = {**arms(), "content": {seed: make_items(30 * seed) for seed in (1, 2)}}
+    runs = [write_run(tmp_path / name, cells) for name, cells in (("a", more), ("b", more), ("c", arms()))]
+    (runs[0] / "arms/lora/seed-2/cell.json").unlink()
+    found = json.loads(invoke(*runs, "--combine", "--arms", "content,lora", "--json"))
+    assert found["notes"] == [
+        "a: lora is not finished for seed 2; left out",
+        "c: content has no finished cell; pairs with it are left out",
+    ]
+    assert {tuple(part["run"] for part in entry["parts"]) for entry in found["combined"]} == {("a", "b")}

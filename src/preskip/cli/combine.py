@@ -39,12 +39,21 @@ def combine_runs(
         raise PreskipError("--combine needs two runs or more")
     labels = run_labels(runs)
     compared = {}
+    notes: list[str] = []
     # A run stores a pair in the direction that it declared; here all have that of the first run.
     directions: dict[frozenset[str], tuple[str, str]] = {}
     with progress_bar("comparing", len(runs), quiet=as_json) as advance:
         for number, (label, path) in enumerate(zip(labels, runs, strict=True), 1):
             stored = load_runs([path], allow_different_dtype=allow_different_dtype)
-            pairs = stored.pairs(list(parse_names(arms)) if arms else None, reference)
+            notes += [f"{label}: {line.removeprefix(f'{label}: ')}" for line in stored.notes]
+            wanted = list(parse_names(arms)) if arms else list(stored.items)
+            there = [arm for arm in wanted if arm in stored.items]
+            if absent := [arm for arm in dict.fromkeys([*wanted, reference]) if arm and arm not in stored.items]:
+                notes.append(f"{label}: {', '.join(absent)} has no finished cell; pairs with it are left out")
+            if len({*there, reference} & {*stored.items}) < 2 or reference in absent:
+                advance(number, label)
+                continue
+            pairs = stored.pairs(there, reference)
             entries = compare_arms(stored.items, stored.family, stored.sets, pairs=pairs, confidence=confidence)
             alike = []
             for comparison in entries:
@@ -57,13 +66,13 @@ def combine_runs(
     if not found:
         raise PreskipError("no pair of arms is in two of these runs, on sets of one metric and domain")
     if as_json:
-        print(json.dumps({"combined": found}, indent=1, allow_nan=False))
+        print(json.dumps({"notes": notes, "combined": found}, indent=1, allow_nan=False))
     else:
         for entry in found:
-            _print(entry)
+            _print(entry, notes if entry is found[-1] else ())
 
 
-def _print(entry: Mapping[str, Any]) -> None:
+def _print(entry: Mapping[str, Any], more: Sequence[str]) -> None:
     from rich.text import Text
 
     from preskip.cli.printing import columns, difference_cell, print_table
@@ -91,4 +100,4 @@ def _print(entry: Mapping[str, Any]) -> None:
         notes.append(_ONE_MORE)
         one = {**mean, "low": entry["predicted_low"], "high": entry["predicted_high"]}
         table.add_row("one more", difference_cell(one), "")
-    print_table(table, [*notes, ""])
+    print_table(table, [*notes, *more, ""])
