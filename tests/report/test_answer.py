@@ -12,7 +12,7 @@ import pytest
 from fixture_run import rich_run
 from preskip.report.comparison_tables import comparison_groups, declared_table, power_table, scoreboard
 from preskip.report.diagrams import Diagram, diagram
-from preskip.report.lookup import reference_arm, rivals
+from preskip.report.lookup import flipped, reference_arm, rivals
 from preskip.report.tables import search_table
 from preskip.report.words.answer import answer
 from preskip.report.words.claims import assess, parts_text
@@ -181,3 +181,8 @@ def test_the_page_is_about_the_first_declared_comparison():
     assert rivals(run) == ["none", "preskip", "lora", "lora-attention"]
     run["family"]["declared"][0] |= {"arm": "none", "reference": "content"}
     assert reference_arm(run) == "preskip"
+
+
+def test_a_turned_comparison_turns_what_its_last_look_says():
+    looked = {"seeds": 3, "level": 0.02, "low": -2.0, "high": -0.25, "p_value": 0.01, "p_equivalence": None}
+    assert flipped(entry("home", "lora", "better", looked=looked))["looked"] == {**looked, "low": 0.25, "high": 2.0}

@@ -38,6 +38,8 @@ def flipped(entry: Comparison) -> Comparison:
             "new_seed": None if predicted is None else [-predicted[1], -predicted[0]],
             "probability_higher": 1 - detail["probability_higher"],
         }
+    if (looked := entry.get("looked")) is not None:
+        turned["looked"] = {**looked, "low": -looked["high"], "high": -looked["low"]}
     return cast(Comparison, turned)
 
 
