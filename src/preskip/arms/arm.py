@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from preskip.branch_settings import BranchSettings
 
-# What an arm's number of trained weights is to the reference arm's: equal; fewer or more by its nature; far fewer
+# How an arm's trainable-parameter count relates to the reference's: equal; fewer or more by its nature; far fewer
 # (shown as the floor); all of the model's (the ceiling).
 Budget = Literal["matched", "smaller", "larger", "floor", "ceiling"]
 MATCHES = ("params", "flops", "none")

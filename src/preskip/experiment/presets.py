@@ -15,7 +15,7 @@ from preskip.fields import flags
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Named values of options; what the user gives goes before.
+    """Named values of options; explicit options override them.
 
     Attributes:
         description: one sentence.
@@ -32,7 +32,7 @@ PRESETS = {
         options={"steps": 10, "batch_size": 4, "eval_documents": 32, "eval_words": 80, "last_word_items": 24},
     ),
     "standard": Preset(
-        description="Tuned learning rates, three seeds, the decisive controls, two kinds of text abroad; some hours.",
+        description="Tuned learning rates, three seeds, the decisive controls, two out-of-domain texts; some hours.",
         options={
             "corpus": "wikitext2",
             "arms": "none,preskip,preproj,skip,content,parallel,lora,layernorm",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import shlex
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +108,8 @@ def load_curves(run: Path, results: Results) -> list[Curve]:
     """
     cells = [(arm, str(seed)) for arm, summary in results["arms"].items() for seed in summary["seeds"]]
     paths = [(cell, run / "arms" / cell[0] / f"seed-{cell[1]}" / "train.jsonl") for cell in cells]
-    curves = [Curve(*cell, _lines(path)) for cell, path in paths if path.is_file()]
+    found = [(cell, path if path.is_file() else path.with_name(f"{path.name}.gz")) for cell, path in paths]
+    curves = [Curve(*cell, _lines(path)) for cell, path in found if path.is_file()]
     return [curve for curve in curves if curve.lines]
 
 
@@ -118,8 +121,9 @@ def short(error: BaseException) -> str:
 def _lines(path: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        stored = path.read_bytes()
+        text = (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise PreskipError(f"{path} cannot be read ({short(error)}): check the file") from None
     for place, line in enumerate(text.splitlines(), start=1):
         if not line.strip():

@@ -125,8 +125,8 @@ def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
         same = facts["sets"].get(name)
         if described.get("lm_eval") != (same and same.get("lm_eval")):
             raise PreskipError(
-                f"the prompts of {name} have changed since this run began, as another version of lm-eval has others: "
-                "install the old one, or start a new run"
+                f"lm-eval builds different prompts for {name} than when this run began: reinstall the version of then, "
+                "or start a new run"
             )
         if described["sha256"] != (same and same["sha256"]):
             raise PreskipError(
