@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from preskip.errors import PreskipError
-from preskip.stats import apply_family, measured_power
+from preskip.stats import Design, apply_family, measured_power, needed
 from preskip.stats import compare as paired
 from stored_runs import invoke_app, make_items, write_run
 
@@ -86,3 +87,14 @@ def test_a_design_that_resolves_nothing_says_so() -> None:
     assert re.search(r"Accuracy \(points\) +5 +2 +nothing +nothing ", text)
     assert "fewer than 6 independent units: no verdict is given" in text
     assert "nothing: no difference between two accuracies is large enough" in text
+
+
+def test_seeds_that_are_needed_are_those_at_the_last_look() -> None:
+    """The same comparison held to the level of its first look needs more."""
+    run = Path(__file__).parents[2] / "results" / "confirmatory-smollm2-wikitext2"
+    shown = json.loads(invoke_app("power", run, "--difference", 0.01, "--json"))["designs"]
+    (row,) = [row for row in shown if (row["reference"], row["set"]) == ("lora", "wikitext2")]
+    design = Design(**{key.name: row[key.name] for key in fields(Design)})
+    assert row["planned_seeds"] == 5
+    assert row["needed_seeds"] == needed(design, 0.01, alpha=0.0475955).seeds == 5
+    assert needed(design, 0.01, alpha=0.0076).seeds > 5

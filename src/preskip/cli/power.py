@@ -11,6 +11,7 @@ from preskip.cli.options import Json, flag
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
+    from preskip.runs.schema import Family
     from preskip.stats import Design
 
 DESIGN = "A planned design"
@@ -135,6 +136,8 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
     if not entries:
         raise PreskipError(f"{run} has one finished arm, {next(iter(stored.items))}, and nothing to compare: finish it")
     declared = [entry for entry in entries if entry["declared"]]
+    family: Family = {**stored.family, "alpha": alpha}
+    looks = family.get("looks") or ()
     return [
         _row(
             {
@@ -143,20 +146,30 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
                 "margin": entry["margin"],
                 "family": tests_beside(stored.family, entry),
                 "basis": "measured",
+                **({"planned_seeds": max(looks)} if looks else {}),
             },
             measured_design(entry),
             difference if difference is not None else entry["difference"] or None,
             wanted,
-            levels_of({**stored.family, "alpha": alpha}, entry, entry["seeds"]),
+            levels_of(family, entry, entry["seeds"]),
+            levels_of(family, entry, max(looks, default=entry["seeds"]))[0],
         )
         for entry in declared or entries
     ]
 
 
 def _row(
-    facts: dict[str, Any], design: Design, difference: float | None, wanted: float, levels: tuple[float, float]
+    facts: dict[str, Any],
+    design: Design,
+    difference: float | None,
+    wanted: float,
+    levels: tuple[float, float],
+    last: float | None = None,
 ) -> dict[str, Any]:
-    """A design's figures at its levels of difference and equivalence (`preskip.stats.families.levels_of`)."""
+    """A design's figures at its levels of difference and equivalence (`preskip.stats.families.levels_of`).
+
+    Seeds that are needed are those at the level of the `last` look, where there are looks.
+    """
     from dataclasses import asdict
 
     from preskip.metrics import DEFAULT_MARGINS
@@ -175,7 +188,8 @@ def _row(
     row["decides"] = None if difference is None else design.decides(difference, margin, *levels)
     if difference is not None and design.standard_error > 0:
         found = needed(design, difference, **options)
-        row |= {"needed_units": found.units, "needed_seeds": found.seeds}
+        seeds = found.seeds if last is None else needed(design, difference, power=wanted, alpha=last).seeds
+        row |= {"needed_units": found.units, "needed_seeds": seeds}
     return row
 
 
@@ -239,6 +253,8 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
         f"found from: the smallest true difference found with {100 * wanted:g} % power at the {100 * alpha:g} % level"
         + (f", corrected for a family of {family}" if family > 1 else "")
     ]
+    if any("planned_seeds" in row for row in rows):
+        lines.append("looks: levels are those of the look that the seeds reach; seeds that are needed, of the last one")
     if several:
         lines.append("seeds ×2: the same if training seeds vary twice as much; so few know their own spread badly")
     lines.append(
