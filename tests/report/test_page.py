@@ -94,6 +94,19 @@ def test_a_minimal_run_says_what_it_lacks(minimal: tuple[Path, Page]) -> None:
         assert text not in page.visible, text
 
 
+def test_what_was_left_out_is_said(tmp_path: Path) -> None:
+    run = minimal_run(tmp_path / "run")
+
+    def edit(results: dict[str, Any]) -> None:
+        results["notes"] = ["skip, seed 2: its training diverged"]
+        next(iter(results["sets"].values()))["notes"] = ["2 items had no context"]
+
+    change(run / "results.json", edit)
+    page = read(build_report(run))
+    assert "Left out: skip, seed 2: its training diverged." in page.visible
+    assert ": 2 items had no context." in page.visible
+
+
 def test_every_figure_has_words_and_every_link_a_target(rich: tuple[Path, Page]) -> None:
     _, page = rich
     assert page.unlabelled == []
