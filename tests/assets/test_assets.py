@@ -399,6 +399,20 @@ def test_gguf_file(gguf_file, folder, tmp_path):
     assert assets.context_limit(str(gguf_file)) == assets.context_limit(str(folder)) == limit
 
 
+def test_gguf_in_16_bits_keeps_its_positions(gguf_file, folder):
+    """Rotary frequencies are no weights: they stay in float32, as in a folder."""
+    model = assets.load_model(str(gguf_file), torch.bfloat16)
+    reference = assets.load_model(str(folder), torch.bfloat16)
+    buffers, expected = dict(model.named_buffers()), dict(reference.named_buffers())
+    assert buffers.keys() == expected.keys()
+    for name, buffer in expected.items():
+        assert buffers[name].dtype == buffer.dtype == torch.float32
+        assert torch.equal(buffers[name], buffer)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    ids = torch.arange(40).view(1, -1)
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
 def test_gguf_tokenizer_splits_digits(gguf_file, folder):
     tokenizer = assets.load_tokenizer(str(gguf_file))
     text = "the people of the states"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 
 import pytest
@@ -157,6 +158,14 @@ def test_bad_jsonl_line(tmp_path, line, message):
     path.write_text('{"text": "fine", "id": "a"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(PreskipError, match=re.escape(message)):
         load_corpus(str(path))
+
+
+def test_a_file_name_that_is_no_utf_8(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("Some text.\n")
+    (tmp_path / "plain.txt").write_text("Other text.\n")
+    ids = [document.id for document in load_corpus(str(tmp_path)).documents]
+    assert sorted(ids) == ["caf\ufffd.txt", "plain.txt"]
+    assert all(name.encode() for name in ids)
 
 
 @pytest.mark.parametrize(

@@ -353,6 +353,13 @@ def test_a_broken_stream_is_one_line(monkeypatch):
         load_corpus("some/set", progress=False)
 
 
+def test_parquet_with_a_column_of_maps(tmp_path):
+    kinds = pa.map_(pa.string(), pa.string())
+    table = pa.table({"text": ["one text", "another"], "meta": pa.array([[("a", "b")], None], type=kinds)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [document.text for document in load_corpus(str(tmp_path / "a.parquet")).documents] == ["one text", "another"]
+
+
 def test_a_process_that_stopped_early_ends_cleanly(tmp_path):
     path = write(tmp_path / "a.parquet", pd.DataFrame({"text": ["word " * 200] * 20_000}))
     pq.write_table(pq.read_table(path), path, row_group_size=500)

@@ -28,6 +28,16 @@ def test_linear_layers_are_the_product(shape, bias):
     assert torch.equal(half, linear(inputs.bfloat16(), weight.bfloat16()))
 
 
+def test_autocast_is_left_as_it_is():
+    inputs, weight = torch.randn(70, 64), torch.randn(64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = linear(inputs, weight)
+        with kernels.OneDnnLinear():
+            found = linear(inputs, weight)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
 def test_scores_are_the_same_with_either(monkeypatch):
     model = tiny_llama()
     windows = [Window([*range(5, 25), *range(30 + start, 40 + start)], 20) for start in range(0, 60, 10)]

@@ -113,3 +113,16 @@ def test_it_is_looked_at_before_torch(tmp_path):
     assert done.stdout.strip() == "[]"
     assert done.stderr.startswith("error: corpus ./no.txt does not exist")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_scored_alone_needs_its_held_out_part(tmp_path):
+    for name in ("wikitext2/wiki.test.raw", "books/books_valid.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("text")
+    check_inputs(["wikitext2", "books"], data_dir=tmp_path, scored_only=True)
+    for name in ("wikitext2", "books"):
+        with pytest.raises(PreskipError, match=f"corpus {name}: .*train.* is missing"):
+            check_inputs([name], data_dir=tmp_path)
+    with pytest.raises(PreskipError, match=r"corpus books24: .*books_train\.txt is missing"):
+        check_inputs(["books24"], data_dir=tmp_path, scored_only=True)

@@ -54,7 +54,8 @@ def load_gguf(path: Path, dtype: "torch.dtype", attn_implementation: str | None 
             config._attn_implementation = loaded.config._attn_implementation
         config.dtype = dtype
         with no_init_weights():
-            model = type(loaded)(config).to(dtype)
+            model = type(loaded)(config)
+        # Weights bring their dtype; buffers that are not stored, as the rotary frequencies, stay in float32.
         model.load_state_dict(loaded.state_dict(), assign=True)
         model.tie_weights()
         model.generation_config = loaded.generation_config

@@ -97,7 +97,8 @@ def evaluate(
 
     if out is not None:
         check_place(out)
-    check_inputs(texts, names, data_dir=data_dir, model=model, include_path=settings.include_path)
+    where: dict[str, Any] = {"data_dir": data_dir, "model": model, "include_path": settings.include_path}
+    check_inputs(texts, names, **where, scored_only=True)
     from preskip.progress import progress_bar, say, spinner
 
     with spinner("loading libraries", quiet=as_json):

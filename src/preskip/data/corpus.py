@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from preskip.data import sotu, tables
 from preskip.data.rows import read_text, without_form
+from preskip.data.scan import clean_text
 from preskip.data.tables import Limit
 from preskip.data.wikitext import is_wikitext, wikitext_pages
 from preskip.errors import PreskipError
@@ -255,7 +256,8 @@ def _corpus(name: str, texts: Iterable[tuple[str, str, str | None]], source: str
     for id, text, group in texts:
         if text.strip():
             content = hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
-            documents.append(Document(id, text, f"text-{content[:16]}" if group is None else group))
+            # A file's name may hold bytes that are no UTF-8.
+            documents.append(Document(clean_text(id), text, f"text-{content[:16]}" if group is None else group))
     if not documents:
         raise PreskipError(f"corpus {name} is empty: give one with text in it")
     return Corpus(name, tuple(documents), source, whole)

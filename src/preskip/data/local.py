@@ -148,7 +148,7 @@ def _checked(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[P
                 rows += [convert(json.loads(line))] if line.strip() else []
             except json.JSONDecodeError as error:
                 raise PreskipError(f"{path}, line {number}: not valid JSON ({error}): get the file again") from error
-            except (KeyError, TypeError, IndexError) as error:
+            except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
                 raise PreskipError(
                     f"{path}, item {len(rows) + 1}: not in the documented form ({error!r}): see docs/evaluation.md"
                 ) from error

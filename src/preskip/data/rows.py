@@ -18,6 +18,8 @@ from preskip.errors import PreskipError
 
 _TEXT_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", **_TEXT_FORMATS}
+# Rows of a Parquet file that are held at once.
+_PARQUET_ROWS = 100
 _SEPARATORS = (",", ";", "\t", "|")
 # Names of columns are shorter than this; a first row with more words is a row of texts.
 _LONGEST_NAME = 4
@@ -229,12 +231,17 @@ def is_number(text: str) -> bool:
 
 
 def _table_rows(path: Path, kind: str) -> Iterator[Entry]:
-    import datasets
-    from pyarrow import parquet
+    if kind == "parquet":
+        from pyarrow import parquet
 
-    if kind == "parquet" and parquet.read_metadata(path).num_rows == 0:
-        return  # a shard without rows, which `datasets` takes for damaged
+        # Not through `datasets`, whose reader refuses columns of maps and decodes those of pictures.
+        with parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(_PARQUET_ROWS, use_threads=False) for row in batch.to_pylist())
+            yield from (Entry(number, values, f", row {number + 1}") for number, values in enumerate(rows))
+        return
+    import datasets
+
     # Streaming makes no copy in the cache.
-    rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
-    for number, values in enumerate(rows):
+    stream = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
+    for number, values in enumerate(stream):
         yield Entry(number, values, f", row {number + 1}")

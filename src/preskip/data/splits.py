@@ -168,9 +168,14 @@ def find_file(directory: Path, file: str) -> Path:
     return path if path.is_file() else directory / file.removesuffix(SHUFFLED)
 
 
-def missing_file(name: str, directory: Path) -> str | None:
-    """The first file that a corpus with published parts lacks in the data directory; None where all are there."""
-    return next((file for file in PUBLISHED[name].values() if not find_file(directory, file).is_file()), None)
+def missing_file(name: str, directory: Path, *, scored_only: bool = False) -> str | None:
+    """The first file that a corpus with published parts lacks in the data directory; None where all are there.
+
+    With `scored_only` those that the held-out part is read from: of `books24` some of the training books, too.
+    """
+    parts = PUBLISHED[name]
+    files = parts.values() if not scored_only or name == "books24" else [parts["heldout"]]
+    return next((file for file in files if not find_file(directory, file).is_file()), None)
 
 
 def _published(name: str, data_dir: Path | None, seed: int) -> Splits:

@@ -14,10 +14,11 @@ from preskip.runs.environment import processor_name
 
 
 class OneDnnLinear(TorchFunctionMode):
-    """Linear layers in float32 through oneDNN, without gradients; everything else as it is."""
+    """Linear layers in float32 through oneDNN, without gradients; everything else, and autocast, as it is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and not kwargs and all(map(_taken, args)):
+        is_linear = func is torch.nn.functional.linear and not kwargs
+        if is_linear and all(map(_taken, args)) and not torch.is_autocast_enabled("cpu"):
             inputs, weight, bias = (*args, None)[:3]
             return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
         return func(*args, **(kwargs or {}))

@@ -42,6 +42,7 @@ def check_inputs(
     data_dir: Path | str | None = None,
     model: str | None = None,
     include_path: str | None = None,
+    scored_only: bool = False,
 ) -> None:
     """Refuse what is not there, as far as it can be seen without reading it.
 
@@ -51,6 +52,7 @@ def check_inputs(
         data_dir: see `preskip.data.local.data_directory`.
         model: name of a model, or None.
         include_path: folder of the user's own tasks, whose data nobody here knows, or None.
+        scored_only: nothing is trained on: of corpora only the held-out part is read.
 
     Raises:
         PreskipError: a path that does not exist, an unknown name, or task data that cannot be had.
@@ -66,7 +68,7 @@ def check_inputs(
                 f"corpus {name} is read from the data directory: give --data-dir, or set PRESKIP_DATA "
                 "(docs/evaluation.md)"
             )
-        elif file := missing_file(name, directory):
+        elif file := missing_file(name, directory, scored_only=scored_only):
             raise PreskipError(f"corpus {name}: {directory / file} is missing: `preskip data` says where to get it")
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise PreskipError("tasks need lm-eval: pip install 'preskip[eval]'")
