@@ -61,6 +61,50 @@ def test_the_base_weights_do_not_depend_on_the_branch(base_type):
     assert torch.equal(logits(tiny(base_type, **WITH_IDENTITY)), logits(base))
 
 
+@pytest.fixture
+def as_in_a_new_process():
+    """Without what transformers has learned of our inner models where they were made by AutoModel before."""
+    table = getattr(transformers.modeling_utils, "_CAN_RECORD_REGISTRY", {})
+    for base_type in TYPES:
+        table.pop(str(architecture(base_type).model), None)
+
+
+@pytest.mark.parametrize("base_type", TYPES)
+def test_hidden_states_and_attentions_are_returned(base_type, as_in_a_new_process):
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    model, base = tiny(base_type, **WITH_IDENTITY, attn_implementation="eager"), plain(base_type)
+    base.set_attn_implementation("eager")
+    with torch.no_grad():
+        found, expected = (m(**zoo.inputs("llama"), **wanted) for m in (model, base))
+    assert len(found.hidden_states) == len(expected.hidden_states) == model.config.num_hidden_layers + 1
+    assert len(found.attentions) == len(expected.attentions) == model.config.num_hidden_layers
+    for ours, its in zip(
+        (*found.hidden_states, *found.attentions), (*expected.hidden_states, *expected.attentions), strict=True
+    ):
+        assert torch.equal(ours, its)
+
+
+def test_the_loss_of_the_router_is_the_bases(as_in_a_new_process):
+    ids = zoo.inputs("llama")["input_ids"]
+    found, expected = (
+        m.train()(ids, labels=ids, output_router_logits=True)
+        for m in (tiny("mixtral", **WITH_IDENTITY), plain("mixtral"))
+    )
+    assert len(found.router_logits) == len(expected.router_logits) > 0
+    assert found.aux_loss.item() == expected.aux_loss.item() > 0
+    assert found.loss.item() == expected.loss.item()
+
+
+def test_trainer_smooths_shifted_labels(tmp_path):
+    ids = zoo.inputs("llama")["input_ids"]
+    arguments = transformers.TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    losses = [
+        transformers.Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids}).item()
+        for model in (tiny("llama", **WITH_IDENTITY), plain("llama"))
+    ]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("base_type", TYPES)
 def test_weights_start_with_the_stated_deviations(base_type):
     width = {"n_embd": 128} if base_type == "gpt2" else {"hidden_size": 128}

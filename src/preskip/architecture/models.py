@@ -13,10 +13,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    modeling_utils,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+)
 
 from preskip.architecture.config import adapter_settings, branch_settings, config_class
 from preskip.architecture.several import PicksByName, SeveralBranches
@@ -57,12 +68,17 @@ class BranchMixin:
             # As AutoModel would make it: weight initialisation is asked of each PreTrainedModel for its own modules.
             if type(child) in _WITH_BRANCH:
                 child.__class__ = _WITH_BRANCH[type(child)]
+                _record_outputs(child)
         _attach_all(model, config)
         if config.preskip_peers:
             attach_peers(model, config.preskip_peers)
         model.post_init()  # again: the first one has run before there were branches, and keeps what it has initialised
         if config.preskip_keep_float32:
             model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), CHILD}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Does nothing: saving would copy this file, which is none without its package, beside the checkpoint."""
 
     def _init_weights(self, module: nn.Module) -> None:
         part: tuple[str, BranchSettings] | None = getattr(module, "preskip_part", None)
@@ -72,6 +88,15 @@ class BranchMixin:
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
+
+
+def _record_outputs(model: PreTrainedModel) -> None:
+    """Tell transformers which outputs (hidden states, attentions) a model of this class can return.
+
+    Its table is by class name, and a model enters it while it is made.
+    """
+    table: dict[str, Any] = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", {})
+    dict.__setitem__(table, str(type(model)), getattr(model, "_can_record_outputs", None))
 
 
 def _attach_all(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -134,6 +159,8 @@ def architecture(base_type: str) -> Architecture:
         classes.append(with_branch)
         _copy_conversion(model.__name__, with_branch.__name__)
     _copy_conversion(name, config.model_type)
+    # `AutoModelForCausalLM.register` leaves this table alone, by which Trainer knows whose labels to shift.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = classes[1].__name__
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
     if base in TOKENIZER_MAPPING:
