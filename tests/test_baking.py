@@ -194,6 +194,8 @@ import sys, torch
 {imports}
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code={trust}).eval()
+model.save_pretrained(sys.argv[2])
+print(len(model(torch.arange(8)[None], output_hidden_states=True).hidden_states))
 print(type(model).__name__, model(torch.arange(8)[None]).logits.double().sum().item())
 """
 
@@ -212,12 +214,16 @@ def test_a_new_process_loads_it(imports, trust, tmp_path):
         "-c",
         PROGRAM.format(imports=imports, trust=trust),
         str(tmp_path / "out"),
+        str(tmp_path / "again"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-500:]
-    name, total = done.stdout.split()[-2:]
+    hidden_states, name, total = done.stdout.split()[-3:]
+    assert int(hidden_states) == model.config.num_hidden_layers + 1
     assert name == "PreskipLlamaForCausalLM"
     assert float(total) == wanted
+    for name in ("config.json", "modeling_preskip.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_the_stub_names_classes_that_exist(tmp_path):
@@ -229,6 +235,20 @@ def test_the_stub_names_classes_that_exist(tmp_path):
     for reference in config["auto_map"].values():
         assert reference.split(".")[0] == "modeling_preskip"
         assert reference.split(".")[1] in scope
+
+
+def test_saved_again_it_keeps_its_stub(tmp_path, monkeypatch):
+    bake(adapted(), tmp_path / "out")
+    family = architecture("llama")
+    for kind in (family.config, family.model, family.causal_lm):
+        monkeypatch.setattr(kind, "_auto_class", None)
+    # As transformers does where the stub has brought the classes.
+    family.config.register_for_auto_class()
+    family.causal_lm.register_for_auto_class(auto_class=AutoModelForCausalLM)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    for name in ("config.json", "modeling_preskip.py"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert [path.name for path in (tmp_path / "again").glob("*.py")] == ["modeling_preskip.py"]
 
 
 def test_lora_on_a_baked_model_and_merging_it(tmp_path):

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 from preskip.adapter import base_model
 from preskip.architecture.config import branch_settings, with_branch
 from preskip.architecture.models import Architecture, architecture
+from preskip.architecture.stub import auto_map
 from preskip.attach import CHILD, find_sites
 from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
@@ -29,8 +30,6 @@ from preskip.quantizing import QUANTIZED
 from preskip.quantizing import quantize as quantize_weight
 from preskip.runs.files import clear_disk_errors
 from preskip.version import __version__
-
-STUB = "modeling_preskip.py"
 
 
 def bake(
@@ -87,11 +86,7 @@ def bake(
     baked = _rebuild(base, found, family, keep_float32, quantize)
     recorded = getattr(model, "peft_config", {}).get(found[0].name)
     source = base_name or getattr(recorded, "base_model_name_or_path", None) or base.config.name_or_path
-    baked.config.auto_map = {
-        "AutoConfig": f"{Path(STUB).stem}.{family.config.__name__}",
-        "AutoModel": f"{Path(STUB).stem}.{family.model.__name__}",
-        "AutoModelForCausalLM": f"{Path(STUB).stem}.{family.causal_lm.__name__}",
-    }
+    baked.config.auto_map = auto_map(family.config, family.model, family.causal_lm)
     with clear_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         # Written beside its place and renamed: what is at `out` is whole.
@@ -100,7 +95,6 @@ def bake(
             _save(baked, workspace)
             if tokenizer is not None:
                 tokenizer.save_pretrained(workspace)
-            (workspace / STUB).write_text(_stub(family), encoding="utf-8")
             (workspace / "README.md").write_text(short_card(baked, source), encoding="utf-8")
             workspace.chmod(0o755)
             workspace.rename(out)
@@ -262,14 +256,6 @@ def _plain_keys(state: dict[str, torch.Tensor], adapter: str, within: str = "") 
         elif ".modules_to_save." not in key:
             plain.setdefault(key.replace(".original_module.", "."), tensor)
     return plain
-
-
-def _stub(family: Architecture) -> str:
-    names = ", ".join((family.causal_lm.__name__, family.config.__name__, family.model.__name__))
-    return (
-        '"""This checkpoint\'s classes live in the package preskip (`pip install preskip`)."""\n\n'
-        f"from preskip.architecture import {names}  # noqa: F401\n"
-    )
 
 
 def short_card(baked: Any, source: str | None) -> str:

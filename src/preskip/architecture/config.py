@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from preskip.architecture.stub import STUB, stub_text
 from preskip.branch_settings import SKIP_POSITIONS, BranchSettings
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX
@@ -92,6 +94,19 @@ class BranchConfigMixin:
             kept = {key: value for key, value in config_dict.items() if key not in ("model_type", "architectures")}
             config_dict = {"preskip_init_weights": "identity", **kept}
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing: what loads the classes without an import of preskip is the stub alone."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers'; with the stub, where `auto_map` names it (a model's `save_pretrained` calls this)."""
+        text = stub_text(getattr(self, "auto_map", None) or {})
+        if text:
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / STUB).write_text(text, encoding="utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
 def with_branch(
