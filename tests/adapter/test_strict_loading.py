@@ -121,6 +121,53 @@ def test_a_failed_load_through_transformers_leaves_the_model_as_it_was(damage: s
     assert torch.equal(zoo.logits(model, "llama"), loaded)
 
 
+@pytest.mark.parametrize("way", [from_pretrained, low_memory])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_failed_load_through_peft_leaves_the_base_as_it_was(damage: str, way: Callable, folder: pathlib.Path) -> None:
+    base = zoo.build("llama")
+    before = zoo.logits(base, "llama")
+    with pytest.raises(PreskipError):
+        way(base, damaged(folder, DAMAGES[damage][0]))
+    assert not any(isinstance(module, PreskipLayer) for module in base.modules())
+    assert not hasattr(base, "peft_config")
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert torch.equal(zoo.logits(base, "llama"), before)
+    wanted = zoo.logits(way(zoo.build("llama"), folder), "llama")
+    assert torch.equal(zoo.logits(way(base, folder), "llama"), wanted)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_failed_load_beside_an_adapter_leaves_that_alone(damage: str, folder: pathlib.Path) -> None:
+    model = PeftModel.from_pretrained(zoo.build("llama"), folder, is_trainable=True)
+    before = zoo.logits(model, "llama")
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with pytest.raises(PreskipError):
+        model.load_adapter(damaged(folder, DAMAGES[damage][0]), adapter_name="second")
+    assert list(model.peft_config) == ["default"]
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
+    assert torch.equal(zoo.logits(model, "llama"), before)
+    model.load_adapter(folder, adapter_name="second")
+    model.set_adapter("second")
+    assert torch.equal(zoo.logits(model, "llama"), before)
+
+
+def test_a_failed_load_leaves_no_copy_of_the_modules_that_it_saves(tmp_path: pathlib.Path) -> None:
+    model = get_peft_model(zoo.build("llama"), PreskipConfig(modules_to_save=["lm_head"]))
+    zoo.randomise(model)
+    model.save_pretrained(tmp_path / "whole")
+    broken, base = damaged(tmp_path / "whole", drop), zoo.build("llama")
+    keys = set(base.state_dict())
+    with pytest.raises(PreskipError):
+        PeftModel.from_pretrained(base, broken)
+    assert set(base.state_dict()) == keys
+    loaded = PeftModel.from_pretrained(base, tmp_path / "whole")
+    wanted = zoo.logits(loaded, "llama")
+    with pytest.raises(PreskipError):
+        loaded.load_adapter(broken, adapter_name="second")
+    assert not any(".second." in key for key in loaded.state_dict())
+    assert torch.equal(zoo.logits(loaded, "llama"), wanted)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("size", "message"),

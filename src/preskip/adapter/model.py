@@ -78,7 +78,7 @@ class PreskipModel(BaseTuner):
                 setattr(config, name, value)
             for parameter, requires_grad in trainable_before:
                 parameter.requires_grad_(requires_grad)
-            _forget_first_adapter(model)
+            forget_first_adapter(model)
             raise
         self._watch_loading()
 
@@ -87,7 +87,7 @@ class PreskipModel(BaseTuner):
             check_adapter_name(adapter_name, model)
         except PreskipError:
             self.peft_config.pop(adapter_name, None)
-            _forget_first_adapter(model)
+            forget_first_adapter(model)
             raise
 
     def _resolve_targets(self, model: nn.Module, config: PreskipConfig) -> None:
@@ -284,7 +284,7 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
                 detach(module)
 
 
-def _forget_first_adapter(model: nn.Module) -> None:
+def forget_first_adapter(model: nn.Module) -> None:
     """transformers' add_adapter marks the model before it injects, and would take the next try for a second adapter."""
     if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
         model._hf_peft_config_loaded = False  # type: ignore[assignment]

@@ -1,26 +1,30 @@
-"""transformers' own `model.load_adapter`, made as strict for Preskip adapters as PEFT's loading is.
+"""Loading by transformers and by PEFT: a Preskip adapter that is refused leaves the model as it was.
 
-Left alone it logs a missing tensor, fills it with noise and goes on. That loading runs through no class of ours, so the
-method is wrapped; other adapter types pass through untouched.
+transformers' own `model.load_adapter` is made as strict as PEFT's loading, too: left alone it logs a missing tensor,
+fills it with noise and goes on. Both run through no class of ours, so their methods are wrapped; other adapter types
+pass through untouched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers.integrations.peft import PeftAdapterMixin
 
 from preskip.adapter.checkpoint import refuse
 from preskip.adapter.config import PreskipConfig
-from preskip.adapter.model import expected_tensors, remove_adapter
+from preskip.adapter.model import base_model, expected_tensors, forget_first_adapter, remove_adapter
 from preskip.errors import PreskipError
 
 
 def make_load_adapter_strict() -> None:
-    """Wrap `transformers.PreTrainedModel.load_adapter`; to be called once."""
+    """Wrap `load_adapter` of transformers and PEFT, and `PeftModel.from_pretrained`; to be called once."""
     mixin: Any = PeftAdapterMixin
     load = mixin.load_adapter
 
@@ -29,6 +33,35 @@ def make_load_adapter_strict() -> None:
         return _load_adapter(load, model, args, kwargs)
 
     mixin.load_adapter = strict
+    peft_model: Any = PeftModel
+    from_pretrained, load_another = peft_model.from_pretrained.__func__, peft_model.load_adapter
+
+    @wraps(from_pretrained)
+    def from_pretrained_whole(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with _undone_if_refused(base_model(model)):
+            return from_pretrained(cls, model, *args, **kwargs)
+
+    @wraps(load_another)
+    def load_another_whole(model: Any, *args: Any, **kwargs: Any) -> Any:
+        with _undone_if_refused(base_model(model)):
+            return load_another(model, *args, **kwargs)
+
+    peft_model.from_pretrained = classmethod(from_pretrained_whole)
+    peft_model.load_adapter = load_another_whole
+
+
+@contextmanager
+def _undone_if_refused(model: Any) -> Iterator[None]:
+    before = _preskip_adapters(model)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except Exception:
+        if _preskip_adapters(model) - before:
+            _undo(model, before)
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+        raise
 
 
 def _load_adapter(load: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -79,7 +112,20 @@ def _preskip_adapters(model: Any) -> set[str]:
 def _undo(model: Any, before: set[str]) -> None:
     for name in _preskip_adapters(model) - before:
         remove_adapter(model, name)
+        _remove_copies(model, name)
         del model.peft_config[name]
         if not model.peft_config:
             del model.peft_config
-            model._hf_peft_config_loaded = False
+            forget_first_adapter(model)
+
+
+def _remove_copies(model: torch.nn.Module, name: str) -> None:
+    """Take one adapter's copies of `modules_to_save` out of a model."""
+    wrappers = [(path, m) for path, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    for path, wrapper in wrappers:
+        copies: Any = getattr(wrapper, "modules_to_save", {})
+        if set(copies) == {name}:
+            model.set_submodule(path, wrapper.original_module)  # type: ignore[arg-type]
+        elif name in copies:
+            active: Any = wrapper.active_adapters
+            wrapper.delete_adapter(name, [other for other in active if other != name])
