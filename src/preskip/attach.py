@@ -11,8 +11,9 @@ attention (`skip_position="residual"`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from threading import get_ident
 from typing import Any
 
@@ -179,10 +180,15 @@ def _attention_of(block: nn.Module) -> str | None:
         found = _descendant(block, name)
         if found is None or (name in MIXER_NAMES and not type(found).__name__.endswith("Attention")):
             continue
-        if not any(True for _ in found.parameters()):
+        if next(tensors_of(found), None) is None:
             return None
         return f"{name}.self" if {"self", "output"} <= {child for child, _ in found.named_children()} else name
     return None
+
+
+def tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers: GPTQ keeps packed weights as buffers."""
+    return chain(module.parameters(), module.buffers())
 
 
 def _descendant(block: nn.Module, path: str) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""A frozen base quantised by bitsandbytes (nf4 and int8, on the CPU): identity, training, saving, stacking."""
+"""A frozen base quantised by bitsandbytes (nf4 and int8, on the CPU): identity, training, saving, stacking; buffers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import zoo
@@ -138,3 +139,30 @@ def test_a_probe_and_explain_record_a_quantised_base_as_loaded(quantized, tmp_pa
         == 0
     )
     assert f"base weights {kind} (as asked), cpu" in capsys.readouterr().err.replace("\n", " ")
+
+
+class Packed(nn.Module):
+    """As GPTQ's linear layers: the weights are buffers of integers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("scales", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("qweight", (linear.weight.detach() / self.scales).round().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.qweight.to(x.dtype) * self.scales).T
+
+
+def test_a_base_whose_packed_weights_are_buffers_is_adapted_and_trained() -> None:
+    base = zoo.build("llama")
+    for layer in base.model.layers:
+        for name, linear in list(layer.self_attn.named_children()):
+            setattr(layer.self_attn, name, Packed(linear))
+    untouched = zoo.logits(base, "llama")
+    model = get_peft_model(base, PreskipConfig())
+    assert torch.equal(zoo.logits(model, "llama"), untouched)
+    batch = zoo.inputs("llama")
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    moved = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(moved) == 2 * zoo.LAYERS  # down and skip; up follows once down is not zero

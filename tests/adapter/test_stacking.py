@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 import zoo
@@ -76,10 +77,14 @@ def test_lora_is_merged_and_the_branch_stays(name: str, preskip_first: bool) -> 
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("adapter_names", [["lora"], None])
 @pytest.mark.parametrize("name", LORA_TARGETS)
-def test_lora_merged_in_place_and_back(name: str) -> None:
+def test_lora_merged_in_place_and_back(name: str, adapter_names: list[str] | None) -> None:
     _, lora, _, both = stack(name, True)
-    lora.merge_adapter(["lora"])
+    lora.merge_adapter(adapter_names)
+    merged = [m for m in lora.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, PreskipLayer)]
+    assert merged
+    assert all(module.merged_adapters == ["lora"] for module in merged)
     assert zoo.difference(zoo.logits(lora, name), both) < 2e-5
     lora.unmerge_adapter()
     assert zoo.difference(zoo.logits(lora, name), both) < 2e-5

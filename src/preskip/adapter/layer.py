@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from preskip import branch as arithmetic
+from preskip.attach import tensors_of
 from preskip.branch import PARTS, BranchSettings, PreskipBranch
 from preskip.rows import by_row
 
@@ -72,12 +73,12 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
     def _branch_device(self) -> torch.device | None:
         if torch.empty(0).device.type == "meta":  # PEFT's low_cpu_mem_usage
             return torch.device("meta")
-        return next((p.device for p in self._attention[0].parameters() if p.device.type != "meta"), None)
+        return next((t.device for t in tensors_of(self._attention[0]) if t.device.type != "meta"), None)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype]:
         """The attention's device; fp32, whatever the base's dtype (packed weights have no usable one anyway)."""
-        own = {id(p) for p in self.parameters()}
-        devices = (p.device for p in self._attention[0].parameters() if id(p) not in own)
+        own = {id(t) for t in tensors_of(self)}
+        devices = (t.device for t in tensors_of(self._attention[0]) if id(t) not in own)
         return next((device for device in devices if device.type != "meta"), None), torch.float32
 
     def _active(self) -> list[str]:
@@ -120,13 +121,12 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
         return arithmetic.content(attention_input, *self._parts(name)) if name in self.settings else None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused for its own adapters; a no-op when LoRA stacked on top merges its own.
+        """Refused for its own adapters by name; a no-op when LoRA stacked with it merges its own, or all that it has.
 
         Raises:
             NotImplementedError: the adapters to merge include one of this layer's.
         """
-        names = self.active_adapters if adapter_names is None else adapter_names
-        if set(names) & set(self.settings):
+        if set(adapter_names or ()) & set(self.settings):
             raise NotImplementedError(CANNOT_MERGE)
 
     def unmerge(self) -> None:
