@@ -123,6 +123,9 @@ REFUSED = {
     "no_layer": ("llama", {"layers_to_transform": [0, 2]}, r"layers_to_transform=\[0, 2\].*attention in layers 0 to 1"),
     "negative": ("llama", {"layers_to_transform": -1}, r"layers_to_transform=\[-1\] is not possible"),
     "empty": ("llama", {"layers_to_transform": []}, r"layers_to_transform=\[\] is not possible"),
+    "empty_of_targets": (
+        "llama", {"target_modules": ["self_attn"], "layers_to_transform": []}, r"layers_to_transform=\[\] is not",
+    ),
     "no_layer_of_targets": (
         "llama", {"target_modules": ["self_attn"], "layers_to_transform": [0, 7]}, "layer 7 gets no branch",
     ),
@@ -222,6 +225,19 @@ def test_one_model_has_one_skip_position() -> None:
     # Without a norm behind attention both positions are one.
     model = get_peft_model(zoo.build("llama"), PreskipConfig())
     model.add_adapter("other", PreskipConfig(skip_position="residual"))
+
+
+def test_when_its_last_adapter_is_deleted_a_model_takes_the_other_position() -> None:
+    model = get_peft_model(zoo.build("gemma2"), PreskipConfig(), adapter_name="first")
+    model.delete_adapter("first")
+    model.add_adapter("second", PreskipConfig(skip_position="residual"))
+    model.set_adapter("second")
+    zoo.randomise(model)
+    base = zoo.build("gemma2")
+    other = get_peft_model(base, PreskipConfig(skip_position="residual"), adapter_name="second")
+    zoo.randomise(other)
+    assert zoo.difference(zoo.logits(model, "gemma2"), zoo.logits(zoo.build("gemma2"), "gemma2")) > 1e-3
+    assert torch.equal(zoo.logits(model, "gemma2"), zoo.logits(other, "gemma2"))
 
 
 @pytest.mark.parametrize(

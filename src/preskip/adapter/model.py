@@ -96,6 +96,8 @@ class PreskipModel(BaseTuner):
         if sites is not None and sites.blocks_without and config.layers_to_transform is None:
             _check_roles(model, [site.name for site in sites.attentions])  # before advice to choose among them
         layers = _layer_list(config)
+        if layers == []:
+            raise PreskipError("layers_to_transform=[] is not possible: name at least one layer, or None for all")
         if sites is not None or isinstance(layers, str):
             layers = choose_layers(model, sites or find_sites(model), layers)
         if isinstance(config.layers_to_transform, str):
@@ -140,7 +142,7 @@ class PreskipModel(BaseTuner):
             raise PreskipError(
                 f"{key} has its own branch already ({type(model).__name__}): train that, or adapt the base it came from"
             )
-        if isinstance(layer, PreskipLayer) and layer.tap is not tap:
+        if isinstance(layer, PreskipLayer) and layer.settings and layer.tap is not tap:
             raise PreskipError(
                 f"skip_position={config.skip_position!r} is not possible: the model has a Preskip adapter with the "
                 "other position, and all must share one"
@@ -159,6 +161,9 @@ class PreskipModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         layer = getattr(target, CHILD, None)
+        if isinstance(layer, PreskipLayer) and not layer.settings:  # PEFT deletes adapters, and leaves their layer
+            detach(target)
+            layer = None
         if not isinstance(layer, PreskipLayer):
             width, tap = self._placement(self.model, current_key, peft_config)
             layer = PreskipLayer(target, width, tap)
