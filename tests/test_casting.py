@@ -142,6 +142,13 @@ def test_float32_is_as_it_was(casts: list) -> None:
     assert not any(casting._CAST in vars(linear) for linear in module.linears.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_meta_a_pass_tells_shapes(dtype: torch.dtype) -> None:
+    enriched, skip = branch().to("meta")(some_input(dtype=dtype).to("meta"))
+    assert enriched.device.type == skip.device.type == "meta"
+    assert (enriched.shape, enriched.dtype) == (skip.shape, skip.dtype) == ((3, T, D), dtype)
+
+
 def test_no_copy_is_saved_copied_or_left_behind() -> None:
     module, x = branch(), some_input()
     loss(module, x).backward()

@@ -368,3 +368,10 @@ def test_the_architecture_from_a_config():
     with preskip.optimize(model) as handle:
         assert handle.attentions == 3
         assert torch.equal(model(IDS).logits, wanted)
+
+
+def test_on_meta_a_pass_tells_shapes():
+    model = adapted().to("meta")
+    with preskip.optimize(model), torch.no_grad():
+        found = model(IDS.to("meta")).logits
+    assert (found.device.type, found.shape) == ("meta", (*IDS.shape, ODD.vocab_size))

@@ -64,7 +64,7 @@ def product(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
     weight: Any = linear.weight
     if isinstance(linear, Int8Linear):
         return linear(x)
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocast(x.device):
         return linear(x)
     if x.dtype == weight.dtype or x.dtype != torch.bfloat16 or type(linear) is not nn.Linear:
         return linear(x.to(weight.dtype))
@@ -72,6 +72,11 @@ def product(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
     if linear._forward_hooks or linear._forward_pre_hooks:  # whoever observes the layer sees what is computed
         return torch.func.functional_call(linear, {"weight": cast}, (x,))
     return F.linear(x, cast)
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast chooses the dtype of products there; torch cannot be asked about meta."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def cast_once(linear: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

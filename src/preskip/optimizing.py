@@ -27,7 +27,7 @@ from preskip.attach import (
 )
 from preskip.branch import FUNCTIONS, PreskipBranch
 from preskip.branch_settings import BranchSettings
-from preskip.casting import cast_once, version_of
+from preskip.casting import cast_once, is_autocast, version_of
 from preskip.quantizing import Int8Linear, PaddedInt8
 
 _PLAN = "preskip_plan"
@@ -242,7 +242,7 @@ def _with_branch(kind: Any) -> Any:
             or self.training
             or getattr(branch, "_disable_adapters", False)
             or getattr(branch, "row_names", None) is not None
-            or torch.is_autocast_enabled(x.device.type)
+            or is_autocast(x.device)
             or any(kwargs.get(name) is not None for name in ELSEWHERE)
         ):
             args, kwargs = replace_input(self, args, kwargs)
