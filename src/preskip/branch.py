@@ -115,6 +115,11 @@ def initialise(part: str, weight: torch.Tensor, settings: BranchSettings) -> Non
         weight.normal_(0.0, settings.skip_init_std * math.sqrt(d / rank))
 
 
+def trains_in_16_bits(branch: nn.Module) -> bool:
+    """Whether weights in less than fp32 are to be trained."""
+    return any(p.requires_grad and p.dtype.itemsize < 4 for p in branch.parameters())
+
+
 class PreskipBranch(nn.Module):
     """One branch with one set of fp32 weights: `PreskipBranch(d)(x̂) -> (x̃, skip)`.
 
@@ -183,7 +188,7 @@ class PreskipBranch(nn.Module):
 
     def train(self, mode: bool = True) -> PreskipBranch:
         """As `nn.Module.train`; warns where weights are to be trained in 16 bits, in which they hardly move."""
-        if mode and any(p.requires_grad and p.dtype.itemsize < 4 for p in self.parameters()):
+        if mode and trains_in_16_bits(self):
             warnings.warn(
                 "the branch's weights are in 16 bits and would hardly move at usual learning rates: load with "
                 "dtype=torch.float32, or bake with keep_float32=True",

@@ -67,6 +67,29 @@ def test_peft_loads_in_every_way(low_cpu_mem_usage: bool, tmp_path) -> None:
     assert torch.equal(zoo.logits(direct, "llama"), expected)
 
 
+def test_low_cpu_mem_usage_allocates_nothing_and_draws_nothing() -> None:
+    base = zoo.build("llama")
+    torch.manual_seed(3)
+    model = get_peft_model(base, PreskipConfig(), low_cpu_mem_usage=True)
+    drawn = torch.rand(1)
+    assert {p.device.type for key, p in model.named_parameters() if ".preskip." in key} == {"meta"}
+    assert {p.device.type for key, p in model.named_parameters() if ".preskip." not in key} == {"cpu"}
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(1), drawn)
+
+
+def test_low_cpu_mem_usage_loads_weights_of_16_bits_in_float32(tmp_path) -> None:
+    model = get_peft_model(zoo.build("llama"), PreskipConfig())
+    zoo.randomise(model)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = [
+        PeftModel.from_pretrained(zoo.build("llama"), tmp_path, low_cpu_mem_usage=low, autocast_adapter_dtype=False)
+        for low in (False, True)
+    ]
+    assert {p.dtype for p in loaded[1].parameters()} == {torch.float32}
+    assert torch.equal(*(zoo.logits(model.eval(), "llama") for model in loaded))
+
+
 def test_transformers_own_adapter_methods(tmp_path) -> None:
     model = zoo.build("llama")
     untouched = zoo.logits(model, "llama")

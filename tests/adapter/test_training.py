@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -49,6 +50,21 @@ def test_weights_stay_fp32_on_a_bf16_base(autocast: bool, tmp_path) -> None:
         assert {p.dtype for key, p in instance.named_parameters() if ".preskip." not in key} == {torch.bfloat16}
         assert zoo.logits(instance, "llama").dtype == torch.bfloat16
         assert torch.equal(zoo.logits(instance, "llama"), zoo.logits(model, "llama"))
+
+
+def test_training_weights_that_were_cast_to_16_bits_warns() -> None:
+    model = get_peft_model(zoo.build("llama"), PreskipConfig())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:  # as TRL does on a base in 4 or 8 bits
+        parameter.data = parameter.data.to(torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"cast to 16 bits and would hardly move .* p\.data\.float\(\)"):
+        model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+        model.train()
 
 
 @pytest.mark.parametrize("init", ["identity", "paper"])

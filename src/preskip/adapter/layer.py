@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -71,7 +73,8 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(active_adapters, inference_mode=inference)
 
     def _branch_device(self) -> torch.device | None:
-        if torch.empty(0).device.type == "meta":  # PEFT's low_cpu_mem_usage
+        # PEFT's low_cpu_mem_usage moves parameters as they are registered; to ask, make one that draws no numbers.
+        if nn.LayerNorm(1).weight.is_meta:
             return torch.device("meta")
         return next((t.device for t in tensors_of(self._attention[0]) if t.device.type != "meta"), None)
 
@@ -80,6 +83,16 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
         own = {id(t) for t in tensors_of(self)}
         devices = (t.device for t in tensors_of(self._attention[0]) if id(t) not in own)
         return next((device for device in devices if device.type != "meta"), None), torch.float32
+
+    def train(self, mode: bool = True) -> PreskipLayer:
+        """As `nn.Module.train`; warns where weights are to be trained in 16 bits, in which they hardly move."""
+        if mode and arithmetic.trains_in_16_bits(self):
+            warnings.warn(
+                "the branch's weights were cast to 16 bits and would hardly move at usual learning rates: cast them "
+                "back with p.data = p.data.float() before training",
+                stacklevel=2,
+            )
+        return super().train(mode)
 
     def _active(self) -> list[str]:
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.settings]
