@@ -125,7 +125,7 @@ def _remove_copies(model: torch.nn.Module, name: str) -> None:
     for path, wrapper in wrappers:
         copies: Any = getattr(wrapper, "modules_to_save", {})
         if set(copies) == {name}:
-            model.set_submodule(path, wrapper.original_module)  # type: ignore[arg-type]
+            model.set_submodule(path, wrapper.original_module)
         elif name in copies:
             active: Any = wrapper.active_adapters
             wrapper.delete_adapter(name, [other for other in active if other != name])
