@@ -34,7 +34,7 @@ def test_ray_gives_the_local_results_although_a_worker_is_killed(local_probe, tm
         return run_cell(prepared, arm, seed)
 
     config, local_run = local_probe
-    monkeypatch.setattr(experiment, "run_cell", dying_cell)
+    monkeypatch.setattr(experiment, "_cell_or_fault", dying_cell)
     finish_run(start_run(config, tmp_path / "ray", ["test"]), quiet=True, executor="ray")
     assert (tmp_path / "ray" / "killed").exists()
     local, ray = stored(local_run), stored(tmp_path / "ray")
