@@ -105,6 +105,37 @@ def test_split_text_loses_nothing(text, characters):
     assert all(len(piece) <= 2 * characters for piece in pieces)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if x:\n    y\n    z",
+        "def f():\n    a = 1\n\n\n    return a\n\n\ndef g():\n\tpass",
+        "  A verse\n    that steps\n \n  in  and out ",
+        "One sentence. " * 40 + "End.\n\nNext.",
+    ],
+)
+def test_split_text_changes_nothing_inside_a_piece(text):
+    assert split_text(f"\n{text}\n\n", 1000) == [text]
+    pieces = split_text(text, 20)
+    assert len(pieces) > 1 or len(text) < 30
+    place = 0
+    for piece in pieces:
+        begin = text.index(piece, place)
+        assert not text[place:begin].strip()
+        place = begin + len(piece)
+    assert not text[place:].strip()
+
+
+def test_a_cut_leaves_the_indentation_of_the_next_line():
+    assert split_text("def f():\n    a = 1\n\n    return a", 20) == ["def f():\n    a = 1", "    return a"]
+    assert split_text("One two.\n    Three four.\n    Five six.\n\nEnd.", 10) == [
+        "One two.",
+        "    Three",
+        "four.\n    Five six.",
+        "End.",
+    ]
+
+
 def test_folder(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -280,7 +311,9 @@ def test_a_long_line_is_cut_reading_each_character_a_few_times(text):
         def strip(self):
             return Counted(str.strip(self))
 
-    parts = _cut_long(Counted(text.strip()), 50)
+    line = text.strip()
+    spans = _cut_long(Counted(line), 50)
     assert sum(read) < 5 * len(text)
+    parts = [line[begin:end] for begin, end in spans]
     assert "".join("".join(parts).split()) == "".join(text.split())
     assert all(0 < len(part) <= 100 for part in parts)

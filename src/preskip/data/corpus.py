@@ -212,39 +212,45 @@ def split_documents(corpus: Corpus, heldout_fraction: float = 0.1, seed: int = 0
 
 
 def split_text(text: str, characters: int) -> list[str]:
-    """Cut a text at paragraph borders into pieces of about so many characters; loses nothing but the white space there.
+    """Cut a text at paragraph borders into pieces of about so many characters; what lies inside a piece stays as it is.
 
     Where a text has no blank lines its lines count as paragraphs; a paragraph of more than twice the length is cut at
-    sentence ends or spaces.
+    sentence ends or spaces. Only the white space at these borders is lost.
     """
-    separator = "\n\n" if re.search(r"\n[ \t]*\n", text) else "\n"
-    paragraphs = re.split(r"\n[ \t]*\n\s*" if separator == "\n\n" else r"\n", text)
+    border = r"\n[ \t]*\n(?:[ \t]*\n)*" if re.search(r"\n[ \t]*\n", text) else r"\n"
+    ends = [(match.start(), match.end()) for match in re.finditer(border, text)]
+    starts = [0, *(after for _, after in ends)]
     pieces: list[str] = []
-    gathered: list[str] = []
-    length = 0
-    for paragraph in (part for whole in paragraphs for part in _cut_long(whole.strip(), characters)):
-        if gathered and length + len(paragraph) > characters:
-            pieces.append(separator.join(gathered))
-            gathered, length = [], 0
-        if paragraph:
-            gathered.append(paragraph)
-            length += len(paragraph) + len(separator)
-    if gathered:
-        pieces.append(separator.join(gathered))
-    return pieces
+    first = last = 0  # the piece so far
+    for start, stop in zip(starts, [*(before for before, _ in ends), len(text)], strict=True):
+        paragraph = text[start:stop]
+        if not paragraph.strip():
+            continue
+        for begin, end in _cut_long(paragraph, characters):
+            if last and start + end - first > characters:
+                pieces.append(text[first:last].strip("\n"))
+                last = 0
+            if not last:
+                first = start + begin
+            last = start + end
+    return [*pieces, text[first:last].strip("\n")] if last else pieces
 
 
-def _cut_long(paragraph: str, characters: int) -> list[str]:
+def _cut_long(paragraph: str, characters: int) -> list[tuple[int, int]]:
+    """Where the parts of a paragraph, which is not blank, begin and end."""
     parts, start = [], 0
     while len(paragraph) - start > 2 * characters:
         window = paragraph[start : start + characters]
         at = max(window.rfind(end) + 1 for end in (". ", "! ", "? ")) or window.rfind(" ")
         at = characters if at < 1 else at
-        parts.append(window[:at].strip())
-        start += at
-        while paragraph[start : start + 1].isspace():
-            start += 1
-    return [*parts, paragraph[start:]]
+        end, after = start + len(window[:at].rstrip()), start + at
+        if end > start:
+            parts.append((start, end))
+        while paragraph[after : after + 1].isspace():
+            after += 1
+        # A line keeps its indentation.
+        start = paragraph.rfind("\n", end, after) + 1 or after
+    return [*parts, (start, len(paragraph))] if paragraph[start:].strip() else parts
 
 
 def _corpus(name: str, texts: Iterable[tuple[str, str, str | None]], source: str, whole: bool = True) -> Corpus:

@@ -201,7 +201,9 @@ def _pieces(text: str, part: str) -> list[Document]:
     """Pieces of books; those of one book, the one that a piece begins in, are a group."""
     borders = [border.end() for border in re.finditer(_BOOK_BORDER, text)]
     documents, start = [], 0
-    for number, piece in enumerate(split_text(text, DOCUMENT_CHARACTERS)):
+    # The published pieces have one blank line between paragraphs, also between books, and no indentation behind it.
+    even = re.sub(r"\n[ \t]*\n\s*", "\n\n", text)
+    for number, piece in enumerate(split_text(even, DOCUMENT_CHARACTERS)):
         start = text.index(piece.split("\n\n")[0], start)
         documents.append(Document(f"{part}#{number:05d}", piece, f"{part}-book-{bisect_right(borders, start)}"))
     return documents
