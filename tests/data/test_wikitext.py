@@ -66,6 +66,33 @@ def test_a_table_of_lines_is_split_by_page_in_the_order_of_its_rows(tmp_path):
         assert document.text.count("Yet more") == 1
 
 
+def test_pages_go_on_in_the_next_file_of_a_split(tmp_path):
+    words = [f" = Page {n} = \n \n It is page {n} . \n \n = = Part = = \n" + " More . \n" * 30 for n in range(5)]
+    rows = hub_rows("".join(words))
+    (tmp_path / "shards").mkdir()
+    for number in range(4):  # all but the first begin inside a page
+        part = rows[number * 39 : (number + 1) * 39 if number < 3 else None]
+        pd.DataFrame({"text": part}).to_parquet(tmp_path / f"shards/train-{number}.parquet")
+    pd.DataFrame({"text": rows}).to_parquet(tmp_path / "whole.parquet")
+    sharded = load_corpus(str(tmp_path / "shards"), progress=False).documents
+    whole = load_corpus(str(tmp_path / "whole.parquet"), progress=False).documents
+    assert [document.text for document in sharded] == [document.text for document in whole]
+    assert [document.id for document in sharded] == [
+        "train-0#00000000 Page 0",
+        "train-0#00000035 Page 1",
+        "train-1#00000031 Page 2",
+        "train-2#00000027 Page 3",
+        "train-3#00000023 Page 4",
+    ]
+
+
+def test_other_rows_behind_pages_end_the_last_one(tmp_path):
+    pd.DataFrame({"text": hub_rows(" = Page = \n \n Its text . \n")}).to_parquet(tmp_path / "train-0.parquet")
+    pd.DataFrame({"text": ["Two\nlines", "one"]}).to_parquet(tmp_path / "train-1.parquet")
+    found = load_corpus(str(tmp_path), progress=False).documents
+    assert [document.text for document in found] == [" = Page = \n\n Its text . \n", "Two\nlines", "one"]
+
+
 def test_a_text_file_of_wikitext_is_cut_at_its_pages(tmp_path):
     (tmp_path / "wiki.raw.txt").write_text(WIKI, encoding="utf-8")
     documents = load_corpus(str(tmp_path / "wiki.raw.txt")).documents

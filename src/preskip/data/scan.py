@@ -38,10 +38,13 @@ class Scan:
     def __init__(self, text_column: str | None) -> None:
         self.column = text_column
         self.rows = self.empty = 0
+        self.page: tuple[tuple[str, int], str, str] | None = None  # the last one of WikiText: the next file may go on
         self.named: dict[str, tuple[str, str]] = {}  # where each id stands that a row names itself
 
     def texts(self, where: str, prefix: str, entries: Iterable[Entry], *, is_csv: bool = False) -> Iterator[Row]:
         """The rows that have text; the others keep their numbers. Rows that are lines of WikiText become its pages.
+
+        The last of these pages is kept for the next call, which may go on with it, or for `rest`.
 
         Args:
             where: what is read, for messages.
@@ -55,11 +58,14 @@ class Scan:
             return
         column = _text_column(where, [entry.values for entry in first], self.column, is_csv)
         every = chain(first, entries)
-        if is_wikitext(entry.values.get(column) for entry in first):
-            pages = join_pages((entry.number, entry.values.get(column)) for entry in every)
-            for number, title, page in pages:  # in the order of ids they are in that of the rows
-                yield Row(f"{prefix}#{number:08d} {clean_text(title)}", clean_text(page), None)
+        if is_wikitext((entry.values.get(column) for entry in first), continued=self.page is not None):
+            rows = (((prefix, entry.number), entry.values.get(column)) for entry in every)
+            opened, self.page = self.page, None
+            for page in join_pages(rows, opened):
+                yield from self.rest()
+                self.page = page
             return
+        yield from self.rest()
         for entry in every:
             text = entry.values.get(column)
             self.rows += 1
@@ -77,6 +83,13 @@ class Scan:
                 clean_text(text),
                 None if _is_missing(group) else clean_text(str(group)),
             )
+
+    def rest(self) -> Iterator[Row]:
+        """The page of WikiText that is still open, if there is one."""
+        if self.page is not None:
+            (prefix, number), title, text = self.page  # in the order of ids they are in that of the rows
+            self.page = None
+            yield Row(f"{prefix}#{number:08d} {clean_text(title)}", clean_text(text), None)
 
     def _id(self, where: str, prefix: str, entry: Entry) -> str:
         own = entry.values.get("id")

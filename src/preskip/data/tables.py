@@ -14,6 +14,7 @@ import re
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,7 @@ def _gather(
     characters = 0
     whole = True
     with _quiet_libraries(), spinner(f"reading {name}", quiet=quiet):
-        for row in texts:
+        for row in chain(texts, scan.rest()):
             if limit is not None and limit.is_reached(len(rows), characters):
                 whole = False
                 break
