@@ -34,7 +34,7 @@ class Row:
     """
 
     ids: list[int]
-    positions: list[int]
+    positions: array[int]
     paths: dict[int, array[int]]
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Row:
     @property
     def branches(self) -> bool:
         """Whether not every token sees all tokens before it."""
-        return self.positions != list(range(len(self.ids)))
+        return self.positions != array("i", range(len(self.ids)))
 
     @property
     def shared(self) -> bool:
@@ -95,7 +95,7 @@ def _rows(reads: Mapping[int, Sequence[int]], joins: Callable[[int, int, int, in
     for index, read in sorted(reads.items(), key=lambda item: tuple(item[1]), reverse=True):
         common = _common(read, last)
         if not rows or not joins(len(rows[-1]), first, len(read), common):
-            rows.append(Row(ids=[], positions=[], paths={}))
+            rows.append(Row(ids=[], positions=array("i"), paths={}))
             common, first = 0, len(read)
         row = rows[-1]
         path = path[:common] + array("i", range(len(row), len(row) + len(read) - common))
@@ -125,7 +125,7 @@ def tree_inputs(rows: Sequence[Row], length: int, *, dtype: torch.dtype, device:
     seen = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: no empty softmax
     positions = torch.zeros((len(rows), length), dtype=torch.long)
     for line, row in enumerate(rows):
-        positions[line, : len(row)] = torch.tensor(row.positions)
+        positions[line, : len(row)] = torch.tensor(list(row.positions))
         for path in map(torch.tensor, map(list, row.paths.values())):
             seen[line, path[:, None], path] = torch.ones((len(path), len(path)), dtype=torch.bool).tril()
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
