@@ -25,10 +25,14 @@ With `--json` a command prints one JSON document. A mistake is `{"error": ...}`.
 | `preskip compare` | `family` ([Family](#family)), `notes`, `comparisons` ([Comparison](#comparison)) |
 | `preskip audit` | all of [DtypeAudit](#dtypeaudit) |
 | `preskip explain` | `out`, `page`, `figures`, and of [Explain](#explain) the layers and classes |
-| `preskip power` | `power`, `alpha`, `designs`: of each `metric`, `units`, `seeds`, `resolvable` and its deviations |
+| `preskip compare --combine` | `notes`, `combined`: of each pair and metric the estimate over runs and its `parts` |
+| `preskip power` | `power`, `alpha`, `designs`: of each `metric`, `units`, `seeds`, `resolvable` and what it needs |
 | `preskip report` | `report`: the page's path |
 | `preskip bake` | `out`, `base`, `dtype`, `model_type`, `bytes`, `logits_difference` |
-| `preskip doctor` | `preskip`, `executable`, `problems`, `environment`, `devices`, `cache`, `missing` |
+| `preskip bench` | `rows`, `left_out`, `layers`, `limits`, `rounds`, `work` and where it ran |
+| `preskip data` | `directory`, `sets`, `remarks` |
+| `preskip serve` | once it answers `url`, `model`, `models`, `engine`, `checkpoint`, `pid`, `log` |
+| `preskip doctor` | `preskip`, `executable`, `problems`, `environment`, `devices`, `cache`, `missing`, ... |
 
 """
 
