@@ -126,7 +126,7 @@ def test_mistakes_are_one_line_and_write_nothing(call, inputs, tmp_path):
         "exists already": [*tasks, "--out", tmp_path / "there"],
         "no folder can be made in .*short.txt: choose another --out": [*tasks, "--out", short / "scores"],
         "at least 2 items": [*tasks, "--limit", "1"],
-        "between 1 and 512": [*tasks, "--context-length", "1000"],
+        "the model reads at most 512": [*tasks, "--context-length", "1000"],
         "stride must lie": ["--corpus", inputs / "texts.jsonl", "--stride", "600"],
         "unknown corpus": ["--corpus", "nothing"],
         "text short is one document, an interval needs 2": ["--corpus", short],

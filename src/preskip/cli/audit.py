@@ -17,6 +17,7 @@ from preskip.cli.options import (
     SampleSeed,
     TextColumn,
     TrustRemoteCode,
+    chosen_context,
     flag,
 )
 from preskip.errors import PreskipError
@@ -93,10 +94,7 @@ def audit(
             raise PreskipError(f"corpus {name} has {len(texts)} held-out document, an interval needs 2: give more text")
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     own = context_limit(model, trust_remote_code=trust_remote_code)
-    if context_length is None:
-        context_length = min(own or 512, 512)
-    elif own is not None and context_length > own:
-        raise PreskipError(f"--context-length {context_length}: the model reads at most {own}")
+    context_length = chosen_context(context_length, own, 512)
     sets = [prepare_texts(slug(name), texts, tokenizer, context_length=context_length)] if texts else []
     for text in sets:
         for left in text.notes:

@@ -64,7 +64,8 @@ def combine_runs(
             advance(number, label)
     found = combine_comparisons(compared, confidence=confidence)
     if not found:
-        raise PreskipError("no pair of arms is in two of these runs, on sets of one metric and domain")
+        why = "".join(f"; {note}" for note in notes)
+        raise PreskipError(f"no pair of arms is in two of these runs, on sets of one metric and domain{why}")
     if as_json:
         print(json.dumps({"notes": notes, "combined": found}, indent=1, allow_nan=False))
     else:

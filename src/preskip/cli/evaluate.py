@@ -21,6 +21,7 @@ from preskip.cli.options import (
     SampleSeed,
     TextColumn,
     TrustRemoteCode,
+    chosen_context,
     flag,
     options_of,
 )
@@ -117,7 +118,9 @@ def evaluate(
         live, tokenizer = _load(model, adapter, dtype, device, attn_implementation, trust_remote_code)
     check_vocabulary(live, tokenizer)
     check_causal(live)
-    length = _context_length(live, context_length)
+    config: Any = live.config
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = chosen_context(context_length, own, LONGEST_CONTEXT)
     text_suite = TextSuite(
         texts,
         tokenizer,
@@ -227,15 +230,6 @@ def _load(
     tokenizer = load_tokenizer_of(name, adapter, trust)
     base = load_model(name, getattr(torch, dtype), device, attention, trust)
     return (base if adapter is None else load_adapter(base, adapter)), tokenizer
-
-
-def _context_length(model: Any, asked: int | None) -> int:
-    own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if asked is None:
-        return min(own or LONGEST_CONTEXT, LONGEST_CONTEXT)
-    if asked < 1 or (own is not None and asked > own):
-        raise PreskipError(f"--context-length {asked}: must lie between 1 and {own or 'what the model can read'}")
-    return asked
 
 
 def _seeds(text: str) -> tuple[int, int, int, int]:

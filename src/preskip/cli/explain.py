@@ -23,6 +23,7 @@ from preskip.cli.options import (
     Json,
     TextColumn,
     TrustRemoteCode,
+    chosen_context,
     flag,
 )
 from preskip.cli.runs import written_or_said
@@ -111,8 +112,9 @@ def explain(
         )
     with spinner(f"loading {model or found.base or found.name}", quiet=as_json):
         live, tokenizer = _load(found, model, resolved, device, trust_remote_code)
+    own = getattr(base_model(live).config.get_text_config(), "max_position_embeddings", None)
     extent = Extent(
-        context_length=_context_length(live, context_length),
+        context_length=chosen_context(context_length, own, 512),
         batch_tokens=batch_tokens,
         ablation_documents=ablation_documents,
         ablation_words=ablation_words,
@@ -204,17 +206,6 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
     check_vocabulary(live, tokenizer)
     check_causal(live)
     return live, tokenizer
-
-
-def _context_length(model: Any, asked: int | None) -> int:
-    from preskip.adapter import base_model
-
-    own = getattr(base_model(model).config.get_text_config(), "max_position_embeddings", None)
-    if asked is None:
-        return min(own or 512, 512)
-    if own is not None and asked > own:
-        raise PreskipError(f"--context-length {asked}: the model reads at most {own}")
-    return asked
 
 
 def _announcement(source: Source, dtype: str, reason: str, device: str) -> list[str]:

@@ -46,6 +46,26 @@ def flag(help: str = "", group: str = "", *, name: str | None = None, hint: type
     )
 
 
+def chosen_context(asked: int | None, own: int | None, most: int) -> int:
+    """Tokens read at once: as asked, else what the model reads, at most so many.
+
+    Args:
+        asked: `--context-length`, or None.
+        own: the model's positions; None where it has no limit.
+        most: unless more are asked for.
+
+    Raises:
+        PreskipError: fewer than 1, or more than the model reads.
+    """
+    if asked is None:
+        return min(own or most, most)
+    if asked < 1:
+        raise PreskipError(f"--context-length {asked}: must be 1 or more")
+    if own is not None and asked > own:
+        raise PreskipError(f"--context-length {asked}: the model reads at most {own}")
+    return asked
+
+
 def of_experiment(name: str, group: str, help: str | None = None) -> Parameter:
     """The flag of every experiment's field `name`, for a command that is none."""
     what = about(ExperimentConfig)[name]

@@ -88,7 +88,7 @@ def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, 
     )
     facts = {"metric": assumed.key, "family": given["family"], "basis": "assumed"}
     level = checked_level(wanted, alpha, given["family"])
-    row = _row(facts, design, difference, wanted, (level, level))
+    row = _row(facts, design, difference, wanted, (level, level), level)
     if "looks" in given:
         row["looks"] = _looks(given["looks"], design, given["family"], difference, alpha)
     return row
@@ -164,11 +164,11 @@ def _row(
     difference: float | None,
     wanted: float,
     levels: tuple[float, float],
-    last: float | None = None,
+    last: float,
 ) -> dict[str, Any]:
     """A design's figures at its levels of difference and equivalence (`preskip.stats.families.levels_of`).
 
-    Seeds that are needed are those at the level of the `last` look, where there are looks.
+    Seeds that are needed are those at the level `last`: of the last look, where there are looks.
     """
     from dataclasses import asdict
 
@@ -187,9 +187,8 @@ def _row(
     row["decides_none"] = design.decides(0.0, margin, *levels)
     row["decides"] = None if difference is None else design.decides(difference, margin, *levels)
     if difference is not None and design.standard_error > 0:
-        found = needed(design, difference, **options)
-        seeds = found.seeds if last is None else needed(design, difference, power=wanted, alpha=last).seeds
-        row |= {"needed_units": found.units, "needed_seeds": seeds}
+        row["needed_units"] = needed(design, difference, **options).units
+        row["needed_seeds"] = needed(design, difference, power=wanted, alpha=last).seeds
     return row
 
 

@@ -163,11 +163,14 @@ def evenly(groups: Sequence[Hashable]) -> list[int]:
 
 def clusters(documents: Sequence[Document]) -> list[int]:
     """The cluster of each document, numbered in their order: its group, or itself where all are of one group."""
-    names = [document.group for document in documents]
-    if len(set(names)) == 1:
-        return list(range(len(documents)))
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return [numbers[name] for name in names]
+    numbers = numbered([document.group for document in documents])
+    return numbers if any(numbers) else list(range(len(documents)))
+
+
+def numbered(groups: Sequence[Hashable]) -> list[int]:
+    """The number of each group, in the order in which they first occur."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return [numbers[group] for group in groups]
 
 
 def split_documents(corpus: Corpus, heldout_fraction: float = 0.1, seed: int = 0) -> Split:

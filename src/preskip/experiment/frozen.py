@@ -75,9 +75,8 @@ class Frozen(Prepared):
         corpora = load_corpora(config, directory, quiet, reserved=(LAST_WORD, *config.tasks))
         splits = corpora[0].splits
         model_name = locate(config.model, directory)
-        recorded: Any = run.manifest.get(
-            "model", {}
-        )  # of the first attempt: a name on the Hub may mean another one now
+        # Of the first attempt: a name on the Hub may mean another model now.
+        recorded: Any = run.manifest.get("model", {})
         source = resolve_model(model_name, recorded.get("revision"))
         with spinner(f"loading {config.model}", quiet=quiet):
             tokenizer = load_tokenizer(model_name, trust_remote_code=config.trust_remote_code, revision=source.revision)

@@ -124,9 +124,10 @@ def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
     for name, described in run.manifest.get("sets", {}).items():
         same = facts["sets"].get(name)
         if described.get("lm_eval") != (same and same.get("lm_eval")):
+            then: Mapping[str, Any] = run.manifest.get("environment", {})
             raise PreskipError(
-                f"lm-eval builds different prompts for {name} than when this run began: reinstall the version of then, "
-                "or start a new run"
+                f"lm-eval builds different prompts for {name} than when this run began: reinstall lm-eval "
+                f"{then.get('lm_eval', 'of then')}, or start a new run"
             )
         if described["sha256"] != (same and same["sha256"]):
             raise PreskipError(

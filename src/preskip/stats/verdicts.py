@@ -27,8 +27,8 @@ def verdict_of(comparison: Comparison, alpha: float = ALPHA, described: SetFacts
     """Too few units where fewer than 6 are independent; else better or worse, by the difference's sign, when p ≤ alpha;
     else equivalent when the equivalence p ≤ alpha; else undecided.
 
-    The interval is for reading: at level 1 - alpha it excludes 0 exactly when the raw p is below alpha, but it may be
-    shown at another level.
+    The interval may be shown at another level than 1 - alpha, so p alone judges. Of means both say the same; of
+    accuracies with one seed p is McNemar's exact one, and limits may touch 0 where it is below alpha.
 
     Args:
         comparison: an entry of results.json's `comparisons`; p is `p_holm` where the comparison was declared before
@@ -42,11 +42,8 @@ def verdict_of(comparison: Comparison, alpha: float = ALPHA, described: SetFacts
     if p_value is None:
         p_value = comparison["p_value"]
     if p_value <= alpha:
-        return (
-            "better"
-            if (comparison["difference"] < 0) == metric_named(comparison["metric"], described).lower_is_better
-            else "worse"
-        )
+        is_less = comparison["difference"] < 0
+        return "better" if is_less == metric_named(comparison["metric"], described).lower_is_better else "worse"
     p_equivalence = comparison.get("p_equivalence_holm", comparison.get("p_equivalence"))
     if p_equivalence is not None and p_equivalence <= alpha:
         return "equivalent"

@@ -25,7 +25,7 @@ from preskip.analysis.explain.sums import Sums, interval
 from preskip.analysis.explain.tokens import TokenWriter
 from preskip.analysis.explain.unembed import promoted_tokens
 from preskip.data.blocks import scored_size, start_token, text_ids
-from preskip.data.corpus import Document
+from preskip.data.corpus import Document, numbered
 from preskip.data.words import beginning
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import default_batch_tokens, document_windows
@@ -279,7 +279,7 @@ def _attention(
     sequences = [[*lead, *text_ids(text.text, tokenizer)][: extent.context_length] for text in texts]
     with bar("attention patterns", len(sequences)) as advance:
         sums = attention_changes(model, branches, sequences, advance)
-    of = _clusters(texts)
+    of = numbered([text.group for text in texts])
     together = np.zeros((len(sums), max(of) + 1, 3))  # [layers, clusters, 3]
     for place, cluster in enumerate(of):
         together[:, cluster] += sums[:, place]
@@ -287,12 +287,6 @@ def _attention(
         {"entropy_change": interval(row[:, 0], row[:, 2]), "sink_change": interval(row[:, 1], row[:, 2])}
         for row in together
     ]
-
-
-def _clusters(texts: list[Text]) -> list[int]:
-    """The number of each text's cluster."""
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(text.group for text in texts))}
-    return [numbers[text.group] for text in texts]
 
 
 def _ablation(
@@ -304,7 +298,7 @@ def _ablation(
     documents = [Document(text.id, beginning(text.text, extent.ablation_words), text.group) for text in texts]
     length = extent.context_length
     windows, texts_of = document_windows(documents, tokenizer, context_length=length, stride=length)
-    of = _clusters(texts)
+    of = numbered([text.group for text in texts])
     owners = [of[owner] for owner in texts_of]
     sizes = np.bincount(of, [scored_size(document, tokenizer).bytes for document in documents]).tolist()
     parts = (*PARTS, BOTH)
