@@ -72,7 +72,7 @@ $(OLDEST): $(INSTALLED)
 	@touch $@
 
 oldest: $(OLDEST)
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(SPREAD) -m "not slow" tests/test_branch.py tests/test_attach.py tests/adapter tests/architecture tests/train
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(SPREAD) -m "not slow" tests/test_branch.py tests/test_sites.py tests/test_attach.py tests/adapter tests/architecture tests/train
 
 # vLLM brings its own torch. Its builds of torchvision and torchaudio need CUDA, and text needs neither.
 $(SERVE): pyproject.toml

@@ -21,7 +21,7 @@ import zoo
 from equations import enriched
 from preskip import PreskipConfig
 from preskip.adapter import PreskipLayer
-from preskip.attach import AttentionSite, find_sites
+from preskip.sites import AttentionSite, find_sites
 
 Joined = Callable[[torch.Tensor], torch.Tensor]
 

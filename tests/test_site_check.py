@@ -12,8 +12,8 @@ from torch import nn
 
 import zoo
 from preskip import PreskipConfig, PreskipError
-from preskip.attach import find_sites
 from preskip.site_check import TESTED, check_role
+from preskip.sites import find_sites
 
 TINY = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,

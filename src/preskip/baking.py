@@ -22,13 +22,14 @@ from preskip.adapter import base_model
 from preskip.architecture.config import branch_settings, with_branch
 from preskip.architecture.models import Architecture, architecture
 from preskip.architecture.stub import auto_map
-from preskip.attach import CHILD, find_sites
+from preskip.attach import CHILD
 from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
 from preskip.model_types import TYPES
 from preskip.quantizing import QUANTIZED
 from preskip.quantizing import quantize as quantize_weight
 from preskip.runs.files import clear_disk_errors
+from preskip.sites import find_sites
 from preskip.version import __version__
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from preskip.attach import ELSEWHERE, find_sites, hidden_states_of
+from preskip.attach import ELSEWHERE, hidden_states_of
 from preskip.errors import PreskipError
+from preskip.sites import find_sites
 
 # The classes of attention on which the method's equation is tested (tests/adapter/test_families.py).
 TESTED = {

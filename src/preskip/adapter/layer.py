@@ -9,9 +9,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from preskip import branch as arithmetic
-from preskip.attach import tensors_of
 from preskip.branch import PARTS, BranchSettings, PreskipBranch
 from preskip.rows import by_row
+from preskip.sites import tensors_of
 
 CANNOT_MERGE = (
     "a Preskip branch depends non-linearly on its input and cannot be merged into the base weights: keep the adapter, "

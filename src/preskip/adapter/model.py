@@ -17,24 +17,21 @@ from preskip.adapter.checkpoint import check_tensors
 from preskip.adapter.config import PreskipConfig
 from preskip.adapter.layer import CANNOT_MERGE, PreskipLayer
 from preskip.adapter.names import check_adapter_name
-from preskip.attach import (
-    ATTENTION_NAMES,
-    CHILD,
-    INPUT_PROJECTIONS,
-    Sites,
-    attach,
-    choose_layers,
-    coverage,
-    detach,
-    find_sites,
-    input_width,
-    site_of,
-    tap_of,
-    text_decoder,
-)
+from preskip.attach import CHILD, attach, detach, tap_of
 from preskip.errors import PreskipError
 from preskip.rows import check_names
 from preskip.site_check import check_role
+from preskip.sites import (
+    ATTENTION_NAMES,
+    INPUT_PROJECTIONS,
+    Sites,
+    choose_layers,
+    coverage,
+    find_sites,
+    input_width,
+    site_of,
+    text_decoder,
+)
 
 
 class PreskipModel(BaseTuner):

@@ -22,13 +22,14 @@ from torch import nn
 
 from preskip.adapter import base_model
 from preskip.analysis.branches import PARTS, LiveBranch, live_branches
-from preskip.attach import AttentionSite, hidden_states_of, with_hidden_states
+from preskip.attach import hidden_states_of, with_hidden_states
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import batches, default_batch_tokens, score_sequences
 from preskip.forwards import forward_replaced
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import AblationRow
+from preskip.sites import AttentionSite
 from preskip.stats import paired_ratio_difference
 
 # The two parts of a layer that has two, off together.

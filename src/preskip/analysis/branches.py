@@ -9,8 +9,9 @@ from torch import nn
 
 from preskip.adapter import base_model
 from preskip.adapter.layer import PreskipLayer
-from preskip.attach import CHILD, POST_ATTENTION_NORMS, AttentionSite, site_of, tap_of
+from preskip.attach import CHILD, POST_ATTENTION_NORMS, tap_of
 from preskip.branch import BranchSettings, PreskipBranch
+from preskip.sites import AttentionSite, site_of
 
 PARTS = ("skip", "enrichment")
 

@@ -31,13 +31,14 @@ from transformers.models.auto.modeling_auto import (
 
 from preskip.architecture.config import adapter_settings, branch_settings, config_class
 from preskip.architecture.several import PicksByName, SeveralBranches
-from preskip.attach import CHILD, attach, find_sites, input_width, tap_of
+from preskip.attach import CHILD, attach, tap_of
 from preskip.branch import BranchSettings, PreskipBranch, initialise
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX, TYPES
 from preskip.peers.insert import attach_peers
 from preskip.peers.place import PeerModule
 from preskip.quantizing import quantize_layers
+from preskip.sites import find_sites, input_width
 
 # The class with branches of each base class: the inner model of a ForCausalLM is made as the base's.
 _WITH_BRANCH: dict[type, type] = {}

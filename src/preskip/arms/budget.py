@@ -44,7 +44,7 @@ def attention_layers(model: nn.Module, layers: tuple[int | str, ...] | None) -> 
     Raises:
         PreskipError: the model has no known attention.
     """
-    from preskip.attach import find_sites
+    from preskip.sites import find_sites
 
     if layers == (ATTENTION_LAYERS,):
         return tuple(find_sites(model).layers)
@@ -66,9 +66,9 @@ def attention_paths(
         exclude_modules: regular expression of whole paths to leave out.
 
     Raises:
-        PreskipError: the model cannot have these layers (`preskip.attach.check_layers`), or nothing is left.
+        PreskipError: the model cannot have these layers (`preskip.sites.check_layers`), or nothing is left.
     """
-    from preskip.attach import check_layers, find_sites
+    from preskip.sites import check_layers, find_sites
 
     if target_modules is not None:
         paths = [path for path, _ in model.named_modules() if re.fullmatch(target_modules, path)]
@@ -94,7 +94,7 @@ def branch_parameters(model: nn.Module, settings: BranchSettings, targets: Seque
 
 def target_width(model: nn.Module, path: str) -> int:
     """Width d of what the attention at `path` reads."""
-    from preskip.attach import input_width, text_decoder
+    from preskip.sites import input_width, text_decoder
 
     hidden_size = getattr(getattr(text_decoder(model), "config", None), "hidden_size", None)
     return input_width(model.get_submodule(path), hidden_size)

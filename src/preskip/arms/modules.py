@@ -63,7 +63,7 @@ def ia3_modules(context: ArmContext) -> tuple[list[str], list[str]]:
         TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as TARGETS,
     )
 
-    from preskip.attach import text_decoder
+    from preskip.sites import text_decoder
 
     kind = str(text_decoder(context.base).config.model_type)  # type: ignore[union-attr]
     if kind not in TARGETS:
@@ -77,7 +77,7 @@ def ia3_modules(context: ArmContext) -> tuple[list[str], list[str]]:
 
 def _decoder_modules(context: ArmContext) -> list[tuple[str, nn.Module]]:
     """Modules of the text decoder by path, only those of the adapted layers where the user chose some."""
-    from preskip.attach import text_decoder
+    from preskip.sites import text_decoder
 
     decoder = text_decoder(context.base)
     prefix = next((path for path, module in context.base.named_modules() if module is decoder), "")

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.attach import hidden_states_of, input_width, with_hidden_states
+from preskip.attach import hidden_states_of, with_hidden_states
 from preskip.errors import PreskipError
 from preskip.peers.place import PeerModule, Place
 from preskip.peers.tokens import REACH, Tokens
+from preskip.sites import input_width
 
 # Where transformers' blocks have them: apart, or in one matrix.
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",))

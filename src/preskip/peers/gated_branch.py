@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.attach import hidden_states_of, input_width, with_hidden_states
+from preskip.attach import hidden_states_of, with_hidden_states
 from preskip.branch import PreskipBranch, feature, skip
 from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
 from preskip.peers.place import PeerModule, Place
+from preskip.sites import input_width
 
 START = -2.0
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.attach import find_sites, site_of, text_decoder
 from preskip.errors import PreskipError
 from preskip.peers.names import PEERS
 from preskip.peers.place import PeerModule, Place
 from preskip.peers.tokens import Tokens
 from preskip.runs.files import read_json, write_json
+from preskip.sites import find_sites, site_of, text_decoder
 
 # The child of a block that holds what peers add to it.
 CHILD = "peers"

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.attach import CHILD, attach, detach, find_sites, tap_of
+from preskip.attach import CHILD, attach, detach, tap_of
 from preskip.errors import PreskipError
 from preskip.serve.by_token import ByToken
+from preskip.sites import find_sites
 
 
 def put_back(

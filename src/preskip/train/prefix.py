@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.attach import find_sites, text_decoder
 from preskip.errors import PreskipError
 from preskip.forwards import forward_replaced
+from preskip.sites import find_sites, text_decoder
 from preskip.train.kept_states import KeptStates
 
 # Arguments of a decoder that do not change what its layers give.
