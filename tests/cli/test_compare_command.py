@@ -238,3 +238,18 @@ def test_combined_runs_keep_their_notes_and_pairs_that_two_of_them_hold(tmp_path
         "c: content has no finished cell; pairs with it are left out",
     ]
     assert {tuple(part["run"] for part in entry["parts"]) for entry in found["combined"]} == {("a", "b")}
+
+
+def test_runs_of_different_margins_are_judged_by_the_narrowest(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, arms(index), family={"margins": {"bits_per_byte": margin}})
+        for index, (name, margin) in enumerate((("wide", 0.5), ("narrow", 0.25)))
+    ]
+    options = ("--combine", "--arms", "preskip", "--reference", "lora")
+    for order in (runs, runs[::-1]):
+        found = json.loads(invoke(*order, *options, "--json"))["combined"]
+        margins = {entry["metric"]: entry["margin"] for entry in found}
+        assert margins == {"bits_per_byte": 0.25, "acc": None, "nll": None}
+    assert "equivalent within ±0.25, the narrowest margin: p " in invoke_app("compare", *runs, *options)
+    same = write_run(tmp_path / "same", arms(5), family={"margins": {"bits_per_byte": 0.5}})
+    assert "narrowest" not in invoke_app("compare", runs[0], same, *options)

@@ -12,12 +12,13 @@ import pytest
 from fixture_run import rich_run
 from preskip.report.comparison_tables import comparison_groups, declared_table, power_table, scoreboard
 from preskip.report.diagrams import Diagram, diagram
-from preskip.report.lookup import flipped, reference_arm, rivals
+from preskip.report.lookup import reference_arm, rivals
 from preskip.report.tables import search_table
 from preskip.report.words.answer import answer
 from preskip.report.words.claims import assess, parts_text
 from preskip.report.words.frontier import assess_plane
 from preskip.report.words.verdicts import p_text
+from preskip.stats.verdicts import flipped
 
 ROOT = Path(__file__).parents[2]
 SETS = {

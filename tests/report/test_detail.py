@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from preskip.metrics import metric_named
-from preskip.report.lookup import flipped
 from preskip.report.plots.forest import forest, forest_records
 from preskip.report.words.detail import detail_texts, gain_share
+from preskip.stats.verdicts import flipped
 
 SETS: dict[str, Any] = {"home": {"domain": "in", "kind": "document"}, "far": {"domain": "out", "kind": "document"}}
 

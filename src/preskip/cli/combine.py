@@ -30,37 +30,26 @@ def combine_runs(
         PreskipError: fewer than two runs, what cannot be compared within one, or no pair that two runs hold.
     """
     from preskip.progress import progress_bar
-    from preskip.report.lookup import flipped
     from preskip.runs.stored import load_runs, run_labels
     from preskip.stats import compare_arms
     from preskip.stats.combined import combine_comparisons
 
     if len(runs) < 2:
         raise PreskipError("--combine needs two runs or more")
-    labels = run_labels(runs)
+    wanted = parse_names(arms) if arms else ()
     compared = {}
     notes: list[str] = []
-    # A run stores a pair in the direction that it declared; here all have that of the first run.
-    directions: dict[frozenset[str], tuple[str, str]] = {}
     with progress_bar("comparing", len(runs), quiet=as_json) as advance:
-        for number, (label, path) in enumerate(zip(labels, runs, strict=True), 1):
+        for number, (label, path) in enumerate(zip(run_labels(runs), runs, strict=True), 1):
             stored = load_runs([path], allow_different_dtype=allow_different_dtype)
             notes += [f"{label}: {line.removeprefix(f'{label}: ')}" for line in stored.notes]
-            wanted = list(parse_names(arms)) if arms else list(stored.items)
-            there = [arm for arm in wanted if arm in stored.items]
             if absent := [arm for arm in dict.fromkeys([*wanted, reference]) if arm and arm not in stored.items]:
                 notes.append(f"{label}: {', '.join(absent)} has no finished cell; pairs with it are left out")
-            if len({*there, reference} & {*stored.items}) < 2 or reference in absent:
-                advance(number, label)
-                continue
-            pairs = stored.pairs(there, reference)
-            entries = compare_arms(stored.items, stored.family, stored.sets, pairs=pairs, confidence=confidence)
-            alike = []
-            for comparison in entries:
-                pair = (comparison["arm"], comparison["reference"])
-                is_first = directions.setdefault(frozenset(pair), pair) == pair
-                alike.append(comparison if is_first else flipped(comparison))
-            compared[label] = (alike, stored.sets)
+            chosen = [arm for arm in wanted or stored.items if arm in stored.items]
+            if reference not in absent and len({*chosen, reference} - {None}) > 1:
+                pairs = stored.pairs(chosen, reference)
+                entries = compare_arms(stored.items, stored.family, stored.sets, pairs=pairs, confidence=confidence)
+                compared[label] = (entries, stored.sets)
             advance(number, label)
     found = combine_comparisons(compared, confidence=confidence)
     if not found:
@@ -94,9 +83,9 @@ def _print(entry: Mapping[str, Any], more: Sequence[str]) -> None:
     table.add_row(f"combined, {entry['experiments']}", difference_cell(mean), p_text(entry["p_value"]))
     notes = [_COMBINED]
     if entry["margin"] is not None:
-        notes.insert(
-            0, f"equivalent within ±{amount(entry['metric'], entry['margin'])}: p {p_text(entry['p_equivalence'])}"
-        )
+        within = amount(entry["metric"], entry["margin"])
+        which = "" if len({part["comparison"]["margin"] for part in entry["parts"]}) == 1 else ", the narrowest margin"
+        notes.insert(0, f"equivalent within ±{within}{which}: p {p_text(entry['p_equivalence'])}")
     if entry["predicted_low"] is not None:
         notes.append(_ONE_MORE)
         one = {**mean, "low": entry["predicted_low"], "high": entry["predicted_high"]}

@@ -7,40 +7,13 @@ from typing import Any, cast
 
 from preskip.metrics import Metric, metric_named
 from preskip.runs.schema import ArmResults, Comparison, PowerEntry, Results, Search, Trial
+from preskip.stats.verdicts import flipped
 
 # Names of the sets that are scored by the paper's own protocol begin so.
 PAPER = "paper:"
 DOMAINS = {"in": "in-domain", "out": "out-of-domain"}
-OPPOSITE = {"better": "worse", "worse": "better"}
 # Two-sided 5 % and 80 % power: (1.960 + 0.842) / 1.960, from an interval's half width to a resolvable difference.
 RESOLVABLE_HALF_WIDTHS = 1.43
-
-
-def flipped(entry: Comparison) -> Comparison:
-    """The same comparison seen from the other arm: signs, limits, gains and the verdict turned round."""
-    detail = entry.get("detail")
-    turned = {
-        **entry,
-        "arm": entry["reference"],
-        "reference": entry["arm"],
-        "difference": -entry["difference"],
-        "low": -entry["high"],
-        "high": -entry["low"],
-        "gained": entry.get("lost"),
-        "lost": entry.get("gained"),
-        "verdict": OPPOSITE.get(entry["verdict"], entry["verdict"]),
-    }
-    if detail is not None:
-        predicted = detail["new_seed"]
-        turned["detail"] = {
-            **detail,
-            "by_seed": [-value for value in detail["by_seed"]],
-            "new_seed": None if predicted is None else [-predicted[1], -predicted[0]],
-            "probability_higher": 1 - detail["probability_higher"],
-        }
-    if (looked := entry.get("looked")) is not None:
-        turned["looked"] = {**looked, "low": -looked["high"], "high": -looked["low"]}
-    return cast(Comparison, turned)
 
 
 def find(results: Results, arm: str, reference: str, set_name: str, metric: str = "") -> Comparison | None:

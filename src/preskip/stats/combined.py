@@ -14,6 +14,7 @@ from preskip.errors import PreskipError
 from preskip.runs.schema import Comparison, SetFacts
 from preskip.stats.intervals import CONFIDENCE
 from preskip.stats.power import measured_design
+from preskip.stats.verdicts import flipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,33 +117,38 @@ def combine_comparisons(
     they were fully dependent.
 
     Args:
-        runs: comparisons, each pair in one direction throughout, and the description of the sets, by name of the run.
+        runs: comparisons and the description of the sets, by name of the run. A pair that runs hold in opposite
+            directions has that of the first.
         confidence: level, default 0.95.
 
     Returns:
         Those that two runs or more hold, `role` being "in", "out", or the name of a set that no run describes; a run
-        whose difference has no spread is left out.
+        whose difference has no spread is left out. `margin` is the narrowest of the runs', None where one has none.
     """
     groups: dict[tuple[str, str, str, str], dict[str, list[Comparison]]] = {}
+    directions: dict[frozenset[str], tuple[str, str]] = {}
     for run, (comparisons, sets) in runs.items():
         for entry in comparisons:
+            pair = (entry["arm"], entry["reference"])
+            first = directions.setdefault(frozenset(pair), pair)
             role = sets[entry["set"]]["domain"] if entry["set"] in sets else entry["set"]
-            key = (entry["arm"], entry["reference"], entry["metric"], role)
-            groups.setdefault(key, {}).setdefault(run, []).append(entry)
+            group = groups.setdefault((*first, entry["metric"], role), {})
+            group.setdefault(run, []).append(entry if pair == first else flipped(entry))
     found: list[dict[str, Any]] = []
     for (arm, reference, metric, role), by_run in groups.items():
         values, errors = [], []
-        experiments: list[dict[str, Any]] = []
+        parts: list[dict[str, Any]] = []
         for run, entries in by_run.items():
             own = [measured_design(entry).standard_error for entry in entries]
             if min(own) > 0:
                 values.append(sum(entry["difference"] for entry in entries) / len(entries))
                 errors.append(sum(own) / len(own))
-                experiments += [{"run": run, "comparison": entry} for entry in entries]
+                parts += [{"run": run, "comparison": entry} for entry in entries]
         if len(values) < 2:
             continue
         mean = combine(values, errors, confidence=confidence)
-        margin = experiments[0]["comparison"]["margin"]
+        margins = [part["comparison"]["margin"] for part in parts]
+        margin = None if None in margins else min(margins)
         found.append(
             {
                 "arm": arm,
@@ -152,7 +158,7 @@ def combine_comparisons(
                 **asdict(mean),
                 "margin": margin,
                 "p_equivalence": None if margin is None else mean.p_equivalence(margin),
-                "parts": experiments,
+                "parts": parts,
             }
         )
     return found

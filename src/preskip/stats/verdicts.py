@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 from preskip.metrics import metric_named
 from preskip.runs.schema import Comparison, PairedDifference, SetFacts, Verdict
@@ -10,6 +11,7 @@ from preskip.runs.schema import Comparison, PairedDifference, SetFacts, Verdict
 ALPHA = 0.05
 # Of fewer independent units no sign or randomisation test can reach 5 %: 2 / 2^5 is 0.0625.
 FEWEST_UNITS = 6
+OPPOSITE: Mapping[Verdict, Verdict] = {"better": "worse", "worse": "better"}
 
 
 def margin_of(margins: Mapping[str, float], set_name: str, metric: str) -> float | None:
@@ -48,3 +50,30 @@ def verdict_of(comparison: Comparison, alpha: float = ALPHA, described: SetFacts
     if p_equivalence is not None and p_equivalence <= alpha:
         return "equivalent"
     return "undecided"
+
+
+def flipped(entry: Comparison) -> Comparison:
+    """The same comparison seen from the other arm: signs, limits, gains and the verdict turned round."""
+    detail = entry.get("detail")
+    turned = {
+        **entry,
+        "arm": entry["reference"],
+        "reference": entry["arm"],
+        "difference": -entry["difference"],
+        "low": -entry["high"],
+        "high": -entry["low"],
+        "gained": entry.get("lost"),
+        "lost": entry.get("gained"),
+        "verdict": OPPOSITE.get(entry["verdict"], entry["verdict"]),
+    }
+    if detail is not None:
+        predicted = detail["new_seed"]
+        turned["detail"] = {
+            **detail,
+            "by_seed": [-value for value in detail["by_seed"]],
+            "new_seed": None if predicted is None else [-predicted[1], -predicted[0]],
+            "probability_higher": 1 - detail["probability_higher"],
+        }
+    if (looked := entry.get("looked")) is not None:
+        turned["looked"] = {**looked, "low": -looked["high"], "high": -looked["low"]}
+    return cast(Comparison, turned)

@@ -15,11 +15,12 @@ from preskip.metrics import metric_named
 from preskip.model_card import LICENCE, bullets, card_text, code_block, escape, table
 from preskip.model_types import PREFIX
 from preskip.report.cards.depth import depth_layers, depth_picture, depth_words
-from preskip.report.lookup import flipped, is_pretraining, trained_arms
+from preskip.report.lookup import is_pretraining, trained_arms
 from preskip.report.words.facts import family_text, limits
 from preskip.report.words.verdicts import set_title
 from preskip.runs.files import clear_disk_errors, write_bytes
 from preskip.runs.schema import ArmResults, Manifest, Metrics, ModelFacts, Results, SetFacts
+from preskip.stats.verdicts import flipped
 
 FIGURE = "depth.png"
 Kind = Literal["adapter", "baked", "scratch"]
