@@ -1,9 +1,10 @@
-"""A run's stored figures as the Markdown tables of docs/results.md and docs/standard-runs.md.
+"""A run's stored figures as the Markdown tables of docs/confirmatory.md and docs/standard-runs.md.
 
     python benchmarks/results_tables.py results/standard-wikitext2
 
 The arms, the comparisons declared before training with their corrected p-values, the exploratory ones apart from them
-with raw p-values and marked verdicts, the rates that were searched, and the trends over depth, from results.json alone.
+with raw p-values and marked verdicts, the rates that were searched, the gains at equal harm where a limit on harm was
+declared, and the trends over depth, from results.json and the options in run.json alone.
 tests/report/test_results_page.py holds the pages to these tables.
 """
 
@@ -27,6 +28,7 @@ from preskip.report.lookup import (
     rate_text,
     trained_arms,
 )
+from preskip.report.tables import equal_harm_table
 from preskip.report.words.claims import MEASURES
 from preskip.report.words.verdicts import MINUS, decimals, difference_text, limits_text, nulls_text, number, p_text
 from preskip.runs.schema import Results
@@ -35,8 +37,8 @@ from preskip.runs.schema import Results
 EXPLORATORY = "†"
 
 
-def tables(results: Results) -> Iterator[tuple[str, str]]:
-    """Heading and Markdown of every table that the results have."""
+def tables(results: Results, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Heading and Markdown of every table that the results have; the options are those of run.json."""
     yield "Arms", arms(results)
     yield "Declared", declared(results)
     for reference in (plain_arm(results), declared_arm(results)):
@@ -45,6 +47,8 @@ def tables(results: Results) -> Iterator[tuple[str, str]]:
     if results.get("search"):
         each = any("by_seed" in search for search in results["search"].values())
         yield "Searched rates", (searched_by_seed if each else searched)(results)
+    if options.get("lr_rule") == "frontier":
+        yield "At equal harm", equal_harm(results, options["lr_harm"])
     if results.get("trend"):
         yield "Trends over depth", depth(results)
 
@@ -128,6 +132,22 @@ def searched_by_seed(results: Results) -> str:
     return _markdown(("arm", "lr by seed", "in-domain", *abroad), rows)
 
 
+def equal_harm(results: Results, harm: float) -> str:
+    """Every arm's in-domain change at one harm out of domain, by seed, and over seeds against the rival."""
+    shown = equal_harm_table(results, harm)
+    rival = shown.columns[2].title.removeprefix("minus ")
+    rows = []
+    for arm, changes, value, limits, p in ([cell.text for cell in row] for row in shown.rows):
+        rows.append(
+            (
+                f"`{arm}`",
+                changes,
+                "" if arm == rival else f"{value} {limits}, raw p {p if p.startswith('<') else f'= {p}'}",
+            )
+        )
+    return _markdown(("arm", "in-domain by seed", f"against `{rival}`"), rows)
+
+
 def depth(results: Results) -> str:
     """Spearman's correlation of the skip's size with the layer, against what chance and the nulls give."""
     rows = [
@@ -190,7 +210,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     options = parser.parse_args()
-    for heading, table in tables(load_json(options.run / "results.json")):
+    results, manifest = (load_json(options.run / f"{name}.json") for name in ("results", "run"))
+    for heading, table in tables(results, manifest["config"]):
         print(f"{heading}:\n\n{table}\n")
 
 

@@ -152,6 +152,36 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     assert "</script><!-- − none" in [row["pair"] for row in drawn]
 
 
+def test_arms_are_compared_at_equal_harm_where_one_was_declared(tmp_path: Path) -> None:
+    """Worked out by hand: half-way between the rates that lose 0.0 and 0.02."""
+    run = rich_run(tmp_path / "run")
+    assert "At equal harm" not in read(build_report(run)).visible
+    reached = {"preskip": {1: -0.20, 2: -0.24}, "lora": {1: -0.21, 2: -0.26}}
+
+    def point(change: float, harm: float, seed: int) -> dict[str, Any]:
+        limits = {"value": harm, "low": harm - 0.01, "high": harm + 0.01}
+        rate = {"rung": 1, "steps": 24, "learning_rate": 1e-3 + harm, "seed": seed, "for_seed": seed}
+        inside = {"value": change, "low": change - 0.01, "high": change + 0.01}
+        return {**rate, "dev": {"in": inside, "out": {"books": limits}}, "kept": False, "diverged": False}
+
+    def searched(results: Any) -> None:
+        for arm, by_seed in reached.items():
+            trace = [
+                point(change + shift, harm, seed)
+                for seed, change in by_seed.items()
+                for shift, harm in ((0.05, 0.0), (-0.05, 0.02))
+            ]
+            results["search"][arm] |= {"trace": trace, "by_seed": {"1": 1e-3, "2": 1e-3}, "chosen": 1e-3}
+
+    change(run / "results.json", searched)
+    change(run / "run.json", lambda record: record["config"].update(lr_rule="frontier", lr_harm=0.01))
+    text = read(build_report(run)).visible
+    assert "the rate that loses 0.01 bits per byte on the worst out-of-domain development text" in text
+    # Differences of +0.01 and +0.02: 0.015 and 12.7 standard errors of 0.005 on either side; t = 3 of one degree.
+    assert "preskip −0.200, −0.240 +0.015 [−0.049, +0.079] 0.2" in text
+    assert "lora −0.210, −0.260 – – –" in text
+
+
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     run = minimal_run(tmp_path / "run")
     change(run / "run.json", lambda record: record.update(status="interrupted", finished=None))

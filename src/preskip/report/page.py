@@ -63,6 +63,7 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
     seeds = max((len(results["arms"][arm]["seeds"]) for arm in trained), default=1)
     levels = sorted({entry["confidence"] for entry in comparisons})
     groups = tables.arm_columns(results)
+    harm = record["config"]["lr_harm"] if record["config"].get("lr_rule") == "frontier" else None
     return {
         "eyebrow": "Preskip report",
         "title": f"{record['model']['name']} on {record['corpus']['name']}",
@@ -103,6 +104,8 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "paper": tables.paper_table(results),
         "paper_model": results["paper"]["model"] if results.get("paper") else None,
         "search": tables.search_table(results),
+        "equal_harm": tables.equal_harm_table(results, harm) if harm is not None else None,
+        "harm": harm,
         "trace": tables.trace_table(results),
         "trends": tables.trend_table(results),
         "has_nulls": any((results.get("nulls") or {}).values()),

@@ -14,6 +14,7 @@ from preskip.report.lookup import (
     metric_on,
     primary,
     rate_text,
+    rivals,
 )
 from preskip.report.table import NONE, Cell, Column, Table, make_table, measured, words
 from preskip.report.words.claims import MEASURES
@@ -21,12 +22,14 @@ from preskip.report.words.facts import bytes_text
 from preskip.report.words.verdicts import (
     interval_text,
     limits_text,
+    mean_difference_texts,
     nulls_text,
     number,
     set_label,
     set_title,
 )
 from preskip.runs.schema import Manifest, Results, Trend
+from preskip.stats.equal_harm import changes_at, mean_difference
 
 PAPER_COLUMNS = {
     "paper:lambada": "LAMBADA",
@@ -164,6 +167,20 @@ def search_table(results: Results) -> Table:
         kept = ["yes" if search.get("within_harm") else "not for every seed: the least harm there"] if harm else []
         rows.append((arm, *rates, *kept, len(search["trace"]), extended, diverged))
     return make_table("Chosen learning rates", columns, rows, "What the search chose for each arm")
+
+
+def equal_harm_table(results: Results, harm: float) -> Table:
+    """A row per searched arm: its in-domain change at one harm out of domain, against the rival of the declaration."""
+    found = {arm: changes_at(search, harm) for arm, search in (results.get("search") or {}).items()}
+    found = {arm: changes for arm, changes in found.items() if any(change is not None for change in changes.values())}
+    rival = next((arm for arm in rivals(results) if arm in found), next(iter(found), ""))
+    columns = (words("Arm"), "Δ bits per byte, by seed", f"minus {rival}", "Interval", "p (raw)")
+    rows = []
+    for arm, changes in found.items():
+        shown = ", ".join(NONE if change is None else number(change, 3, sign=True) for change in changes.values())
+        against = None if arm == rival else mean_difference(changes, found[rival])
+        rows.append((arm, shown, *mean_difference_texts(against)))
+    return make_table("In-domain change at equal harm", columns, rows)
 
 
 def trace_table(results: Results) -> Table:

@@ -12,6 +12,7 @@ from typing import Any
 from preskip.metrics import metric_named
 from preskip.runs.schema import Comparison, SetFacts, Trend
 from preskip.runs.stored import UNTRAINED
+from preskip.stats.equal_harm import MeanDifference
 from preskip.stats.verdicts import FEWEST_UNITS, independent_units
 
 MINUS = "−"
@@ -75,6 +76,15 @@ def limits_text(low: float | None, high: float | None, places: int, *, sign: boo
     if low is None or high is None:
         return "–"
     return f"[{number(low, places, sign=sign)}, {number(high, places, sign=sign)}]"
+
+
+def mean_difference_texts(found: MeanDifference | None) -> tuple[str, str, str]:
+    """A mean difference over seeds in bits per byte, its interval and p; dashes for none."""
+    if found is None:
+        return "–", "–", "–"
+    places = decimals(found["low"], found["high"], 3)
+    limits = limits_text(found["low"], found["high"], places)
+    return number(found["value"], places, sign=True), limits, p_text(found["p_value"])
 
 
 def difference_text(comparison: Mapping[str, Any]) -> dict[str, str]:
