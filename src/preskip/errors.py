@@ -12,6 +12,11 @@ class DivergedError(PreskipError):
     """A loss, gradient or likelihood that is not finite: a search for a learning rate counts it as a bad rate."""
 
 
+def one_line(error: object, most: int | None = None) -> str:
+    """An error's message on one line, cut to `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 @contextmanager
 def noted(
     notes: list[str] | None,
@@ -35,7 +40,7 @@ def noted(
     except catches as error:
         if notes is None:
             raise
-        notes.append(f"no {what}: {' '.join(str(error).split()) or type(error).__name__}")
+        notes.append(f"no {what}: {one_line(error) or type(error).__name__}")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from preskip.attach import ELSEWHERE, hidden_states_of
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 from preskip.sites import find_sites
 
 # The classes of attention on which the method's equation is tested (tests/adapter/test_families.py).
@@ -95,7 +95,7 @@ def _calls(model: nn.Module, kind: str, path: str) -> tuple[Call, Call]:
                     with torch.no_grad(), _evaluating(around), suppress(_Seen):
                         around(**small_input(around, number))
             except Exception as error:  # whatever a model raises on an input that is not for it
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+                reason = f"{type(error).__name__}: {one_line(error, 120)}"
             if len(calls) == 2:
                 return calls[0], calls[1]
     finally:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from preskip.architecture import TYPES
 from preskip.architecture.config import PREFIX
 from preskip.architecture.shapes import SHAPES, shape_config
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 from preskip.runs.files import read_json
 
 
@@ -82,7 +82,7 @@ def _make(arch: str, values: dict[str, Any]) -> PreTrainedConfig:
     except PreskipError:
         raise
     except Exception as error:  # the configs raise many kinds
-        raise PreskipError(f"--arch {arch}: {' '.join(str(error).split())[:200]}") from None
+        raise PreskipError(f"--arch {arch}: {one_line(error, 200)}") from None
 
 
 def _from_file(arch: str, values: dict[str, Any]) -> PreTrainedConfig:

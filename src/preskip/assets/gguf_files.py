@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from preskip.errors import PreskipError, explained
+from preskip.errors import PreskipError, explained, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -189,7 +189,7 @@ def check_readable(path: Path) -> None:
 
 def _explain(path: Path, error: Exception) -> str:
     """What a reader of untrusted bytes raised, in one line that names the file."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, ImportError) and importlib.util.find_spec("gguf") is None:
         return f"GGUF file {path}: reading it needs gguf, which is not installed: pip install 'preskip[train]'"
     if isinstance(error, (MemoryError, ImportError)):

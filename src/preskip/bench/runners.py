@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from preskip.attach import CHILD
 from preskip.bench.models import Row
 from preskip.bench.settings import COMPILED, Work
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 
 
 class NotPossible(PreskipError):
@@ -135,7 +135,7 @@ def new_cache(kind: str, model: Any, tokens: int) -> Any:
     try:
         return QuantizedCache(backend="fp8", config=config)
     except ValueError as error:
-        raise NotPossible(f"no quantised cache: {' '.join(str(error).split())}") from None
+        raise NotPossible(f"no quantised cache: {one_line(error)}") from None
 
 
 def cache_bytes(cache: Any) -> int:

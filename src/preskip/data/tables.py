@@ -21,7 +21,7 @@ from typing import Any
 from preskip.assets import is_offline
 from preskip.data.rows import Entry, format_of, rows_of, without_form
 from preskip.data.scan import Row, Scan
-from preskip.errors import PreskipError, explained
+from preskip.errors import PreskipError, explained, one_line
 from preskip.progress import say, spinner
 
 # What is scored of a data set in parts, where nothing is asked for: the first of these that it has.
@@ -274,7 +274,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 def _explain_file(error: BaseException, kind: str) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, UnicodeDecodeError):
         return "is not UTF-8: convert it, for example with iconv"
     if isinstance(error, PermissionError):
@@ -285,7 +285,7 @@ def _explain_file(error: BaseException, kind: str) -> str:
 
 
 def _explain_hub(error: BaseException, offline: bool) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     lower = text.lower()
     kind = type(error).__name__
     if "gated" in lower:

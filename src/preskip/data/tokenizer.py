@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preskip.data.corpus import Document, by_id, split_text
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -80,7 +80,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
             return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
     except Exception as error:  # the libraries raise many kinds, the Rust one bare Exceptions
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error, 120)
         raise PreskipError(f"tokenizer {name} cannot be read ({reason}): give a folder or a tokenizer.json") from None
     if END_OF_TEXT in tokenizer.get_vocab():
         tokenizer.bos_token = tokenizer.eos_token = END_OF_TEXT

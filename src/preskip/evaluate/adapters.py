@@ -12,7 +12,7 @@ from torch import nn
 import preskip.adapter  # noqa: F401 - registers the PEFT method
 from preskip.adapter.norms import float32_norms
 from preskip.data.tokenizer import load_tokenizer
-from preskip.errors import PreskipError, explained
+from preskip.errors import PreskipError, explained, one_line
 from preskip.peers.insert import SETTINGS, load_peers
 from preskip.runs.files import read_json
 from preskip.runs.weights import ADAPTER_CONFIG, PEFT_TYPE, adapter_folders
@@ -130,7 +130,7 @@ def _load_one(base: nn.Module, folder: Path, earlier: set[int]) -> Any:
     except PreskipError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise PreskipError(f"adapter {folder} does not fit this model ({type(error).__name__}: {reason})") from error
     # PEFT takes every tensor of a name for that adapter's own, and stacked adapters share theirs.
     state = {key: weight for key, weight in model.state_dict(keep_vars=True).items() if id(weight) not in earlier}

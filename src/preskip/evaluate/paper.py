@@ -37,7 +37,7 @@ from preskip.data.corpus import Document
 from preskip.data.local import data_directory, load_local
 from preskip.data.rows import read_text
 from preskip.data.wikitext import page_title
-from preskip.errors import PreskipError, explained
+from preskip.errors import PreskipError, explained, one_line
 from preskip.evaluate.likelihood import FAILED, Score, say_failed, score_sequences
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import ItemRecord, Record, SetFacts
@@ -295,7 +295,7 @@ def _hub_rows(hub: _Hub, count: int) -> _Rows:
     with explained(
         lambda error: (
             f"{title} is neither in the data directory nor to be had from the Hub ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:120]}): go online, or give --data-dir"
+            f"{one_line(error, 120)}): go online, or give --data-dir"
         )
     ):
         rows = list(islice(load(repository, config, split=split, streaming=True), count))

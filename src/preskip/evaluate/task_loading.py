@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from preskip.data.local import LocalData, load_local
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 from preskip.evaluate.task_names import check_tasks, unknown_task
 
 # Where lm-eval keeps the tasks that have local data: scanning all of its 14,000 files takes seconds.
@@ -53,7 +53,7 @@ def load_tasks(names: Sequence[str], directory: Path | None, include_path: str |
                 found = own.load([name])
             except Exception as error:  # task files and their functions raise of every kind
                 if name not in own.all_groups:
-                    reason = " ".join(str(error).split())[:160]
+                    reason = one_line(error, 160)
                     raise PreskipError(
                         f"task {name} of {include_path} cannot be loaded ({type(error).__name__}: {reason}): mend its "
                         "file, or its data"
@@ -116,9 +116,9 @@ def _load(manager: Any, name: str) -> Any:
     try:
         return manager.load([name])
     except ImportError as error:
-        raise PreskipError(f"task {name} needs another package: {' '.join(str(error).split())[:200]}") from error
+        raise PreskipError(f"task {name} needs another package: {one_line(error, 200)}") from error
     except Exception as error:  # the Hub client and lm-eval raise many kinds, from several libraries
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise PreskipError(
             f"the data of task {name} are neither in the data directory nor to be had from the Hub "
             f"({type(error).__name__}: {reason}): go online, or give --data-dir"

@@ -14,7 +14,7 @@ from lm_eval.utils import simple_parse_args_string
 from preskip.data.blocks import Window
 from preskip.data.local import LocalData
 from preskip.data.wikitext import page_title
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 from preskip.evaluate.harness import RequestEncoder
 from preskip.evaluate.task_settings import TaskSettings
 from preskip.evaluate.texts import sample
@@ -245,4 +245,4 @@ def _documents_hash(docs: Sequence[Any]) -> str:
 
 def in_short(error: BaseException) -> str:
     """The kind of an error and its beginning, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return f"{type(error).__name__}: {one_line(error, 160)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.branch_settings import BranchSettings
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 from preskip.experiment.options import ExperimentConfig
 from preskip.fields import about, flags
 
@@ -58,7 +58,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise PreskipError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
-        raise PreskipError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
+        raise PreskipError(f"--config {path} cannot be read: {one_line(error)}") from None
     if not isinstance(content, Mapping):
         raise PreskipError(f"--config {path} must hold options by name, e.g. steps: 100")
     return content

@@ -33,7 +33,7 @@ from preskip.data.corpus import Document
 from preskip.data.packed import PackedText, open_blocks, write_packed
 from preskip.data.splits import Splits, locate
 from preskip.data.tokenizer import fingerprint, load_tokenizer, train_tokenizer
-from preskip.errors import PreskipError, explained
+from preskip.errors import PreskipError, explained, one_line
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import HeldOut, load_corpora, prepare_documents, require
@@ -271,7 +271,7 @@ def _attention(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _attention_fault(config: PretrainConfig, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:120]
+    reason = one_line(error, 120)
     return f"--attn-implementation {config.attn_implementation} cannot be used here ({reason}): try eager or sdpa"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 from preskip.peers.names import PEERS
 from preskip.peers.place import PeerModule, Place
 from preskip.peers.tokens import Tokens
@@ -152,7 +152,7 @@ def load_peers(model: nn.Module, folder: Path) -> None:
         weights = load_file(folder / WEIGHTS)
         attach_peers(model, saved["peers"], targets=saved["targets"], identity=True)
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
-        raise PreskipError(f"{folder} does not fit this model: {' '.join(str(error).split())[:200]}") from error
+        raise PreskipError(f"{folder} does not fit this model: {one_line(error, 200)}") from error
     own = peer_weights(model)
     odd = sorted(own.keys() ^ weights.keys()) or [name for name in own if own[name].shape != weights[name].shape]
     if odd:

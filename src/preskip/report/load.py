@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 from preskip.runs.schema import SCHEMA_VERSION, Manifest, Results, check_version
 
 
@@ -69,9 +69,9 @@ def load_object(path: Path, version: int, missing: str, damaged: str | None = No
     except FileNotFoundError:
         raise PreskipError(f"{path} is missing: {missing}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise PreskipError(f"{path} cannot be read ({short(error)}): check the file") from None
+        raise PreskipError(f"{path} cannot be read ({one_line(error, 120)}): check the file") from None
     except (ValueError, RecursionError) as error:
-        raise PreskipError(f"{path} is not valid JSON ({short(error)}): {damaged}") from None
+        raise PreskipError(f"{path} is not valid JSON ({one_line(error, 120)}): {damaged}") from None
     if not isinstance(value, dict):
         raise PreskipError(f"{path} holds a {type(value).__name__}, not an object: {damaged}")
     check_version(path, value, version)
@@ -97,7 +97,9 @@ def clear_errors(run: Path, what: str, files: str = "run.json or results.json", 
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError) as error:
         where = f"{run}: {files}" if files else str(run)
-        raise PreskipError(f"{where} lacks what {what} ({type(error).__name__}: {short(error)}){remedy}") from error
+        raise PreskipError(
+            f"{where} lacks what {what} ({type(error).__name__}: {one_line(error, 120)}){remedy}"
+        ) from error
 
 
 def load_curves(run: Path, results: Results) -> list[Curve]:
@@ -113,18 +115,13 @@ def load_curves(run: Path, results: Results) -> list[Curve]:
     return [curve for curve in curves if curve.lines]
 
 
-def short(error: BaseException) -> str:
-    """An error's message on one line, cut to 120 characters."""
-    return " ".join(str(error).split())[:120]
-
-
 def _lines(path: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     try:
         stored = path.read_bytes()
         text = (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise PreskipError(f"{path} cannot be read ({short(error)}): check the file") from None
+        raise PreskipError(f"{path} cannot be read ({one_line(error, 120)}): check the file") from None
     for place, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
@@ -133,7 +130,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             lines.append({"step": int(entry["step"]), "loss": _finite(entry.get("loss"))})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PreskipError(
-                f"{path} line {place} is damaged ({short(error)}): run the arm again, or move the file away to "
+                f"{path} line {place} is damaged ({one_line(error, 120)}): run the arm again, or move the file away to "
                 "report without it"
             ) from None
     return lines

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.attach import CHILD
-from preskip.errors import PreskipError, explained
+from preskip.errors import PreskipError, explained, one_line
 from preskip.model_types import PREFIX
 from preskip.runs.files import read_json
 
@@ -62,7 +62,7 @@ def examine(folder: Path) -> Facts:
         raise PreskipError(f"{folder} is a {kind} model without a branch: serve it with vLLM itself")
     from transformers import AutoConfig
 
-    with explained(lambda error: f"{folder}/config.json cannot be read ({' '.join(str(error).split())[:200]})"):
+    with explained(lambda error: f"{folder}/config.json cannot be read ({one_line(error, 200)})"):
         config: Any = AutoConfig.from_pretrained(folder)
     if config.preskip_peers:
         raise PreskipError(f"{folder} has {', '.join(config.preskip_peers)} in its blocks, which no engine would run")

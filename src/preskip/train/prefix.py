@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, one_line
 from preskip.forwards import forward_replaced
 from preskip.sites import find_sites, text_decoder
 from preskip.train.kept_states import KeptStates
@@ -198,7 +198,7 @@ class FrozenPrefix:
                 if not all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)):
                     return "later layers need more of them than their output"
         except Exception as error:
-            return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            return one_line(f"{type(error).__name__}: {error}", 160)
         finally:
             model.zero_grad(set_to_none=True)
             model.train(was_training)

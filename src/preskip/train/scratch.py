@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from preskip.arms.flops import training_flops_per_token
 from preskip.attach import CHILD
-from preskip.errors import DivergedError, PreskipError, explained
+from preskip.errors import DivergedError, PreskipError, explained, one_line
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import StepRow
 from preskip.train.checkpoints import ResumableTrainer
@@ -224,7 +224,7 @@ def trackers(asked: Sequence[str]) -> tuple[str, ...]:
 
 
 def _tracker_fault(name: str, error: Exception) -> str:
-    return f"--report-to {name}: {' '.join(str(error).split())}"
+    return f"--report-to {name}: {one_line(error)}"
 
 
 def _tensorboard(report_to: Sequence[str], folder: Path) -> list[TrainerCallback]:
