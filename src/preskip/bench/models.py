@@ -261,11 +261,11 @@ class Rows:
         }
 
 
-def compile_model(model: Any, device: torch.device, backend: str = "inductor") -> Any:
+def compile_model(model: Any, device: torch.device) -> Any:
     """One graph per shape, with CUDA graphs on CUDA."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    options: dict[str, Any] = {"mode": "reduce-overhead"} if device.type == "cuda" and backend == "inductor" else {}
-    return torch.compile(inner, backend=backend, fullgraph=True, dynamic=False, **options)
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    return torch.compile(inner, mode=mode, fullgraph=True, dynamic=False)
 
 
 def _filled(model: Any, part: str) -> Any:

@@ -259,7 +259,7 @@ def _announce(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Facts
         say(f"base weights as loaded: {facts['model']['dtype']}")
     say(plan_text(prepared, cells, facts))
     say(_extent(facts))
-    _say_power(facts, False)
+    _say_power(facts)
     seconds = None
     if cells and world_size() == 1:
         # What only estimates must not end the run: a training that fits may need less memory than this step.
@@ -287,7 +287,7 @@ def _extent(facts: Facts) -> str:
     )
 
 
-def _say_power(facts: Facts, quiet: bool) -> None:
+def _say_power(facts: Facts) -> None:
     """What this run will be able to tell, before it costs anything."""
     said: dict[str, str] = {}
     equal: list[float] = []
@@ -304,6 +304,5 @@ def _say_power(facts: Facts, quiet: bool) -> None:
         say(
             f"This run can detect (80 % power, assumed spreads, {len(facts['family']['declared'])} declared "
             f"comparisons): {', '.join(said.values())}. Of arms that do not differ it shows that they are equivalent "
-            f"with {100 * min(equal):.0f} to {100 * max(equal):.0f} % probability.",
-            quiet=quiet,
+            f"with {100 * min(equal):.0f} to {100 * max(equal):.0f} % probability."
         )

@@ -16,11 +16,9 @@ DOMAINS = {"in": "in-domain", "out": "out-of-domain"}
 RESOLVABLE_HALF_WIDTHS = 1.43
 
 
-def find(results: Results, arm: str, reference: str, set_name: str, metric: str = "") -> Comparison | None:
-    """The comparison arm − reference on a set and metric (default: its primary one), turned round where it is stored
-    the other way; or None.
-    """
-    metric = metric or primary(results, set_name)
+def find(results: Results, arm: str, reference: str, set_name: str) -> Comparison | None:
+    """The comparison arm − reference on a set's primary metric, turned round where it is stored so; or None."""
+    metric = primary(results, set_name)
     for entry in results["comparisons"]:
         if entry["set"] == set_name and entry["metric"] == metric:
             if (entry["arm"], entry["reference"]) == (arm, reference):

@@ -38,9 +38,9 @@ class Table(NamedTuple):
     caption: str
 
 
-def words(title: str, note: str = "", *, wrap: bool = False) -> Column:
+def words(title: str, *, wrap: bool = False) -> Column:
     """A column of words."""
-    return Column(title, note, number=False, wrap=wrap)
+    return Column(title, number=False, wrap=wrap)
 
 
 def make_table(label: str, columns: Iterable[Column | str], rows: Iterable[Sequence[Any]], caption: str = "") -> Table:

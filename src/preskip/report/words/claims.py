@@ -87,7 +87,7 @@ def assess(record: Manifest, results: Results) -> list[Claim]:
         _claim("perplexity", "Perplexity falls", texts or [_missing("a set of documents")]),
         _claim("better-than-lora", "It is better than LoRA at equal budget", lora),
         _claim("skip-adds", "The content skip adds to the pre-projection", preproj),
-        _claim("together", "Comprehension and perplexity improve together", bench.together(lambada), together=True),
+        _claim("together", "Comprehension and perplexity improve together", bench.together(), together=True),
         _claim("depth", "Later layers bypass attention more", bench.trends()),
         _claim("cache", "The K/V cache does not grow", [bench.cache()]),
         *(_claim(f"control-{arm}", f"It beats {CONTROLS[arm]} ({arm})", own, True) for arm, own in controls.items()),
@@ -125,8 +125,8 @@ class _Bench:
             text += f"; {reference} trains {self.weights(reference) / self.weights(ARM):.0%} of {ARM}'s weights"
         return _part(title, READING[entry["verdict"]], text, entry=entry, resolvable=smallest, basis=basis)
 
-    def together(self, lambada: Sequence[str]) -> list[Part]:
-        """The claim's two halves: bits per byte in-domain, and accuracy (LAMBADA where it was scored)."""
+    def together(self) -> list[Part]:
+        """The claim's two halves: bits per byte in-domain, and every accuracy that was scored."""
         home = sets_of(self.results, domain="in", kind="document")[:1]
         items = [
             name for name in sets_of(self.results, kind="item") if not metric_on(self.results, name).lower_is_better
