@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from preskip.analysis.branches import LiveBranch, live_branches, skip_weight
 from preskip.attach import hidden_states_of
@@ -111,31 +112,38 @@ def _sums(model: nn.Module, branches: Sequence[LiveBranch], sequences: Sequence[
 
 @contextmanager
 def _observers(branches: Sequence[LiveBranch], sums: Sequence[Sums]) -> Iterator[None]:
-    """Hooks that run before the branch's own, so that they see x̂ and what the skip will be added to."""
+    """Observe every branch while the context lasts."""
     with ExitStack() as stack:
         for branch, own in zip(branches, sums, strict=True):
-            module = branch.module
-            skips: list[torch.Tensor | None] = []
-
-            def before(_, args, kwargs, module=module, sums=own):
-                x = hidden_states_of(args, kwargs).float()
-                sums["enrichment"].append((_length(module.enrich(x) - x), _length(x)))
-
-            def keep(_, args, kwargs, output, module=module, skips=skips):
-                skips.append(module.content(hidden_states_of(args, kwargs)))
-
-            def compare(_, args, output, skips=skips, sums=own):
-                skip = skips.pop()
-                if skip is not None:
-                    joined = output[0] if isinstance(output, tuple) else output
-                    sums["skip_to_attention"].append((_length(skip), _length(joined)))
-
-            # Prepended in reverse: on one module `keep` runs before `compare`.
-            target, attention = branch.tap or branch.attention, branch.attention
-            stack.callback(target.register_forward_hook(compare, prepend=True).remove)
-            stack.callback(attention.register_forward_hook(keep, with_kwargs=True, prepend=True).remove)
-            stack.callback(attention.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+            for handle in _observe(branch, own):
+                stack.callback(handle.remove)
         yield
+
+
+def _observe(branch: LiveBranch, sums: Sums) -> list[RemovableHandle]:
+    """Hooks that run before the branch's own, so that they see x̂ and what the skip will be added to."""
+    module, attention = branch.module, branch.attention
+    skips: list[torch.Tensor | None] = []
+
+    def before(_, args, kwargs):
+        x = hidden_states_of(args, kwargs).float()
+        sums["enrichment"].append((_length(module.enrich(x) - x), _length(x)))
+
+    def keep(_, args, kwargs, output):
+        skips.append(module.content(hidden_states_of(args, kwargs)))
+
+    def compare(_, args, output):
+        skip = skips.pop()
+        if skip is not None:
+            joined = output[0] if isinstance(output, tuple) else output
+            sums["skip_to_attention"].append((_length(skip), _length(joined)))
+
+    # Prepended in reverse: on one module `keep` runs before `compare`.
+    return [
+        (branch.tap or attention).register_forward_hook(compare, prepend=True),
+        attention.register_forward_hook(keep, with_kwargs=True, prepend=True),
+        attention.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
+    ]
 
 
 def _length(x: torch.Tensor) -> float:

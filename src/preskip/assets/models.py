@@ -153,9 +153,11 @@ def weights_dtype(model: Any) -> str:
         return dtype
     config = model.config.quantization_config
     method = str(getattr(config.quant_method, "value", config.quant_method))
-    kind = config.bnb_4bit_quant_type if getattr(config, "load_in_4bit", False) else None
-    kind = "int8" if getattr(config, "load_in_8bit", False) else kind
-    return f"{dtype}, matrices {f'{kind} ({method})' if kind else method}"
+    if getattr(config, "load_in_8bit", False):
+        method = f"int8 ({method})"
+    elif getattr(config, "load_in_4bit", False):
+        method = f"{config.bnb_4bit_quant_type} ({method})"
+    return f"{dtype}, matrices {method}"
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Any:

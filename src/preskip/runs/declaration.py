@@ -78,32 +78,28 @@ def _edits(manifest: Manifest) -> list[str]:
 
 
 def _unplanned(manifest: Manifest) -> list[str]:
-    found = []
-    for entry in manifest.get("extensions", ()):
-        if not entry["planned"]:
-            added_then = f"{'seeds' if entry['seeds'][1:] else 'seed'} {', '.join(map(str, entry['seeds']))} added"
-            found.append(
-                f"{added_then} after the results of {len(entry['before'])} had been seen, without a declared look: "
-                + (
-                    "declared comparisons keep the p-values of the last declared look"
-                    if manifest["family"].get("looks")
-                    else "p-values are not adjusted for looking"
-                )
-            )
-    return found
+    unplanned = [entry for entry in manifest.get("extensions", ()) if not entry["planned"]]
+    if not unplanned:
+        return []
+    effect = "p-values are not adjusted for looking"
+    if manifest["family"].get("looks"):
+        effect = "declared comparisons keep the p-values of the last declared look"
+    return [
+        f"seed{'s' * (len(entry['seeds']) > 1)} {', '.join(map(str, entry['seeds']))} added after the results of "
+        f"{len(entry['before'])} had been seen, without a declared look: {effect}"
+        for entry in unplanned
+    ]
 
 
 def margin_changes(family: Family, margins: Mapping[str, float]) -> list[str]:
     """The margins that are not those that a family declared, a sentence each."""
-    declared = family.get("margins", {})
-    return [
-        f"the margin of {name} is {value:g}, "
-        + ("none was declared" if before is None else f"declared was {before:g}")
-        + ": equivalence within it was not declared"
-        for name, value in margins.items()
-        for before in [_declared_margin(declared, name)]
-        if before != value
-    ]
+    found = []
+    for name, value in margins.items():
+        declared = _declared_margin(family.get("margins", {}), name)
+        if declared != value:
+            was = "none was declared" if declared is None else f"declared was {declared:g}"
+            found.append(f"the margin of {name} is {value:g}, {was}: equivalence within it was not declared")
+    return found
 
 
 def _declared_margin(declared: Mapping[str, float], name: str) -> float | None:

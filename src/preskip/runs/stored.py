@@ -109,14 +109,9 @@ def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> 
         raise PreskipError(
             f"{', '.join(map(str, paths))}: no arm has a finished cell; finish with {' or '.join(mends)}"
         )
-    for name, other in dtypes.items():
-        first, wanted = next(iter(dtypes.items()))
-        if other != wanted and not allow_different_dtype:
-            raise PreskipError(
-                f"{first} has base and compute dtype {' and '.join(wanted)}, {name} {' and '.join(other)}: part of a "
-                "difference would be rounding; compare equal dtypes, or give --allow-different-dtype"
-            )
     if len(set(dtypes.values())) > 1:
+        if not allow_different_dtype:
+            _refuse_different_dtypes(dtypes)
         notes.append("the arms differ in dtype: part of a difference may be rounding")
     none: Any = {}  # several runs have declared nothing between them
     family: Family = manifests[0].get("family", none) if len(runs) == 1 else none
@@ -177,6 +172,15 @@ def _check_same_scoring(name: str, first: Mapping[str, Any], other: Mapping[str,
                 f"{name} has another {key.replace('_', ' ')} in one run ({str(one)[:12]}) than in another "
                 f"({str(two)[:12]}): evaluate both with one version of lm-eval"
             )
+
+
+def _refuse_different_dtypes(dtypes: Mapping[str, tuple[str, ...]]) -> None:
+    first, *others = dtypes
+    other = next(name for name in others if dtypes[name] != dtypes[first])
+    raise PreskipError(
+        f"{first} has base and compute dtype {' and '.join(dtypes[first])}, {other} {' and '.join(dtypes[other])}: "
+        "part of a difference would be rounding; compare equal dtypes, or give --allow-different-dtype"
+    )
 
 
 def _same_trained_arm(arm: str, other: str) -> bool:
