@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -198,55 +198,70 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
     from preskip.cli.printing import columns, print_table, size_cell
     from preskip.metrics import metric_named
     from preskip.report.words.verdicts import MINUS
-    from preskip.stats.verdicts import FEWEST_UNITS
 
-    measured = rows[0]["basis"] == "measured"
-    asked = any("needed_units" in row for row in rows)
-    # Of a run, what is to be found is by default what was observed.
-    wants = asked and any(not measured or row["difference"] != row["observed"] for row in rows)
-    several = any(row["seeds"] > 1 for row in rows)
-    figures = [
-        "units",
-        "seeds",
-        "found from",
-        *(["seeds ×2"] if several else []),
-        *(["observed"] if measured else []),
-        *(["to find"] if wants else []),
-    ]
-    table = columns(
-        "comparison" if measured else "metric",
-        right=[
-            *figures,
-            *(["needs\nunits", "or\nseeds"] if asked else []),
-            *(["decides"] if any(row["decides"] is not None for row in rows) else []),
-            "decides\nif equal",
-        ],
-    )
-    heading = None
-    measures = list(dict.fromkeys((row.get("set"), row["metric"]) for row in rows))
-    for row in sorted(rows, key=lambda row: measures.index((row.get("set"), row["metric"]))):
+    measured, asked, wants, several = _is_measured(rows), _is_asked(rows), _wants(rows), _has_several_seeds(rows)
+    decides = any(row["decides"] is not None for row in rows)
+
+    def cells(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """(heading, text) of every column behind the first."""
         metric = row["metric"]
-        about = metric_named(metric)
+        yield "units", f"{row['units']:,}"
+        yield "seeds", str(row["seeds"])
+        yield "found from", size_cell(metric, row["resolvable"])
+        if several:
+            yield "seeds ×2", size_cell(metric, row["doubled"]) if row["seeds"] > 1 else "–"
+        if measured:
+            yield "observed", (MINUS if row["observed"] < 0 else "") + size_cell(metric, row["observed"])
+        if wants:
+            yield "to find", size_cell(metric, row["difference"]) if "needed_units" in row else "–"
+        if asked:
+            yield "needs\nunits", _count(row.get("needed_units"))
+            yield "or\nseeds", _count(row.get("needed_seeds"))
+        if decides:
+            yield "decides", _share(row["decides"])
+        yield "decides\nif equal", _share(row["decides_none"])
+
+    table = columns("comparison" if measured else "metric", right=[heading for heading, _ in cells(rows[0])])
+    measures = list(dict.fromkeys((row.get("set"), row["metric"]) for row in rows))
+    group = None
+    for row in sorted(rows, key=lambda row: measures.index((row.get("set"), row["metric"]))):
+        about = metric_named(row["metric"])
         unit = f" ({about.difference_unit.strip()})" if about.difference_unit else ""
         name = f"{about.name}{unit}"
         if measured:
             own = f"{row['set']}, {about.name[0].lower()}{about.name[1:]}{unit}"
-            if own != heading:
+            if own != group:
                 table.add_row(Text(own, style="bold"))
-            heading, name = own, f"  {row['arm']} {MINUS} {row['reference']}"
-        cells = [f"{row['units']:,}", str(row["seeds"]), size_cell(metric, row["resolvable"])]
-        if several:
-            cells.append(size_cell(metric, row["doubled"]) if row["seeds"] > 1 else "–")
-        if measured:
-            cells.append((MINUS if row["observed"] < 0 else "") + size_cell(metric, row["observed"]))
-        if wants:
-            cells.append(size_cell(metric, row["difference"]) if "needed_units" in row else "–")
-        if asked:
-            cells += [_count(row.get(f"needed_{kind}")) for kind in ("units", "seeds")]
-        if any(row["decides"] is not None for row in rows):
-            cells.append(_share(row["decides"]))
-        cells.append(_share(row["decides_none"]))
-        table.add_row(name, *cells)
+            group, name = own, f"  {row['arm']} {MINUS} {row['reference']}"
+        table.add_row(name, *(text for _, text in cells(row)))
+    print_table(table, _legend(rows, wanted, alpha))
+
+
+def _is_measured(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return rows[0]["basis"] == "measured"
+
+
+def _is_asked(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether there is a difference to find."""
+    return any("needed_units" in row for row in rows)
+
+
+def _wants(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether what is to be found is another difference than the one observed in a run."""
+    if not _is_asked(rows):
+        return False
+    return not _is_measured(rows) or any(row["difference"] != row["observed"] for row in rows)
+
+
+def _has_several_seeds(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(row["seeds"] > 1 for row in rows)
+
+
+def _legend(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> list[str]:
+    """What the columns of the table say, a line each."""
+    from preskip.cli.printing import size_cell
+    from preskip.stats.verdicts import FEWEST_UNITS
+
     family = max(row["family"] for row in rows)
     lines = [
         f"found from: the smallest true difference found with {100 * wanted:g} % power at the {100 * alpha:g} % level"
@@ -254,29 +269,29 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
     ]
     if any("planned_seeds" in row for row in rows):
         lines.append("looks: levels are those of the look that the seeds reach; seeds that are needed, of the last one")
-    if several:
+    if _has_several_seeds(rows):
         lines.append("seeds ×2: the same if training seeds vary twice as much; so few know their own spread badly")
     lines.append(
         "decides: the probability that the comparison reads better, worse or equivalent"
-        + (" at the difference " + ("to find" if wants else "observed") if asked else "")
+        + (" at the difference " + ("to find" if _wants(rows) else "observed") if _is_asked(rows) else "")
         + "; if equal: when the true difference is 0"
     )
     if any(row["units"] < FEWEST_UNITS for row in rows):
         lines.append(f"fewer than {FEWEST_UNITS} independent units: no verdict is given, whatever is found")
     if any(row["seeds"] == 1 for row in rows):
         lines.append("one seed: what these trained weights differ by; training randomness is not in it")
-    if not measured:
+    if not _is_measured(rows):
         row = rows[0]
         over_seeds = row["seed_deviation"] if row["seeds"] > 1 else 0
         lines.append(
             f"assumed: SD over units {row['unit_deviation']:.3g} shared by all seeds and "
             f"{row['residual_deviation']:.3g} per seed, SD over seeds {over_seeds:.3g}"
         )
-    if asked:
+    if _is_asked(rows):
         lines.append("needs: units at these seeds, or seeds at these units; – means that no number of them is enough")
     if any(size_cell(row["metric"], row["resolvable"]) == "nothing" for row in rows):
         lines.append("nothing: no difference between two accuracies is large enough for this design")
-    print_table(table, lines)
+    return lines
 
 
 def _share(value: float | None) -> str:

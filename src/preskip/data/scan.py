@@ -107,30 +107,22 @@ class Scan:
 
 
 def _text_column(where: str, rows: list[dict[str, Any]], wanted: str | None, is_csv: bool) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    if not columns:  # empty objects
+    """The column of text: the one that is wanted, else one of a usual name, else the only one of strings."""
+    kinds = _kinds(rows, is_csv)
+    if not kinds:  # empty objects
         return wanted or USUAL_COLUMNS[0]
-    kinds: dict[str, set[str]] = {name: set() for name in columns}
-    for row in rows:
-        for name, value in row.items():
-            if not _is_missing(value):
-                kinds[name].add("text" if isinstance(value, str) else _kind(value))
-    if is_csv:  # where every value is written as a text
-        for name in columns:
-            values = [row[name] for row in rows if row[name] is not None]
-            if values and all(map(is_number, values)):
-                kinds[name] = {"number"}
+    columns = ", ".join(kinds)
     if wanted is not None:
-        if wanted not in columns:
-            raise PreskipError(f"{where} has no column {wanted!r}: it has {', '.join(columns)} (--text-column)")
+        if wanted not in kinds:
+            raise PreskipError(f"{where} has no column {wanted!r}: it has {columns} (--text-column)")
         if kinds[wanted] and "text" not in kinds[wanted]:
             raise PreskipError(f"{where}: column {wanted!r} holds no text: choose another with --text-column")
         return wanted
-    strings = [name for name in columns if "text" in kinds[name] and name not in _ABOUT]
+    strings = [name for name in kinds if "text" in kinds[name] and name not in _ABOUT]
     for usual in USUAL_COLUMNS:
         if usual in strings or kinds.get(usual) == set():  # nothing but missing texts so far
             return usual
-        if usual == "text" and usual in columns:
+        if usual == "text" and usual in kinds:
             raise PreskipError(
                 f'{where}: no string "text" in any of its first rows (it holds a {min(kinds[usual])}): choose another '
                 "column with --text-column"
@@ -138,11 +130,26 @@ def _text_column(where: str, rows: list[dict[str, Any]], wanted: str | None, is_
     if len(strings) == 1:
         return strings[0]
     if not strings:
-        raise PreskipError(f"{where} has no column of text: it has {', '.join(columns)}")
+        raise PreskipError(f"{where} has no column of text: it has {columns}")
     raise PreskipError(
         f"{where}: which column is the text? {', '.join(strings)} hold strings: choose one with --text-column, or call "
         "it text"
     )
+
+
+def _kinds(rows: list[dict[str, Any]], is_csv: bool) -> dict[str, set[str]]:
+    """What each column holds in these rows, its missing values apart."""
+    kinds: dict[str, set[str]] = {name: set() for row in rows for name in row}
+    for row in rows:
+        for name, value in row.items():
+            if not _is_missing(value):
+                kinds[name].add("text" if isinstance(value, str) else _kind(value))
+    if is_csv:  # where every value is written as a text
+        for name in kinds:
+            values = [row[name] for row in rows if row[name] is not None]
+            if values and all(map(is_number, values)):
+                kinds[name] = {"number"}
+    return kinds
 
 
 def _is_missing(value: Any) -> bool:

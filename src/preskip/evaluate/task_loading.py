@@ -46,20 +46,9 @@ def load_tasks(names: Sequence[str], directory: Path | None, include_path: str |
     loaded: dict[str, tuple[Any, LocalData | None]] = {}
     groups: dict[str, Any] = {}
     for name in dict.fromkeys(names):
-        own = _task_manager(None, include_path) if include_path else None
-        if own and name in own.task_index and name not in own.all_tags:
-            local = None
-            try:
-                found = own.load([name])
-            except Exception as error:  # task files and their functions raise of every kind
-                if name not in own.all_groups:
-                    reason = one_line(error, 160)
-                    raise PreskipError(
-                        f"task {name} of {include_path} cannot be loaded ({type(error).__name__}: {reason}): mend its "
-                        "file, or its data"
-                    ) from error
-                # A group of the user's may hold tasks of lm-eval's.
-                found = _load(_task_manager(None, include_path, defaults=True), name)
+        local = None
+        if include_path and _is_own(name, include_path):
+            found = _load_own(name, include_path)
         else:
             local = load_local(name, directory)
             found = _find(name, local, include_path)
@@ -75,6 +64,25 @@ def load_tasks(names: Sequence[str], directory: Path | None, include_path: str |
         if getattr(task, "UNSAFE_CODE", False):
             raise PreskipError(f"task {name} runs the code that a model writes: this is refused; use lm-eval itself")
     return Loaded(loaded, groups)
+
+
+def _is_own(name: str, include_path: str) -> bool:
+    """Whether the user's folder has a task or group of this name."""
+    own = _task_manager(None, include_path)
+    return name in own.task_index and name not in own.all_tags
+
+
+def _load_own(name: str, include_path: str) -> Any:
+    own = _task_manager(None, include_path)
+    try:
+        return own.load([name])
+    except Exception as error:  # task files and their functions raise of every kind
+        if name in own.all_groups:  # a group of the user's may hold tasks of lm-eval's
+            return _load(_task_manager(None, include_path, defaults=True), name)
+        raise PreskipError(
+            f"task {name} of {include_path} cannot be loaded ({type(error).__name__}: {one_line(error, 160)}): mend "
+            "its file, or its data"
+        ) from error
 
 
 def _find(name: str, local: LocalData | None, include_path: str | None) -> Any:
@@ -118,10 +126,9 @@ def _load(manager: Any, name: str) -> Any:
     except ImportError as error:
         raise PreskipError(f"task {name} needs another package: {one_line(error, 200)}") from error
     except Exception as error:  # the Hub client and lm-eval raise many kinds, from several libraries
-        reason = one_line(error, 160)
         raise PreskipError(
             f"the data of task {name} are neither in the data directory nor to be had from the Hub "
-            f"({type(error).__name__}: {reason}): go online, or give --data-dir"
+            f"({type(error).__name__}: {one_line(error, 160)}): go online, or give --data-dir"
         ) from error
 
 

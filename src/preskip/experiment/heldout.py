@@ -17,7 +17,7 @@ from preskip.data.splits import Splits, choose, load_splits, locate, slug
 from preskip.data.tables import Limit
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import last_word_records, last_word_windows, score_sequences
-from preskip.evaluate.paper import LENGTH, PaperItems, encode_paper_items, load_paper_data, paper_scores
+from preskip.evaluate.paper import LENGTH, PaperData, PaperItems, encode_paper_items, load_paper_data, paper_scores
 from preskip.evaluate.texts import TextSet, prepare_texts, score_texts
 from preskip.experiment.measured import measured
 from preskip.experiment.parse import parse_extent
@@ -241,27 +241,9 @@ def prepare_heldout(
     documents = prepare_documents(config, corpora, tokenizer, config.context_length)
     sets = documents.sets
     paper_data = load_paper_data(data_dir) if config.paper_scoring else None
-    development = []
+    development: list[TextSet] = []
     if config.lr_mode == "tune":
-        extent = config.development_documents, config.development_words, config.split_seed
-        has_lambada = "lambada_openai" in config.tasks and data_dir and (data_dir / LAMBADA_DEVELOPMENT).is_file()
-        if config.lr_rule == "frontier" and len(corpora) < 2 and not has_lambada:
-            raise PreskipError("--lr-rule frontier needs out-of-domain text to choose on: give --eval-corpora")
-        unseen = {}
-        for splits, *_ in corpora:
-            texts = paper_data.without_scored(splits.development) if paper_data else splits.development
-            if len(texts) < 2:
-                raise PreskipError(
-                    f"corpus {splits.name} has {len(texts)} documents to choose a learning rate on, 2 are needed: "
-                    "give more text, or a fixed --lr"
-                )
-            unseen[splits.name] = texts
-        if has_lambada and data_dir:
-            unseen["lambada_development"] = lambada_development(data_dir)
-        development = [
-            prepare_texts(slug(name), choose(texts, *extent), tokenizer, context_length=config.context_length)
-            for name, texts in unseen.items()
-        ]
+        development = _development(config, corpora, tokenizer, data_dir, paper_data)
     items: list[LastWordItem] = []
     item_windows: list[Window] = []
     if config.last_word_items:
@@ -297,9 +279,39 @@ def prepare_heldout(
     if paper_data is not None:
         paper = encode_paper_items(paper_data, tokenizer, context_length=min(limit or LENGTH, LENGTH))
         sets |= paper.sets
-    for name in WIKITEXT_SETS & sets.keys() if "wikitext" in home.name.lower() else ():
-        sets[name] = {**sets[name], "domain": "in"}
+    if "wikitext" in home.name.lower():
+        for name in WIKITEXT_SETS & sets.keys():
+            sets[name] = {**sets[name], "domain": "in"}
     return replace(documents, items=items, item_windows=item_windows, suite=suite, paper=paper, development=development)
+
+
+def _development(
+    config: ProbeConfig,
+    corpora: Sequence[Scored],
+    tokenizer: Any,
+    data_dir: Path | None,
+    paper_data: PaperData | None,
+) -> list[TextSet]:
+    """The texts that learning rates are chosen on: none that is scored, the in-domain ones first."""
+    has_lambada = "lambada_openai" in config.tasks and data_dir and (data_dir / LAMBADA_DEVELOPMENT).is_file()
+    if config.lr_rule == "frontier" and len(corpora) < 2 and not has_lambada:
+        raise PreskipError("--lr-rule frontier needs out-of-domain text to choose on: give --eval-corpora")
+    unseen: dict[str, Sequence[Document]] = {}
+    for splits, *_ in corpora:
+        texts = paper_data.without_scored(splits.development) if paper_data else splits.development
+        if len(texts) < 2:
+            raise PreskipError(
+                f"corpus {splits.name} has {len(texts)} documents to choose a learning rate on, 2 are needed: "
+                "give more text, or a fixed --lr"
+            )
+        unseen[splits.name] = texts
+    if has_lambada and data_dir:
+        unseen["lambada_development"] = lambada_development(data_dir)
+    extent = config.development_documents, config.development_words, config.split_seed
+    return [
+        prepare_texts(slug(name), choose(texts, *extent), tokenizer, context_length=config.context_length)
+        for name, texts in unseen.items()
+    ]
 
 
 def _last_words(
