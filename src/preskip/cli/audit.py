@@ -172,23 +172,19 @@ def print_audit(report: Mapping[str, Any]) -> None:
 def _published_lines(published: Mapping[str, Any] | None) -> list[str]:
     if published is None:
         return []
-    from preskip.report.words.verdicts import limits_text, number
-
     lines = [f"published of {published['model']} {published['checkpoint']}: {published['source']}"]
     for label, tasks in published["distances"].items():
         for task, metrics in tasks.items():
-            for metric, found in metrics.items():
-                if metric == "ppl":
-                    lines.append(
-                        f"  {label}: {task} ppl (lm-eval's, per last word) {found['measured']:.2f}, published "
-                        f"{found['published']:.2f}"
-                    )
-                else:
-                    agrees = "agrees" if found["agrees"] else "does not agree"
-                    difference = number(found["difference"], 4, sign=True)
-                    interval = limits_text(found["low"], found["high"], 4)
-                    lines.append(
-                        f"  {label}: {task} {metric} {found['measured']:.4f}, published {found['published']:.4f}: "
-                        f"{difference} {interval} over {found['items']:,} items, {agrees}"
-                    )
+            lines += [f"  {label}: {task} {_distance(metric, found)}" for metric, found in metrics.items()]
     return lines
+
+
+def _distance(metric: str, found: Mapping[str, Any]) -> str:
+    from preskip.report.words.verdicts import limits_text, number
+
+    measured, published = found["measured"], found["published"]
+    if metric == "ppl":
+        return f"ppl (lm-eval's, per last word) {measured:.2f}, published {published:.2f}"
+    difference = f"{number(found['difference'], 4, sign=True)} {limits_text(found['low'], found['high'], 4)}"
+    agrees = "agrees" if found["agrees"] else "does not agree"
+    return f"{metric} {measured:.4f}, published {published:.4f}: {difference} over {found['items']:,} items, {agrees}"

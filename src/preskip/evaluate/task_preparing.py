@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,14 +69,7 @@ def prepare_task(
     Raises:
         PreskipError: no prompt can be made, or no item can be scored.
     """
-    # lm-eval's rule: a task that fixes 0 examples keeps it.
-    own_fewshot = task.get_config("num_fewshot")
-    if own_fewshot != 0:
-        task.set_config(
-            key="num_fewshot", value=settings.num_fewshot if settings.num_fewshot is not None else own_fewshot or 0
-        )
-    if settings.gen_kwargs and task.get_config("output_type") == "generate_until":
-        task.set_config(key="generation_kwargs", value=simple_parse_args_string(settings.gen_kwargs), update=True)
+    _configure(task, settings)
     total = len(task.eval_docs)
     chosen = sample(total, limit, seed)
     is_sample = len(chosen) < total
@@ -100,11 +93,7 @@ def prepare_task(
     except PreskipError:
         raise
     except Exception as error:  # a task's templates and functions raise of every kind
-        for position in chosen:
-            try:
-                build([position])
-            except Exception as own:
-                left[position] = f"its prompt cannot be made ({in_short(own)})"
+        left = _unmakeable(build, chosen)
         if len(left) in (0, len(chosen)):
             raise PreskipError(
                 f"task {name}: its prompts cannot be made ({in_short(error)}): mend its task file, or change "
@@ -116,31 +105,18 @@ def prepare_task(
     if len(bad) == len(chosen):
         raise PreskipError(f"task {name}: no item can be scored: {next(iter(bad.values()))}")
     if bad:
-        left |= {chosen[doc_id]: reason for doc_id, reason in bad.items()}
-        kept = {old: new for new, old in enumerate(i for i in range(len(chosen)) if i not in bad)}
-        pairs = [(one, own) for one, own in zip(task.instances, windows, strict=True) if one.doc_id in kept]
-        for instance, _ in pairs:
-            instance.doc_id = kept[instance.doc_id]
-        task._instances, windows = [instance for instance, _ in pairs], [own for _, own in pairs]
-        chosen = [chosen[old] for old in kept]
+        left |= {chosen[number]: reason for number, reason in bad.items()}
+        windows = _keep(task, windows, [number for number in range(len(chosen)) if number not in bad])
+        chosen = [position for position in chosen if position not in left]
     task.build_all_requests = lambda **_: None  # lm-eval's evaluator would make them again for every model
     every = list(task.eval_docs)
     ids = _ids(name, task, every)
     docs = [(ids[index], every[index]) for index in chosen]
-    config = task.dump_config()
-    made_of = {key: config.get(key) for key in _PROMPT_FIELDS}
-    if settings.system_instruction is not None:
-        made_of["system_instruction"] = settings.system_instruction
-    if chat:
-        made_of |= {"chat_template": encoder.chat_template(True), "fewshot_as_multiturn": settings.multiturn}
-    if task.get_config("num_fewshot") and fewshot_seed != SEEDS[3]:
-        made_of["fewshot_seed"] = fewshot_seed
-    prompts = json.dumps(made_of, sort_keys=True, default=str)
     path, part = task.get_config("dataset_path"), task.get_config("dataset_name")
     facts = {
         "version": task.VERSION,
         "num_fewshot": task.get_config("num_fewshot"),
-        "prompt_sha256": hashlib.sha256(prompts.encode()).hexdigest(),
+        "prompt_sha256": _prompt_sha256(task, encoder, settings, fewshot_seed),
         "items": len(docs),
         "of": total,
         "sample_seed": seed if is_sample else None,
@@ -159,6 +135,50 @@ def prepare_task(
         facts=facts,
         notes=notes,
     )
+
+
+def _configure(task: Any, settings: TaskSettings) -> None:
+    own_fewshot = task.get_config("num_fewshot")
+    if own_fewshot != 0:  # lm-eval's rule: a task that fixes 0 examples keeps it
+        wanted = own_fewshot or 0 if settings.num_fewshot is None else settings.num_fewshot
+        task.set_config(key="num_fewshot", value=wanted)
+    if settings.gen_kwargs and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value=simple_parse_args_string(settings.gen_kwargs), update=True)
+
+
+def _unmakeable(build: Callable[[list[int]], None], positions: Sequence[int]) -> dict[int, str]:
+    """The documents whose prompt cannot be made, by position, and why."""
+    left = {}
+    for position in positions:
+        try:
+            build([position])
+        except Exception as error:
+            left[position] = f"its prompt cannot be made ({in_short(error)})"
+    return left
+
+
+def _keep(task: Any, windows: Sequence[list[Window]], kept: Sequence[int]) -> list[list[Window]]:
+    """Leave in a task the documents of these numbers, which are numbered anew; their windows."""
+    numbers = {old: new for new, old in enumerate(kept)}
+    pairs = [(one, own) for one, own in zip(task.instances, windows, strict=True) if one.doc_id in numbers]
+    for instance, _ in pairs:
+        instance.doc_id = numbers[instance.doc_id]
+    task._instances = [instance for instance, _ in pairs]
+    return [own for _, own in pairs]
+
+
+def _prompt_sha256(task: Any, encoder: RequestEncoder, settings: TaskSettings, fewshot_seed: int) -> str:
+    """Checksum of everything that makes a task's prompts and metrics."""
+    config = task.dump_config()
+    made_of = {key: config.get(key) for key in _PROMPT_FIELDS}
+    if settings.system_instruction is not None:
+        made_of["system_instruction"] = settings.system_instruction
+    if settings.apply_chat_template:
+        made_of |= {"chat_template": encoder.chat_template(True), "fewshot_as_multiturn": settings.multiturn}
+    if task.get_config("num_fewshot") and fewshot_seed != SEEDS[3]:
+        made_of["fewshot_seed"] = fewshot_seed
+    prompts = json.dumps(made_of, sort_keys=True, default=str)
+    return hashlib.sha256(prompts.encode()).hexdigest()
 
 
 def _ids(name: str, task: Any, docs: Sequence[Any]) -> list[str]:
