@@ -17,6 +17,11 @@ def embedding_parameters(model: nn.Module) -> int:
     return sum(weights.values())
 
 
+def looked_up(model: nn.Module) -> set[int]:
+    """The `id` of every weight of an embedding; that of a tied output head is among them."""
+    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+
+
 def forward_flops_per_token(model: nn.Module, seq_len: int) -> int:
     """FLOPs of one token in a forward pass over sequences of `seq_len`, 2 per multiply-add.
 
@@ -39,9 +44,8 @@ def matrix_weights(model: nn.Module) -> tuple[int, int]:
     """Weights that one token is multiplied by: those before the output head, and the head's, also where it is tied."""
     config: Any = model.config
     config = config.get_text_config()
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    apart = looked_up | {id(head.weight)}
+    apart = looked_up(model) | {id(head.weight)}
     body = sum(active_weights(p, config) for p in model.parameters() if p.ndim >= 2 and id(p) not in apart)
     return body + sum(b.numel() for b in model.buffers() if b.dtype == torch.int8 and b.ndim == 2), head.weight.numel()
 

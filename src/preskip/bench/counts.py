@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from preskip.arms.flops import active_weights, cache_width, head_width, matrix_weights
+from preskip.arms.flops import active_weights, cache_width, head_width, looked_up, matrix_weights
 from preskip.attach import CHILD
 from preskip.bench.settings import Work
 from preskip.train.speed import measured_peak
@@ -61,12 +60,12 @@ def count(model: Any, dtype: torch.dtype) -> Counts:
         dtype: of the activations.
     """
     config = model.config.get_text_config()
-    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = looked_up(model)
     head_weight = model.get_output_embeddings().weight
     body, head = matrix_weights(model)
     layers = 0
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) in looked_up or tensor is head_weight or "rotary" in name:
+        if id(tensor) in embeddings or tensor is head_weight or "rotary" in name:
             continue
         # An fp32 weight of a branch beside bfloat16 activations is read as its bfloat16 copy (`preskip.casting`).
         cast = f".{CHILD}." in name and tensor.dtype == torch.float32 and dtype == torch.bfloat16

@@ -141,9 +141,7 @@ def _is_published(name: str) -> bool:
 
 def _read_part(name: str, part: str, data_dir: Path | None) -> list[Document]:
     if data_dir is None:
-        raise PreskipError(
-            f"corpus {name} is read from the data directory: give --data-dir, or set PRESKIP_DATA (docs/evaluation.md)"
-        )
+        raise no_data_directory(name)
     path = find_file(data_dir, PUBLISHED[name][part])
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -160,6 +158,13 @@ def _read_part(name: str, part: str, data_dir: Path | None) -> list[Document]:
         fourths = [piece for piece in _read_part("books", "training", data_dir) if _is_fourth(piece)]
         return _spread(fourths + pieces)
     return pieces
+
+
+def no_data_directory(name: str) -> PreskipError:
+    """What to say of a corpus with published parts where there is no data directory."""
+    return PreskipError(
+        f"corpus {name} is read from the data directory: give --data-dir, or set PRESKIP_DATA (docs/evaluation.md)"
+    )
 
 
 def find_file(directory: Path, file: str) -> Path:

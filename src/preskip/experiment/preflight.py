@@ -12,7 +12,7 @@ from pathlib import Path
 from preskip.assets import check_model, is_offline
 from preskip.data.corpus import check_corpus
 from preskip.data.local import LAYOUT, data_directory
-from preskip.data.splits import PUBLISHED, missing_file
+from preskip.data.splits import PUBLISHED, missing_file, no_data_directory
 from preskip.errors import PreskipError
 from preskip.evaluate.task_names import check_tasks
 from preskip.experiment.options import ExperimentConfig
@@ -64,10 +64,7 @@ def check_inputs(
         if name not in PUBLISHED or Path(name).exists():
             check_corpus(name)
         elif directory is None:
-            raise PreskipError(
-                f"corpus {name} is read from the data directory: give --data-dir, or set PRESKIP_DATA "
-                "(docs/evaluation.md)"
-            )
+            raise no_data_directory(name)
         elif file := missing_file(name, directory, scored_only=scored_only):
             raise PreskipError(f"corpus {name}: {directory / file} is missing: `preskip data` says where to get it")
     if tasks and importlib.util.find_spec("lm_eval") is None:

@@ -81,12 +81,27 @@ class Reuse:
         Args:
             heldout: what is scored.
         """
-        trainings: Counter[int] = Counter()
+        self._leave_out_used_once()
+        self._leave_out_without_room(heldout)
+        said: dict[str, list[str]] = defaultdict(list)
+        for arm, facts in self.arms.items():
+            if "note" in facts:
+                said[f"the first {facts['layers']} layers are computed {facts['note']}"].append(arm)
+        for line, arms in said.items():
+            say(f"{', '.join(arms)}: {line}", quiet=self.quiet)
+        return self.arms
+
+    def _leave_out_used_once(self) -> None:
+        trainings: Counter[int] = Counter()  # by number of first layers
         again = bool(self.config.equal_step or "shuffled" in self.config.nulls)
         for arm, facts in self.arms.items():
-            trainings[facts["layers"]] += facts["training"] * (1 + self.config.is_tuned(arm) + again)
+            if facts["training"]:
+                trainings[facts["layers"]] += 1 + self.config.is_tuned(arm) + again
         for facts in self.arms.values():
-            facts["training"] &= trainings[facts["layers"]] > 1
+            if trainings[facts["layers"]] <= 1:
+                facts["training"] = False
+
+    def _leave_out_without_room(self, heldout: HeldOut) -> None:
         room = SHARE * (shutil.disk_usage(self._kept.folder.parent).free + self._kept.size())
         sizes = self._sizes(heldout)
         for way in WAYS:
@@ -97,13 +112,6 @@ class Reuse:
                 for facts in self.arms.values():
                     if facts[way]:
                         _leave_out(facts, way, reason)
-        said: dict[str, list[str]] = defaultdict(list)
-        for arm, facts in self.arms.items():
-            if "note" in facts:
-                said[f"the first {facts['layers']} layers are computed {facts['note']}"].append(arm)
-        for line, arms in said.items():
-            say(f"{', '.join(arms)}: {line}", quiet=self.quiet)
-        return self.arms
 
     @contextmanager
     def active(self, arm: str) -> Iterator[None]:

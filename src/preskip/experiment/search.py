@@ -123,13 +123,7 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
             trials[0, power]["kept"] = True
     else:
         kept = [round(STEPS_PER_DECADE * math.log10(start / default))]
-    best = min(kept, key=lambda power: loss(1, power))
-    while True:
-        beside = [power for power in (best - 1, best + 1) if abs(power) <= FARTHEST]
-        better = min((best, *beside), key=lambda power: loss(1, power))
-        if better == best:
-            break
-        best = better
+    best = _bracketed(loss, min(kept, key=lambda power: loss(1, power)))
     if math.isinf(loss(1, best)[0]):
         raise PreskipError(f"arm {arm}: training diverged at its best learning rate: give a fixed --lr")
     trials[1, best]["kept"] = True
@@ -147,19 +141,31 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
 
 def _first_rung(loss: Callable[[int, int], tuple[float, float]]) -> list[int]:
     """The better half of the grid, which grows for as long as its best rate is at its edge."""
-    powers = list(GRID)
     between = GRID[1] - GRID[0]
 
-    def ranked() -> list[int]:
+    def ranked(powers: Sequence[int]) -> list[int]:
         return sorted(powers, key=lambda power: (loss(0, power), abs(power)))
 
-    while not math.isinf(loss(0, ranked()[0])[0]):
-        best = ranked()[0]
-        beyond = best - between if best == min(powers) else best + between
-        if min(powers) < best < max(powers) or abs(beyond) > FARTHEST:
+    powers = ranked(GRID)
+    while not math.isinf(loss(0, powers[0])[0]):
+        best = powers[0]
+        if min(powers) < best < max(powers):
             break
-        powers = sorted([*powers, beyond])
-    return [power for power in ranked()[: -(-len(GRID) // 2)] if not math.isinf(loss(0, power)[0])]
+        beyond = best - between if best == min(powers) else best + between
+        if abs(beyond) > FARTHEST:
+            break
+        powers = ranked([*powers, beyond])
+    return [power for power in powers[: -(-len(GRID) // 2)] if not math.isinf(loss(0, power)[0])]
+
+
+def _bracketed(loss: Callable[[int, int], tuple[float, float]], best: int) -> int:
+    """The best rate of the last rung, from a first guess: both of its neighbours are worse, or beyond the limits."""
+    while True:
+        near = [best, *(power for power in (best - 1, best + 1) if abs(power) <= FARTHEST)]
+        better = min(near, key=lambda power: loss(1, power))
+        if better == best:
+            return best
+        best = better
 
 
 def excess_harm(config: ProbeConfig, dev: Development) -> float:

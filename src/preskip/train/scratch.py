@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import StackDataset
 from transformers import TrainerCallback
 
-from preskip.arms.flops import training_flops_per_token
+from preskip.arms.flops import looked_up, training_flops_per_token
 from preskip.attach import CHILD
 from preskip.errors import DivergedError, PreskipError, explained, one_line
 from preskip.progress import Advance, no_progress
@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, *, learning_rate: float, weight_decay: fl
         weight_decay: of the matrices.
         branch_rate_factor: learning rate of the branches' matrices over `learning_rate`.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    embeddings = looked_up(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
