@@ -67,6 +67,16 @@ def test_a_text_is_profiled_over_its_groups():
     assert row["enrichment"] == pytest.approx(alone["enrichment"])
 
 
+def test_the_first_window_of_a_document_is_read():
+    documents = [Document(name, "", name) for name in "ab"]
+    windows = [Window([3, 4, 5], 1), Window([6, 7, 8, 9], 1), Window([10, 11, 12], 1)]
+    text = TextSet(name="made", documents=documents, windows=windows, owners=[0, 0, 1], context_length=8, stride=8)
+    model = adapted()
+    (row, _) = text_profile(model, text)
+    assert row == depth_profile(model, [[3, 4], [10, 11]], owners=[0, 1])[0]
+    assert row["enrichment_low"] < row["enrichment"] < row["enrichment_high"]  # two documents give an interval
+
+
 def test_profile_leaves_the_model_as_it_was():
     model = adapted()
     hooks = len(model.model.layers[0].self_attn._forward_hooks)

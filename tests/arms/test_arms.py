@@ -111,6 +111,27 @@ def test_impossible_budget_names_the_nearest():
         lora_ranks(linear_shapes(base, attention_paths(base)), 100)
 
 
+def test_lora_ranks_written_out():
+    """A rank of a layer costs in + out: here 16 and 12, which come to 56 of rank 2."""
+    ranks = lora_ranks({"a": (8, 8), "b": (8, 4)}, 72)
+    assert (ranks.rank, ranks.rank_pattern, ranks.parameters) == (2, {"a": 3}, 72)
+    capped = lora_ranks({"a": (100, 100), "b": (4, 4)}, 10 * 200 + 4 * 8)
+    assert (capped.rank, capped.rank_pattern, capped.parameters) == (10, {"b": 4}, 2032)
+    common = lora_ranks({"a": (100, 100), "b": (4, 4)}, 10 * 208, common=True)
+    assert (common.rank, common.rank_pattern, common.parameters) == (10, {}, 2080)
+    # DoRA has a further weight per output.
+    for magnitudes, budget in ((0.0, 750), (0.5, 775), (1.0, 800)):
+        dora = lora_ranks({"a": (100, 50)}, budget, magnitudes=magnitudes)
+        assert (dora.rank, dora.parameters) == (5, budget)
+
+
+def test_lora_may_be_half_a_per_cent_off():
+    assert lora_ranks({"a": (100, 100)}, 1005).parameters == 1000
+    with pytest.raises(PreskipError, match=r"1,006 parameters within 0.5 %: the nearest possible is 1,000"):
+        lora_ranks({"a": (100, 100)}, 1006)
+    assert lora_ranks({"a": (100, 100)}, 1006, whole=1200).parameters == 1000
+
+
 @pytest.mark.parametrize(("part", "rank", "capped"), [("all", 114, 0), ("mlp", 183, 0), ("attention", 376, 60)])
 def test_lora_ranks_of_smollm2(part, rank, capped):
     """34,836,480 weights over 30 layers: r = 114 of 10,176 each on all layers, 183 of 6,336 on the MLP's; on attention

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import preskip.architecture  # noqa: F401
-from preskip.arms.flops import embedding_parameters, forward_flops_per_token
+from preskip.arms.flops import embedding_parameters, forward_flops_per_token, training_flops_per_token
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -29,6 +29,7 @@ def test_flops_are_those_that_torch_counts(model_type):
     counted = counter.get_total_flops() / 16
     # Torch sees the rotary frequencies' product, too: a few tenths of a per cent of so small a model.
     assert forward_flops_per_token(net, 16) == pytest.approx(counted, rel=0.01)
+    assert training_flops_per_token(net, 16) == 3 * forward_flops_per_token(net, 16)
 
 
 def test_a_mixture_of_experts_counts_what_a_token_visits():

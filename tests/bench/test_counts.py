@@ -1,5 +1,6 @@
 """What is counted, against torch's own counter, real caches and files; never a time."""
 
+from itertools import count as numbers
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preskip import BranchSettings, PreskipConfig
 from preskip.architecture.shapes import shape_config
 from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters
-from preskip.bench.counts import Limits, bytes_moved, count, flops, measure_limits
+from preskip.bench import counts as counting
+from preskip.bench.counts import Counts, Limits, bytes_moved, count, flops, measure_limits
 from preskip.bench.models import Row, sharing
 from preskip.bench.observe import observe
 from preskip.bench.runners import Runner, cache_bytes, new_cache
@@ -77,6 +79,31 @@ def test_flops_are_those_that_torch_counts(make, work):
     assert found == pytest.approx(expected, rel=0.15 if work.kind == "training" else 0.01)
 
 
+@pytest.mark.parametrize(
+    ("work", "multiplied", "moved"),
+    [
+        # Four tokens see 10 entries; the output head is computed for the last one alone.
+        (Work(kind="prefill", batch=2, tokens=4), 2 * 8 * 1000 + 2 * 2 * 200 + 4 * 2 * 10 * 6, 5000 + 2 * 4 * 10 * 2),
+        (Work(kind="scoring", batch=2, tokens=4), 2 * 8 * 1200 + 4 * 2 * 10 * 6, 5000),
+        # Three steps see 5, 6 and 7 entries.
+        (
+            Work(kind="decode", batch=2, tokens=4, new_tokens=3, cache="dynamic"),
+            2 * (2 * 1200 + 4 * 6 * 6),
+            5000 + 2 * 6 * 10 * 2,
+        ),
+        # Backward through every matrix, through the trained ones once more, and twice through attention.
+        (Work(kind="training", batch=2, tokens=4), 2 * 2 * 8 * 1200 + 2 * 8 * 300 + 3 * 4 * 2 * 10 * 6, 2 * 5000),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_flops_and_bytes_written_out(work, multiplied, moved):
+    counts = Counts(
+        body=1000, head=200, trainable=300, weight_bytes=5000, body_bytes=4000, cache_width=10, attention_width=6
+    )
+    assert flops(counts, work) == multiplied
+    assert bytes_moved(counts, work, 2) == moved
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_are_those_of_the_weights_as_they_are_multiplied(dtype):
     plain, model = base(dtype=dtype), adapted(dtype=dtype)
@@ -106,6 +133,7 @@ def test_counts_scale_to_more_layers():
     three, six = count(base(), torch.float32), count(base(num_hidden_layers=6), torch.float32)
     scaled = three.scaled(2.0)
     assert (scaled.body, scaled.head, scaled.cache_width) == (six.body, six.head, six.cache_width)
+    assert scaled.attention_width == six.attention_width
     assert scaled.weight_bytes == six.weight_bytes + 64 * 4  # the last norm, which is there once
 
 
@@ -116,6 +144,13 @@ def test_the_limit_is_the_longer_of_both():
     measured = measure_limits(CPU, torch.float32, seconds=0.01, size=64)
     assert measured.flops_per_second > 0
     assert measured.bytes_per_second > 0
+
+
+def test_a_copy_moves_every_byte_twice(monkeypatch):
+    """With a clock that goes on by a second whenever it is read, a copy takes one."""
+    clock = numbers()
+    monkeypatch.setattr(counting.time, "perf_counter", lambda: float(next(clock)))
+    assert counting._copy_rate(CPU, seconds=3.0, size=64) == 2 * 4 * 64 * 64
 
 
 def test_live_memory_and_operations():

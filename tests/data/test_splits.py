@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from preskip.data.corpus import Document, clusters
-from preskip.data.splits import choose, load_splits, load_texts, slug
+from preskip.data.splits import _spread, choose, load_splits, load_texts, slug
 from preskip.errors import PreskipError
 
 
@@ -88,6 +88,11 @@ def test_every_fourth_book_is_held_out_too(tmp_path):
     assert learned == {f"training-book-{book}" for book in (0, 1, 2, 4, 5, 6, 8, 9)}
     alone = load_texts("books24", data_dir=tmp_path).documents
     assert list(alone) == splits.heldout
+
+
+def test_the_pieces_of_a_long_book_are_spread_over_it():
+    pieces = [Document(f"{place:02}", "", "long") for place in range(40)] + [Document("s", "", "short")]
+    assert [piece.id for piece in _spread(pieces)] == ["05", "15", "25", "35", "s"]
 
 
 def test_choose_is_fixed_and_keeps_white_space(tmp_path):

@@ -10,6 +10,7 @@ from preskip.data.corpus import Document
 from preskip.data.last_word import LastWordItem
 from preskip.errors import DivergedError, PreskipError
 from preskip.evaluate.likelihood import (
+    batches,
     check_causal,
     document_records,
     document_windows,
@@ -183,6 +184,19 @@ def test_an_item_beyond_the_context_is_named_and_the_others_are_kept():
     assert len(windows) == 1
     assert left[0].startswith("last-word item b#1: ")
     assert left[0].endswith("tokens exceed the context of 40")
+
+
+def test_an_item_may_fill_the_context():
+    """The last token is predicted, not read."""
+    items = [LastWordItem("a#1", "a", "The ships waited for the", "harbor")]
+    _, (window,), _ = last_word_windows(items, tiny_tokenizer())
+    read = len(window.input_ids) - 1
+    assert last_word_windows(items, tiny_tokenizer(), read) == (items, [window], [])
+    assert last_word_windows(items, tiny_tokenizer(), read - 1)[0] == []
+
+
+def test_batches_hold_as_many_padded_tokens_as_they_may():
+    assert list(batches([3, 3, 3, 7, 1], 6, length=int)) == [[3, 3], [3], [7], [1]]
 
 
 def test_a_document_that_is_not_finite_is_named_and_the_others_are_kept(capsys):

@@ -91,6 +91,12 @@ def test_the_frontier_rule_takes_the_best_that_does_no_more_harm_than_allowed(ch
     assert "within_harm" not in found
 
 
+def test_of_rates_that_are_equally_good_the_default_is_chosen(chosen):
+    found, tried = chosen(lambda rung, power: 0.0)
+    assert (found["chosen"], found["extended"]) == (1e-3, False)
+    assert tried == [(0, -2), (0, 0), (0, 2), (1, -2), (1, -1), (1, 0), (1, 1)]
+
+
 def test_no_rung_is_the_first_step_alone(chosen):
     """The first step warms up from a rate of 0: all rates would tie."""
     found, _ = chosen(lambda rung, power: abs(power), steps=2)

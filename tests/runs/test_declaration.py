@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from preskip.runs.declaration import changes, declare, extension, margin_changes
+from preskip.runs.declaration import changes, declare, extension, identity, margin_changes
 
 FAMILY = {
     "declared": [{"arm": "preskip", "reference": "lora", "set": "sotu", "metric": "bits_per_byte", "level": 1}],
@@ -28,7 +28,13 @@ def test_the_hash_is_of_what_stands_beside_it(manifest):
     declaration = manifest["declaration"]
     text = json.dumps(declaration["content"], sort_keys=True, separators=(",", ":"))
     assert declaration["sha256"] == hashlib.sha256(text.encode()).hexdigest()
-    assert declaration["content"]["family"] == FAMILY
+    assert declaration["content"] == {
+        "config": {"seeds": [1, 2], "steps": 4, "lr_rule": "frontier"},
+        "family": FAMILY,
+        "model": "a",
+        "corpus": None,
+        "sets": {"sotu": "b"},
+    }
     assert declaration["time"].endswith("+00:00")
     assert declare({"seeds": [1, 2], "steps": 5, "lr_rule": "frontier"}, FACTS)["sha256"] != declaration["sha256"]
     assert changes(manifest) == []
@@ -46,6 +52,17 @@ def test_what_was_changed_is_named(manifest):
     manifest["declaration"]["content"]["config"]["steps"] = 8
     assert changes(manifest)[0].startswith("the declaration was edited")
     assert changes({"config": {}, "family": {}}) == []
+
+
+def test_weights_are_known_by_their_checksum_and_on_the_hub_by_their_revision():
+    assert identity({"sha256": "a", "revision": "b"}) == "a"
+    assert identity({"sha256": None, "revision": "b"}) == "b"
+
+
+@pytest.mark.parametrize(("name", "value"), [("alpha", 0.1), ("looks", [2, 3]), ("procedure", None)])
+def test_every_part_of_the_family_is_held_against_the_declared_one(manifest, name, value):
+    manifest["family"][name] = value
+    assert changes(manifest) == [f"the family's {name} was changed after it was declared"]
 
 
 def test_added_seeds_are_no_change_where_a_look_was_declared(manifest):

@@ -1,5 +1,8 @@
 """The penalty on what is changed out of domain: its value and gradient written out, for every way of training."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from preskip.arms.insert import insert
 from preskip.branch_settings import BranchSettings
 from preskip.runs.files import read_jsonl
 from preskip.train.frozen import train_frozen
-from preskip.train.keep import Keep, KeepDataset, divergence
+from preskip.train.keep import Keep, KeepDataset, KeepTrainer, divergence
 from preskip.train.settings import TrainingSettings
 from tiny_model import tiny_llama
 
@@ -88,6 +91,18 @@ def test_what_every_arm_has_changed_is_held_against_the_untouched_base(arm):
         assert torch.equal(weights(built), trained)
         assert [p.requires_grad for p in built.model.parameters()] == flags
     assert torch.equal(base(ids).logits, before)
+
+
+def test_the_base_computes_without_dropout():
+    model, ids = tiny_llama(attention_dropout=0.5), torch.from_numpy(OTHER[:2]).long()
+    with torch.no_grad():
+        wanted = model(input_ids=ids, use_cache=False).logits
+    model.train()
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(unwrap_model=lambda wrapped: wrapped), keep=SimpleNamespace(as_base=nullcontext)
+    )
+    assert torch.equal(KeepTrainer._of_base(trainer, model, ids), wanted)
+    assert model.training
 
 
 @pytest.mark.parametrize("arm", ["lora", "full"])
