@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from preskip.assets import file_sha256
 from preskip.data.corpus import Document
 from preskip.data.rows import read_text
 from preskip.data.wikitext import wikitext_pages
@@ -105,7 +106,7 @@ def load_local(task: str, directory: Path | None) -> LocalData | None:
         return None
     splits = {split: layout.read(directory / name) for split, name in files.items()}
     names = tuple(files.values())
-    contents = [hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names]
+    contents = [file_sha256(directory / name) for name in names]
     sha256 = contents[0] if len(contents) == 1 else hashlib.sha256("".join(contents).encode()).hexdigest()
     return LocalData(splits=splits, files=names, sha256=sha256, name=layout.name)
 

@@ -21,7 +21,6 @@ WikiText is the version with `<unk>`: figures then compare between arms, not wit
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +31,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from preskip.assets import file_sha256
 from preskip.data.blocks import Window
 from preskip.data.corpus import Document
 from preskip.data.local import data_directory, load_local
@@ -282,8 +282,7 @@ def _wikitext_rows(directory: Path | None, count: int) -> _Rows:
         if directory is not None and (directory / name).is_file():
             rows = [{"text": line + "\n"} for line in read_text(directory / name).split("\n")[:count]]
             title = "WikiText validation" + ("" if name.endswith(".raw") else " with <unk>")
-            sha256 = hashlib.sha256((directory / name).read_bytes()).hexdigest()
-            return rows, {"title": title, "source": name, "sha256": sha256}
+            return rows, {"title": title, "source": name, "sha256": file_sha256(directory / name)}
     return _hub_rows(_HUB["paper:wikitext"], count)
 
 

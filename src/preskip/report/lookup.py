@@ -169,5 +169,9 @@ def is_chosen(search: Search, point: Trial) -> bool:
 
 def rate_text(summary: ArmResults) -> str:
     """An arm's learning rate, or the range of those of its seeds; "–" where nothing is trained."""
-    found = [rate for rate in ((summary.get("learning_rates") or {}).values() or [summary["learning_rate"]]) if rate]
-    return " to ".join(f"{rate:g}" for rate in dict.fromkeys((min(found), max(found)))) if found else "–"
+    by_seed = summary.get("learning_rates") or {"": summary["learning_rate"]}
+    rates = [rate for rate in by_seed.values() if rate]
+    if not rates:
+        return "–"
+    low, high = min(rates), max(rates)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
