@@ -78,10 +78,12 @@ def test_the_first_window_of_a_document_is_read():
 
 
 def test_profile_leaves_the_model_as_it_was():
-    model = adapted()
-    hooks = len(model.model.layers[0].self_attn._forward_hooks)
+    model = adapted().train()
+    attention = model.model.layers[0].self_attn
+    hooks = [dict(attention._forward_hooks), dict(attention._forward_pre_hooks)]
     depth_profile(model, [[3, 4, 5]])
-    assert len(model.model.layers[0].self_attn._forward_hooks) == hooks
+    assert [dict(attention._forward_hooks), dict(attention._forward_pre_hooks)] == hooks
+    assert model.training
 
 
 def test_variants():

@@ -6,6 +6,7 @@ import sys
 import warnings
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -262,7 +263,6 @@ def test_stacked_adapters_are_saved_each_in_its_own_folder_and_load_again(tmp_pa
 
 def test_peft_lily_reads_later_tokens():
     """Why it is no arm: PEFT averages its router over all tokens of a batch. If this fails, Lily can become one."""
-    peft = pytest.importorskip("peft", minversion="0.20")
     if not hasattr(peft, "LilyConfig"):
         pytest.skip("this peft has no Lily")
     model = get_peft_model(tiny_llama(), peft.LilyConfig(r=4, num_B=2, target_modules=["q_proj", "v_proj"])).eval()

@@ -99,12 +99,10 @@ def _check_margins(names: Iterable[str], entries: Sequence[Mapping[str, Any]]) -
     """A margin that names nothing compared would leave the default one in its place."""
     from preskip.metrics import metric_named
 
-    known = {
-        name
-        for entry in entries
-        for metric in [entry["metric"]]
-        for name in (metric, metric_named(metric).key, f"{entry['set']}.{metric}")
-    }
+    known: set[str] = set()
+    for entry in entries:
+        metric = entry["metric"]
+        known |= {metric, metric_named(metric).key, f"{entry['set']}.{metric}"}
     if unknown := sorted(set(names) - known):
         raise PreskipError(
             f"--margin {unknown[0]}: nothing of that name is compared; choose among {', '.join(sorted(known))}"

@@ -25,21 +25,23 @@ def forest_records(entries: Sequence[Comparison], about: Metric, plain: str) -> 
     """
     if len(entries) > MOST_PAIRS:
         entries = [entry for entry in entries if is_declared(entry) or with_plain(entry, plain)]
-    return [
-        {
-            "pair": f"{entry['arm']} {MINUS} {entry['reference']}",
-            **{key: about.factor * cast(Any, entry)[key] for key in ("difference", "low", "high")},
-            "outcome": entry["verdict"],
-            "declared": is_declared(entry),
-            "p": f"{p_text(p_value(entry))} ({'corrected' if is_declared(entry) else 'not corrected'})",
-            "seeds": [about.factor * value for value in detail["by_seed"]] if detail and entry["seeds"] > 1 else [],
-            "margin_low": -margin if margin else None,
-            "margin": margin,
-        }
-        for entry in ordered(entries, about.lower_is_better, plain)
-        for stated, detail in [(entry.get("margin"), entry.get("detail"))]
-        for margin in [None if stated is None else about.factor * stated]
-    ]
+    return [_record(entry, about) for entry in ordered(entries, about.lower_is_better, plain)]
+
+
+def _record(entry: Comparison, about: Metric) -> Record:
+    stated, detail = entry.get("margin"), entry.get("detail")
+    margin = None if stated is None else about.factor * stated
+    by_seed = detail["by_seed"] if detail and entry["seeds"] > 1 else []
+    return {
+        "pair": f"{entry['arm']} {MINUS} {entry['reference']}",
+        **{key: about.factor * cast(Any, entry)[key] for key in ("difference", "low", "high")},
+        "outcome": entry["verdict"],
+        "declared": is_declared(entry),
+        "p": f"{p_text(p_value(entry))} ({'corrected' if is_declared(entry) else 'not corrected'})",
+        "seeds": [about.factor * value for value in by_seed],
+        "margin_low": -margin if margin else None,
+        "margin": margin,
+    }
 
 
 def forest(records: Sequence[Record], about: Metric) -> Spec:

@@ -15,20 +15,22 @@ def search_records(search: Search, arm: str) -> list[Record]:
     """One record per trained point: its rung and seed, the learning rate, the difference to the untouched model on
     development documents in bits per byte (None where it diverged).
     """
-    return [
-        {
-            "arm": arm,
-            "rung": f"{point['steps']} steps",
-            "seed": str(point["seed"]),
-            "learning_rate": point["learning_rate"],
-            **{limit: inside.get(limit) for limit in ("value", "low", "high")},
-            "kept": "kept" if point.get("kept") else "dropped",
-            "chosen": is_chosen(search, point),
-            "diverged": bool(point.get("diverged")),
-        }
-        for point in search["trace"]
-        for inside in [development(point, "in") or {}]
-    ]
+    records: list[Record] = []
+    for point in search["trace"]:
+        inside = development(point, "in") or {}
+        records.append(
+            {
+                "arm": arm,
+                "rung": f"{point['steps']} steps",
+                "seed": str(point["seed"]),
+                "learning_rate": point["learning_rate"],
+                **{limit: inside.get(limit) for limit in ("value", "low", "high")},
+                "kept": "kept" if point.get("kept") else "dropped",
+                "chosen": is_chosen(search, point),
+                "diverged": bool(point.get("diverged")),
+            }
+        )
+    return records
 
 
 def search(records: Sequence[Record], arms: Sequence[str], bounds: tuple[float, float]) -> Spec:

@@ -8,6 +8,7 @@ judge by), or not measured.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -273,11 +274,11 @@ def parts_text(claim: Claim) -> str:
         entry = part.get("entry")
         kind = "" if entry is None else "declared" if is_declared(entry) else "exploratory"
         groups.setdefault(kind, []).append(part["verdict"])
-    return "; ".join(
-        f"{kind}: {counted}" if kind else counted
-        for kind, verdicts in groups.items()
-        for counted in [", ".join(f"{verdicts.count(word)} {word}" for word in dict.fromkeys(verdicts))]
-    )
+    texts = []
+    for kind, verdicts in groups.items():
+        counted = ", ".join(f"{count} {word}" for word, count in Counter(verdicts).items())
+        texts.append(f"{kind}: {counted}" if kind else counted)
+    return "; ".join(texts)
 
 
 def power_text(part: Mapping[str, Any]) -> str:
