@@ -169,8 +169,8 @@ def is_chosen(search: Search, point: Trial) -> bool:
 
 def rate_text(summary: ArmResults) -> str:
     """An arm's learning rate, or the range of those of its seeds; "–" where nothing is trained."""
-    by_seed = summary.get("learning_rates") or {"": summary["learning_rate"]}
-    rates = [rate for rate in by_seed.values() if rate]
+    stated: list[float | None] = [*(summary.get("learning_rates") or {}).values()] or [summary["learning_rate"]]
+    rates = [rate for rate in stated if rate]
     if not rates:
         return "–"
     low, high = min(rates), max(rates)
