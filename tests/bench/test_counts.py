@@ -94,7 +94,7 @@ def test_flops_are_those_that_torch_counts(make, work):
         # Backward through every matrix, through the trained ones once more, and twice through attention.
         (Work(kind="training", batch=2, tokens=4), 2 * 2 * 8 * 1200 + 2 * 8 * 300 + 3 * 4 * 2 * 10 * 6, 2 * 5000),
     ],
-    ids=lambda value: getattr(value, "kind", ""),
+    ids=["prefill", "scoring", "decode", "training"],
 )
 def test_flops_and_bytes_written_out(work, multiplied, moved):
     counts = Counts(
