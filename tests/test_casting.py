@@ -108,6 +108,52 @@ def test_a_replaced_weight_is_cast_anew() -> None:
     assert torch.equal(product(x, module.up), before * 2)
 
 
+@torch.no_grad()
+def test_weights_that_are_handed_in_for_one_call_are_cast_each() -> None:
+    module, x, scales = branch(), some_input(), range(1, 41)
+    weight = module.up.weight.clone()
+    wanted = [nn.functional.linear(x, (weight * scale).bfloat16()) for scale in scales]
+    found = [torch.func.functional_call(Up(module.up), {"up.weight": weight * scale}, (x,)) for scale in scales]
+    assert all(map(torch.equal, found, wanted))
+
+
+class Up(nn.Module):
+    def __init__(self, up: nn.Module) -> None:
+        super().__init__()
+        self.up = up
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return product(x, self.up)
+
+
+def test_gradients_by_torch_func_are_those_of_backward() -> None:
+    module, x = branch(), some_input()
+    weights = dict(module.named_parameters())
+    loss(module, x).backward()
+    wanted = {name: weight.grad for name, weight in weights.items()}
+    of_weights = lambda some: torch.func.functional_call(Loss(module), some, (x,))  # noqa: E731
+    found = torch.func.grad(of_weights)({f"module.{name}": weight for name, weight in weights.items()})
+    for name, gradient in wanted.items():
+        assert (found[f"module.{name}"] - gradient).abs().max() < 2e-2 * gradient.abs().max(), name
+    # What was cast while an input's gradient was taken is not used afterwards.
+    casting.forget()
+    of_input = torch.func.grad(lambda some: loss(module, some))(x)
+    assert of_input.isfinite().all()
+    module.zero_grad()
+    loss(module, x).backward()
+    for name, weight in module.named_parameters():
+        assert torch.equal(weight.grad, wanted[name]), name
+
+
+class Loss(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return loss(self.module, x)
+
+
 def test_writes_through_data_are_seen_after_forget() -> None:
     module, x = branch().requires_grad_(False), some_input()
     before = product(x, module.up)

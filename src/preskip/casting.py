@@ -41,8 +41,8 @@ class _Cast:
     """The copy of one weight, kept beside the module that owns it; a copy of the module begins without."""
 
     def __init__(self) -> None:
-        # Key and copy in one, so that no thread reads those of two.
-        self.made: tuple[tuple[Any, ...], torch.Tensor] | None = None
+        # Weight, key and copy in one, so that no thread reads those of two.
+        self.made: tuple[torch.Tensor, tuple[Any, ...], torch.Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Cast:
         return _Cast()
@@ -79,24 +79,31 @@ def is_autocast(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def is_transformed() -> bool:
+    """Whether `torch.func` transforms what runs: tensors made meanwhile must not outlive the transform."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def cast_once(linear: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight in another dtype, from the last call where it has not changed since.
 
     The copy hangs on its weight in autograd's graph, where a cast keeps nothing for the backward pass: any number of
     backward passes go through it, and their gradients add up in fp32.
     """
-    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.is_inference():  # sharded, or without a version
+    is_sharded = type(weight) not in (nn.Parameter, torch.Tensor)
+    if is_sharded or weight.is_inference() or is_transformed():  # without a version, or gone with its transform
         return weight.to(dtype)
     held: _Cast | None = linear.__dict__.get(_CAST)
     if held is None:
         held = linear.__dict__[_CAST] = _Cast()
-    key = (id(weight), *version_of(weight), weight.requires_grad, dtype)
-    if held.made is not None and held.made[0] == key:
-        return held.made[1]
+    key = (*version_of(weight), weight.requires_grad, dtype)
+    # The weight is kept: one handed in for a call (`torch.func.functional_call`) would leave its address to the next.
+    if held.made is not None and held.made[0] is weight and held.made[1] == key:
+        return held.made[2]
     # As in training, whatever the mode of this call: recomputation comes without gradients first.
     with torch.inference_mode(False), torch.set_grad_enabled(weight.requires_grad):
         cast = weight.to(dtype)
-    held.made = key, cast
+    held.made = weight, key, cast
     return cast
 
 
