@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -295,6 +296,33 @@ def test_an_attention_with_anothers_hook_is_left_as_it_is():
         assert handle.attentions == 2
         model(IDS)
     assert seen == [(3, 63, 60)]
+
+
+def test_pickled_it_is_as_it_was():
+    model = adapted(torch.bfloat16)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        with preskip.optimize(model):
+            assert torch.equal(model(IDS).logits, wanted)
+            twin = pickle.loads(pickle.dumps(model))
+        assert torch.equal(twin(IDS).logits, wanted)
+        assert type(twin.base_model.model.model.layers[0].self_attn).__name__ == "OptimizedLlamaAttention"
+        assert torch.equal(twin.unload()(IDS).logits, model.unload()(IDS).logits)
+
+
+def test_gradients_by_torch_func_are_those_with_hooks():
+    model = adapted(torch.bfloat16)
+    model.config._attn_implementation = "eager"
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+    def loss(some):
+        return torch.func.functional_call(model, some, (IDS,)).logits.float().square().mean()
+
+    wanted = torch.func.grad(loss)(weights)
+    with preskip.optimize(model):
+        found = torch.func.grad(loss)(weights)
+        assert all(torch.equal(found[name], wanted[name]) for name in weights)
+        loss(weights).backward()
 
 
 def test_a_different_adapter_per_row():

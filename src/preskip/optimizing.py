@@ -27,7 +27,7 @@ from preskip.attach import (
 )
 from preskip.branch import FUNCTIONS, PreskipBranch
 from preskip.branch_settings import BranchSettings
-from preskip.casting import cast_once, is_autocast, version_of
+from preskip.casting import cast_once, is_autocast, is_transformed, version_of
 from preskip.quantizing import Int8Linear, PaddedInt8
 
 _PLAN = "preskip_plan"
@@ -156,6 +156,9 @@ class _Plan:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Plan:
         return _Plan()  # made anew at the copy's first call: what hangs on a weight in a graph cannot be copied
 
+    def __reduce__(self) -> tuple[type[_Plan], tuple[()]]:
+        return _Plan, ()
+
     def holds(self, branch: Any, x: torch.Tensor) -> bool:
         """Whether this is what the branch would compute for x now; a compiled graph takes weights as they were."""
         if self.dtype != x.dtype or getattr(branch, "_active_adapter", self.adapters) != self.adapters:
@@ -233,7 +236,9 @@ def _with_branch(kind: Any) -> Any:
         branch: Any = self._modules[CHILD]
         x = hidden_states_of(args, kwargs)
         plan = self.__dict__[_PLAN]
-        if not plan.holds(branch, x):
+        if not torch.compiler.is_compiling() and is_transformed():
+            plan = _Plan()
+        elif not plan.holds(branch, x):
             plan = _plan(branch, x.dtype)
             if not torch.compiler.is_compiling():
                 self.__dict__[_PLAN] = plan
@@ -263,7 +268,17 @@ def _with_branch(kind: Any) -> Any:
             skip = feature
         return (output[0] + skip, *output[1:]) if isinstance(output, tuple) else output + skip
 
-    return type(f"Optimized{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _of_class, (kind,), self.__dict__
+
+    methods = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__}
+    return type(f"Optimized{kind.__name__}", (kind,), methods)
+
+
+def _of_class(kind: Any) -> nn.Module:
+    """An attention to be filled by pickle, which looks classes up by name and finds none that is made here."""
+    made = _with_branch(kind)
+    return made.__new__(made)
 
 
 def _feature(x: torch.Tensor, plan: _Plan) -> torch.Tensor:
