@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -238,6 +239,13 @@ def test_when_its_last_adapter_is_deleted_a_model_takes_the_other_position() -> 
     zoo.randomise(other)
     assert zoo.difference(zoo.logits(model, "gemma2"), zoo.logits(zoo.build("gemma2"), "gemma2")) > 1e-3
     assert torch.equal(zoo.logits(model, "gemma2"), zoo.logits(other, "gemma2"))
+
+
+@pytest.mark.parametrize("layers", [range(2), (0, 1), np.arange(2), np.int64(1), 1])
+def test_layers_of_every_kind_are_saved(layers, tmp_path) -> None:
+    PreskipConfig(target_modules=["self_attn"], layers_to_transform=layers).save_pretrained(tmp_path)
+    expected = [0, 1] if np.ndim(layers) else 1
+    assert PreskipConfig.from_pretrained(tmp_path).layers_to_transform == expected
 
 
 @pytest.mark.parametrize(

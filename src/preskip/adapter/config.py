@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
+from numbers import Integral
 from typing import Any, Optional, Union, get_type_hints
 
 from peft.config import PeftConfig
@@ -29,6 +31,13 @@ def peft_type() -> PeftType:
         PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
         type.__setattr__(PeftType, NAME, member)
     return PeftType[NAME]
+
+
+def _plain(layers: Any) -> Any:
+    """Layer indices as JSON holds them: given as a range or an array, an adapter could be trained, but not saved."""
+    if isinstance(layers, str) or not isinstance(layers, (Integral, Iterable)):
+        return layers
+    return int(layers) if isinstance(layers, Integral) else [_plain(layer) for layer in layers]
 
 
 # The fields of `BranchSettings` are written there alone; PEFT wants them flat in one dataclass that is not frozen.
@@ -93,6 +102,7 @@ class PreskipConfig(_BranchConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self.layers_to_transform = _plain(self.layers_to_transform)
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:
                 raise PreskipError(f"{name} cannot be combined with a regular expression in target_modules")
