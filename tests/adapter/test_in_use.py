@@ -201,6 +201,22 @@ def test_what_is_not_possible_is_said_in_one_line_with_what_is(tmp_path) -> None
         hotswap_adapter(model, str(tmp_path / "two"), "one")
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("activation", "relu"), ("enrich_attention", False), ("skip_position", "residual")]
+)
+def test_a_name_that_is_taken_takes_weights_of_the_same_settings_alone(name: str, other: Any, tmp_path) -> None:
+    adapted("gemma2").save_pretrained(tmp_path / "same")
+    adapted("gemma2", **{name: other}).save_pretrained(tmp_path / "other")
+    model = get_peft_model(zoo.build("gemma2"), PreskipConfig()).eval()
+    before = zoo.logits(model, "gemma2")
+    with pytest.raises(PreskipError, match=rf"has {name}=\S*, .*other was trained with .*: load it under") as caught:
+        model.load_adapter(tmp_path / "other", "default")
+    assert "\n" not in str(caught.value)
+    assert torch.equal(zoo.logits(model, "gemma2"), before)
+    model.load_adapter(tmp_path / "same", adapter_name="default")
+    assert torch.equal(zoo.logits(model, "gemma2"), zoo.logits(adapted("gemma2"), "gemma2"))
+
+
 @torch.no_grad()
 def test_two_active_adapters_add_up_as_the_refusal_says() -> None:
     model = two_adapters("one").eval()

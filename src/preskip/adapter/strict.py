@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -21,6 +21,9 @@ from preskip.adapter.checkpoint import refuse
 from preskip.adapter.config import PreskipConfig
 from preskip.adapter.model import base_model, expected_tensors, forget_first_adapter, remove_adapter
 from preskip.errors import PreskipError
+
+# Settings of which a checkpoint's tensors show nothing.
+_NOT_IN_TENSORS = ("activation", "enrich_attention", "skip_position")
 
 
 def make_load_adapter_strict() -> None:
@@ -42,12 +45,33 @@ def make_load_adapter_strict() -> None:
             return from_pretrained(cls, model, *args, **kwargs)
 
     @wraps(load_another)
-    def load_another_whole(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_another_whole(model: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        _check_settings(model, model_id, adapter_name, kwargs)
         with _undone_if_refused(base_model(model)):
-            return load_another(model, *args, **kwargs)
+            return load_another(model, model_id, adapter_name, *args, **kwargs)
 
     peft_model.from_pretrained = classmethod(from_pretrained_whole)
     peft_model.load_adapter = load_another_whole
+
+
+def _check_settings(model: Any, source: Any, name: str, kwargs: dict[str, Any]) -> None:
+    """Refuse weights for an adapter that would compute something else with them: PEFT reads no config over a name."""
+    own = model.peft_config.get(name)
+    if not isinstance(own, PreskipConfig):
+        return
+    try:
+        given = PeftConfig.from_pretrained(source, **model._split_kwargs(kwargs)[0])
+    except PreskipError:
+        raise
+    except ValueError:  # no config there: weights alone are loaded, too
+        return
+    for setting in _NOT_IN_TENSORS if isinstance(given, PreskipConfig) else ():
+        mine, theirs = getattr(own, setting), getattr(given, setting)
+        if mine != theirs:
+            raise PreskipError(
+                f"adapter {name!r} has {setting}={mine!r}, {source} was trained with {theirs!r}: load it under another "
+                "name"
+            )
 
 
 @contextmanager
