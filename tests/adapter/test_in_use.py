@@ -217,6 +217,14 @@ def test_a_name_that_is_taken_takes_weights_of_the_same_settings_alone(name: str
     assert torch.equal(zoo.logits(model, "gemma2"), zoo.logits(adapted("gemma2"), "gemma2"))
 
 
+def test_disabled_adapters_are_off_in_rows_that_name_them_too() -> None:
+    model = two_adapters("one").eval()
+    values = zoo.inputs("llama")
+    with torch.no_grad(), model.disable_adapter():
+        found = model(**values, adapter_names=["one", "two"]).logits
+    assert torch.equal(found, zoo.logits(zoo.build("llama"), "llama"))
+
+
 @torch.no_grad()
 def test_two_active_adapters_add_up_as_the_refusal_says() -> None:
     model = two_adapters("one").eval()

@@ -108,8 +108,8 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
 
     def enrich(self, x: torch.Tensor) -> torch.Tensor:
         """What attention reads, [B, T, d]: x̃ of the active adapters, or of each row's (`preskip.branch.enrich`)."""
-        if self.row_names is not None:
-            return by_row(x, self.row_names, self._enrich_rows, x)
+        if (names := self._names_of_rows()) is not None:
+            return by_row(x, names, self._enrich_rows, x)
         active = [name for name in self._active() if self.settings[name].enrich_attention]
         if len(active) <= 1:
             return arithmetic.enrich(x, *self._parts(active[0])) if active else x
@@ -117,14 +117,17 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
 
     def content(self, attention_input: torch.Tensor) -> torch.Tensor | None:
         """What goes around attention, [B, T, d], summed over the active adapters (`preskip.branch.content`)."""
-        if self.row_names is not None:
-            return by_row(attention_input, self.row_names, self._content_rows, torch.zeros_like(attention_input))
+        if (names := self._names_of_rows()) is not None:
+            return by_row(attention_input, names, self._content_rows, torch.zeros_like(attention_input))
         total = None
         for name in self._active():
             part = arithmetic.content(attention_input, *self._parts(name))
             if part is not None:
                 total = part if total is None else total + part
         return total
+
+    def _names_of_rows(self) -> list[str] | None:
+        return None if self.disable_adapters else self.row_names
 
     def _enrich_rows(self, name: str, x: torch.Tensor) -> torch.Tensor | None:
         is_read = name in self.settings and self.settings[name].enrich_attention
