@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from peft.utils import load_peft_weights
 from peft.utils.hotswap import hotswap_adapter
 from torch._dynamo.testing import CompileCounter
@@ -223,6 +224,13 @@ def test_disabled_adapters_are_off_in_rows_that_name_them_too() -> None:
     with torch.no_grad(), model.disable_adapter():
         found = model(**values, adapter_names=["one", "two"]).logits
     assert torch.equal(found, zoo.logits(zoo.build("llama"), "llama"))
+
+
+def test_pefts_switch_of_casts_leaves_the_branch_as_it_is() -> None:
+    model = adapted()
+    before = zoo.logits(model, "llama")
+    with disable_input_dtype_casting(model):
+        assert torch.equal(zoo.logits(model, "llama"), before)
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = PARTS
     other_param_names = ("dropout", "settings")
+    # What PEFT's `disable_input_dtype_casting` switches off in other layers; products here choose by themselves.
+    cast_input_dtype_enabled = True
 
     def __init__(self, attention: nn.Module, width: int, tap: nn.Module | None = None) -> None:
         super().__init__()
