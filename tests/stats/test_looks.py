@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from preskip.stats import Design
+from preskip.stats import Design, compare_arms
 from preskip.stats.families import gatekeeping, holm
 from preskip.stats.looks import fractions_of, nominal_levels, sequential_p, spent, two_sided
 from preskip.stats.stops import planned_stops
@@ -51,6 +51,42 @@ def test_p_over_looks_is_the_level_at_which_a_look_decides():
     assert two_sided([1.0, 1.0, 1.0], fractions) == 1.0
     assert two_sided([0.0], fractions) > 0
     assert two_sided([0.03], [1.0]) == pytest.approx(0.03, rel=2e-3)
+
+
+def grown(by_seed):
+    """The only comparison of a run with looks at 3 and 5 seeds: each seed's difference, alike on 40 documents."""
+    spread = 1e-4 * np.linspace(-1, 1, 40)
+
+    def records(difference):
+        nll = np.log(2) * (1000 + 100 * (difference + spread))
+        return [
+            {"set": "text", "kind": "document", "id": f"{place:02}", "nll": value, "tokens": 1, "bytes": 100, "words": 1}
+            for place, value in enumerate(nll)
+        ]
+
+    items = {"none": {1: records(0 * spread)}, "arm": {seed: records(own) for seed, own in enumerate(by_seed, 1)}}
+    pair = {"arm": "arm", "reference": "none", "set": "text", "metric": "bits_per_byte", "level": 1}
+    margins = {"bits_per_byte": 0.005}
+    family = {"declared": [pair], "procedure": "gatekeeping", "alpha": 0.05, "margins": margins, "looks": [3, 5]}
+    (entry,) = compare_arms(items, family)
+    return entry
+
+
+def test_a_look_counts_only_where_all_seeds_agree_with_it():
+    # Better at the first look; the mean over five is on the other side of 0, which no look has shown.
+    early = [-0.0100, -0.0101, -0.0099]
+    assert grown(early)["verdict"] == "better"
+    assert grown([*early, -0.005, 0.002])["verdict"] == "better"  # an early finding stays
+    turned = grown([*early, 0.05, 0.06])
+    assert turned["difference"] > 0
+    assert turned["verdict"] == "undecided"
+    assert turned["p_holm"] > turned["p_value"]  # of the last look alone, with what the first one may spend
+    # Equivalent at the first look; the mean over five is beyond the margin.
+    alike = [0.0, 0.0001, -0.0001]
+    assert grown(alike)["verdict"] == "equivalent"
+    beyond = grown([*alike, 0.02, 0.03])
+    assert beyond["difference"] > beyond["margin"]
+    assert (beyond["verdict"], beyond["p_equivalence_holm"]) == ("undecided", 1.0)
 
 
 def test_gatekeeping_by_hand():

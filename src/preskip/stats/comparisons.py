@@ -214,6 +214,9 @@ def add_looks(
 ) -> None:
     """Give the declared comparisons what the looks so far say, each from the first seeds alone: `looked`.
 
+    A verdict is about the difference of all seeds. A look that found one of the other sign is no evidence for it, nor
+    is an early equivalence where it is beyond the margin.
+
     Args:
         entries: of all seeds.
         items: records by arm and seed id, seeds in the order in which they were added.
@@ -235,16 +238,17 @@ def add_looks(
                 at = compare(*first, sets=[entry["set"]], margins=margins, confidence=1 - 2 * level)
                 found += [other for other in at if other["metric"] == entry["metric"]]
         if found and len(found) == len(taken):
+            value, margin = entry["difference"], entry["margin"]
+            differences = [other["p_value"] if other["difference"] * value > 0 else 1.0 for other in found]
+            is_beyond = margin is None or abs(value) >= margin
             equivalences = [other["p_equivalence"] for other in found]
             entry["looked"] = {
                 "seeds": taken[-1][0],
                 "level": 2 * taken[-1][1],
                 "low": found[-1]["low"],
                 "high": found[-1]["high"],
-                "p_value": float(two_sided([other["p_value"] for other in found], fractions)),
-                "p_equivalence": None
-                if entry["margin"] is None
-                else float(sequential_p([1.0 if p is None else p for p in equivalences], fractions)),
+                "p_value": float(two_sided(differences, fractions)),
+                "p_equivalence": None if margin is None else float(sequential_p([1.0 if p is None or is_beyond else p for p in equivalences], fractions)),
             }
 
 
