@@ -208,6 +208,27 @@ def test_all_pairs_once_as_declared_or_later_minus_earlier() -> None:
     assert entries[2]["p_holm"] == entries[2]["p_value"]
 
 
+def test_corrected_p_values_are_those_of_the_family_whatever_is_shown() -> None:
+    items = {"none": {1: make_items(5)}}
+    items |= {arm: {1: make_items(seed, shift=shift)} for arm, seed, shift in (("a", 1, -0.02), ("b", 2, -0.004))}
+    declared = [
+        {"arm": "a", "reference": "none", "set": "heldout", "metric": "bits_per_byte", "level": 1},
+        {"arm": "a", "reference": "b", "set": "heldout", "metric": "bits_per_byte", "level": 2},
+        {"arm": "a", "reference": "b", "set": "cloze", "metric": "acc", "level": 2},
+    ]
+    family = {"declared": declared, "procedure": "gatekeeping", "alpha": 0.05, "margins": {}}
+
+    def corrected(**chosen: object) -> dict:
+        found = compare_arms(items, family, **chosen)
+        return {(e["arm"], e["reference"], e["metric"]): (e["p_holm"], e["verdict"]) for e in found if e["declared"]}
+
+    every = corrected()
+    assert every["a", "b", "bits_per_byte"][1] == "better"  # the gate is open
+    assert every["a", "b", "acc"][0] < 1.0
+    assert corrected(pairs=[("a", "b")]) == {key: every[key] for key in every if key[1] == "b"}
+    assert corrected(sets=["cloze"]) == {key: every[key] for key in every if key[2] == "acc"}
+
+
 def test_an_accuracy_may_be_a_share_of_an_item() -> None:
     """As in truthfulqa_mc2, whose `acc` is the probability of the true answers."""
 

@@ -60,7 +60,15 @@ def grown(by_seed):
     def records(difference):
         nll = np.log(2) * (1000 + 100 * (difference + spread))
         return [
-            {"set": "text", "kind": "document", "id": f"{place:02}", "nll": value, "tokens": 1, "bytes": 100, "words": 1}
+            {
+                "set": "text",
+                "kind": "document",
+                "id": f"{place:02}",
+                "nll": value,
+                "tokens": 1,
+                "bytes": 100,
+                "words": 1,
+            }
             for place, value in enumerate(nll)
         ]
 

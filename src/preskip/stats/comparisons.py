@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -15,7 +15,7 @@ from preskip.runs.schema import Comparison, Family, Metrics, MetricValue, Paired
 from preskip.stats.bootstrap import RatioDistribution
 from preskip.stats.detail import detail_of
 from preskip.stats.discordant import NothingDiffers
-from preskip.stats.families import apply_family, key_of
+from preskip.stats.families import Key, apply_family, key_of
 from preskip.stats.inputs import Array
 from preskip.stats.intervals import CONFIDENCE, Distribution
 from preskip.stats.looks import fractions_of, nominal_levels, sequential_p, two_sided
@@ -167,6 +167,8 @@ def compare_arms(
 ) -> list[Comparison]:
     """Pairs of arms compared, with the family's correction and verdicts: `comparisons` of results.json.
 
+    Corrected p-values are those of the whole family, whichever pairs and sets are chosen.
+
     Args:
         items: records by arm and seed id, arms in the order in which they are shown, the reference first.
         family: {"declared": [{"arm", "reference", "set", "metric"}], "alpha", "margins"}, as in run.json.
@@ -195,9 +197,34 @@ def compare_arms(
                 notes=notes,
             )
         advance(number, f"{arm} - {reference}")
+    shown = set(map(key_of, entries))
+    entries += _beside(shown, items, family, confidence)
     if family.get("looks"):
         add_looks(entries, items, family, notes)
-    return apply_family(entries, family, described)
+    return [entry for entry in apply_family(entries, family, described) if key_of(entry) in shown]
+
+
+def _beside(
+    shown: Collection[Key], items: Mapping[str, SeedItems], family: Family, confidence: float
+) -> list[PairedDifference]:
+    """The declared comparisons that are measured and not shown: what is shown is corrected for them as they are."""
+    found: list[PairedDifference] = []
+    for wanted in family.get("declared", ()):
+        arm, reference = wanted["arm"], wanted["reference"]
+        if key_of(wanted) in shown or arm not in items or reference not in items:
+            continue
+        with noted([], "not measured"):
+            own = compare(
+                items[arm],
+                items[reference],
+                arm=arm,
+                reference=reference,
+                sets=[wanted["set"]],
+                margins=family.get("margins", DEFAULT_MARGINS),
+                confidence=confidence,
+            )
+            found += [entry for entry in own if key_of(entry) == key_of(wanted)]
+    return found
 
 
 def _covers(table: Table, seeds: int) -> str:
@@ -248,7 +275,9 @@ def add_looks(
                 "low": found[-1]["low"],
                 "high": found[-1]["high"],
                 "p_value": float(two_sided(differences, fractions)),
-                "p_equivalence": None if margin is None else float(sequential_p([1.0 if p is None or is_beyond else p for p in equivalences], fractions)),
+                "p_equivalence": None
+                if margin is None
+                else float(sequential_p([1.0 if p is None or is_beyond else p for p in equivalences], fractions)),
             }
 
 
