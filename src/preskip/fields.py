@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import operator
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -49,7 +49,7 @@ def about(kind: type) -> dict[str, dict[str, Any]]:
     """What `option` says of the fields of a class; "hint" is the type without None, "optional" whether it has None."""
     found: dict[str, dict[str, Any]] = {}
     for base in reversed(kind.__mro__):
-        for own in getattr(base, "__dataclass_fields__", {}).values():
+        for own in fields(base) if is_dataclass(base) else ():
             found.setdefault(own.name, {}).update(own.metadata)
     hints = get_type_hints(kind)
     for name, what in found.items():
@@ -101,7 +101,7 @@ def allowed(what: Mapping[str, Any]) -> str:
         return f"choose one of {', '.join(what['choices'])}"
     bounds = [f"{sign} {what[name]}" for name, (sign, _) in _BOUNDS.items() if name in what]
     if not bounds:
-        return _KINDS[what["hint"]]
+        return _KINDS.get(what["hint"], "give a value, or leave it out")
     return "it must be " + (" and ".join(bounds) if bounds[1:] or "least" not in what else f"at least {what['least']}")
 
 
@@ -112,7 +112,7 @@ def is_allowed(value: Any, what: Mapping[str, Any]) -> bool:
         return value is not None or what["optional"]
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, (int, float) if hint is float else hint):
         return False
-    if hint in (int, float) and not math.isfinite(value):
+    if hint in (int, float) and not abs(value) <= sys.float_info.max:  # nor NaN
         return False
     inside = all(holds(value, what[name]) for name, (_, holds) in _BOUNDS.items() if name in what)
     return inside and value in what.get("choices", (value,))

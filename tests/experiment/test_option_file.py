@@ -1,13 +1,16 @@
 """Options of a YAML or JSON file, and of another run's run.json."""
 
 import json
+from contextlib import suppress
 
 import pytest
 
 from preskip.errors import PreskipError
 from preskip.experiment.option_file import load_options
+from preskip.experiment.presets import preset_options
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
+from preskip.fields import about, flags
 
 
 def test_flags_and_fields_in_yaml_and_json(tmp_path):
@@ -77,3 +80,41 @@ def test_what_no_file_may_hold_is_refused_in_one_line(tmp_path, text, message):
         load_options(tmp_path / "run.yaml", ProbeConfig)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [ProbeConfig, PretrainConfig])
+def test_a_value_of_another_type_is_read_or_refused(kind, tmp_path):
+    """Each of what YAML may hold, for each option: an empty one is None there, and a lone number no list."""
+    file = tmp_path / "run.json"
+    for name in {**flags(kind), **about(kind)}:
+        for value in (None, True, 1.5, [], [[1]], {"a": [1]}):
+            file.write_text(json.dumps({name: value}))
+            with suppress(PreskipError):
+                options = load_options(file, kind)
+                kind.from_options(preset_options(kind, [options]), options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seeds: 1.5", "--seeds: '1.5' is not a whole number"),
+        ("arms: 5", "unknown arm '5'"),
+        ("tasks:", "--tasks None is not possible: give a value, or leave it out"),
+        ("layers: 0.5", "--layers 0.5 is not a list of layers"),
+        ("primary: 5", "--primary 5 is not ARM:REFERENCE"),
+        ("include_path: true", "--include-path True is not possible: it must be a text"),
+        ("learning_rates: {preskip: [1]}", r"--lr preskip=\[1\] is not possible"),
+        ("steps: 1" + "0" * 400, "it must be at least 2"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_said(text, message, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(PreskipError, match=message):
+        ProbeConfig.from_options(load_options(tmp_path / "run.yaml", ProbeConfig))
+
+
+@pytest.mark.parametrize("text", ["command: probe", "rates: [lr]", "settings: {1: 2}", "task_settings: {shots: 1}"])
+def test_what_is_no_option_is_refused(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(PreskipError, match=r"is no option of `preskip probe`|is no part of"):
+        load_options(tmp_path / "run.yaml", ProbeConfig)

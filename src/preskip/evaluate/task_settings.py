@@ -17,9 +17,9 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _absolute(path: str) -> str:
-    """A run is resumed from any folder."""
-    return str(Path(path).expanduser().absolute())
+def _absolute(path: Any) -> Any:
+    """A run is resumed from any folder; what is no path is left to the check."""
+    return str(Path(path).expanduser().absolute()) if isinstance(path, str) else path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
-from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError, one_line
 from preskip.experiment.options import ExperimentConfig
 from preskip.fields import about, flags
@@ -36,10 +35,13 @@ def load_options(path: Path, kind: type[ExperimentConfig]) -> dict[str, Any]:
     options = {str(name).replace("-", "_"): value for name, value in stored.items()}
     for name, value in options.items():
         _check_known(name, known, f"{path}: {name!r} is no option of `preskip {kind.command}`")
-        if "parts" in about(kind).get(name, {}) and not isinstance(value, Mapping):
+        what = about(kind).get(name, {})
+        is_mapping = "parts" in what or (get_origin(what.get("hint")) is dict and "read" not in what)
+        if is_mapping and not isinstance(value, Mapping):
             raise PreskipError(f"{path}: {name} must be a mapping of names to values")
-        for part in value if name == "settings" else ():
-            _check_known(part, about(BranchSettings), f"{path}: {part!r} is no part of {name}")
+        if "parts" in what and what["parts"] is what["hint"]:
+            for part in map(str, value):
+                _check_known(part, about(what["parts"]), f"{path}: {part!r} is no part of {name}")
     return options
 
 

@@ -122,7 +122,7 @@ class ExperimentConfig:
         for arm, rate in self.learning_rates.items():
             if arm not in self.arms:
                 raise PreskipError(f"--lr names {arm!r}, which is not compared: add it to --arms, or leave it out")
-            if not 0 < rate < 10:
+            if not isinstance(rate, (int, float)) or not 0 < rate < 10:
                 raise PreskipError(f"--lr {arm}={rate} is not possible: it must be > 0 and < 10")
 
     @property
@@ -182,6 +182,8 @@ class ExperimentConfig:
         flag = flags(cls).get(name)
         field = flag.field if flag else name
         what = flag.about if flag else about(cls)[field]
+        if given is None and not what["optional"]:
+            raise PreskipError(f"{_flag(name)} None is not possible: {allowed(what)}")
         if name == "lr":
             for other in cls.rates:
                 values.pop(other, None)
@@ -191,7 +193,7 @@ class ExperimentConfig:
             values.pop("lr", None)
         value = given
         if "read" in what:
-            value = what["read"](given) if given is not None else None
+            value = None if given is None else what["read"](given)
         elif what["hint"] in (int, float):
             value = parse_number(given, what["hint"])
         if "parts" not in about(cls)[field]:

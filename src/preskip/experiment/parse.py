@@ -12,9 +12,9 @@ from preskip.branch_settings import ATTENTION_LAYERS
 from preskip.errors import PreskipError
 
 
-def parse_names(text: str | Sequence[Any]) -> tuple[str, ...]:
-    """Read a list separated by commas; a sequence (of a file) is taken part by part."""
-    parts = text.split(",") if isinstance(text, str) else map(str, text)
+def parse_names(text: Any) -> tuple[str, ...]:
+    """Read a list separated by commas; a list (of a file) is taken part by part, any other value as one part."""
+    parts = text.split(",") if isinstance(text, str) else map(str, listed(text))
     return tuple(part.strip() for part in parts if part.strip())
 
 
@@ -39,7 +39,7 @@ def parse_seeds(text: str | int | Sequence[Any], flag: str = "--seeds") -> tuple
     """
     seeds: list[int] = []
     fill = False
-    for part in parse_names(str(text) if isinstance(text, int) else text):
+    for part in parse_names(text):
         if part == "..." and seeds and not fill:
             fill = True
             continue
@@ -71,7 +71,7 @@ def parse_primary(text: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         PreskipError: neither two nor three names.
     """
-    parts = tuple(part.strip() for part in text.split(":", 2)) if isinstance(text, str) else tuple(text)
+    parts = tuple(part.strip() for part in text.split(":", 2)) if isinstance(text, str) else parse_names(text)
     if len(parts) not in (0, 2, 3) or not all(parts):
         raise PreskipError(f"--primary {text!r} is not ARM:REFERENCE or ARM:REFERENCE:SET, e.g. preskip:lora")
     return parts
@@ -85,10 +85,10 @@ def parse_layers(text: str | int | Sequence[int | str] | None) -> tuple[int | st
     """
     if text is None:
         return None
-    if text == ATTENTION_LAYERS or (not isinstance(text, int) and tuple(text) == (ATTENTION_LAYERS,)):
+    if text == ATTENTION_LAYERS or tuple(listed(text)) == (ATTENTION_LAYERS,):
         return (ATTENTION_LAYERS,)
     layers: list[int | str] = []
-    for part in str(text).split(",") if isinstance(text, (str, int)) else map(str, text):
+    for part in text.split(",") if isinstance(text, str) else map(str, listed(text)):
         first, dash, last = part.strip().partition("-")
         try:
             layers += range(int(first), int(last if dash else first) + 1)

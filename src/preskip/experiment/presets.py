@@ -106,6 +106,6 @@ def preset_options(kind: type, layers: Sequence[Mapping[str, Any]]) -> dict[str,
     if "preset" not in flags(kind):
         return {}
     name = next((layer["preset"] for layer in reversed(layers) if "preset" in layer), flags(kind)["preset"].default)
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise PreskipError(f"--preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
     return PRESETS[name].options
