@@ -1,11 +1,12 @@
 """Packed blocks hold the documents' tokens and no others; windows score every token exactly once."""
 
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from preskip.data.blocks import heldout_windows, pack_blocks, scored_size, text_batches, text_ids
+from preskip.data.blocks import heldout_windows, pack_blocks, scored_size, text_ids, token_stream
 from preskip.data.corpus import Document, split_text
 from preskip.errors import PreskipError
 from tiny_text import PROSE, tiny_tokenizer
@@ -111,10 +112,49 @@ def test_memory_does_not_grow_with_the_text(monkeypatch):
     assert peak < blocks.nbytes / 2  # in memory it takes 3.1 times their size
 
 
+class Recording:
+    """The tiny tokenizer, with what it was given at each call."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, texts, **options):
+        self.calls.append(texts)
+        return TOKENIZER(texts, **options)
+
+
 def test_batches_of_texts_are_bounded_and_whole():
-    texts = ["ab", "c", "", "defghi", "j", "k"]
-    assert list(text_batches(texts, 3)) == [["ab", "c", ""], ["defghi"], ["j", "k"]]
-    assert list(text_batches([], 3)) == []
+    tokenizer = Recording()
+    stream = list(token_stream(["ab", "c", "", "defghi", "j", "k"], tokenizer, EOS, 3))
+    assert tokenizer.calls == [["ab", "c", ""], ["defghi"], ["j", "k"]]
+    assert [done for done, _ in stream] == [3, 4, 6]
+    assert stream[0][1] == [*text_ids("ab", TOKENIZER), EOS, *text_ids("c", TOKENIZER), EOS, EOS]
+    assert list(token_stream([], tokenizer, EOS, 3)) == []
+
+
+def test_a_long_text_is_tokenised_in_parts(monkeypatch):
+    """Its tokens are those of the whole text, cut behind words."""
+    monkeypatch.setattr("preskip.data.blocks.LONGEST_TEXT", 100)
+    long = PROSE * 5
+    tokenizer = Recording()
+    stream = list(token_stream(["Short.", long, "Short."], tokenizer, EOS, 250))
+    parts = [text for call in tokenizer.calls for text in call]
+    assert "".join(parts) == f"Short.{long}Short."
+    assert max(map(len, parts)) <= 100
+    assert max(sum(map(len, call)) for call in tokenizer.calls) <= 250
+    assert all(before[-1].isalpha() and after[0].isspace() for before, after in pairwise(parts[1:-1]))
+    short = [*text_ids("Short.", TOKENIZER), EOS]
+    assert [id for _, ids in stream for id in ids] == [*short, *text_ids(long, TOKENIZER), EOS, *short]
+    assert [done for done, _ in stream][-1] == 3
+
+
+def test_a_long_text_without_spaces_is_cut_all_the_same(monkeypatch):
+    monkeypatch.setattr("preskip.data.blocks.LONGEST_TEXT", 100)
+    tokenizer = Recording()
+    (_, ids), *more = token_stream(["abcdefghij" * 25], tokenizer, None, 1000)
+    assert [[len(part) for part in call] for call in tokenizer.calls] == [[100, 100, 50]]
+    assert not more
+    assert TOKENIZER.decode(ids) == "abcdefghij" * 25
 
 
 def test_pieces_draw_on_many_documents():
@@ -162,7 +202,7 @@ def test_windows_score_each_token_once(context_length, stride_share, start):
         assert 1 <= scored_from < len(input_ids) <= context_length + 1
         # What precedes is the text's own past, as long as fits.
         end = position + len(input_ids) - scored_from
-        assert input_ids == full[max(0, end - context_length - 1) : end]
+        assert list(input_ids) == full[max(0, end - context_length - 1) : end]
         if index > 0:
             assert scored_from >= context_length - stride + 1
         position = end

@@ -1,5 +1,6 @@
 """Documents as tokens: packed blocks to train on, and windows that score every token of a held-out document once."""
 
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 # Characters per call of the tokenizer: its own records of a text take some 100 times the room of the token ids.
 BATCH_CHARACTERS = 2**20
+# A longer text is tokenised in parts. Each begins with the space behind a word, where a pre-tokenizer cuts anyway.
+LONGEST_TEXT = 2**20
+_WORD_END = re.compile(r"[^\W\d_](?=\s)")
+_LONGEST_WORD = 1000
 
 
 class Window(NamedTuple):
@@ -85,24 +90,21 @@ def pack_blocks(
     texts = [document.text for document in by_id(documents)]
     if piece_characters is not None:
         texts = [piece for text in texts for piece in split_text(text, piece_characters)]
-    order = random.permutation(len(texts))
+    texts = [texts[index] for index in random.permutation(len(texts)) if texts[index]]
     separator = first_token(tokenizer, "eos", "sep", "bos") if eos else None
     wanted = None if limit_tokens is None else limit_tokens // seq_len * seq_len
-    total = done = 0
+    total = 0
     task = None if progress is None else progress.add_task("Tokenising", total=wanted or len(texts))
     with clear_disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as stream:
-        while done < len(texts) and (wanted is None or total < wanted):
-            # A token is seldom more than 4 characters on average, so that little is tokenised that is not wanted.
-            most = BATCH_CHARACTERS if wanted is None else min(BATCH_CHARACTERS, 4 * (wanted - total))
-            batch = next(text_batches((texts[index] for index in order[done:]), most))
-            for ids in batch_ids(batch, tokenizer):
-                if separator is not None and ids:
-                    ids.append(separator)
-                stream.write(np.asarray(ids, dtype=np.int32).tobytes())
-                total += len(ids)
-            done += len(batch)
+        # A token is seldom less than one character, so that little is tokenised that is not wanted.
+        most = BATCH_CHARACTERS if wanted is None else min(BATCH_CHARACTERS, wanted)
+        for done, ids in token_stream(texts, tokenizer, separator, most):
+            stream.write(np.asarray(ids, dtype=np.int32).tobytes())
+            total += len(ids)
             if progress is not None and task is not None:
                 progress.update(task, completed=done if wanted is None else min(total, wanted))
+            if wanted is not None and total >= wanted:
+                break
         blocks = (total if wanted is None else min(total, wanted)) // seq_len
         if blocks < max(1, min_blocks):
             raise PreskipError(
@@ -113,23 +115,62 @@ def pack_blocks(
         return _reordered(stream, random.permutation(blocks), seq_len)
 
 
-def text_batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
-    """Texts in their order, as many at once as have so many characters together, but at least one."""
-    batch: list[str] = []
+def token_stream(
+    texts: Iterable[str], tokenizer: Any, end: int | None, characters: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Tokenise texts in their order without special tokens, `end` behind each; so memory does not grow with them.
+
+    Args:
+        texts: to tokenise; one of more than `LONGEST_TEXT` characters is cut.
+        tokenizer: a Hugging Face tokenizer; a fast one spreads what it gets at once over its threads.
+        end: a token, or None.
+        characters: that the tokenizer gets at once, unless a single text has more.
+
+    Yields:
+        After every call, how many texts are done, and the next token ids.
+    """
+    done = 0
+    for batch in _batches((part for text in texts for part in _parts(text)), characters):
+        every = tokenizer([part.text for part in batch], add_special_tokens=False, verbose=False)["input_ids"]
+        stream: list[int] = []
+        for part, ids in zip(batch, every, strict=True):
+            stream += ids
+            if part.is_last and end is not None:
+                stream.append(end)
+            done += part.is_last
+        yield done, stream
+
+
+class _Part(NamedTuple):
+    """A stretch of a text, and whether the text ends with it."""
+
+    text: str
+    is_last: bool
+
+
+def _parts(text: str) -> Iterator[_Part]:
+    start = 0
+    while len(text) - start > LONGEST_TEXT:
+        stop = start + LONGEST_TEXT
+        words = [found.end() for found in _WORD_END.finditer(text, max(start, stop - _LONGEST_WORD), stop)]
+        stop = words[-1] if words else stop
+        yield _Part(text[start:stop], is_last=False)
+        start = stop
+    yield _Part(text[start:] if start else text, is_last=True)
+
+
+def _batches(parts: Iterable[_Part], characters: int) -> Iterator[list[_Part]]:
+    """Parts in their order, as many at once as have so many characters together, but at least one."""
+    batch: list[_Part] = []
     length = 0
-    for text in texts:
-        if batch and length + len(text) > characters:
+    for part in parts:
+        if batch and length + len(part.text) > characters:
             yield batch
             batch, length = [], 0
-        batch.append(text)
-        length += len(text)
+        batch.append(part)
+        length += len(part.text)
     if batch:
         yield batch
-
-
-def batch_ids(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Tokenise texts without special tokens; a fast tokenizer spreads them over its threads."""
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _reordered(stream: IO[bytes], order: NDArray[np.int64], seq_len: int) -> NDArray[np.int32]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from preskip.assets import file_sha256
-from preskip.data.blocks import BATCH_CHARACTERS, batch_ids, first_token, text_batches
+from preskip.data.blocks import BATCH_CHARACTERS, first_token, token_stream
 from preskip.data.corpus import Document, by_id
 from preskip.data.tokenizer import fingerprint
 from preskip.errors import PreskipError
@@ -86,14 +86,11 @@ def write_packed(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
         with temporary.open("wb") as file:
-            done = 0
-            for batch in text_batches((document.text for document in ordered), BATCH_CHARACTERS):
-                for ids in batch_ids(batch, tokenizer):
-                    content = np.asarray(ids if end is None else [*ids, end], dtype=dtype).tobytes()
-                    digest.update(content)
-                    count += len(content)
-                    file.write(content)
-                done += len(batch)
+            for done, ids in token_stream((document.text for document in ordered), tokenizer, end, BATCH_CHARACTERS):
+                content = np.asarray(ids, dtype=dtype).tobytes()
+                digest.update(content)
+                count += len(content)
+                file.write(content)
                 advance(done, "")
         temporary.replace(folder / TOKENS)
     record = PackedText(
