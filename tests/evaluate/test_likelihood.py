@@ -1,4 +1,6 @@
 import math
+import tracemalloc
+from array import array
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from preskip.evaluate.likelihood import (
     score_sequences,
     token_scores,
 )
+from preskip.evaluate.sharing import plain_rows
 from preskip.evaluate.texts import prepare_texts, score_texts
 from tiny_model import tiny_llama
 from tiny_text import PROSE, tiny_tokenizer
@@ -150,6 +153,24 @@ def test_document_records_score_every_token_once(context_length, stride):
         assert records[1]["nll"] == pytest.approx(naive(model, Window(ids, 1))[0], abs=1e-3)
     # A random model of 400 tokens is near the uniform distribution.
     assert records[0]["nll"] / records[0]["tokens"] == pytest.approx(math.log(400), rel=0.1)
+
+
+def test_what_is_kept_of_a_token_is_small():
+    """Of a list of its own, each of its tokens alone would take 40 bytes."""
+    tokenizer = tiny_tokenizer()
+    documents = [Document(f"d{number}", f"Record {number}. {PROSE * 5}", f"d{number}") for number in range(20)]
+    document_windows(documents[:1], tokenizer, context_length=512, stride=512)  # what the first call alone loads
+    tracemalloc.start()
+    windows, _ = document_windows(documents, tokenizer, context_length=512, stride=512)
+    kept, _ = tracemalloc.get_traced_memory()
+    tokens = sum(len(window.input_ids) for window in windows)
+    assert kept < 6 * tokens
+    tracemalloc.reset_peak()
+    rows = plain_rows({index: array("i", window.input_ids[:-1]) for index, window in enumerate(windows)})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(map(len, rows)) == tokens - len(windows)
+    assert peak - kept < 28 * tokens
 
 
 def test_documents_of_a_group_are_a_cluster():

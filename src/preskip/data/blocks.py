@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -29,11 +30,12 @@ class Window(NamedTuple):
     """A stretch of a document for the model to read.
 
     Args:
-        input_ids: up to context_length + 1 token ids. A model reads `input_ids[:-1]` and predicts `input_ids[1:]`.
+        input_ids: up to context_length + 1 token ids. A model reads `input_ids[:-1]` and predicts `input_ids[1:]`. Of
+            many windows they are arrays: four bytes a token, where a list takes up to 40.
         scored_from: `input_ids[scored_from:]` are scored here, never 0; what comes before is context.
     """
 
-    input_ids: list[int]
+    input_ids: Sequence[int]
     scored_from: int
 
 
@@ -213,7 +215,7 @@ def heldout_windows(document: Document, tokenizer: Any, context_length: int, str
         )
     ids = text_ids(document.text, tokenizer)
     start = start_token(tokenizer)
-    sequence = ids if start is None else [start, *ids]
+    sequence = array("i", ids if start is None else [start, *ids])
     windows: list[Window] = []
     scored = 1  # the first token of the sequence is never predicted
     while scored < len(sequence):

@@ -8,6 +8,7 @@ resizes the embeddings where vocabulary and tokenizer differ in length.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -151,7 +152,7 @@ class RequestEncoder(TemplateLM):
             )
         # lm-eval moves a context's spaces to the continuation, and of a blank one leaves nothing.
         ids = ((context or [self.prefix_token_id]) + continuation)[-(self.max_length + 1) :]
-        return Window(ids, len(ids) - len(continuation))
+        return Window(array("i", ids), len(ids) - len(continuation))
 
 
 def _nothing_to_score(text: Any) -> PreskipError:

@@ -7,6 +7,7 @@ output head runs only at scored positions. Shapes: B rows, T tokens, d width, V 
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ def score_sequences(
     was_training = model.training
     model.eval()
     limit = batch_tokens or default_batch_tokens(next(model.parameters()).device)
-    reads = {index: sequence.input_ids[:-1] for index, sequence in enumerate(sequences)}
+    reads = {index: array("i", sequence.input_ids[:-1]) for index, sequence in enumerate(sequences)}
     scores: dict[int, Score] = {}
 
     def score(rows: Iterable[Row], *, strict: bool) -> None:
@@ -139,7 +140,7 @@ def _score_rows(
     targets: list[int] = []
     members = [index for row in batch for index in row.paths]
     for line, row in enumerate(batch):
-        ids[line, : len(row)] = torch.tensor(row.ids)
+        ids[line, : len(row)] = torch.tensor(list(row.ids))
         for index, path in row.paths.items():
             start = sequences[index].scored_from
             lines += [line] * (len(path) + 1 - start)
@@ -160,7 +161,7 @@ def _score_rows(
     return scores
 
 
-def _trees(model: nn.Module, reads: Mapping[int, Sequence[int]], limit: int) -> list[Row]:
+def _trees(model: nn.Module, reads: Mapping[int, array[int]], limit: int) -> list[Row]:
     """Shared rows, one that branches first, where they save a twentieth of all tokens beyond the proof; else none."""
     most = reach(model)
     if most is None:
@@ -170,8 +171,8 @@ def _trees(model: nn.Module, reads: Mapping[int, Sequence[int]], limit: int) -> 
     trees = sorted((row for row in rows if row.shared), key=lambda row: (row.branches, len(row)), reverse=True)
     if not trees:
         return []
-    apart = {tuple(reads[index]) for row in trees for index in row.paths}
-    saved = sum(map(len, apart)) - sum(map(len, trees)) - sum(len(reads[index]) for index in _last_two(trees[0]))
+    apart = {reads[index].tobytes(): len(reads[index]) for row in trees for index in row.paths}
+    saved = sum(apart.values()) - sum(map(len, trees)) - sum(len(reads[index]) for index in _last_two(trees[0]))
     return trees if saved > 0.05 * sum(map(len, reads.values())) else []
 
 

@@ -33,7 +33,7 @@ class Row:
         paths: by index of a sequence, where its tokens lie in the row, all but the last, which is not read.
     """
 
-    ids: list[int]
+    ids: array[int]
     positions: array[int]
     paths: dict[int, array[int]]
 
@@ -92,10 +92,10 @@ def _rows(reads: Mapping[int, Sequence[int]], joins: Callable[[int, int, int, in
     path = array("i")
     first = 0  # tokens of the row's first sequence
     # In falling order, neighbours have the most in common, and a sequence stands behind those that begin with it.
-    for index, read in sorted(reads.items(), key=lambda item: tuple(item[1]), reverse=True):
+    for index, read in sorted(reads.items(), key=lambda item: array("i", item[1]), reverse=True):
         common = _common(read, last)
         if not rows or not joins(len(rows[-1]), first, len(read), common):
-            rows.append(Row(ids=[], positions=array("i"), paths={}))
+            rows.append(Row(ids=array("i"), positions=array("i"), paths={}))
             common, first = 0, len(read)
         row = rows[-1]
         path = path[:common] + array("i", range(len(row), len(row) + len(read) - common))
