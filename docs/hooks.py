@@ -17,6 +17,8 @@ Every stored file is JSON, or JSON in lines. This page is made from `src/preskip
 named as there.
 
 With `--json` a command prints one JSON document. A mistake is `{"error": ...}`.
+`preskip serve` prints its document once the server answers. If the server then ends by itself, the reason is on stderr
+alone and the exit code is 1.
 
 | command | prints |
 |---|---|

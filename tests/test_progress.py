@@ -1,3 +1,6 @@
+import os
+import sys
+
 import pytest
 from rich.console import Console
 
@@ -73,3 +76,19 @@ def test_a_line_comes_at_every_beat_until_the_step_is_done(capsys):
         "score · 2/10 · about 4 min left",
         "score · 3/10 · about 4 min left",
     ]
+
+
+def test_a_stderr_that_nobody_reads_any_more_ends_nothing(monkeypatch):
+    """As behind `2>&1 | head`: the work goes on, and stdout is left as it is."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=1) as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        place = os.fstat(sys.__stdout__.fileno()).st_ino
+        progress.say("a line")
+        with progress.progress_bar("a step", 1) as advance:
+            advance(1)
+        with pytest.raises(BrokenPipeError):
+            progress.console(stderr=True).print("a line")
+        assert os.fstat(sys.__stdout__.fileno()).st_ino == place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writing)  # what is still in the buffer

@@ -8,6 +8,10 @@ class PreskipError(ValueError):
     """A user's mistake or an outside condition, told in one line that names the value and the mend."""
 
 
+class AfterOutputError(PreskipError):
+    """A failure after a command has printed its result: it is said on stderr alone, also with `--json`."""
+
+
 class DivergedError(PreskipError):
     """A loss, gradient or likelihood that is not finite: a search for a learning rate counts it as a bad rate."""
 

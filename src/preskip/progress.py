@@ -5,6 +5,7 @@ Nothing here ends the work that it shows: what goes wrong in showing it is passe
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -12,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import (
@@ -47,7 +48,7 @@ def console(*, stderr: bool = False, soft_wrap: bool = False) -> Console:
         stderr: print there, in place of stdout.
         soft_wrap: long lines are left to the terminal, so that a path stays whole when it is copied.
     """
-    return Console(stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
+    return _Console(stderr=stderr, soft_wrap=soft_wrap, markup=False, emoji=False, highlight=False)
 
 
 def no_progress(done: int, note: str = "") -> None:
@@ -234,6 +235,12 @@ def say(text: str, *, quiet: bool = False, style: str = "") -> None:
     if not quiet:
         with suppress(Exception):
             console(stderr=True, soft_wrap=True).print(text, style=style)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """Where rich would end the process and close stdout, also for a stderr that nobody reads any more."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 class _Display(Progress):

@@ -1,6 +1,8 @@
 """The command line itself: help, mistakes, files of options, time to answer."""
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import pytest
 from commands import PROBE, preskip
 from preskip.branch_settings import BranchSettings
 from preskip.cli import main
+from preskip.errors import PreskipError
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.fields import flags
@@ -113,6 +116,72 @@ def test_defaults_are_accepted_where_something_has_imported_pydantic(command, ca
     monkeypatch.chdir(tmp_path)
     assert preskip(command, "--corpus", "/nowhere", "--json") == 1
     assert json.loads(capsys.readouterr().out) == {"error": "corpus /nowhere does not exist: check the path"}
+
+
+class Stdout:
+    """Stands in for a command that prints what it is given."""
+
+    def __init__(self, *texts):
+        self.texts = texts
+
+    def __call__(self, arguments, console):
+        for text in self.texts:
+            print(text)
+        raise PreskipError("no such thing: choose another")
+
+
+@pytest.fixture
+def pipe(monkeypatch, capfd):
+    """stdout as a pipe of which nobody reads any more, as behind `| head`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        yield stream
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("texts", [["a short one"], ["x" * 2**20]])
+def test_a_reader_that_is_gone_ends_a_command_in_silence(texts, pipe, monkeypatch, capfd):
+    monkeypatch.setattr(main, "app", Stdout(*texts))
+    assert preskip("doctor", "--json") == 141
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_behind_stdout_is_one_line(monkeypatch, capfd):
+    monkeypatch.setattr(main, "app", lambda arguments, console: print("results"))
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert preskip("doctor") == 1
+        monkeypatch.undo()
+    words = "error: stdout cannot be written (No space left on device): send it elsewhere"
+    assert capfd.readouterr().err.splitlines()[-1] == words
+
+
+def test_what_stdout_cannot_encode_is_escaped(monkeypatch):
+    """A minus of ours, and a path that is not UTF-8."""
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, encoding="ascii"))
+    monkeypatch.setattr(main, "app", lambda arguments, console: (print("−0.01 a\udcff"), console.print("± 1")))
+    main.main(["doctor"])
+    assert content.getvalue() == b"\\u22120.01 a\\udcff\n\\xb1 1\n"
+
+
+def test_a_home_directory_behind_an_equals_sign(monkeypatch):
+    seen = []
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setattr(main, "app", lambda arguments, console: seen.extend(arguments))
+    main.main(["probe", "~/model", "--out=~/run", "--seeds=1", "--text", "~50", "--name=a~/b"])
+    assert seen == [
+        "probe",
+        "/home/ada/model",
+        "--out=/home/ada/run",
+        "--seeds=1",
+        "--text",
+        "~50",
+        "--name=a~/b",
+    ]
 
 
 @pytest.mark.parametrize(("before", "code"), [(signal.SIG_DFL, 128 + signal.SIGHUP), (signal.SIG_IGN, 0)])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 from rich.text import Text
@@ -27,7 +30,7 @@ from preskip.cli.probe import probe
 from preskip.cli.report import report
 from preskip.cli.runs import ENDING
 from preskip.cli.serve import serve
-from preskip.errors import PreskipError
+from preskip.errors import AfterOutputError, PreskipError
 from preskip.progress import console
 from preskip.version import __version__
 
@@ -72,31 +75,69 @@ def show_completion() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a user's mistake ends in one line on stderr and exit code 1.
 
-    Ctrl-C ends in 130, SIGTERM in 143, a closed terminal (SIGHUP) in 129.
+    Ctrl-C ends in 130, SIGTERM in 143, a closed terminal (SIGHUP) in 129, and a stdout that nobody reads any more, as
+    behind `| head`, in 141.
 
-    With `--json` a mistake is also {"error": ...} on stdout, so that there is exactly one JSON document.
+    With `--json` a mistake is also {"error": ...} on stdout, so that there is exactly one JSON document; not behind a
+    result that is printed already.
     """
     is_process = arguments is None
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = [_at_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    for stream in (sys.stdout, sys.stderr):  # what cannot be encoded, as a minus in ASCII, ends nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with _stdout():
+        try:
+            with _terminated_like_ctrl_c():
+                app(arguments, console=console())
+        except (PreskipError, CycloptsError) as error:
+            _fail(_words(error), as_json="--json" in arguments and not isinstance(error, AfterOutputError))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except ModuleNotFoundError as error:
+            if (mend := extra_for(error.name)) is None:
+                raise
+            _fail(f"this needs {error.name}, which is not installed: {mend}", as_json="--json" in arguments)
+        finally:
+            if is_process:  # a second Ctrl-C would only print a traceback of the libraries' clean-up
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _at_home(argument: str) -> str:
+    """An argument with the home directory for ~/, which a shell leaves as it is in --out=~/run."""
+    return re.sub(r"^(--[\w-]+=)?~(?=/)", lambda found: f"{found[1] or ''}{os.path.expanduser('~')}", argument)
+
+
+@contextmanager
+def _stdout() -> Iterator[None]:
+    """Write what is printed before the process ends, so that a failure of that ends in order, too."""
     try:
-        with _terminated_like_ctrl_c():
-            app(arguments, console=console())
-    except (PreskipError, CycloptsError) as error:
-        _fail(_words(error), arguments)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except ModuleNotFoundError as error:
-        if (mend := extra_for(error.name)) is None:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        if not _is_broken(sys.stdout):
             raise
-        _fail(f"this needs {error.name}, which is not installed: {mend}", arguments)
-    finally:
-        if is_process:  # a second Ctrl-C would only print a traceback of the libraries' clean-up
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        _fail(f"stdout cannot be written ({error.strerror}): send it elsewhere", as_json=False)
 
 
-def _fail(words: str, arguments: list[str]) -> NoReturn:
+def _is_broken(stream: TextIO | None) -> bool:
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _fail(words: str, *, as_json: bool) -> NoReturn:
     text = " ".join(words.split())
-    if "--json" in arguments:
+    if as_json:
         print(json.dumps({"error": text}))
     console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), f" {text}"))
     sys.exit(1)

@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from preskip.cli.bake import bake_saved
 from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
-from preskip.errors import PreskipError
+from preskip.errors import AfterOutputError, PreskipError
 from preskip.model_types import PREFIX
 from preskip.progress import quiet_libraries, say, spinner
 from preskip.runs.weights import ADAPTER_CONFIG, PEFT_TYPE
@@ -108,7 +108,7 @@ def serve(
             else:
                 print(_client(f"{url}/v1", models), flush=True)
             code = server.wait()
-    raise PreskipError(f"the server ended by itself (exit code {code}): {reason_in(log)}")
+    raise AfterOutputError(f"the server ended by itself (exit code {code}): {reason_in(log)}")
 
 
 def _engine(engine: str, *, needs_server: bool, quiet: bool) -> str:
