@@ -16,6 +16,8 @@ from preskip.errors import PreskipError
 from preskip.experiment.frozen import _in_options
 from preskip.experiment.parse import parse_corpora
 from preskip.progress import drawn, progress_bar, say, spinner
+from preskip.runs.files import read_json, read_jsonl, write_json, write_jsonl
+from preskip.runs.schema import SCHEMA_VERSION
 from preskip.runs.weights import adapter_folders, find_source
 from tiny_model import save_tiny_llama, write_corpus
 
@@ -112,6 +114,17 @@ def test_adapters_with_numbers_for_names_are_no_stack(tmp_path):
     assert [part.name for part in adapter_folders(tmp_path / "named")] == ["1", "2"]
 
 
+def test_a_copy_beside_a_seed_is_no_seed(tmp_path):
+    write_json(tmp_path / "run.json", {"schema_version": SCHEMA_VERSION, "config": {}, "seeds": [1]})
+    for name in ("seed-1", "seed-1 (copy)", "seed-1.bak"):
+        cell = tmp_path / "arms" / "preskip" / name
+        write_json(cell / "adapter" / "adapter_config.json", {"peft_type": "PRESKIP"})
+        write_json(cell / "cell.json", {})
+    assert find_source(tmp_path).weights == tmp_path / "arms" / "preskip" / "seed-1" / "adapter"
+    with pytest.raises(PreskipError, match=r"has no finished seed 2: choose one of 1$"):
+        find_source(tmp_path, seed=2)
+
+
 def test_commas_in_names_do_not_cut_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a,b.txt", "c.txt"):
@@ -154,8 +167,6 @@ def test_one_long_line_is_cut_in_linear_time():
 
 
 def test_a_path_that_is_not_utf8_is_recorded(tmp_path):
-    from preskip.runs.files import read_json, read_jsonl, write_json, write_jsonl
-
     name = os.fsdecode(b"a\xff.txt")
     write_json(tmp_path / "run.json", {"corpus": name})
     write_jsonl(tmp_path / "items.jsonl", [{"id": name}])

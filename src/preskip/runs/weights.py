@@ -138,10 +138,10 @@ def _in_run(path: Path, arm: str | None, seed: int | None) -> Source:
         raise PreskipError(f"run {path} has no arm {arm!r}: choose one of {', '.join(known) or 'none'}")
     done: dict[str, dict[int, Path]] = {}
     for cell in sorted(path.glob("arms/*/seed-*/cell.json")):
-        weights = _branch_in(cell.parent)
+        number = cell.parent.name.removeprefix("seed-")
+        weights = _branch_in(cell.parent) if number.isdecimal() else None  # not of a copy, "seed-1 (copy)"
         if weights is not None:
-            number = int(cell.parent.name.removeprefix("seed-"))
-            done.setdefault(cell.parent.parent.name, {})[number] = weights
+            done.setdefault(cell.parent.parent.name, {})[int(number)] = weights
     if not done:
         raise PreskipError(f"run {path} has no finished arm with a branch: finish it, or give another run")
     if arm is None:
