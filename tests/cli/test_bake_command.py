@@ -86,7 +86,7 @@ def test_a_lone_adapter_takes_the_base_it_names(place, tmp_path, capsys):
     assert baked.model.layers[0].self_attn.preskip.up.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("case", ["missing", "lora", "exists", "dtype", "other base", "corrupt", "results"])
+@pytest.mark.parametrize("case", ["missing", "lora", "exists", "dtype", "other base", "corrupt", "results", "place"])
 def test_what_cannot_be_baked_ends_in_one_line(case, place, tmp_path, capsys):
     source, out, more = adapter(place), tmp_path / "out", []
     if case == "missing":
@@ -95,6 +95,8 @@ def test_what_cannot_be_baked_ends_in_one_line(case, place, tmp_path, capsys):
         source, words = adapter(place, "lora"), "holds a LORA adapter, which has no branch"
     elif case == "exists":
         out, words = place / "corpus.jsonl", "exists already"
+    elif case == "place":
+        out, words = place / "corpus.jsonl" / "out", "no folder can be made in"
     elif case == "dtype":
         more, words = ["--dtype", "float64"], "--dtype 'float64' is unknown"
     elif case == "other base":

@@ -37,6 +37,8 @@ def bake(
 
     Several adapters of one base lie side by side, and calls and `generate` take `adapter_names`, one per row.
     """
+    from preskip.experiment.preflight import check_place
+
     if len(paths) < 2:
         raise PreskipError("give an adapter, e.g. RUN/arms/preskip/seed-1/adapter, and the folder to make")
     *given, last = paths
@@ -46,6 +48,7 @@ def bake(
             raise PreskipError(f"{adapter} has no adapter_config.json: give a folder of a saved adapter")
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another folder")
+    check_place(out)
     facts = bake_saved(
         adapters,
         out,
