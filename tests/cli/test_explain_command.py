@@ -196,6 +196,7 @@ def test_a_run_from_scratch(tmp_path, capsys):
 CASES = {
     "nothing": (["{place}/nowhere"], "does not exist or is no folder"),
     "no source": (["{place}"], "has no run.json, adapter_config.json or config.json"),
+    "several": (["{place}/several"], "holds the adapters law, code: give the folder that one of them was baked from"),
     "plain model": (["{place}/model"], "is a llama model, which has no branch"),
     "lora": (["{place}/run/arms/lora/seed-1/adapter"], "holds a LORA adapter, which has no branch"),
     "arm": (["{place}/run", "--arm", "preskipp"], "has no arm 'preskipp': choose one of lora, none"),
@@ -223,6 +224,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_ends_in_one_line(case, place, tmp_path, capsys):
     (place / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    (place / "several").mkdir(exist_ok=True)
+    several = {"model_type": "preskip_llama", "preskip_adapters": {"law": {}, "code": {}}}
+    (place / "several" / "config.json").write_text(json.dumps(several))
     arguments, words = CASES[case]
     arguments = [argument.format(place=place, out=tmp_path / "out") for argument in arguments]
     assert preskip("explain", *arguments) == 1

@@ -85,10 +85,14 @@ def explain(
         from preskip.report.explain.page import build_explain_page
         from preskip.report.explain.pictures import check_folder, save_figures
         from preskip.runs import environment
-        from preskip.runs.files import clear_disk_errors, write_json
+        from preskip.runs.files import clear_disk_errors, read_json, write_json
         from preskip.runs.schema import EXPLAIN_VERSION, Explain
         from preskip.runs.weights import find_source
     found = find_source(source, arm=arm, seed=seed)
+    if found.is_checkpoint and (several := read_json(found.weights / "config.json").get("preskip_adapters")):
+        raise PreskipError(
+            f"{source} holds the adapters {', '.join(several)}: give the folder that one of them was baked from"
+        )
     out = out or _default_out(found)
     if out.exists():
         raise PreskipError(f"{out} exists already: choose another --out")
