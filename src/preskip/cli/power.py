@@ -29,9 +29,12 @@ def power(
         Optional[float], flag("Share of items on which two arms differ. Default: 0.1.", DESIGN)
     ] = None,
     sd: Annotated[
-        Optional[float], flag("SD over units of one seed's paired difference. Default: as assumed.", DESIGN)
+        Optional[float],
+        flag("SD over units of one seed's paired difference. Default: as assumed.", DESIGN, hint=float, least=0),
     ] = None,
-    seed_sd: Annotated[Optional[float], flag("SD over seeds of the difference. Default: as assumed.", DESIGN)] = None,
+    seed_sd: Annotated[
+        Optional[float], flag("SD over seeds of the difference. Default: as assumed.", DESIGN, hint=float, least=0)
+    ] = None,
     shared: Annotated[
         Optional[float], flag("Part of the units' variance that all seeds share. Default: 0.5.", DESIGN)
     ] = None,
@@ -53,6 +56,8 @@ def power(
     every: dict[str, Any] = {"items": items, "documents": documents, "seeds": seeds, "discordant": discordant}
     every |= {"looks": looks, "sd": sd, "seed_sd": seed_sd, "shared": shared, "family": family}
     given = {name: value for name, value in every.items() if value is not None}
+    if discordant is not None and (documents is not None or sd is not None):
+        raise PreskipError("--discordant gives the SD of --items: leave it out beside --documents or --sd")
     if run is None:
         rows = [_planned(ASSUMED | given, difference, wanted, alpha)]
     elif given:  # what a run measured is not assumed: such an option beside it would be silently ignored
