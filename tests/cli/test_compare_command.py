@@ -179,6 +179,14 @@ def test_the_shown_level_changes_no_verdict(tmp_path: Path) -> None:
     assert any(e["verdict"] == "better" and e["low"] <= 0 <= e["high"] for e in wide)
 
 
+def test_a_comma_in_the_name_of_a_run_does_not_separate_arms(tmp_path: Path) -> None:
+    runs = write_run(tmp_path / "first", arms()), write_run(tmp_path / "second, ünï", arms())
+    entries = json.loads(invoke(*runs, "--arms", "second, ünï:lora,first:lora", "--json"))["comparisons"]
+    assert {(entry["arm"], entry["reference"]) for entry in entries} == {("first:lora", "second, ünï:lora")}
+    shared = json.loads(invoke(runs[0], "--sets", ",", "--json"))["comparisons"]
+    assert shared == json.loads(invoke(runs[0], "--json"))["comparisons"]
+
+
 def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", arms())
     fewer = {arm: {s: rows[:-1] for s, rows in cells.items()} for arm, cells in arms().items()}

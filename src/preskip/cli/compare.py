@@ -57,11 +57,11 @@ def compare(
         combine_runs(runs, arms, reference, confidence, allow_different_dtype, as_json)
         return
     stored = load_runs(runs, allow_different_dtype=allow_different_dtype)
-    pairs = stored.pairs(list(parse_names(arms)) if arms else None, reference)
+    pairs = stored.pairs(list(parse_names(arms, stored.items)) if arms else None, reference)
     own_margins = _margins(margin or [])
     margins = {**stored.family.get("margins", DEFAULT_MARGINS), **own_margins}
     family: Family = {**stored.family, "margins": margins}
-    chosen = list(parse_names(sets)) if sets else None
+    chosen = list(parse_names(sets or "")) or None
     with progress_bar("comparing", len(pairs), quiet=as_json) as advance:
         entries = compare_arms(
             stored.items,

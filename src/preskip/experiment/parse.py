@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,14 @@ from preskip.branch_settings import ATTENTION_LAYERS
 from preskip.errors import PreskipError
 
 
-def parse_names(text: Any) -> tuple[str, ...]:
-    """Read a list separated by commas; a list (of a file) is taken part by part, any other value as one part."""
-    parts = text.split(",") if isinstance(text, str) else map(str, listed(text))
+def parse_names(text: Any, among: Collection[str] = ()) -> tuple[str, ...]:
+    """Read a list separated by commas; a list (of a file) is taken part by part, any other value as one part.
+
+    Args:
+        text: as given.
+        among: names whose own commas do not separate.
+    """
+    parts = _split(text, among.__contains__) if isinstance(text, str) else map(str, listed(text))
     return tuple(part.strip() for part in parts if part.strip())
 
 
@@ -22,13 +27,18 @@ def parse_corpora(text: str | Sequence[Any]) -> tuple[str, ...]:
     """Read a list of corpora separated by commas; a comma in the path of what exists does not separate."""
     if not isinstance(text, str):
         return parse_names(text)
+    return parse_names(_split(text, lambda name: Path(re.sub(r":\d+x\d+$", "", name)).exists()))
+
+
+def _split(text: str, is_whole: Callable[[str], bool]) -> list[str]:
+    """The parts between commas; several that together are a whole name are one."""
     parts, found = text.split(","), []
     while parts:
         joined = (",".join(parts[:count]).strip() for count in range(len(parts), 1, -1))
-        whole = next((name for name in joined if Path(re.sub(r":\d+x\d+$", "", name)).exists()), parts[0].strip())
+        whole = next((name for name in joined if is_whole(name)), parts[0].strip())
         parts = parts[whole.count(",") + 1 :]
         found.append(whole)
-    return parse_names(found)
+    return found
 
 
 def parse_seeds(text: str | int | Sequence[Any], flag: str = "--seeds") -> tuple[int, ...]:
