@@ -94,28 +94,25 @@ class HeldOut:
 
         Where `notes` are given, tasks that fail are noted there and left out, and the rest is kept.
         """
-        done = 0
+        texts, items = sum(len(text.windows) for text in self.texts), len(self.item_windows)
+        tasks, paper = self.suite.size if self.suite else 0, len(self.paper.windows) if self.paper else 0
 
-        def step(size: int) -> dict[str, Any]:
-            """Options of a scoring of `size` sequences, whose progress follows that of those before."""
-            nonlocal done
-            before, done = done, done + size
+        def behind(before: int) -> dict[str, Any]:
+            """Options of a scoring whose progress follows that of the sequences before it."""
             return {"batch_tokens": batch_tokens, "advance": lambda count, note="": advance(before + count, note)}
 
-        sizes = [sum(len(text.windows) for text in self.texts), len(self.item_windows)]
-        sizes += [self.suite.size if self.suite else 0, len(self.paper.windows) if self.paper else 0]
-        with progress_bar(f"evaluate {label}", sum(sizes), quiet=quiet) as advance:
-            records = score_texts(model, self.texts, tokenizer, keep_failed=True, **step(sizes[0]))
+        with progress_bar(f"evaluate {label}", texts + items + tasks + paper, quiet=quiet) as advance:
+            records = score_texts(model, self.texts, tokenizer, keep_failed=True, **behind(0))
             if self.items:
                 with measured(notes, "last words"):
-                    scores = score_sequences(model, self.item_windows, keep_failed=True, **step(sizes[1]))
+                    scores = score_sequences(model, self.item_windows, keep_failed=True, **behind(texts))
                     records += last_word_records(LAST_WORD, self.items, scores)
             if self.suite is not None:
                 with measured(notes, "tasks"):
-                    records += self.suite.score(model, **step(sizes[2]))
+                    records += self.suite.score(model, **behind(texts + items))
             if self.paper is not None:
                 with measured(notes, "scores by the paper's protocol"):
-                    records += paper_scores(model, self.paper, **step(sizes[3]))
+                    records += paper_scores(model, self.paper, **behind(texts + items + tasks))
         return records
 
 

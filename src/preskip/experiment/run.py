@@ -19,7 +19,7 @@ from preskip.arms.plan import Plan
 from preskip.errors import DivergedError, PreskipError
 from preskip.experiment.cell import KINDS, kind_of, opened, run_cell
 from preskip.experiment.controls import run_controls
-from preskip.experiment.execute import open_executor
+from preskip.experiment.execute import Execute, open_executor
 from preskip.experiment.frozen import Frozen
 from preskip.experiment.heldout import Config
 from preskip.experiment.measured import measured
@@ -131,16 +131,7 @@ def finish_run(
         with open_executor(prepared, workers=workers, kind=executor, address=ray_address, done=ahead.done) as execute:
             if isinstance(prepared, Frozen) and tune(prepared, execute):
                 now.seconds["tune"] = now.elapsed() - now.seconds["load"]
-            names = [f"{arm}, seed {seed}" for arm, seed in cells]
-            now.seconds |= {"train": 0.0, "evaluate": 0.0}
-            diverged: list[str] = []
-            for index, summary in execute("cell", _cell_or_fault, cells, names):
-                if isinstance(summary, str):
-                    diverged.append(f"no results of {names[index]}: {summary}")
-                    say(diverged[-1], quiet=quiet)
-                    continue
-                now.seconds["train"] += summary["train_seconds"]
-                now.seconds["evaluate"] += summary["evaluate_seconds"]
+            diverged = _compute(execute, cells, now.seconds, quiet)
         _check_compares(prepared, diverged)
         extra: Any = run_controls(prepared) if isinstance(prepared, Frozen) else {}
         crew.dismiss()
@@ -158,6 +149,21 @@ def finish_run(
         now.finish(results)
     shutil.rmtree(run.prefix, ignore_errors=True)
     return results
+
+
+def _compute(execute: Execute, cells: Sequence[tuple[str, int]], seconds: dict[str, float], quiet: bool) -> list[str]:
+    """Compute the cells and add up their seconds; a line for each that has diverged."""
+    names = [f"{arm}, seed {seed}" for arm, seed in cells]
+    seconds.update(train=0.0, evaluate=0.0)
+    diverged = []
+    for index, summary in execute("cell", _cell_or_fault, cells, names):
+        if isinstance(summary, str):
+            diverged.append(f"no results of {names[index]}: {summary}")
+            say(diverged[-1], quiet=quiet)
+        else:
+            seconds["train"] += summary["train_seconds"]
+            seconds["evaluate"] += summary["evaluate_seconds"]
+    return diverged
 
 
 def _cell_or_fault(prepared: Prepared, arm: str, seed: int) -> CellSummary | str:
