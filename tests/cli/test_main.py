@@ -130,21 +130,16 @@ class Stdout:
         raise PreskipError("no such thing: choose another")
 
 
-@pytest.fixture
-def pipe(monkeypatch, capfd):
-    """stdout as a pipe of which nobody reads any more, as behind `| head`."""
+@pytest.mark.parametrize("texts", [["a short one"], ["x" * 2**20]])
+def test_a_reader_that_is_gone_ends_a_command_in_silence(texts, monkeypatch, capfd):
+    """As `| head` is when it has read enough."""
     reading, writing = os.pipe()
     os.close(reading)
+    monkeypatch.setattr(main, "app", Stdout(*texts))
     with open(writing, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        yield stream
+        assert preskip("doctor", "--json") == 141
         monkeypatch.undo()
-
-
-@pytest.mark.parametrize("texts", [["a short one"], ["x" * 2**20]])
-def test_a_reader_that_is_gone_ends_a_command_in_silence(texts, pipe, monkeypatch, capfd):
-    monkeypatch.setattr(main, "app", Stdout(*texts))
-    assert preskip("doctor", "--json") == 141
     assert "Traceback" not in capfd.readouterr().err
 
 
