@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Parameter, ValidationError
 from rich.text import Text
@@ -118,7 +118,7 @@ def _stdout() -> Iterator[None]:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except OSError as error:
-        if not _is_broken(sys.stdout):
+        if not _is_stdout_broken():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
         if isinstance(error, BrokenPipeError):
@@ -126,10 +126,10 @@ def _stdout() -> Iterator[None]:
         _fail(f"stdout cannot be written ({error.strerror}): send it elsewhere", as_json=False)
 
 
-def _is_broken(stream: TextIO | None) -> bool:
+def _is_stdout_broken() -> bool:
+    """Whether one more line cannot be written; a flush alone may have nothing left to fail at."""
     try:
-        if stream is not None:
-            stream.flush()
+        print(flush=True)
     except OSError:
         return True
     return False
