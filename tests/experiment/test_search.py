@@ -1,5 +1,6 @@
 """The search for a learning rate by its rule alone: what a training would reach is a function of rate and rung."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ def chosen(tmp_path, monkeypatch):
 
     def find(loss, steps=24, start=None, harm=lambda power: 0.0, **rule):
         def trial(prepared, arm, seed, folder, rung, steps, rate, base):
-            power = next(p for p in range(-12, 13) if float(f"{1e-3 * 10 ** (p / 4):.3g}") == rate)
+            power = round(4 * math.log10(rate / 1e-3), 2)  # of a rate with three figures
             value = loss(rung, power)
             dev = None if value is None else {"in": {"value": value}, "out": {"far": {"value": harm(power)}}}
             facts = {"rung": rung, "steps": steps, "learning_rate": rate, "dev": dev}
@@ -80,8 +81,6 @@ def test_the_frontier_rule_takes_the_best_that_does_no_more_harm_than_allowed(ch
     def harm(power):
         return 0.004 * power
 
-    found, _ = chosen(lambda rung, power: -power, harm=harm, lr_rule="frontier")
-    assert (found["chosen"], found["within_harm"]) == (float(f"{1e-3 * 10**0.5:.3g}"), True)  # 0.008, then 0.012
     found, _ = chosen(lambda rung, power: -power, harm=harm, lr_rule="frontier", lr_harm=0.0)
     assert (found["chosen"], found["within_harm"]) == (1e-3, True)
     found, _ = chosen(lambda rung, power: -power, harm=lambda power: 1 + harm(power), lr_rule="frontier")
@@ -89,6 +88,35 @@ def test_the_frontier_rule_takes_the_best_that_does_no_more_harm_than_allowed(ch
     found, _ = chosen(lambda rung, power: -power, harm=harm)
     assert found["chosen"] == 0.1
     assert "within_harm" not in found
+
+
+def test_the_frontier_rule_ends_at_the_limit_and_not_at_a_step_of_the_grid(chosen):
+    """Harm of 0.004 and 0.016 at two steps of the grid: half-way 0.009, below their chord as of any convex curve."""
+    found, tried = chosen(lambda rung, power: -power, harm=lambda power: 0.001 * power**2 * 4, lr_rule="frontier")
+    assert [power for rung, power in tried if rung == 1] == [-1, 0, 1, 1.5, 2]
+    assert (found["chosen"], found["within_harm"]) == (float(f"{1e-3 * 10 ** (1.5 / 4):.3g}"), True)
+    assert [(entry["rung"], entry["power"]) for entry in found["trace"] if entry["kept"]][-1] == (1, 1.5)
+    # A concave one passes the limit before: the step below is kept.
+    found, tried = chosen(
+        lambda rung, power: -power, harm=lambda power: 0.012 * max(power, 0) ** 0.5 - 0.006, lr_rule="frontier"
+    )
+    assert (1, 1.8) in [(rung, round(power, 1)) for rung, power in tried]
+    assert (found["chosen"], found["within_harm"]) == (float(f"{1e-3 * 10**0.25:.3g}"), True)
+
+
+def test_no_rate_between_is_tried_where_it_could_not_be_better(chosen):
+    def harm(power):
+        return 0.004 * power
+
+    for loss, rule in (
+        (lambda rung, power: abs(power - 2), {"lr_rule": "frontier"}),  # the next is worse in-domain, too
+        (lambda rung, power: None if power > 2 else -power, {"lr_rule": "frontier"}),  # or diverged
+        (lambda rung, power: -power, {"lr_rule": "frontier", "lr_harm": 0.0081}),  # or no rate worth it lies between
+        (lambda rung, power: abs(power - 2), {"lr_rule": "in-domain"}),
+    ):
+        found, tried = chosen(loss, harm=harm, **rule)
+        assert found["chosen"] == float(f"{1e-3 * 10**0.5:.3g}")
+        assert all(power == int(power) for _, power in tried)
 
 
 def test_of_rates_that_are_equally_good_the_default_is_chosen(chosen):

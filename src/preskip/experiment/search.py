@@ -6,7 +6,9 @@ arm's default, the same three for every arm: every rate trains for a quarter of 
 end), the better half for half of them. Then quarter decades: both neighbours of the best are trained for half of the
 steps, and it moves until it is better than both. The search of a later seed is that last part alone, and begins at the
 rate that the first one found. Where the best is at the grid's edge, the next rate beyond is tried, too, and the arm is
-marked as extended. All arms share the data order.
+marked as extended. With `--lr-rule frontier` one more rate is trained where the next above the best does too much harm:
+the one between them at which the harm should reach the limit, so that arms are compared at one harm and not at what
+the grid's steps leave of it. All arms share the data order.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ RUNGS = (1 / 4, 1 / 2)
 LEAST_STEPS = 2
 # The farthest rate that is tried on either side: three half decades beyond the grid's edge.
 FARTHEST = 8
+# Of a step between two rates: what is nearer to the lower one is not worth a training.
+LEAST_SHARE = 0.1
 
 
 def tune(prepared: Frozen, execute: Execute) -> list[str]:
@@ -102,9 +106,9 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
     config, default = prepared.config, ARMS[arm].learning_rate
     assert default is not None
     steps = [max(LEAST_STEPS, round(share * config.steps)) for share in RUNGS]
-    trials: dict[tuple[int, int], Trial] = {}
+    trials: dict[tuple[int, float], Trial] = {}
 
-    def loss(rung: int, power: int) -> tuple[float, float]:
+    def loss(rung: int, power: float) -> tuple[float, float]:
         """What the rule makes least: harm beyond what is allowed, then the in-domain loss; of a diverged rate ∞."""
         if (rung, power) not in trials:
             rate = float(f"{default * 10 ** (power / STEPS_PER_DECADE):.3g}")
@@ -123,9 +127,13 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
             trials[0, power]["kept"] = True
     else:
         kept = [round(STEPS_PER_DECADE * math.log10(start / default))]
-    best = _bracketed(loss, min(kept, key=lambda power: loss(1, power)))
+    best: float = _bracketed(loss, min(kept, key=lambda power: loss(1, power)))
     if math.isinf(loss(1, best)[0]):
         raise PreskipError(f"arm {arm}: training diverged at its best learning rate: give a fixed --lr")
+    if config.lr_rule == "frontier":
+        share = share_within(trials[1, best], trials.get((1, best + 1)), config.lr_harm)
+        if share >= LEAST_SHARE:
+            best = min((best, best + share), key=lambda power: loss(1, power))
     trials[1, best]["kept"] = True
     found: Search = {
         "default": default,
@@ -139,7 +147,7 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
     return found
 
 
-def _first_rung(loss: Callable[[int, int], tuple[float, float]]) -> list[int]:
+def _first_rung(loss: Callable[[int, float], tuple[float, float]]) -> list[int]:
     """The better half of the grid, which grows for as long as its best rate is at its edge."""
     between = GRID[1] - GRID[0]
 
@@ -158,7 +166,7 @@ def _first_rung(loss: Callable[[int, int], tuple[float, float]]) -> list[int]:
     return [power for power in powers[: -(-len(GRID) // 2)] if not math.isinf(loss(0, power)[0])]
 
 
-def _bracketed(loss: Callable[[int, int], tuple[float, float]], best: int) -> int:
+def _bracketed(loss: Callable[[int, float], tuple[float, float]], best: int) -> int:
     """The best rate of the last rung, from a first guess: both of its neighbours are worse, or beyond the limits."""
     while True:
         near = [best, *(power for power in (best - 1, best + 1) if abs(power) <= FARTHEST)]
@@ -168,11 +176,27 @@ def _bracketed(loss: Callable[[int, int], tuple[float, float]], best: int) -> in
         best = better
 
 
+def share_within(best: Trial, above: Trial | None, harm: float) -> float:
+    """The part of the step to the next rate after which the harm reaches a limit, linear between the two.
+
+    0 where the next rate is not tried, diverged, does no more harm than that, or is no better in-domain.
+    """
+    if above is None or best["dev"] is None or above["dev"] is None:
+        return 0.0
+    low, high = worst_harm(best["dev"]), worst_harm(above["dev"])
+    if not low <= harm < high or above["dev"]["in"]["value"] >= best["dev"]["in"]["value"]:
+        return 0.0
+    return (harm - low) / (high - low)
+
+
+def worst_harm(dev: Development) -> float:
+    """Bits per byte that the worst out-of-domain set loses against the untouched model."""
+    return max(limits["value"] for limits in dev["out"].values())
+
+
 def excess_harm(config: ProbeConfig, dev: Development) -> float:
     """Bits per byte by which the worst out-of-domain set is beyond what `--lr-rule frontier` allows; else 0."""
-    if config.lr_rule != "frontier":
-        return 0.0
-    return max([0.0, *(limits["value"] - config.lr_harm for limits in dev["out"].values())])
+    return 0.0 if config.lr_rule != "frontier" else max(0.0, worst_harm(dev) - config.lr_harm)
 
 
 def base_records(prepared: Frozen) -> list[Record]:
