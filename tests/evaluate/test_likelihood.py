@@ -158,7 +158,8 @@ def test_document_records_score_every_token_once(context_length, stride):
 def test_what_is_kept_of_a_token_is_small():
     """Of a list of its own, each of its tokens alone would take 40 bytes."""
     tokenizer = tiny_tokenizer()
-    documents = [Document(f"d{number}", f"Record {number}. {PROSE * 5}", f"d{number}") for number in range(20)]
+    texts = [" ".join(f"{word} {number}" for word in (PROSE * 5).split()) for number in range(20)]  # no two rows alike
+    documents = [Document(f"d{number}", text, f"d{number}") for number, text in enumerate(texts)]
     document_windows(documents[:1], tokenizer, context_length=512, stride=512)  # what the first call alone loads
     tracemalloc.start()
     windows, _ = document_windows(documents, tokenizer, context_length=512, stride=512)

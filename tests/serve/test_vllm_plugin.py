@@ -62,7 +62,7 @@ def vllm(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "preskip.serve.vllm_model", raising=False)
     installed = {"vllm": "0.32.0", "transformers": "5.19.0"}
-    monkeypatch.setattr(versions, "_version", installed.get)
+    monkeypatch.setattr(versions, "version_of", installed.get)
     yield SimpleNamespace(registered=registered, installed=installed)
     sys.modules.pop("preskip.serve.vllm_model", None)
 

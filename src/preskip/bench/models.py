@@ -261,11 +261,11 @@ class Rows:
         }
 
 
-def compile_model(model: Any, device: torch.device) -> Any:
+def compile_model(model: Any, device: torch.device, backend: str = "inductor") -> Any:
     """One graph per shape, with CUDA graphs on CUDA."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    mode = "reduce-overhead" if device.type == "cuda" else None
-    return torch.compile(inner, mode=mode, fullgraph=True, dynamic=False)
+    mode = "reduce-overhead" if device.type == "cuda" and backend == "inductor" else None
+    return torch.compile(inner, backend=backend, mode=mode, fullgraph=True, dynamic=False)
 
 
 def _filled(model: Any, part: str) -> Any:
