@@ -47,6 +47,21 @@ def test_the_picture_is_that_of_the_stored_results():
     assert found["lambada_openai"] == pytest.approx((-0.96, -6.8, 4.9), abs=0.1)
 
 
+def test_the_picture_at_equal_harm_is_that_of_the_stored_search():
+    pytest.importorskip("vl_convert")
+    run = ROOT / "results/confirmatory-smollm2-wikitext2"
+    results = json.loads((run / "results.json").read_text())
+    figure = script("equal_harm_figure")
+    stored = (ROOT / "docs" / "confirmatory-equal-harm.svg").read_text(encoding="utf-8")
+    assert drawn(figure.draw(results, 0.01))[1] == drawn(stored)[1]
+    gains = {row["arm"]: row["gain"] for row in figure.records(results, [0.01])}
+    tables = dict(script("results_tables").tables(results, {"lr_rule": "frontier", "lr_harm": 0.01}))
+    rows = re.findall(r"`([\w-]+)` \| ([^|]*) \|", tables["At equal harm"])
+    by_seed = {arm: changes.replace("−", "-").split(", ") for arm, changes in rows}
+    assert gains == {arm: pytest.approx(-sum(map(float, own)) / len(own), abs=6e-4) for arm, own in by_seed.items()}
+    assert figure.records(results, [1.0]) == []
+
+
 def drawn(svg):
     """Places of all marks, x and y in turn, and all words of a picture."""
     symbols = re.findall(r'<g class="mark-symbol [^>]*>(.*?)</g>', svg, re.DOTALL)
