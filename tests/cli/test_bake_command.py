@@ -48,6 +48,15 @@ def test_an_adapter_of_a_run(place, tmp_path, capsys):
     assert "AutoModelForCausalLM.from_pretrained" in card
 
 
+def test_of_a_run_the_adapter_that_stands_for_it_is_baked(place, tmp_path, capsys):
+    assert preskip("bake", place / "run", tmp_path / "out") == 0
+    assert f"arm preskip, seed 1; another one is {place}/run/arms/ARM/seed-N/adapter" in capsys.readouterr().err
+    wanted = load_file(place / "run/arms/preskip/seed-1/adapter/adapter_model.safetensors")
+    branch = "model.layers.0.self_attn.preskip.up.weight"
+    baked = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(baked[branch], wanted[f"base_model.model.{branch}"])
+
+
 def test_serve_says_which_adapter_of_a_run_it_takes(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PRESKIP_CACHE", str(tmp_path))
     preskip("serve", place / "run", "--check", "--engine", "transformers")

@@ -259,6 +259,8 @@ def test_errors_are_one_line_and_leave_the_old_page(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     refused("no space left on the disk while writing .*report.html")
     assert list(run.glob(".report*")) == []
+    with pytest.raises(PreskipError, match=r"holds no run\.json: give a run directory"):
+        build_report(run / "arms")
     with pytest.raises(PreskipError, match="is not a directory"):
         build_report(tmp_path / "nowhere")
 

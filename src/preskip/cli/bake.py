@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def bake(
-    *paths: Annotated[str, flag("The adapter's folder, or several as NAME=FOLDER, and last the folder to make.")],
+    *paths: Annotated[str, flag("An adapter or a run, or several as NAME=FOLDER, and last the folder to make.")],
     model: Annotated[
         Optional[str],
         Parameter(name=["--model", "--base"], help="The adapter's base. Default: what the run or the adapter names."),
@@ -40,9 +40,9 @@ def bake(
     from preskip.experiment.preflight import check_place
 
     if len(paths) < 2:
-        raise PreskipError("give an adapter, e.g. RUN/arms/preskip/seed-1/adapter, and the folder to make")
+        raise PreskipError("give an adapter or a run, and the folder to make")
     *given, last = paths
-    adapters, out = _named(given), Path(last)
+    adapters, out = {name: _adapter_of(path, quiet=as_json) for name, path in _named(given).items()}, Path(last)
     for adapter in adapters.values():
         if not (adapter / "adapter_config.json").is_file():
             raise PreskipError(f"{adapter} has no adapter_config.json: give a folder of a saved adapter")
@@ -79,6 +79,19 @@ def _named(given: Sequence[str]) -> dict[str, Path]:
             raise PreskipError(f"two adapters are called {name!r}: give them as NAME=FOLDER")
         named[name] = path
     return named
+
+
+def _adapter_of(path: Path, *, quiet: bool) -> Path:
+    """The folder itself, or of a run the adapter that stands for it."""
+    if not (path / "run.json").is_file():
+        return path
+    from preskip.runs.weights import find_source
+
+    found = find_source(path)
+    if found.is_checkpoint:
+        raise PreskipError(f"{path} was trained from scratch: {found.weights} is a checkpoint already")
+    say(f"arm {found.arm}, seed {found.seed}; another one is {path}/arms/ARM/seed-N/adapter", quiet=quiet)
+    return found.weights
 
 
 def bake_saved(

@@ -37,6 +37,8 @@ def load_json(path: Path) -> Any:
     """
     if not path.parent.is_dir():
         raise PreskipError(f"{path.parent} is not a directory: give a run directory of `preskip probe`")
+    if not (path.parent / "run.json").is_file():
+        raise PreskipError(f"{path.parent} holds no run.json: give a run directory of `preskip probe`")
     remedy = f"finish the run with `{resume_command(path.parent)}`"
     return load_object(path, SCHEMA_VERSION, f"{remedy}, or give another run directory", remedy)
 
