@@ -62,6 +62,14 @@ def test_a_run_that_is_moved_or_linked_is_resumed_and_explained(tmp_path, capsys
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("command", ["probe", "pretrain"])
+def test_a_run_without_its_options_is_not_resumed(command, tmp_path, capsys):
+    write_json(tmp_path / "run.json", {"schema_version": SCHEMA_VERSION})
+    assert preskip(command, "--resume", tmp_path) == 1
+    assert capsys.readouterr().err.strip().endswith("run.json is damaged, it holds no options: begin a new run")
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
 class Broken:
     encoding, errors = "utf-8", "strict"
 

@@ -117,6 +117,8 @@ def make_run(
         reason = resolve_dtype(asked.dtype, run.manifest["config"]["device"])[1]
     else:
         run, reason = RunDirectory.open(resume), "as before"  # type: ignore[arg-type]
+        if not run.manifest.get("config"):
+            raise PreskipError(f"{run.path / 'run.json'} is damaged, it holds no options: begin a new run")
     for line in (*course.announce(run.manifest["config"], reason), f"run {run.path}"):
         say(line, quiet=as_json)
     with kept_for_resuming(run, course.kind.command, is_new=asked is not None):
