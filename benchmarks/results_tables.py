@@ -28,9 +28,18 @@ from preskip.report.lookup import (
     rate_text,
     trained_arms,
 )
-from preskip.report.tables import equal_harm_table
+from preskip.report.tables import at_equal_harm, changes_text
 from preskip.report.words.claims import MEASURES
-from preskip.report.words.verdicts import MINUS, decimals, difference_text, limits_text, nulls_text, number, p_text
+from preskip.report.words.verdicts import (
+    MINUS,
+    decimals,
+    difference_text,
+    limits_text,
+    mean_difference_texts,
+    nulls_text,
+    number,
+    p_text,
+)
 from preskip.runs.schema import Results
 
 # Behind every verdict word that rests on a raw p-value.
@@ -134,17 +143,12 @@ def searched_by_seed(results: Results) -> str:
 
 def equal_harm(results: Results, harm: float) -> str:
     """Every arm's in-domain change at one harm out of domain, by seed, and over seeds against the rival."""
-    shown = equal_harm_table(results, harm)
-    rival = shown.columns[2].title.removeprefix("minus ")
+    rival, found = at_equal_harm(results, harm)
     rows = []
-    for arm, changes, value, limits, p in ([cell.text for cell in row] for row in shown.rows):
-        rows.append(
-            (
-                f"`{arm}`",
-                changes,
-                "" if arm == rival else f"{value} {limits}, raw p {p if p.startswith('<') else f'= {p}'}",
-            )
-        )
+    for arm, (changes, against) in found.items():
+        value, limits, p = mean_difference_texts(against)
+        raw = f"raw p {p if p.startswith('<') else f'= {p}'}"
+        rows.append((f"`{arm}`", changes_text(changes), "" if arm == rival else f"{value} {limits}, {raw}"))
     return _markdown(("arm", "in-domain by seed", f"against `{rival}`"), rows)
 
 

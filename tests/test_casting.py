@@ -131,7 +131,10 @@ def test_gradients_by_torch_func_are_those_of_backward() -> None:
     weights = dict(module.named_parameters())
     loss(module, x).backward()
     wanted = {name: weight.grad for name, weight in weights.items()}
-    of_weights = lambda some: torch.func.functional_call(Loss(module), some, (x,))  # noqa: E731
+
+    def of_weights(some):
+        return torch.func.functional_call(Loss(module), some, (x,))
+
     found = torch.func.grad(of_weights)({f"module.{name}": weight for name, weight in weights.items()})
     for name, gradient in wanted.items():
         assert (found[f"module.{name}"] - gradient).abs().max() < 2e-2 * gradient.abs().max(), name

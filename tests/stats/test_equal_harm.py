@@ -45,9 +45,9 @@ def test_a_diverged_rate_encloses_nothing() -> None:
 def test_of_a_search_the_last_rung_counts_by_seed() -> None:
     early = [trial(1e-3, -9.0, 0.0, steps=12), trial(2e-3, -9.0, 1.0, steps=12)]
     late = [trial(rate, -rate * 100 * seed, rate * 10, seed=seed) for seed in (1, 2) for rate in (1e-3, 2e-3)]
-    assert changes_at({"trace": early + late}, 0.015) == pytest.approx({"1": -0.15, "2": -0.3})  # type: ignore[typeddict-item]
+    assert changes_at({"trace": early + late}, 0.015) == pytest.approx({"1": -0.15, "2": -0.3})
     one = [trial(1e-3, -0.1, 0.0, seed=None), trial(2e-3, -0.2, 0.02, seed=None)]
-    assert changes_at({"trace": one}, 0.01) == pytest.approx({"7": -0.15})  # type: ignore[typeddict-item]
+    assert changes_at({"trace": one}, 0.01) == pytest.approx({"7": -0.15})
 
 
 def test_the_difference_is_a_paired_t_over_common_seeds() -> None:

@@ -32,6 +32,7 @@ from preskip.runs.directory import Cell
 from preskip.runs.files import read_json, read_jsonl, write_json, write_jsonl
 from preskip.runs.schema import Development, Limits, Record, Search, Trial
 from preskip.stats import compare
+from preskip.stats.equal_harm import worst_harm
 
 # Rates are counted in quarter decades from the arm's default; the first three are half decades apart.
 STEPS_PER_DECADE = 4
@@ -187,11 +188,6 @@ def share_within(best: Trial, above: Trial | None, harm: float) -> float:
     if not low <= harm < high or above["dev"]["in"]["value"] >= best["dev"]["in"]["value"]:
         return 0.0
     return (harm - low) / (high - low)
-
-
-def worst_harm(dev: Development) -> float:
-    """Bits per byte that the worst out-of-domain set loses against the untouched model."""
-    return max(limits["value"] for limits in dev["out"].values())
 
 
 def excess_harm(config: ProbeConfig, dev: Development) -> float:

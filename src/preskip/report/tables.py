@@ -29,7 +29,7 @@ from preskip.report.words.verdicts import (
     set_title,
 )
 from preskip.runs.schema import Manifest, Results, Trend
-from preskip.stats.equal_harm import changes_at, mean_difference
+from preskip.stats.equal_harm import Changes, MeanDifference, changes_at, mean_difference
 
 PAPER_COLUMNS = {
     "paper:lambada": "LAMBADA",
@@ -169,17 +169,29 @@ def search_table(results: Results) -> Table:
     return make_table("Chosen learning rates", columns, rows, "What the search chose for each arm")
 
 
-def equal_harm_table(results: Results, harm: float) -> Table:
-    """A row per searched arm: its in-domain change at one harm out of domain, against the rival of the declaration."""
+def at_equal_harm(results: Results, harm: float) -> tuple[str, dict[str, tuple[Changes, MeanDifference | None]]]:
+    """The arm that others are held against, and of every searched arm its in-domain changes at one harm out of domain
+    and their difference to that arm's; arms of which no change is known are left out.
+    """
     found = {arm: changes_at(search, harm) for arm, search in (results.get("search") or {}).items()}
     found = {arm: changes for arm, changes in found.items() if any(change is not None for change in changes.values())}
     rival = next((arm for arm in rivals(results) if arm in found), next(iter(found), ""))
+    return rival, {
+        arm: (changes, None if arm == rival else mean_difference(changes, found[rival]))
+        for arm, changes in found.items()
+    }
+
+
+def changes_text(changes: Changes) -> str:
+    """In-domain changes of an arm, a seed each."""
+    return ", ".join(NONE if change is None else number(change, 3, sign=True) for change in changes.values())
+
+
+def equal_harm_table(results: Results, harm: float) -> Table:
+    """A row per searched arm: its in-domain change at one harm out of domain, against the rival of the declaration."""
+    rival, found = at_equal_harm(results, harm)
     columns = (words("Arm"), "Δ bits per byte, by seed", f"minus {rival}", "Interval", "p (raw)")
-    rows = []
-    for arm, changes in found.items():
-        shown = ", ".join(NONE if change is None else number(change, 3, sign=True) for change in changes.values())
-        against = None if arm == rival else mean_difference(changes, found[rival])
-        rows.append((arm, shown, *mean_difference_texts(against)))
+    rows = [(arm, changes_text(own), *mean_difference_texts(against)) for arm, (own, against) in found.items()]
     return make_table("In-domain change at equal harm", columns, rows)
 
 

@@ -14,7 +14,7 @@ from typing import TypedDict
 
 from scipy import stats
 
-from preskip.runs.schema import Search, Trial
+from preskip.runs.schema import Development, Search, Trial
 from preskip.stats.detail import t_interval
 from preskip.stats.intervals import CONFIDENCE
 
@@ -61,9 +61,12 @@ def change_at(trials: Sequence[Trial], harm: float) -> float | None:
 def _point(trial: Trial) -> tuple[float, float] | None:
     """Harm and in-domain change; None where training diverged, or nothing was scored out of domain."""
     dev = trial["dev"]
-    if dev is None or not dev["out"]:
-        return None
-    return max(limits["value"] for limits in dev["out"].values()), dev["in"]["value"]
+    return None if dev is None or not dev["out"] else (worst_harm(dev), dev["in"]["value"])
+
+
+def worst_harm(dev: Development) -> float:
+    """Bits per byte that the worst out-of-domain set of development documents loses against the untouched model."""
+    return max(limits["value"] for limits in dev["out"].values())
 
 
 def mean_difference(own: Changes, other: Changes, *, confidence: float = CONFIDENCE) -> MeanDifference | None:
