@@ -10,6 +10,7 @@ from preskip.cli.main import main
 from preskip.errors import DivergedError, PreskipError
 from preskip.experiment import frozen
 from preskip.experiment.run import finish_run, start_run
+from preskip.experiment.search import tuning_seed
 from small_probe import small_probe
 
 FAST = {"arms": ("none", "preskip", "lora", "skip"), "lr_mode": "default", "steps": 2, "last_word_items": 0}
@@ -53,6 +54,27 @@ def test_a_diverged_cell_is_left_out_with_a_note(tmp_path, diverging, capsys):
     again = finish_run(run)
     assert (again["arms"].keys(), again.get("notes")) == (whole["arms"].keys(), whole.get("notes"))
     assert json.dumps(again["comparisons"]) == json.dumps(whole["comparisons"])
+
+
+def test_an_arm_without_a_rate_is_left_out_with_a_note(tmp_path, diverging):
+    """Of one whose first search finds none all seeds, of a later search that one; hours of the others are not lost."""
+    options = {**FAST, "arms": ("none", "preskip", "lora", "skip"), "lr_mode": "tune"}
+    run = start_run(small_probe(tmp_path, **options), tmp_path / "run", ["test"])
+    first, second = (tuning_seed(small_probe(tmp_path, **options), seed) for seed in (1, 2))
+    diverging |= {("skip", first), ("preskip", second)}
+    results = finish_run(run, quiet=True)
+    assert {arm: own["seeds"] for arm, own in results["arms"].items()} == {"none": [1], "preskip": [1], "lora": [1, 2]}
+    assert sorted(results["notes"]) == [
+        "no results of preskip, seed 2: training diverged at its best learning rate: give a fixed --lr",
+        *(
+            f"no results of skip, seed {seed}: training diverged at every learning rate: use --dtype float32 or fixed "
+            "--lr"
+            for seed in (1, 2)
+        ),
+    ]
+    assert run_faults(run.path) == []
+    again = finish_run(run, quiet=True)  # from what was tried, without a training
+    assert json.dumps(again) == json.dumps(results)
 
 
 def test_where_everything_diverges_there_are_no_results(tmp_path, diverging):

@@ -10,6 +10,7 @@ import pytest
 from conforming import run_faults
 from preskip.cli.main import main
 from preskip.errors import PreskipError
+from preskip.experiment.results import summarise_run
 from preskip.experiment.run import finish_run, start_run
 from preskip.runs.declaration import changes
 from preskip.runs.directory import RunDirectory
@@ -226,15 +227,20 @@ def test_a_run_of_an_earlier_preskip_keeps_its_one_search_and_its_family(first, 
     assert run_faults(path) == []
 
 
-def test_a_copy_without_weights_says_the_same(extended, folder):
-    """benchmarks/keep_run.py, by which results/ is filled."""
+@pytest.fixture(scope="module")
+def keep():
+    """Of benchmarks/keep_run.py, by which results/ is filled."""
     script = Path(__file__).parents[2] / "benchmarks" / "keep_run.py"
     spec = importlib.util.spec_from_file_location("keep_run", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module.keep
+
+
+def test_a_copy_without_weights_says_the_same(extended, keep, folder):
     kept = folder / "kept"
-    module.keep(extended, kept)
-    module.keep(extended, kept)  # replaced
+    keep(extended, kept)
+    keep(extended, kept)  # replaced
     names = {path.name for path in kept.rglob("*") if path.is_file()}
     assert names == {
         "run.json",
@@ -249,14 +255,60 @@ def test_a_copy_without_weights_says_the_same(extended, folder):
     assert invoke_app("compare", kept, "--json") == invoke_app("compare", extended.path, "--json")
     assert RunDirectory.open(kept).manifest["directory"] == "."
     for place in (extended.path, folder):  # nothing else is replaced
-        with pytest.raises(PreskipError, match="exists and is no such copy"):
-            module.keep(extended, place)
+        with pytest.raises(PreskipError, match="is the run itself" if place == extended.path else "is no such copy"):
+            keep(extended, place)
     assert (extended.path / "results.json").is_file()
-    for place in (kept, folder / "other"):
-        with pytest.raises(PreskipError, match="is such a copy itself"):
-            module.keep(RunDirectory.open(kept), place)
+    with pytest.raises(PreskipError, match="is the run itself"):
+        keep(RunDirectory.open(kept), folder / "." / "kept")
     assert run_faults(kept) == []
     begun = start_run(small_probe(folder, **FAST), folder / "begun", ["test"])
     with pytest.raises(PreskipError, match="is not finished: finish it with --resume"):
-        module.keep(begun, folder / "none")
+        keep(begun, folder / "none")
     assert not (folder / "none").exists()
+    with extended.lock(), pytest.raises(PreskipError, match="another process is working on"):
+        keep(RunDirectory.open(extended.path), folder / "none")
+
+
+def test_what_an_interrupted_run_has_done_is_kept_and_finished_elsewhere(first, extended, keep, folder, monkeypatch):
+    from preskip.experiment import run as module
+
+    path = shutil.copytree(first.path, folder / "stopped")
+
+    def stops(prepared, arm, seed):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "run_cell", stops)
+        with pytest.raises(KeyboardInterrupt):
+            finish_run(RunDirectory.open(path), seeds=(1, 2, 3))
+    keep(RunDirectory.open(path), folder / "part", unfinished=True)
+    shutil.rmtree(path)
+    part = RunDirectory.open(folder / "part")
+    assert not list(part.path.rglob("*.safetensors"))
+    trials = {trial: trial.read_bytes() for trial in part.path.rglob("trial.json")}
+    assert {trial.parts[-4] for trial in trials} == {"seed-1", "seed-2", "seed-3"}
+    finish_run(part)
+    assert {trial: trial.read_bytes() for trial in part.path.rglob("trial.json")} == trials
+    trained = {weights.relative_to(part.path).parts[2] for weights in part.path.rglob("*.safetensors")}
+    assert trained == {"seed-3"}
+    keep(part, folder / "whole-copy")
+    assert run_faults(folder / "whole-copy") == []
+    for place in (part.path, folder / "whole-copy"):
+        assert invoke_app("compare", place, "--json") == invoke_app("compare", extended.path, "--json")
+    with pytest.raises(PreskipError, match=r"part has .*seed-3.*, which .*first lacks: choose another place"):
+        keep(first, part.path)
+    assert part.cell("preskip", 3).is_done
+
+
+def test_seeds_whose_rates_another_version_has_searched_for_are_told_of(extended, folder):
+    """The search of preskip changes, and a run may be years old when seeds are added."""
+    path = shutil.copytree(extended.path, folder / "two-rules")
+    run = RunDirectory.open(path)
+    assert not any("searched for" in note for note in summarise_run(run).get("notes", ()))
+    for seed in (1, 2):
+        file = run.search_file("preskip", seed)
+        search = json.loads(file.read_text())
+        del search["rule"]
+        file.write_text(json.dumps(search))
+    [note] = [note for note in summarise_run(run)["notes"] if "searched for" in note]
+    assert "of seed 1, 2 and of seed 3" in note

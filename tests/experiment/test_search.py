@@ -96,12 +96,22 @@ def test_the_frontier_rule_ends_at_the_limit_and_not_at_a_step_of_the_grid(chose
     assert [power for rung, power in tried if rung == 1] == [-1, 0, 1, 1.5, 2]
     assert (found["chosen"], found["within_harm"]) == (float(f"{1e-3 * 10 ** (1.5 / 4):.3g}"), True)
     assert [(entry["rung"], entry["power"]) for entry in found["trace"] if entry["kept"]][-1] == (1, 1.5)
-    # A concave one passes the limit before: the step below is kept.
+    # A concave one passes the limit before, and so does a second one below that: the grid's rate is kept.
     found, tried = chosen(
-        lambda rung, power: -power, harm=lambda power: 0.012 * max(power, 0) ** 0.5 - 0.006, lr_rule="frontier"
+        lambda rung, power: -power, harm=lambda power: 0.0205 * max(power, 0) ** 0.02 - 0.01, lr_rule="frontier"
     )
-    assert (1, 1.8) in [(rung, round(power, 1)) for rung, power in tried]
-    assert (found["chosen"], found["within_harm"]) == (float(f"{1e-3 * 10**0.25:.3g}"), True)
+    assert [round(power, 2) for rung, power in tried if 0 < power < 1] == [0.81, 0.9]
+    assert (found["chosen"], found["within_harm"]) == (1e-3, True)
+
+
+def test_a_rate_that_passes_the_limit_is_the_upper_end_of_a_second_one(chosen):
+    def harm(power):
+        return -0.0135 if power < -0.15 else 0.0101
+
+    found, tried = chosen(lambda rung, power: -power, harm=harm, lr_rule="frontier")
+    # Of 0.99 of the way no other rate would come, in three digits: nine tenths of it, and nine tenths of that.
+    assert [round(power, 2) for rung, power in tried if rung == 1 and power != int(power)] == [-0.19, -0.1]
+    assert (found["chosen"], found["within_harm"]) == (float(f"{1e-3 * 10 ** (-0.19 / 4):.3g}"), True)
 
 
 def test_no_rate_between_is_tried_where_it_could_not_be_better(chosen):

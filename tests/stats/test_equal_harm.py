@@ -26,20 +26,31 @@ def test_it_lies_between_the_two_rates_that_enclose_the_harm() -> None:
     assert change_at(trials, 0.03) == pytest.approx(-0.25)
     assert change_at(trials, 0.0) == pytest.approx(-0.2 + 0.1 / 3)
     assert change_at(trials, 0.01) == pytest.approx(-0.2)  # a rate that has just this harm
-    assert change_at(trials, -0.03) is None
-    assert change_at(trials, 0.05) is None
+    assert change_at(trials, -0.03) is None  # every rate does more
+    assert change_at(trials, 0.05) is None  # none does, and the highest is the best: a higher one might be better still
 
 
-def test_the_worst_text_is_the_harm_and_the_highest_pair_counts() -> None:
+def test_a_better_rate_that_does_less_harm_counts() -> None:
+    """As `content` on books: the harm passes the limit where the in-domain loss rises already."""
+    trials = [trial(1e-3, -0.074, -0.011), trial(2e-3, -0.072, 0.005), trial(3e-3, -0.059, 0.043)]
+    assert change_at(trials, 0.01) == -0.074
+    assert change_at(trials, 0.05) == -0.074  # the best is known, as a higher rate is worse
+    assert change_at(trials, -0.02) is None
+    falling = [trial(1e-3, -0.1, 0.03), trial(2e-3, -0.2, 0.01)]
+    assert change_at(falling, 0.02) == -0.2
+
+
+def test_the_worst_text_is_the_harm_and_the_best_pair_counts() -> None:
     assert change_at([trial(1e-3, -0.1, -0.5, 0.0), trial(2e-3, -0.2, 0.02, 0.01)], 0.01) == pytest.approx(-0.15)
     down_and_up = [trial(1e-3, -0.1, 0.0), trial(2e-3, -0.2, 0.02), trial(3e-3, -0.3, 0.0), trial(4e-3, -0.4, 0.02)]
     assert change_at(down_and_up, 0.01) == pytest.approx(-0.35)
 
 
-def test_a_diverged_rate_encloses_nothing() -> None:
+def test_nothing_is_interpolated_to_a_diverged_rate() -> None:
     diverged = {**trial(2e-3, 0.0, 0.0), "dev": None}
-    assert change_at([trial(1e-3, -0.1, 0.0), diverged, trial(3e-3, -0.3, 0.1)], 0.01) is None
-    assert change_at([trial(1e-3, -0.1), trial(2e-3, -0.2)], 0.01) is None
+    assert change_at([trial(1e-3, -0.1, 0.0), diverged, trial(3e-3, -0.3, 0.1)], 0.01) == -0.1
+    assert change_at([trial(1e-3, -0.1, 0.0), diverged], 0.01) == -0.1
+    assert change_at([trial(1e-3, -0.1), trial(2e-3, -0.2)], 0.01) is None  # nothing scored out of domain
 
 
 def test_of_a_search_the_last_rung_counts_by_seed() -> None:

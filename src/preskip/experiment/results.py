@@ -70,6 +70,7 @@ def summarise_run(run: RunDirectory) -> Results:
     searches = {arm: stored_search(run, arm, manifest["seeds"]) for arm in items}
     if found := {arm: search for arm, search in searches.items() if search is not None}:
         results["search"] = found
+        notes += search_notes(run, list(found), manifest["seeds"])
     if manifest.get("kind") == "pretrain":
         results["curves"] = {
             arm: {str(seed): _curve(read_jsonl(run.cell(arm, seed).train_log)) for seed in seeds}
@@ -85,8 +86,7 @@ def stored_search(run: RunDirectory, arm: str, seeds: Sequence[int]) -> Search |
     shared = run.search_file(arm, None)
     if shared.is_file():
         return read_json(shared)
-    paths = {seed: run.search_file(arm, seed) for seed in seeds}
-    found: dict[int, Search] = {seed: read_json(path) for seed, path in paths.items() if path.is_file()}
+    found = _searches(run, arm, seeds)
     if not found:
         return None
     every = list(found.values())
@@ -99,7 +99,29 @@ def stored_search(run: RunDirectory, arm: str, seeds: Sequence[int]) -> Search |
     }
     if "within_harm" in every[0]:
         whole["within_harm"] = all(search["within_harm"] for search in every)
+    if "rule" in every[0]:
+        whole["rule"] = every[0]["rule"]
     return whole
+
+
+def search_notes(run: RunDirectory, arms: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """A sentence where the rates of some seeds were searched for by a preskip that searches in another way."""
+    by_rule: dict[int, set[int]] = {}
+    for arm in arms:
+        for seed, search in _searches(run, arm, seeds).items():
+            by_rule.setdefault(search.get("rule", 0), set()).add(seed)
+    if len(by_rule) < 2:
+        return []
+    parts = [f"of seed {', '.join(map(str, sorted(own)))}" for _, own in sorted(by_rule.items())]
+    return [
+        f"the learning rates {' and '.join(parts)} were searched for by different versions of preskip, which may "
+        "choose differently: the seeds are not quite alike"
+    ]
+
+
+def _searches(run: RunDirectory, arm: str, seeds: Sequence[int]) -> dict[int, Search]:
+    paths = {seed: run.search_file(arm, seed) for seed in seeds}
+    return {seed: read_json(path) for seed, path in paths.items() if path.is_file()}
 
 
 def finished_cells(

@@ -129,9 +129,13 @@ def finish_run(
         now.seconds["load"] = now.elapsed()
         ahead.started = ahead.clock()
         with open_executor(prepared, workers=workers, kind=executor, address=ray_address, done=ahead.done) as execute:
-            if isinstance(prepared, Frozen) and tune(prepared, execute):
+            diverged = []
+            if isinstance(prepared, Frozen) and any(map(prepared.config.is_tuned, prepared.config.arms)):
+                without = tune(prepared, execute)
                 now.seconds["tune"] = now.elapsed() - now.seconds["load"]
-            diverged = _compute(execute, cells, now.seconds, quiet)
+                cells = [cell for cell in cells if cell not in without]
+                diverged = [_no_results(arm, seed, why, quiet) for (arm, seed), why in without.items()]
+            diverged += _compute(execute, cells, now.seconds, quiet)
         _check_compares(prepared, diverged)
         extra: Any = run_controls(prepared) if isinstance(prepared, Frozen) else {}
         crew.dismiss()
@@ -158,12 +162,18 @@ def _compute(execute: Execute, cells: Sequence[tuple[str, int]], seconds: dict[s
     diverged = []
     for index, summary in execute("cell", _cell_or_fault, cells, names):
         if isinstance(summary, str):
-            diverged.append(f"no results of {names[index]}: {summary}")
-            say(diverged[-1], quiet=quiet)
+            diverged.append(_no_results(*cells[index], summary, quiet))
         else:
             seconds["train"] += summary["train_seconds"]
             seconds["evaluate"] += summary["evaluate_seconds"]
     return diverged
+
+
+def _no_results(arm: str, seed: int, why: str, quiet: bool) -> str:
+    """Say which cell is missing; the line goes into the results, too."""
+    line = f"no results of {arm}, seed {seed}: {why}"
+    say(line, quiet=quiet)
+    return line
 
 
 def _cell_or_fault(prepared: Prepared, arm: str, seed: int) -> CellSummary | str:

@@ -8,7 +8,7 @@ steps, and it moves until it is better than both. The search of a later seed is 
 rate that the first one found. Where the best is at the grid's edge, the next rate beyond is tried, too, and the arm is
 marked as extended. With `--lr-rule frontier` one more rate is trained where the next above the best does too much harm:
 the one between them at which the harm should reach the limit, so that arms are compared at one harm and not at what
-the grid's steps leave of it. All arms share the data order.
+the grid's steps leave of it; where it passes the limit, a second one below it. All arms share the data order.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from preskip.arms import ARMS
-from preskip.errors import DivergedError, PreskipError
+from preskip.errors import DivergedError
 from preskip.evaluate.texts import TextSet, score_texts
 from preskip.experiment.execute import Execute
 from preskip.experiment.frozen import Frozen
@@ -42,15 +43,20 @@ RUNGS = (1 / 4, 1 / 2)
 LEAST_STEPS = 2
 # The farthest rate that is tried on either side: three half decades beyond the grid's edge.
 FARTHEST = 8
-# Of a step between two rates: what is nearer to the lower one is not worth a training.
-LEAST_SHARE = 0.1
+# Of a step of the grid: a rate that is nearer to the best one is not worth a training.
+LEAST_STEP = 0.1
+# Of the way to a rate that does too much harm: the most that the next one goes, and how many are tried.
+MOST_OF_THE_WAY = 0.9
+TRIES = 2
+# Counted up with every change of this file by which a search may find another rate; 0 in files that lack it.
+RULE = 2
 
 
-def tune(prepared: Frozen, execute: Execute) -> list[str]:
+def tune(prepared: Frozen, execute: Execute) -> dict[tuple[str, int], str]:
     """Find the learning rates that are to be tuned, and record them in run.json; finished trainings are not repeated.
 
     Returns:
-        The arms whose rate is tuned.
+        Why there is no rate, by arm and seed, where training diverged at all of them.
     """
     run, config = prepared.run, prepared.config
     tuned = [arm for arm in config.arms if config.is_tuned(arm)]
@@ -58,19 +64,35 @@ def tune(prepared: Frozen, execute: Execute) -> list[str]:
     waiting = [arm for arm in tuned for seed in (first, *later) if not run.search_file(arm, seed).is_file()]
     base = base_records(prepared) if waiting else []
     found: dict[tuple[str, int | None], Search] = {}
+    failed: dict[tuple[str, int], str] = {}
     for what, seeds in (("search", [first]), ("later search", later)):
-        calls = [(arm, seed, base, found[arm, first]["chosen"] if later and seed != first else None)
-                 for seed in seeds for arm in tuned]  # fmt: skip
+        starts = {arm: found[arm, first]["chosen"] if what == "later search" else None for arm in tuned}
+        calls = [(arm, seed, base, starts[arm]) for seed in seeds for arm in tuned]
         names = [arm if seed is None else f"{arm}, seed {seed}" for arm, seed, *_ in calls]
-        for index, search in execute(what, search_rate, calls, names):
-            found[calls[index][:2]] = search
+        for index, search in execute(what, _search_or_fault, calls, names):
+            arm, seed, *_ = calls[index]
+            if isinstance(search, str):  # without the first seed's rate the search of a later one cannot begin
+                without = config.seeds if seed is None or seed == first else (seed,)
+                failed |= {(arm, own): search for own in without}
+            else:
+                found[arm, seed] = search
+        tuned = [arm for arm in tuned if (arm, first) in found]
     facts = run.manifest["arms"]
     for arm in tuned:
         facts[arm]["learning_rate"] = found[arm, first]["chosen"]
         if first is not None:
-            facts[arm]["learning_rates"] = {str(seed): found[arm, seed]["chosen"] for seed in config.seeds}
+            rates = {seed: found[arm, seed]["chosen"] for seed in config.seeds if (arm, seed) in found}
+            facts[arm]["learning_rates"] = {str(seed): rate for seed, rate in rates.items()}
     run.update_manifest(arms=facts)
-    return tuned
+    return failed
+
+
+def _search_or_fault(prepared: Frozen, arm: str, *call: Any) -> Search | str:
+    """`search_rate`; of an arm that diverges at every rate the reason, so that the others are compared all the same."""
+    try:
+        return search_rate(prepared, arm, *call)
+    except DivergedError as error:
+        return str(error)
 
 
 def searched_seeds(prepared: Frozen) -> tuple[int | None, ...]:
@@ -99,7 +121,7 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
         The content of search.json.
 
     Raises:
-        PreskipError: every rate diverged.
+        DivergedError: every rate diverged.
     """
     done = prepared.run.search_file(arm, seed)
     if done.is_file():
@@ -121,26 +143,23 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
     if start is None:
         kept = _first_rung(loss)
         if not kept:
-            raise PreskipError(
-                f"arm {arm}: training diverged at every learning rate: use --dtype float32 or fixed --lr"
-            )
+            raise DivergedError("training diverged at every learning rate: use --dtype float32 or fixed --lr")
         for power in kept:
             trials[0, power]["kept"] = True
     else:
         kept = [round(STEPS_PER_DECADE * math.log10(start / default))]
     best: float = _bracketed(loss, min(kept, key=lambda power: loss(1, power)))
     if math.isinf(loss(1, best)[0]):
-        raise PreskipError(f"arm {arm}: training diverged at its best learning rate: give a fixed --lr")
+        raise DivergedError("training diverged at its best learning rate: give a fixed --lr")
     if config.lr_rule == "frontier":
-        share = share_within(trials[1, best], trials.get((1, best + 1)), config.lr_harm)
-        if share >= LEAST_SHARE:
-            best = min((best, best + share), key=lambda power: loss(1, power))
+        best = _near_limit(loss, trials, best, config.lr_harm)
     trials[1, best]["kept"] = True
     found: Search = {
         "default": default,
         "chosen": trials[1, best]["learning_rate"],
         "extended": any(abs(power) > GRID[-1] for _, power in trials),
         "trace": [trials[key] for key in sorted(trials)],
+        "rule": RULE,
     }
     if config.lr_rule == "frontier":
         found["within_harm"] = loss(1, best)[0] == 0
@@ -177,10 +196,25 @@ def _bracketed(loss: Callable[[int, float], tuple[float, float]], best: int) -> 
         best = better
 
 
-def share_within(best: Trial, above: Trial | None, harm: float) -> float:
-    """The part of the step to the next rate after which the harm reaches a limit, linear between the two.
+def _near_limit(
+    loss: Callable[[int, float], tuple[float, float]], trials: dict[tuple[int, float], Trial], best: float, harm: float
+) -> float:
+    """The best rate of the last rung: that of the grid, or one between it and the next, near the limit on harm."""
+    above = best + 1
+    for _ in range(TRIES):
+        way = min(share_within(trials[1, best], trials.get((1, above)), harm), MOST_OF_THE_WAY) * (above - best)
+        if way < LEAST_STEP:
+            break
+        above = best + way
+        if loss(1, above) < loss(1, best):
+            return above
+    return best
 
-    0 where the next rate is not tried, diverged, does no more harm than that, or is no better in-domain.
+
+def share_within(best: Trial, above: Trial | None, harm: float) -> float:
+    """The part of the way to a higher rate after which the harm reaches a limit, linear between the two.
+
+    0 where the higher rate is not tried, diverged, does no more harm than that, or is no better in-domain.
     """
     if above is None or best["dev"] is None or above["dev"] is None:
         return 0.0

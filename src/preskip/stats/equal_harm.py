@@ -1,9 +1,10 @@
-"""What arms change in-domain at one and the same harm out of domain, from the rates that their searches have tried.
+"""What arms gain in-domain at one and the same harm out of domain, from the rates that their searches have tried.
 
 `--lr-rule frontier` compares arms at an equal *allowed* harm: each has the best rate of a grid that stays within it,
-so by chance of the grid they end at different harms. Here the in-domain change is interpolated, for each training
-seed, between the two neighbouring rates of the last rung where the harm passes the limit. No rate is chosen, so none
-is chosen too well; but all are measured on development documents, after the steps of that rung.
+so by chance of the grid they end at different harms. Here the most that is gained for up to that harm is read off the
+last rung, for each training seed: at a rate that was tried, or, where the harm passes the limit between two
+neighbouring rates, interpolated between them. No rate is chosen, so none is chosen too well; but all are measured on
+development documents, after the steps of that rung.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ class MeanDifference(TypedDict):
 
 
 def changes_at(search: Search, harm: float) -> dict[str, float | None]:
-    """By training seed: the in-domain change in bits per byte where the harm passes a limit.
+    """By training seed: the best in-domain change in bits per byte for up to a harm (`change_at`).
 
     Args:
         search: of an arm; its trials of the last rung count.
         harm: bits per byte by which the worst out-of-domain set of development documents is above the untouched model.
 
     Returns:
-        None for a seed of which no two neighbouring rates enclose the harm.
+        None for a seed whose rates do not tell.
     """
     longest = max(trial["steps"] for trial in search["trace"])
     by_seed: dict[str, list[Trial]] = {}
@@ -49,13 +50,21 @@ def changes_at(search: Search, harm: float) -> dict[str, float | None]:
 
 
 def change_at(trials: Sequence[Trial], harm: float) -> float | None:
-    """The in-domain change at a harm, linear between the rates below and above it; of several pairs the highest."""
+    """The best in-domain change of one seed for up to a harm: at a rate, or between two, linear in the harm.
+
+    None where every rate does more harm; or where none does and the highest is the best, so that a higher one might be
+    better still.
+    """
     points = [_point(trial) for trial in sorted(trials, key=lambda trial: trial["learning_rate"])]
-    for below, above in reversed(list(pairwise(points))):
-        if below is not None and above is not None and below[0] <= harm < above[0]:
-            share = (harm - below[0]) / (above[0] - below[0])
-            return below[1] + share * (above[1] - below[1])
-    return None
+    within = {at: point[1] for at, point in enumerate(points) if point is not None and point[0] <= harm}
+    passing = []
+    for one, other in pairwise(points):
+        if one is not None and other is not None and (one[0] <= harm) != (other[0] <= harm):
+            share = (harm - one[0]) / (other[0] - one[0])
+            passing.append(one[1] + share * (other[1] - one[1]))
+    if not within or (not passing and min(within, key=within.__getitem__) == len(points) - 1):
+        return None
+    return min([*within.values(), *passing])
 
 
 def _point(trial: Trial) -> tuple[float, float] | None:
