@@ -2,8 +2,9 @@
 
     python benchmarks/equal_harm_figure.py docs/confirmatory-equal-harm.svg results/confirmatory-smollm2-wikitext2
 
-A line is the mean over the seeds of an arm, drawn where two neighbouring rates of every seed enclose the harm. All is
-measured on development texts, after the steps of the search's last rung; the dashed line is the declared limit.
+A line is the mean over the seeds of an arm, of the best for up to each harm (`preskip.stats.equal_harm`), drawn where
+the rates of every seed tell. All is measured on development texts, after the steps of the search's last rung; the
+dashed line is the declared limit.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ HARMS = np.linspace(-0.03, 0.05, 81)
 
 
 def records(results: Results, harms: Sequence[float] | np.ndarray = HARMS) -> list[Record]:
-    """A point per arm and harm at which every seed's change is known: the mean gain in bits per byte."""
+    """A point per arm and harm of which every seed's rates tell: the mean gain in bits per byte."""
     found = []
     for arm in trained_arms(results):
         for harm in harms if arm in results["search"] else ():

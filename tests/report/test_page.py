@@ -176,7 +176,7 @@ def test_arms_are_compared_at_equal_harm_where_one_was_declared(tmp_path: Path) 
     change(run / "results.json", searched)
     change(run / "run.json", lambda record: record["config"].update(lr_rule="frontier", lr_harm=0.01))
     text = read(build_report(run)).visible
-    assert "the rate that loses 0.01 bits per byte on the worst out-of-domain development text" in text
+    assert "a loss of up to 0.01 bits per byte on the worst out-of-domain development text" in text
     # Differences of +0.01 and +0.02: 0.015 and 12.7 standard errors of 0.005 on either side; t = 3 of one degree.
     assert "preskip −0.200, −0.240 +0.015 [−0.049, +0.079] 0.2" in text
     assert "lora −0.210, −0.260 – – –" in text

@@ -170,12 +170,14 @@ def search_table(results: Results) -> Table:
 
 
 def at_equal_harm(results: Results, harm: float) -> tuple[str, dict[str, tuple[Changes, MeanDifference | None]]]:
-    """The arm that others are held against, and of every searched arm its in-domain changes at one harm out of domain
-    and their difference to that arm's; arms of which no change is known are left out.
+    """The arm that others are held against, and of every searched arm its best in-domain changes for up to one harm out
+    of domain and their difference to that arm's; nothing where no change of any arm is known.
     """
     found = {arm: changes_at(search, harm) for arm, search in (results.get("search") or {}).items()}
-    found = {arm: changes for arm, changes in found.items() if any(change is not None for change in changes.values())}
-    rival = next((arm for arm in rivals(results) if arm in found), next(iter(found), ""))
+    known = [arm for arm, changes in found.items() if any(change is not None for change in changes.values())]
+    if not known:
+        return "", {}
+    rival = next((arm for arm in rivals(results) if arm in known), known[0])
     return rival, {
         arm: (changes, None if arm == rival else mean_difference(changes, found[rival]))
         for arm, changes in found.items()

@@ -73,7 +73,10 @@ def _rate_rule(record: Manifest) -> str:
     each = "anew for each seed" if "declaration" in record else "once for all seeds"
     if config.get("lr_rule") != "frontier":
         return f"tuned {each}, the best in-domain"
-    return f"tuned {each}, the best in-domain that loses at most {config['lr_harm']:g} bits per byte out-of-domain"
+    return (
+        f"tuned {each}, the best in-domain that loses at most {config['lr_harm']:g} bits per byte out-of-domain, on "
+        "development texts after half of the steps: after all of them it may be more"
+    )
 
 
 def fact_groups(groups: Mapping[str, Mapping[str, Any]], text: Callable[[Any], str] = str) -> Groups:
