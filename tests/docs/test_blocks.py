@@ -19,6 +19,9 @@ from markdown_it import MarkdownIt
 from commands import preskip
 from local_data import write_local_data
 from preskip.cli.main import app
+from preskip.experiment.option_file import load_options
+from preskip.experiment.presets import preset_options
+from preskip.experiment.probe_options import ProbeConfig
 from tiny_model import save_tiny_llama, write_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -169,3 +172,14 @@ def test_commands_of_the_readme_s_table():
     assert len(rows) >= 8
     for row in rows:
         _parsed(shlex.split(row))
+
+
+def test_option_files_are_possible(tmp_path):
+    """What a page shows as a file of options is one."""
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    texts = [token.content for token in MarkdownIt("commonmark").parse(page) if token.info == "yaml"]
+    assert texts
+    for text in texts:
+        (tmp_path / "study.yaml").write_text(text)
+        options = load_options(tmp_path / "study.yaml", ProbeConfig)
+        ProbeConfig.from_options(preset_options(ProbeConfig, [options]), options)
