@@ -1,6 +1,6 @@
 """The metrics, one entry each: everything that names, judges, plans for or draws a metric reads it here.
 
-A new metric is an entry of `METRICS`, and the code that computes it.
+A new metric is an entry of `_ENTRIES`, and the code that computes it.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from preskip.runs.environment import version_of
 
-# Tested with these; the plug-in overrides one method of vLLM's Transformers backend, which changes between versions.
+# Tested with these; the plug-in overrides two methods of vLLM's Transformers backend, which changes between versions.
 VLLM = ((0, 32), (0, 33))
 TRANSFORMERS = ((5, 17), (5, 20))
 # vLLM's Transformers backend does not load these, with a branch or without: "weights were not initialized".
