@@ -64,6 +64,38 @@ def test_seconds_add_up_over_attempts(run):
     assert (run.manifest["status"], run.manifest["peak_memory_bytes"]) == ("finished", 7)
 
 
+def test_seconds_of_an_attempt_that_ends_early_count_once(run):
+    def interrupted():
+        with attempt(run) as now:
+            now.seconds["train"] = 1.5
+            with now.stage("tune"):
+                now.started -= 20
+                raise KeyboardInterrupt
+
+    for times in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        timings = run.manifest["timings"]
+        assert timings == pytest.approx({"train": 1.5 * times, "tune": 20.0 * times, "total": 20.0 * times}, rel=0.1)
+    with attempt(run) as now:
+        now.seconds["train"] = 1.0
+        now.finish({"arms": {"a": {"peak_memory_bytes": 3}}})
+    timings = run.manifest["timings"]
+    assert timings == pytest.approx({"train": 4.0, "tune": 40.0, "total": 40.0}, rel=0.1)
+    with pytest.raises(PreskipError), attempt(run):
+        raise PreskipError("nothing was begun")
+    assert run.manifest["timings"] == timings
+
+
+def test_the_error_of_an_attempt_matters_more_than_its_record(run, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space")
+
+    monkeypatch.setattr("preskip.runs.directory.write_json", full)
+    with pytest.raises(KeyError, match="first"), attempt(run):
+        raise KeyError("first")
+
+
 def test_changed_inputs_are_refused(run):
     facts = {"model": {"name": "m", "sha256": "a" * 64}, "sets": {"books": {"sha256": "b"}}}
     check_same_inputs(run, facts)

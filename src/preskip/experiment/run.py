@@ -107,32 +107,32 @@ def finish_run(
         raise PreskipError(f"{run.path} is no run of `preskip {kind}`: resume it with `preskip {own} --resume`")
     extended_seeds(run, seeds)
     with attempt(run) as now:
-        added = extended_seeds(run, seeds)
-        stored = run.manifest["config"]
-        stored = {**stored, "seeds": [*stored["seeds"], *added]}
-        config = KINDS[own].options.from_json(stored)
-        _check_launch(config)
-        crew = Crew(config.device)
-        prepared, facts = KINDS[own].prepare(run, config, quiet, crew)
-        check_same_inputs(run, facts)
-        _declare(run, stored, facts, added, quiet)
-        facts |= note_other_environments(run, facts["environment"], quiet)
-        if isinstance(prepared, Scratch):
-            show_plans(prepared.plans)
-        run.update_manifest(status="running", config=stored, **facts)
-        cells = _missing_cells(prepared)
-        check_space(run.path, _needed_bytes(config, cells, facts))
-        ahead = outlook(prepared, cells, None)
-        if not quiet:
-            ahead = _announce(prepared, cells, facts)
-        crew.announce(run.path.resolve())
-        now.seconds["load"] = now.elapsed()
+        with now.stage("load"):
+            added = extended_seeds(run, seeds)
+            stored = run.manifest["config"]
+            stored = {**stored, "seeds": [*stored["seeds"], *added]}
+            config = KINDS[own].options.from_json(stored)
+            _check_launch(config)
+            crew = Crew(config.device)
+            prepared, facts = KINDS[own].prepare(run, config, quiet, crew)
+            check_same_inputs(run, facts)
+            _declare(run, stored, facts, added, quiet)
+            facts |= note_other_environments(run, facts["environment"], quiet)
+            if isinstance(prepared, Scratch):
+                show_plans(prepared.plans)
+            run.update_manifest(status="running", config=stored, **facts)
+            cells = _missing_cells(prepared)
+            check_space(run.path, _needed_bytes(config, cells, facts))
+            ahead = outlook(prepared, cells, None)
+            if not quiet:
+                ahead = _announce(prepared, cells, facts)
+            crew.announce(run.path.resolve())
         ahead.started = ahead.clock()
         with open_executor(prepared, workers=workers, kind=executor, address=ray_address, done=ahead.done) as execute:
             diverged = []
-            if isinstance(prepared, Frozen) and any(map(prepared.config.is_tuned, prepared.config.arms)):
-                without = tune(prepared, execute)
-                now.seconds["tune"] = now.elapsed() - now.seconds["load"]
+            if isinstance(prepared, Frozen) and any(map(prepared.config.is_tuned, config.arms)):
+                with now.stage("tune"):
+                    without = tune(prepared, execute)
                 cells = [cell for cell in cells if cell not in without]
                 diverged = [_no_results(arm, seed, why, quiet) for (arm, seed), why in without.items()]
             diverged += _compute(execute, cells, now.seconds, quiet)

@@ -54,7 +54,7 @@ class Attempt:
     """Seconds by stage of one attempt, and how it ends.
 
     Attributes:
-        seconds: by stage, e.g. "train"; `finish` adds "total".
+        seconds: by stage, e.g. "train"; `timings` adds "total".
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -66,13 +66,27 @@ class Attempt:
         """Seconds since it began."""
         return time.perf_counter() - self.started
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the seconds of what is done within, also where it ends early."""
+        began = self.elapsed()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.elapsed() - began
+
+    def timings(self) -> dict[str, float]:
+        """The seconds of this attempt and of those before it together, by stage."""
+        own = self.seconds | {"total": self.elapsed()}
+        names = dict.fromkeys((*self.earlier, *own))
+        return {name: round(self.earlier.get(name, 0.0) + own.get(name, 0.0), 2) for name in names}
+
     def finish(self, results: Results) -> None:
         """Record the end, the seconds of all attempts together, and the largest memory of any arm."""
-        timings = self.seconds | {"total": self.elapsed()}
         self.run.update_manifest(
             status="finished",
             finished=now(),
-            timings={name: round(self.earlier.get(name, 0.0) + value, 2) for name, value in timings.items()},
+            timings=self.timings(),
             peak_memory_bytes=max(arm["peak_memory_bytes"] for arm in results["arms"].values()),
         )
 
@@ -81,22 +95,23 @@ class Attempt:
 def attempt(run: RunDirectory) -> Iterator[Attempt]:
     """Work on a run alone; where that ends early, run.json says "failed" or "interrupted", and the run can be resumed.
 
-    A finished run stays finished until its status is set anew.
+    What it took is recorded then, too. A finished run stays finished until its status is set anew.
 
     Raises:
         PreskipError: another process works on the run, or memory does not suffice.
     """
     with run.lock():
+        own = Attempt(run)
         try:
-            yield Attempt(run)
+            yield own
         except torch.OutOfMemoryError as error:
-            _mark(run, "failed")
+            _mark(own, "failed")
             raise PreskipError(
                 f"out of memory ({str(error).splitlines()[0]}): lower --micro-batch-size or --eval-batch-tokens, or "
                 "give --gradient-checkpointing"
             ) from error
         except BaseException as error:
-            _mark(run, "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
+            _mark(own, "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
             raise
 
 
@@ -189,8 +204,8 @@ def _changes(before: Environment, now: Environment) -> list[str]:
     ]
 
 
-def _mark(run: RunDirectory, status: Status) -> None:
-    """Record how a run ended; where even that cannot be written, the error that ended it matters more."""
-    with suppress(PreskipError):
-        if run.manifest["status"] != "finished":
-            run.update_manifest(status=status)
+def _mark(own: Attempt, status: Status) -> None:
+    """Record how an attempt ended; where even that cannot be written, the error that ended it matters more."""
+    with suppress(PreskipError, OSError):
+        if own.run.manifest["status"] != "finished":
+            own.run.update_manifest(status=status, timings=own.timings())

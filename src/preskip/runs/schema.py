@@ -262,7 +262,9 @@ class Facts(RunKind, total=False):
     published: str | None  # name of the published model that the base is
     peak_flops: float  # from scratch: per second, what utilisation is held against
     peak_flops_source: str  # from scratch: "as given" or "measured matmul"
-    timings: dict[str, float]  # seconds by stage, and "total", over all attempts
+    # Seconds by stage, and "total", over all attempts but those that were killed. "train" and "evaluate" are of cells
+    # that came through, side by side with several workers.
+    timings: dict[str, float]
     peak_memory_bytes: int  # the largest of any arm
 
 
