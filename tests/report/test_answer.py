@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from fixture_run import rich_run
+from preskip.arms import ARMS
+from preskip.experiment.family import declare_family
 from preskip.report.comparison_tables import comparison_groups, declared_table, power_table, scoreboard
 from preskip.report.diagrams import Diagram, diagram
 from preskip.report.lookup import reference_arm, rivals
-from preskip.report.tables import search_table
+from preskip.report.tables import at_equal_harm, search_table
 from preskip.report.words.answer import answer
 from preskip.report.words.claims import assess, parts_text
 from preskip.report.words.frontier import assess_plane
@@ -178,10 +180,18 @@ def test_the_page_is_about_the_first_declared_comparison():
     assert reference_arm(run) == "content"
     assert rivals(run) == ["none", "lora", "lora-attention"]
     assert answer(run).startswith("On its own text (wikitext2) content is better than the untouched model and ")
-    run["family"]["declared"][0] |= {"arm": "content", "reference": "preskip"}
-    assert rivals(run) == ["none", "preskip", "lora", "lora-attention"]
-    run["family"]["declared"][0] |= {"arm": "none", "reference": "content"}
-    assert reference_arm(run) == "preskip"
+    assert at_equal_harm(run, 0.01)[0] == "lora"
+    # As `--primary content:parallel` and `none:content` declare it, and as a run before levels did.
+    sets, arms = run["sets"], [ARMS[name] for name in run["arms"]]
+    run["family"] = declare_family(arms, sets, ("content", "parallel"))
+    assert run["family"]["declared"][0]["reference"] == "none"
+    assert rivals(run) == ["none", "parallel", "lora", "lora-attention"]
+    assert "undecided against parallel" in answer(run).partition(";")[0]
+    assert at_equal_harm(run, 0.01)[0] == "parallel"
+    run["family"] = declare_family(arms, sets, ("none", "content"))
+    assert (reference_arm(run), rivals(run)) == ("preskip", ["none", "lora", "lora-attention"])
+    run["family"] = {"declared": [{"arm": "content", "reference": "skip"}, {"arm": "content", "reference": "full"}]}
+    assert rivals(run) == ["none", "skip", "lora", "lora-attention"]
 
 
 def test_a_turned_comparison_turns_what_its_last_look_says():

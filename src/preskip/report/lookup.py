@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from preskip.metrics import Metric, metric_named
-from preskip.runs.schema import ArmResults, Comparison, PowerEntry, Results, Search, Trial
+from preskip.runs.schema import ArmResults, Comparison, Declared, PowerEntry, Results, Search, Trial
 from preskip.stats.verdicts import flipped
 
 # Names of the sets that are scored by the paper's own protocol begin so.
@@ -69,22 +69,27 @@ def reference_arm(results: Results) -> str:
     that train weights.
     """
     trained = trained_arms(results)
-    return next((arm for arm in (*_first_declared(results)[:1], "preskip", *trained) if arm in trained), "none")
+    first = [entry["arm"] for entry in _first_declared(results)[:1]]
+    return next((arm for arm in (*first, "preskip", *trained) if arm in trained), "none")
 
 
 def rivals(results: Results) -> list[str]:
-    """What the page's first screen holds the reference arm against: the plain arm, the reference of the first declared
+    """What the page's first screen holds the reference arm against: the plain arm, the reference of the primary
     comparison, then LoRA or the plain controls.
     """
     others = ("base-wide", "base-deep", "base-flops") if is_pretraining(results) else ("lora", "lora-attention")
-    found = dict.fromkeys((plain_arm(results), *_first_declared(results)[1:], *others))
-    return [arm for arm in found if arm in results["arms"] and arm != reference_arm(results)]
+    arm = reference_arm(results)
+    primary = (entry["reference"] for entry in _first_declared(results) if entry["arm"] == arm)
+    found = dict.fromkeys((plain_arm(results), *primary, *others))
+    return [other for other in found if other in results["arms"] and other != arm]
 
 
-def _first_declared(results: Results) -> tuple[str, ...]:
-    """(arm, reference) of the first comparison declared before training; () where none was."""
-    declared = (results.get("family") or {}).get("declared")
-    return (declared[0]["arm"], declared[0]["reference"]) if declared else ()
+def _first_declared(results: Results) -> list[Declared]:
+    """The comparisons declared before training up to the primary one, of a run before levels the first; [] where none
+    was.
+    """
+    declared = (results.get("family") or {}).get("declared") or []
+    return [entry for entry in declared if entry.get("level", 2) <= 1] or declared[:1]
 
 
 def with_plain(entry: Comparison, plain: str) -> bool:
