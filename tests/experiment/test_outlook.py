@@ -1,5 +1,7 @@
 """How long a run takes: the work by hand, a measured step, and the pace as cells are done."""
 
+from dataclasses import replace
+
 import torch
 
 from preskip.experiment.cell import opened
@@ -54,6 +56,15 @@ def test_the_plan_is_said_first_and_measuring_changes_nothing(tmp_path, capsys):
     training = TRAINING * 3 * 2 * 16
     cells = [scored, scored + training]
     assert ahead.work == {"cell": cells, "search": [], "later search": [], "control": [0.0, 0.0]}
+
+    # A grid of three and four of half the steps, later three; with a limit on harm one more of half the steps.
+    scored = prepared.heldout.development_tokens
+    for rule, one in (("in-domain", 0), ("frontier", 1)):
+        prepared.config = replace(prepared.config, lr_mode="tune", lr_rule=rule)
+        work = outlook(prepared, [], 1.0).work
+        assert work["search"] == [(3 / 4 + (4 + one) / 2) * training + (7 + one) * scored]
+        assert work["later search"] == [(3 + one) / 2 * training + (3 + one) * scored]
+    prepared.config = replace(prepared.config, lr_mode="default", lr_rule="in-domain")
 
     state, weights = torch.random.get_rng_state(), {k: v.clone() for k, v in prepared.base.state_dict().items()}
     assert 0 < measured_token(prepared, run.manifest) < 1

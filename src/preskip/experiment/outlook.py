@@ -18,7 +18,7 @@ from preskip.train.keep import every
 
 # Work is counted in tokens that are read once; training reads each and goes back through twice the arithmetic.
 TRAINING = 3
-# Trainings of a search for a learning rate, by rung.
+# Trainings of a search for a learning rate, by rung; `--lr-rule frontier` usually has one more on the last.
 FULL_SEARCH = (len(GRID), -(-len(GRID) // 2) + 2)
 LATER_SEARCH = (0, 3)
 
@@ -75,6 +75,7 @@ def outlook(prepared: Prepared, cells: Sequence[tuple[str, int]], token_seconds:
         waiting = [arm for arm in config.arms if config.is_tuned(arm)]
         # A full search adds both neighbours of the best to the grid, a later one is a rate and its neighbours.
         for what, seeds, trials in (("search", [first], FULL_SEARCH), ("later search", later, LATER_SEARCH)):
+            trials = (*trials[:-1], trials[-1] + (config.lr_rule == "frontier"))
             share = sum(count * rung for count, rung in zip(trials, RUNGS, strict=True))
             work[what] = [
                 0.0
