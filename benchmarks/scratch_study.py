@@ -7,7 +7,8 @@
 For each architecture `OUT/ARCH/rate-R` trains arms at one rate, seed 0, on a share of the tokens. The rates are 3e-3,
 its halves and doubles; an arm whose best has no worse one on either side is trained at the next beyond, too. Then
 `OUT/ARCH/study` trains all arms on all tokens, each at its best rate, and `OUT/ARCH/loss.svg` draws the loss against
-weights, training FLOPs and time (of trainings that had the machine to themselves: without --workers).
+weights, training FLOPs and time (of trainings that had the machine to themselves: without --workers). A rate that
+diverges is the worst one; an arm that diverges at every rate is left out, and a line says so.
 
 Exit code: 0 when all is done, 3 when something is left to do, else that of the run that failed.
 """
@@ -15,6 +16,7 @@ Exit code: 0 when all is done, 3 when something is left to do, else that of the 
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import statistics
 import sys
@@ -29,6 +31,7 @@ from preskip.experiment.parse import parse_tokens
 from preskip.report.load import load_json
 from preskip.report.pictures import picture
 from preskip.report.plots.base import POINT, Record, chart, colour, shape, shown_arms, specification, value_axis
+from preskip.runs.directory import RunDirectory
 from preskip.runs.schema import Results
 
 ARMS = "base,base-wide,base-flops,canon-a,canon,value-residual,value-embed,nonlinear-q,gated-attention,preskip"
@@ -75,11 +78,17 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
             continue
         run, rate = folder / f"rate-{rate_of(power):g}", f"{rate_of(power):g}"
         few = ["--tokens", str(round(options.search * tokens)), "--seeds", "0", "--eval-documents", "2"]
-        if code := train(run, [*same, *few, "--arms", ",".join(waiting), "--lr", rate], deadline):
+        given = [*same, *few, "--arms", ",".join(waiting), "--lr", rate]
+        if not has_diverged(run) and (code := train(run, given, deadline)) and not has_diverged(run):
             return code
-        found = load_json(run / "results.json")["arms"]
+        found = {} if has_diverged(run) else load_json(run / "results.json")["arms"]
         for arm in waiting:
-            losses[arm][power] = found[arm]["final_eval_loss"]
+            losses[arm][power] = found[arm]["final_eval_loss"] if arm in found else math.inf
+    for arm in [arm for arm in arms if math.isinf(losses[arm][best(losses[arm])])]:
+        print(f"{arch}: {arm} is left out, it diverged at every rate that was tried: {tried(losses[arm])}", flush=True)
+        arms.remove(arm)
+    if not arms:
+        return 1
     rates = [part for arm in arms for part in ("--lr", f"{arm}={rate_of(best(losses[arm])):g}")]
     whole = ["--tokens", str(tokens), "--seeds", options.seeds, "--arms", ",".join(arms), *rates]
     if code := train(folder / "study", [*same, *whole], deadline):
@@ -87,6 +96,8 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
     results = load_json(folder / "study" / "results.json")
     (folder / "loss.svg").write_text(draw(results), encoding="utf-8")
     print(f"{arch}, {folder / 'loss.svg'}\n\n{table(results, losses)}\n", flush=True)
+    for note in results.get("notes", ()):
+        print(note, flush=True)
     return 0
 
 
@@ -96,13 +107,25 @@ def rate_of(power: int) -> float:
 
 
 def best(losses: Mapping[int, float]) -> int:
-    """The power of the lowest loss."""
-    return min(losses, key=lambda power: losses[power])
+    """The power of the lowest loss; of rates that diverged the lowest rate is the one to go on from."""
+    return min(losses, key=lambda power: (losses[power], power))
+
+
+def tried(losses: Mapping[int, float]) -> str:
+    """The rates that were tried, and which of them diverged."""
+    return ", ".join(
+        f"{rate_of(power):g}" + (" (diverged)" if math.isinf(losses[power]) else "") for power in sorted(losses)
+    )
 
 
 def is_open(losses: Mapping[int, float], power: int) -> bool:
     """Whether a rate is to be tried: the centre and its neighbours, then what is beyond a best one at the edge."""
     return abs(power) <= 1 or best(losses) == power - (1 if power > 0 else -1)
+
+
+def has_diverged(run: Path) -> bool:
+    """Whether every training of a run diverged; it has no results then."""
+    return (run / "run.json").is_file() and RunDirectory.open(run).manifest.get("status") == "diverged"
 
 
 def train(run: Path, options: Sequence[str], deadline: float | None) -> int:
@@ -160,10 +183,9 @@ def table(results: Results, losses: Mapping[str, Mapping[int, float]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in sorted(records(results), key=lambda row: row["loss"]):
-        tried = ", ".join(f"{rate_of(power):g}" for power in sorted(losses[row["arm"]]))
         cells = (
             f"`{row['arm']}`",
-            f"{row['learning_rate']:g} of {tried}",
+            f"{row['learning_rate']:g} of {tried(losses[row['arm']])}",
             f"{row['non_embedding']:,}",
             f"{row['training_flops'] / 1e15:.3g}",
             "–" if row["seconds"] is None else f"{row['seconds']:.0f}",

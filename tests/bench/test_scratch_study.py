@@ -26,7 +26,13 @@ def script(monkeypatch):
 
 
 @pytest.fixture
-def commands(script, monkeypatch):
+def diverging():
+    """The rate from which on an arm diverges."""
+    return {}
+
+
+@pytest.fixture
+def commands(script, monkeypatch, diverging):
     """What would be run; in place of training each run gets losses that rise with the distance from the best rate."""
     given = []
 
@@ -41,18 +47,23 @@ def commands(script, monkeypatch):
         found = {"schema_version": 2, "arms": {}, "curves": {}}
         for number, arm in enumerate(value["--arms"].split(",")):
             rate = float(own.get(arm, rates[0]))
+            if rate >= diverging.get(arm, 1):
+                continue
             loss = abs(rate / script.rate_of(BEST[arm]) - 1)
             found["arms"][arm] = {"final_eval_loss": loss, "learning_rate": rate, "tokens": 1000}
             found["arms"][arm] |= {"non_embedding": 10 + number, "training_flops": 1e9, "tokens_per_second": 100.0}
             points = {seed: [{"eval_loss": loss + number + float(seed)}] for seed in value["--seeds"].split(",")}
             found["curves"][arm] = points
         Path(value["--out"]).mkdir(parents=True)
-        write_json(Path(value["--out"]) / "run.json", {"schema_version": 2, "status": "finished"})
+        status = "finished" if found["arms"] else "diverged"
+        write_json(Path(value["--out"]) / "run.json", {"schema_version": 2, "status": status})
+        if not found["arms"]:
+            return 1
         write_json(Path(value["--out"]) / "results.json", found)
         return 0
 
     monkeypatch.setattr(script, "interruptible", finish)
-    monkeypatch.setattr(script, "is_finished", lambda run: (run / "run.json").is_file())
+    monkeypatch.setattr(script, "is_finished", lambda run: (run / "results.json").is_file())
     return given
 
 
@@ -85,6 +96,30 @@ def test_every_arm_is_tried_beyond_its_best_and_trained_at_it(script, commands, 
     before = len(commands)
     assert run(script, monkeypatch, *options) == 0
     assert len(commands) == before  # all is done
+
+
+def test_a_rate_that_diverges_is_the_worst(script, commands, diverging, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("vl_convert")
+    # canon alone at 0.024, where it diverges; preskip beside others; base at every rate.
+    diverging |= {"base": 0.0, "canon": 0.024, "preskip": 0.003}
+    options = ("--out", tmp_path, "--archs", "tiny", "--arms", ",".join(BEST), "--seeds", "1")
+    assert run(script, monkeypatch, *options) == 0
+    assert [word for word in commands[-1] if "=" in word] == ["canon=0.012", "preskip=0.0015"]
+    assert commands[-1][commands[-1].index("--arms") + 1] == "canon,preskip"
+    out = capsys.readouterr().out
+    rates = ", ".join(f"{script.rate_of(power):g} (diverged)" for power in range(-4, 2))
+    assert f"tiny: base is left out, it diverged at every rate that was tried: {rates}\n" in out
+    assert "| 0.0015 of 0.00075, 0.0015, 0.003 (diverged), 0.006 (diverged) | " in out
+    before = len(commands)
+    assert run(script, monkeypatch, *options) == 0
+    assert len(commands) == before  # what diverged is not trained again
+
+
+def test_where_every_arm_diverges_the_study_ends(script, commands, diverging, tmp_path, monkeypatch, capsys):
+    diverging |= dict.fromkeys(BEST, 0.0)
+    assert run(script, monkeypatch, "--out", tmp_path, "--archs", "tiny", "--arms", ",".join(BEST)) == 1
+    assert capsys.readouterr().out.count(" is left out, it diverged at every rate") == len(BEST)
+    assert not (tmp_path / "tiny" / "study").exists()
 
 
 def test_the_deadline_leaves_the_rest_for_the_next_call(script, commands, tmp_path, monkeypatch, capsys):

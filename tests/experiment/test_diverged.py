@@ -82,7 +82,7 @@ def test_where_everything_diverges_there_are_no_results(tmp_path, diverging):
     run = start_run(small_probe(tmp_path, **FAST), tmp_path / "run", ["test"])
     with pytest.raises(PreskipError, match=r"every training diverged \(no results of preskip, seed 1: .*start a new"):
         finish_run(run, quiet=True)
-    assert run.manifest["status"] == "failed"
+    assert run.manifest["status"] == "diverged"
     assert {"load", "train", "evaluate", "total"} == run.manifest["timings"].keys()
     assert run.cell("none", 1).is_done
     assert not (run.path / "results.json").exists()

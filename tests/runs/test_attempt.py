@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from preskip.errors import PreskipError
+from preskip.errors import DivergedError, PreskipError
 from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
 from preskip.version import __version__
 
@@ -28,6 +28,7 @@ def test_a_new_run_is_recorded_and_never_overwritten(run):
     [
         (KeyboardInterrupt(), KeyboardInterrupt, "interrupted"),
         (PreskipError("no"), PreskipError, "failed"),
+        (DivergedError("nan"), DivergedError, "diverged"),
         (torch.OutOfMemoryError("10 GiB\nmore"), PreskipError, "failed"),
     ],
 )

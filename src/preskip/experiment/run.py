@@ -99,8 +99,8 @@ def finish_run(
         The content of results.json.
 
     Raises:
-        PreskipError: anything a user can mend; the run directory then says "failed" and can be resumed. Or another
-            process is working on the run.
+        PreskipError: anything a user can mend; the run directory then says "failed", where every training diverged
+            "diverged", and can be resumed. Or another process is working on the run.
     """
     own = kind_of(run)
     if kind not in (None, own):
@@ -188,7 +188,7 @@ def _check_compares(prepared: Prepared, diverged: Sequence[str]) -> None:
     """Refuse to end a run in which nothing that trains has come through."""
     done = [arm.name for arm, seed in _cells(prepared) if arm.trains and prepared.run.cell(arm.name, seed).is_done]
     if diverged and not done:
-        raise PreskipError(f"every training diverged ({diverged[0]}): a run keeps its options, start a new one")
+        raise DivergedError(f"every training diverged ({diverged[0]}): a run keeps its options, start a new one")
 
 
 def extended_seeds(run: RunDirectory, seeds: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from typing_extensions import Unpack
 
-from preskip.errors import PreskipError
+from preskip.errors import DivergedError, PreskipError
 from preskip.progress import say
 from preskip.runs import environment
 from preskip.runs.declaration import identity, now
@@ -93,7 +93,8 @@ class Attempt:
 
 @contextmanager
 def attempt(run: RunDirectory) -> Iterator[Attempt]:
-    """Work on a run alone; where that ends early, run.json says "failed" or "interrupted", and the run can be resumed.
+    """Work on a run alone; where that ends early, run.json says "failed", "interrupted" or "diverged", and it can
+    be resumed.
 
     What it took is recorded then, too. A finished run stays finished until its status is set anew.
 
@@ -110,6 +111,9 @@ def attempt(run: RunDirectory) -> Iterator[Attempt]:
                 f"out of memory ({str(error).splitlines()[0]}): lower --micro-batch-size or --eval-batch-tokens, or "
                 "give --gradient-checkpointing"
             ) from error
+        except DivergedError:
+            _mark(own, "diverged")
+            raise
         except BaseException as error:
             _mark(own, "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
             raise

@@ -17,7 +17,7 @@ EXPLAIN_VERSION = 1  # of explain.json
 
 Kind = Literal["document", "item"]
 Domain = Literal["in", "out"]
-Status = Literal["running", "finished", "failed", "interrupted"]
+Status = Literal["running", "finished", "failed", "interrupted", "diverged"]
 Verdict = Literal["better", "worse", "equivalent", "undecided", "too few units"]
 
 
