@@ -12,6 +12,7 @@ from preskip.experiment import frozen
 from preskip.experiment.run import finish_run, start_run
 from preskip.experiment.search import tuning_seed
 from small_probe import small_probe
+from stored_runs import invoke_app
 
 FAST = {"arms": ("none", "preskip", "lora", "skip"), "lr_mode": "default", "steps": 2, "last_word_items": 0}
 
@@ -75,6 +76,15 @@ def test_an_arm_without_a_rate_is_left_out_with_a_note(tmp_path, diverging):
     assert run_faults(run.path) == []
     again = finish_run(run, quiet=True)  # from what was tried, without a training
     assert json.dumps(again) == json.dumps(results)
+
+
+def test_a_look_that_lacks_a_seed_is_told(tmp_path, diverging):
+    diverging.add(("preskip", 1))
+    config = small_probe(tmp_path, **FAST | {"arms": ("none", "preskip"), "looks": (2, 3)})
+    run = start_run(config, tmp_path / "run", ["test"])
+    told = "preskip and none: seed 1 is missing, so the look at 2 seeds is not reached"
+    assert told in finish_run(run, quiet=True)["notes"]
+    assert told in json.loads(invoke_app("compare", run.path, "--json"))["notes"]
 
 
 def test_where_everything_diverges_there_are_no_results(tmp_path, diverging):

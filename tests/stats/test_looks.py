@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from preskip.stats import Design, compare_arms
+from preskip.stats import Design, compare_arms, looks_without_seeds
 from preskip.stats.families import gatekeeping, holm
 from preskip.stats.looks import fractions_of, nominal_levels, sequential_p, spent, two_sided
 from preskip.stats.stops import planned_stops
@@ -95,6 +95,21 @@ def test_a_look_counts_only_where_all_seeds_agree_with_it():
     beyond = grown([*alike, 0.02, 0.03])
     assert beyond["difference"] > beyond["margin"]
     assert (beyond["verdict"], beyond["p_equivalence_holm"]) == ("undecided", 1.0)
+
+
+def test_a_look_that_lacks_a_seed_is_told():
+    """Seed 2 of lora diverged: the look at 3 seeds is of none that was seen then, that at 5 is not reached."""
+    pairs = [{"arm": "content", "reference": other, "set": name, "metric": "bits_per_byte"}
+             for other in ("none", "lora") for name in ("text", "far")]  # fmt: skip
+    family = {"declared": pairs, "looks": [3, 5]}
+    items = {"none": {1: []}, "content": {seed: [] for seed in range(1, 6)}, "lora": {1: [], 3: [], 4: [], 5: []}}
+    told = "content and lora: seed 2 is missing, so "
+    at_five = ["the look at 3 seeds is of 1, 3, 4", "the look at 5 seeds is not reached"]
+    assert looks_without_seeds(items, family, [1, 2, 3, 4, 5]) == [told + " and ".join(at_five)]
+    assert looks_without_seeds(items, family, [1, 2, 3]) == [told + "the look at 3 seeds is not reached"]
+    assert looks_without_seeds(items, family, [1, 2]) == []  # no look yet
+    assert looks_without_seeds(items, {"declared": pairs}, [1, 2, 3]) == []
+    assert looks_without_seeds(items | {"lora": items["content"]}, family, [1, 2, 3, 4, 5]) == []
 
 
 def test_gatekeeping_by_hand():

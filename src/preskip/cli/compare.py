@@ -45,7 +45,7 @@ def compare(
     from preskip.runs.declaration import margin_changes
     from preskip.runs.schema import Family
     from preskip.runs.stored import load_runs
-    from preskip.stats import compare_arms
+    from preskip.stats import compare_arms, looks_without_seeds
 
     if combined:
         from preskip.cli.combine import combine_runs
@@ -75,6 +75,7 @@ def compare(
     _check_margins(own_margins, entries)
     if stored.family:
         stored.notes.extend(margin_changes(stored.family, own_margins))
+    stored.notes.extend(looks_without_seeds(stored.items, family, stored.seeds))
     if as_json:
         print(json.dumps({"family": family, "notes": stored.notes, "comparisons": entries}, indent=1, allow_nan=False))
     else:

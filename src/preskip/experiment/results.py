@@ -13,7 +13,7 @@ from preskip.evaluate.published import paper_table
 from preskip.runs.directory import SCHEMA_VERSION, RunDirectory
 from preskip.runs.files import read_json, read_jsonl
 from preskip.runs.schema import ArmFacts, ArmResults, CellSummary, CurvePoint, Record, Results, RunKind, Search, StepRow
-from preskip.stats import compare_arms, measured_power, summarise
+from preskip.stats import compare_arms, looks_without_seeds, measured_power, summarise
 
 # What an arm's results repeat from run.json, and average over the seeds, as far as the arm has it.
 FACTS = (
@@ -44,6 +44,7 @@ def summarise_run(run: RunDirectory) -> Results:
         for note in cell.get("notes", ())
     ]
     comparisons = compare_arms(items, family, manifest["sets"], notes=notes) if len(items) > 1 else []
+    notes += looks_without_seeds(items, family, manifest["seeds"])
     kind: RunKind = {"kind": manifest["kind"]} if "kind" in manifest else {}
     results: Results = {
         "schema_version": SCHEMA_VERSION,

@@ -28,13 +28,15 @@ _PROMPTS = ("version", "num_fewshot", "prompt_sha256")
 class StoredArms:
     """Arms with their items by seed, and what the runs say about them.
 
-    With several runs an arm is named `run:arm`, `run` being its folder's name, or its path where names are the same.
+    With several runs an arm is named `run:arm`, `run` being its folder's name, or its path where names are the same,
+    and there are no seeds of all.
     """
 
     items: dict[str, dict[int, Items]]
     sets: dict[str, SetFacts]
     family: Family
     notes: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
 
     def pairs(self, arms: Sequence[str] | None, reference: str | None) -> list[tuple[str, str]]:
         """(arm, reference) of each comparison to make.
@@ -115,7 +117,8 @@ def load_runs(paths: Sequence[Path], *, allow_different_dtype: bool = False) -> 
         notes.append("the arms differ in dtype: part of a difference may be rounding")
     none: Any = {}  # several runs have declared nothing between them
     family: Family = manifests[0].get("family", none) if len(runs) == 1 else none
-    return StoredArms(items=items, sets=sets, family=family, notes=notes)
+    seeds = manifests[0].get("seeds", []) if len(runs) == 1 else []
+    return StoredArms(items=items, sets=sets, family=family, notes=notes, seeds=seeds)
 
 
 def _finished(run: RunDirectory, arm: str, order: Sequence[int], notes: list[str]) -> dict[int, Items]:

@@ -5,7 +5,7 @@ docs/statistics.md says in one page what is computed; `bootstrap` says how the i
 
 from preskip.metrics import DEFAULT_MARGINS
 from preskip.stats.bootstrap import RESAMPLES, RatioDistribution, bootstrap_ratio
-from preskip.stats.comparisons import compare, compare_arms, summarise
+from preskip.stats.comparisons import compare, compare_arms, looks_without_seeds, summarise
 from preskip.stats.families import apply_family, holm
 from preskip.stats.intervals import CONFIDENCE, Interval
 from preskip.stats.power import Design, Needed, measured_power, needed, planned_power, resolvable
@@ -28,6 +28,7 @@ __all__ = [
     "compare",
     "compare_arms",
     "holm",
+    "looks_without_seeds",
     "mcnemar",
     "measured_power",
     "needed",

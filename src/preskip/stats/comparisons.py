@@ -12,6 +12,7 @@ from preskip.errors import PreskipError, noted
 from preskip.metrics import DEFAULT_MARGINS
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import Comparison, Family, Metrics, MetricValue, PairedDifference, SetFacts
+from preskip.runs.stored import UNTRAINED
 from preskip.stats.bootstrap import RatioDistribution
 from preskip.stats.detail import detail_of
 from preskip.stats.discordant import NothingDiffers
@@ -19,7 +20,7 @@ from preskip.stats.families import Key, apply_family, key_of
 from preskip.stats.inputs import Array
 from preskip.stats.intervals import CONFIDENCE, Distribution
 from preskip.stats.looks import fractions_of, nominal_levels, sequential_p, two_sided
-from preskip.stats.records import SeedItems, Table, by_seed, paired_seeds, tables
+from preskip.stats.records import Items, SeedItems, Table, by_seed, paired_seeds, tables
 from preskip.stats.tests import paired_accuracy_difference
 from preskip.stats.verdicts import ALPHA, margin_of
 
@@ -279,6 +280,34 @@ def add_looks(
                 if margin is None
                 else float(sequential_p([1.0 if p is None or is_beyond else p for p in equivalences], fractions)),
             }
+
+
+def looks_without_seeds(items: Mapping[str, Mapping[int, Items]], family: Family, seeds: Sequence[int]) -> list[str]:
+    """What the looks so far lack, a line for each declared pair of which a seed is missing, as where it has diverged.
+
+    Such a look is made of the first seeds that both arms have, which may be others than were seen then.
+
+    Args:
+        items: records by arm and seed.
+        family: with its looks, if there are any.
+        seeds: all of the run, in the order in which they were added.
+    """
+    notes = []
+    for arm, reference in dict.fromkeys((entry["arm"], entry["reference"]) for entry in family.get("declared", ())):
+        # What is not trained is scored once, and serves every seed.
+        trained = [items.get(name, {}) for name in (arm, reference) if name != UNTRAINED]
+        common = [seed for seed in seeds if all(seed in own for own in trained)]
+        effects = []
+        for look in family.get("looks", ()):
+            if len(common) < look <= len(seeds):
+                effects.append(f"the look at {look} seeds is not reached")
+            elif look <= len(seeds) and common[:look] != list(seeds[:look]):
+                effects.append(f"the look at {look} seeds is of {', '.join(map(str, common[:look]))}")
+        if effects:
+            missing = [str(seed) for seed in seeds if seed not in common]
+            lacks = f"seed {missing[0]} is" if len(missing) == 1 else f"seeds {', '.join(missing)} are"
+            notes.append(f"{arm} and {reference}: {lacks} missing, so {' and '.join(effects)}")
+    return notes
 
 
 def _mean(values: Array, table: Table, confidence: float) -> MetricValue:
