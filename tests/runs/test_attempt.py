@@ -56,6 +56,18 @@ def test_a_finished_run_stays_finished_where_nothing_was_begun(run):
     assert run.manifest["status"] == "failed"
 
 
+def test_a_run_that_goes_on_has_no_time_at_which_it_was_finished(run):
+    with attempt(run) as now:
+        now.finish({"arms": {"a": {"peak_memory_bytes": 3}}})
+    ended = run.manifest["finished"]
+    run.update_manifest(seeds=[1, 2])
+    assert ended == run.manifest["finished"] is not None
+    run.update_manifest(status="running")
+    with pytest.raises(KeyboardInterrupt), attempt(run):
+        raise KeyboardInterrupt
+    assert (run.manifest["status"], run.manifest["finished"]) == ("interrupted", None)
+
+
 def test_seconds_add_up_over_attempts(run):
     for _ in range(2):
         with attempt(run) as now:

@@ -180,9 +180,14 @@ class RunDirectory:
         config: Mapping[str, Any] | None = None,
         **changes: Unpack[Facts],
     ) -> None:
-        """Change fields of run.json atomically; None leaves a field as it is."""
+        """Change fields of run.json atomically; None leaves a field as it is.
+
+        A run with another status than "finished" has no time at which it was finished.
+        """
         own = {"status": status, "finished": finished, "config": config}
-        ended = {key: value for key, value in own.items() if value is not None}
+        ended: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
+        if status not in (None, "finished"):
+            ended["finished"] = None
         write_json(self.path / "run.json", {**self.manifest, **ended, **changes})
 
     @property
