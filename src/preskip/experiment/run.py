@@ -120,6 +120,7 @@ def finish_run(
             facts |= note_other_environments(run, facts["environment"], quiet)
             if isinstance(prepared, Scratch):
                 show_plans(prepared.plans)
+            _keep_found_rates(prepared, facts)
             run.update_manifest(status="running", config=stored, **facts)
             cells = _missing_cells(prepared)
             check_space(run.path, _needed_bytes(config, cells, facts))
@@ -228,6 +229,14 @@ def _declare(run: RunDirectory, config: dict[str, Any], facts: Facts, added: lis
         facts["extensions"] = [*before.get("extensions", []), record]
         if not record["planned"]:
             say("seeds are added without a declared look: the page and `preskip compare` say so", quiet=quiet)
+
+
+def _keep_found_rates(prepared: Prepared, facts: Any) -> None:
+    """Rates that a search has found stay in run.json, also where the search of an added seed is interrupted."""
+    for arm, known in prepared.run.manifest.get("arms", {}).items():
+        if isinstance(prepared, Frozen) and prepared.config.is_tuned(arm):
+            rates = ("learning_rate", "learning_rates")
+            facts["arms"][arm] |= {name: rate for name, rate in known.items() if name in rates}
 
 
 def follow_run(device: str) -> None:

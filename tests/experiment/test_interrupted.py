@@ -1,0 +1,27 @@
+"""What an attempt that was interrupted leaves: the rates that were found, the seconds that it took."""
+
+import pytest
+
+from preskip.experiment.run import finish_run, start_run
+from small_probe import small_probe
+
+FAST = {"steps": 2, "last_word_items": 0}
+
+
+def test_rates_that_were_found_stay_where_a_later_search_is_interrupted(tmp_path, monkeypatch):
+    run = start_run(small_probe(tmp_path, **FAST), tmp_path / "run", ["test"])
+    finish_run(run, quiet=True)
+    before = run.manifest
+    assert before["arms"]["preskip"]["learning_rates"].keys() == {"1", "2"}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("preskip.experiment.run.tune", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finish_run(run, seeds=(1, 2, 3), quiet=True)
+    after = run.manifest
+    assert (after["status"], after["finished"], after["config"]["seeds"]) == ("interrupted", None, [1, 2, 3])
+    assert after["arms"] == before["arms"]
+    assert after["timings"]["total"] > before["timings"]["total"]
+    assert after["timings"]["train"] == before["timings"]["train"]
