@@ -2,6 +2,7 @@
 
 import pytest
 
+from preskip.experiment import frozen
 from preskip.experiment.run import finish_run, start_run
 from small_probe import small_probe
 
@@ -25,3 +26,17 @@ def test_rates_that_were_found_stay_where_a_later_search_is_interrupted(tmp_path
     assert after["arms"] == before["arms"]
     assert after["timings"]["total"] > before["timings"]["total"]
     assert after["timings"]["train"] == before["timings"]["train"]
+
+
+def test_steps_before_a_resume_count_in_the_seconds_of_a_training(tmp_path, monkeypatch):
+    train = frozen.train_frozen
+
+    def resumed(*arguments, **where):
+        """As one whose rows are of an earlier attempt."""
+        return [{**row, "seconds": 1000.0} for row in train(*arguments, **where)]
+
+    monkeypatch.setattr(frozen, "train_frozen", resumed)
+    run = start_run(small_probe(tmp_path, **FAST, lr_mode="default", seeds=(1,)), tmp_path / "run", ["test"])
+    finish_run(run, quiet=True)
+    assert run.cell("preskip", 1).load()[0]["train_seconds"] == 2000.0
+    assert 2000.0 <= run.manifest["timings"]["train"] < 2100.0

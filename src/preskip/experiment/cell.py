@@ -83,6 +83,8 @@ def run_cell(run: Path | Prepared, arm: str, seed: int) -> CellSummary:
         measured = prepared.measure(built, label)
         notes += measured.pop("notes", [])
     left = failed_notes(items)  # said as they were scored
+    # Of a training that was resumed the steps before count, too; what saving and loading took then is not known.
+    train_seconds = max(trained - started, sum(row["seconds"] for row in rows))
     summary: Any = {
         "arm": arm,
         "seed": seed,
@@ -91,7 +93,7 @@ def run_cell(run: Path | Prepared, arm: str, seed: int) -> CellSummary:
         **prepared.summarise(arm, rows),
         "peak_memory_bytes": peak.bytes,
         "hardware": hardware_name(config.device),
-        "train_seconds": round(trained - started, 2),
+        "train_seconds": round(train_seconds, 2),
         "evaluate_seconds": round(time.perf_counter() - trained, 2),
         **measured,
         **({"notes": notes + left} if notes or left else {}),

@@ -392,7 +392,7 @@ class CellSummary(TypedDict):
     seconds_per_step: float | None  # median
     peak_memory_bytes: int
     hardware: NotRequired[str]  # the processor's or accelerator's name
-    train_seconds: float
+    train_seconds: float  # of a training that was resumed at least that of its steps
     evaluate_seconds: float
     depth: list[DepthRow]  # empty without a branch
     kv_cache_bytes_per_token: NotRequired[float | None]  # frozen; None where the model keeps none
