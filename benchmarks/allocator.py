@@ -1,12 +1,10 @@
 """A training step on a CPU whose freed memory goes back to the system, against one that keeps it: glibc's allocator.
 
-    python benchmarks/allocator.py [--model smollm2] [--dtype bfloat16] [--batch-size 4] [--seq-len 128] [--rounds 5]
+    python benchmarks/allocator.py [--model smollm2] [--dtype bfloat16] [--batch-size 4] [--seq-len 128] [--rounds 3]
 
 By itself glibc gives every freed block of more than 32 MB back, and the system clears its pages again for the next one:
-in a step that is the logits, several times over. The environment variables MALLOC_MMAP_THRESHOLD_ and
-MALLOC_TRIM_THRESHOLD_ raise that limit for a whole process (docs/bench.md); here `mallopt` sets it both ways in turn
-within one process, so that a change of the machine's speed meets both. Of the two steps of a turn the second counts:
-the first one fetches what is kept. Peak memory is the resident set in either kind of turn, one arm per process.
+in a step that is the logits, several times over. MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ keep it
+(docs/bench.md). They count from a process's start, so each kind of each round is a process; the kinds take turns.
 
 Ends in one line of JSON.
 """
@@ -14,8 +12,9 @@ Ends in one line of JSON.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -24,18 +23,17 @@ from train_step import Stepper
 
 from preskip.train.memory import peak_memory
 
-# Of glibc's malloc.h: option numbers of mallopt.
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-# Where glibc's own limits stop rising; the most that mallopt takes.
-LIMITS = {"returned": (32 << 20, 64 << 20), "kept": (2**31 - 1, 2**31 - 1)}
+KEEP = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+# Steps of a process, of which the first ones fetch what is kept.
+STEPS, WARM = 6, 2
 
 
-def set_limits(libc: ctypes.CDLL, kind: str) -> None:
-    """Let the allocator keep what is freed, or return it, which it does with all that it has kept."""
-    mmap, trim = LIMITS[kind]
-    if not (libc.mallopt(MMAP_THRESHOLD, mmap) and libc.mallopt(TRIM_THRESHOLD, trim)):
-        sys.exit("error: this system's allocator does not take the limits: it is not glibc's")
-    libc.malloc_trim(0)
+def measure(arguments: argparse.Namespace) -> None:
+    """Print the median seconds of a step and the peak memory of this process."""
+    with peak_memory(torch.device("cpu")) as peak:
+        stepper = Stepper(arguments.arm, arguments)
+        seconds = [stepper.step() for _ in range(STEPS)][WARM:]
+    print(float(np.median(seconds)), peak.bytes)
 
 
 def main() -> None:
@@ -46,22 +44,22 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "malloc_trim"):
-        sys.exit("error: this system's allocator is not glibc's")
-    stepper = Stepper(arguments.arm, arguments)
-    stepper.step()
-    seconds: dict[str, list[float]] = {kind: [] for kind in LIMITS}
-    memory = dict.fromkeys(LIMITS, 0)
+    if arguments.one:
+        measure(arguments)
+        return
+    plain = {name: value for name, value in os.environ.items() if name not in KEEP}
+    seconds: dict[str, list[float]] = {"returned": [], "kept": []}
+    memory = dict.fromkeys(seconds, 0)
     for number in range(arguments.rounds):
-        for kind in sorted(LIMITS, reverse=bool(number % 2)):
-            set_limits(libc, kind)
-            with peak_memory(torch.device("cpu")) as peak:
-                stepper.step()
-                seconds[kind].append(stepper.step())
-            memory[kind] = max(memory[kind], peak.bytes)
+        for kind in sorted(seconds, reverse=bool(number % 2)):
+            command = [sys.executable, __file__, *sys.argv[1:], "--one"]
+            settings = plain | (KEEP if kind == "kept" else {})
+            found = subprocess.run(command, env=settings, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+            seconds[kind].append(float(found[-2]))
+            memory[kind] = max(memory[kind], int(found[-1]))
     ratios = np.array(seconds["kept"]) / np.array(seconds["returned"])
     result = {
         "model": arguments.model,
