@@ -19,7 +19,7 @@ import sys
 
 import numpy as np
 import torch
-from train_step import Stepper
+from train_step import Stepper, spread
 
 from preskip.train.memory import peak_memory
 
@@ -60,15 +60,10 @@ def main() -> None:
             found = subprocess.run(command, env=settings, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
             seconds[kind].append(float(found[-2]))
             memory[kind] = max(memory[kind], int(found[-1]))
-    ratios = np.array(seconds["kept"]) / np.array(seconds["returned"])
     result = {
         "model": arguments.model,
         "median_seconds": {kind: round(float(np.median(values)), 3) for kind, values in seconds.items()},
-        "ratio_kept_to_returned": {
-            "median": round(float(np.median(ratios)), 3),
-            "min": round(float(ratios.min()), 3),
-            "max": round(float(ratios.max()), 3),
-        },
+        "ratio_kept_to_returned": spread(seconds["kept"], seconds["returned"]),
         "peak_bytes": memory,
         "batch": [arguments.batch_size, arguments.seq_len],
         "dtype": arguments.dtype,

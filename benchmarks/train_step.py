@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -67,6 +68,13 @@ class Stepper:
         return time.perf_counter() - started
 
 
+def spread(seconds: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """The ratios of paired times: median, lowest and highest."""
+    ratios = np.array(seconds) / np.array(others)
+    found = {"median": np.median(ratios), "min": ratios.min(), "max": ratios.max()}
+    return {name: round(float(value), 3) for name, value in found.items()}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -95,15 +103,10 @@ def main() -> None:
     for number in range(arguments.rounds):
         for name in sorted(steppers, reverse=bool(number % 2)):
             seconds[name].append(steppers[name].step())
-    ratios = np.array(seconds["preskip"]) / np.array(seconds["lora"])
     result = {
         "parameters": {name: stepper.parameters for name, stepper in steppers.items()},
         "median_seconds": {name: round(float(np.median(values)), 3) for name, values in seconds.items()},
-        "ratio_preskip_to_lora": {
-            "median": round(float(np.median(ratios)), 3),
-            "min": round(float(ratios.min()), 3),
-            "max": round(float(ratios.max()), 3),
-        },
+        "ratio_preskip_to_lora": spread(seconds["preskip"], seconds["lora"]),
         "peak_bytes": memory,
         "memory_ratio": round(memory["preskip"] / memory["lora"], 3),
         "batch": [arguments.batch_size, arguments.seq_len],

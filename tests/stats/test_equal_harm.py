@@ -37,7 +37,8 @@ def test_a_better_rate_that_does_less_harm_counts() -> None:
     assert change_at(trials, 0.05) == -0.074  # the best is known, as a higher rate is worse
     assert change_at(trials, -0.02) is None
     falling = [trial(1e-3, -0.1, 0.03), trial(2e-3, -0.2, 0.01)]
-    assert change_at(falling, 0.02) == -0.2
+    assert change_at(falling, 0.02) is None  # the highest is the best
+    assert change_at([*falling, trial(3e-3, -0.15, 0.01)], 0.02) == -0.2
 
 
 def test_the_worst_text_is_the_harm_and_the_best_pair_counts() -> None:

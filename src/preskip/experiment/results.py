@@ -100,8 +100,6 @@ def stored_search(run: RunDirectory, arm: str, seeds: Sequence[int]) -> Search |
     }
     if "within_harm" in every[0]:
         whole["within_harm"] = all(search["within_harm"] for search in every)
-    if "rule" in every[0]:
-        whole["rule"] = every[0]["rule"]
     return whole
 
 

@@ -441,7 +441,7 @@ class Search(TypedDict):
     within_harm: NotRequired[bool]  # `--lr-rule frontier`: whether the chosen rate does no more harm than was allowed
     by_seed: NotRequired[dict[str, float]]  # in results.json: the rate chosen for each training seed
     trace: list[Trial]
-    rule: NotRequired[int]  # version of what the search does; in results.json of the first seed
+    rule: NotRequired[int]  # version of what the search does; left out in results.json
 
 
 class DtypeFacts(TypedDict):

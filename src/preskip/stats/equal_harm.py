@@ -52,8 +52,8 @@ def changes_at(search: Search, harm: float) -> dict[str, float | None]:
 def change_at(trials: Sequence[Trial], harm: float) -> float | None:
     """The best in-domain change of one seed for up to a harm: at a rate, or between two, linear in the harm.
 
-    None where every rate does more harm; or where none does and the highest is the best, so that a higher one might be
-    better still.
+    None where every rate does more harm, or the highest is the best of those that do not: a higher one might be better
+    still.
     """
     points = [_point(trial) for trial in sorted(trials, key=lambda trial: trial["learning_rate"])]
     within = {at: point[1] for at, point in enumerate(points) if point is not None and point[0] <= harm}
@@ -62,7 +62,7 @@ def change_at(trials: Sequence[Trial], harm: float) -> float | None:
         if one is not None and other is not None and (one[0] <= harm) != (other[0] <= harm):
             share = (harm - one[0]) / (other[0] - one[0])
             passing.append(one[1] + share * (other[1] - one[1]))
-    if not within or (not passing and min(within, key=within.__getitem__) == len(points) - 1):
+    if not within or min(within, key=within.__getitem__) == len(points) - 1:
         return None
     return min([*within.values(), *passing])
 
