@@ -8,7 +8,7 @@ from typing_extensions import TypedDict
 
 from conforming import RUN_FILES, faults, file_faults
 from preskip.errors import PreskipError
-from preskip.runs import environment, schema
+from preskip.runs import environment, explain_schema, schema
 
 RESULTS = Path(__file__).parents[2] / "results"
 RUNS = sorted(path.parent for pattern in ("*", "unfinished/*") for path in RESULTS.glob(f"{pattern}/run.json"))
@@ -163,6 +163,6 @@ def test_faults_are_found(change, expected):
 @pytest.mark.parametrize(("content", "found"), [({"schema_version": 1}, "1"), ({}, "None"), ([], "None")])
 def test_another_version_is_refused(content, found):
     schema.check_version(Path("run.json"), {"schema_version": 2})
-    schema.check_version(Path("explain.json"), {"schema_version": 1}, schema.EXPLAIN_VERSION)
+    schema.check_version(Path("explain.json"), {"schema_version": 1}, explain_schema.EXPLAIN_VERSION)
     with pytest.raises(PreskipError, match=f"run.json has schema_version {found}, this preskip .* reads 2: use"):
         schema.check_version(Path("run.json"), content)

@@ -1,4 +1,4 @@
-"""Whether a stored value is what a type of `preskip.runs.schema` says: no key unknown or missing, each of its type."""
+"""Whether a stored value is what a type of the schema says: no key unknown or missing, each of its type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from typing_extensions import NotRequired, get_type_hints, is_typeddict
 
-from preskip.runs import schema
+from preskip.runs import explain_schema, schema
 from preskip.runs.files import read_json, read_jsonl
 
 
@@ -84,7 +84,7 @@ RUN_FILES: dict[str, Any] = {
     "controls/*/*/*/cell.json": schema.ControlSummary,
     "controls/dtype-audit.json": schema.DtypeAudit,
     "results.json": schema.Results,
-    "explain/*/explain.json": schema.Explain,
+    "explain/*/explain.json": explain_schema.Explain,
 }
 
 

@@ -30,7 +30,8 @@ from preskip.cli.runs import written_or_said
 from preskip.errors import PreskipError
 
 if TYPE_CHECKING:
-    from preskip.runs.schema import ExplainedLayer, ExplainFacts, NullRun
+    from preskip.runs.explain_schema import ExplainedLayer, ExplainFacts
+    from preskip.runs.schema import NullRun
     from preskip.runs.weights import Source
 
 
@@ -85,8 +86,8 @@ def explain(
         from preskip.report.explain.page import build_explain_page
         from preskip.report.explain.pictures import check_folder, save_figures
         from preskip.runs import environment
+        from preskip.runs.explain_schema import EXPLAIN_VERSION, Explain
         from preskip.runs.files import clear_disk_errors, read_json, write_json
-        from preskip.runs.schema import EXPLAIN_VERSION, Explain
         from preskip.runs.weights import find_source
     found = find_source(source, arm=arm, seed=seed)
     if found.is_checkpoint and (several := read_json(found.weights / "config.json").get("preskip_adapters")):

@@ -30,15 +30,15 @@ from preskip.data.words import beginning
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import default_batch_tokens, document_windows
 from preskip.progress import Advance, no_progress
-from preskip.runs.schema import (
+from preskip.runs.explain_schema import (
     AttentionChanges,
     ExplainedLayer,
     ExplainedText,
     Explanation,
     LayerWeights,
-    Limits,
     PromotedTokens,
 )
+from preskip.runs.schema import Limits
 
 # bar(description, units): shows one stage, and gives what to call as it goes on.
 Bar = Callable[[str, int], AbstractContextManager[Advance]]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preskip.analysis.explain.reading import Reading
-from preskip.runs.schema import ExplainedDocument
+from preskip.runs.explain_schema import ExplainedDocument
 
 
 class Shown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from preskip.runs.schema import Spectrum
+from preskip.runs.explain_schema import Spectrum
 
 SHOWN = 64
 

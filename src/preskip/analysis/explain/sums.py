@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from preskip.analysis.explain.classes import CLASSES
-from preskip.runs.schema import ExplainedClass, LayerSizes, Limits, MetricValue
+from preskip.runs.explain_schema import ExplainedClass, LayerSizes
+from preskip.runs.schema import Limits, MetricValue
 from preskip.stats import CONFIDENCE, bootstrap_ratio
 
 Array = NDArray[np.float64]

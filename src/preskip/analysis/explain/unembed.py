@@ -9,7 +9,7 @@ from torch import nn
 
 from preskip.adapter import base_model
 from preskip.analysis.branches import LiveBranch
-from preskip.runs.schema import PromotedTokens, Token
+from preskip.runs.explain_schema import PromotedTokens, Token
 
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "final_norm")
 MOST = 10

@@ -8,7 +8,7 @@ from typing import Any
 from preskip.report.explain.measures import ABLATIONS, ALIGNMENTS, SIZES, measured, value_text
 from preskip.report.plots import classes, depth, layers
 from preskip.report.plots.base import Figure, Record, Spec, figure
-from preskip.runs.schema import Explain
+from preskip.runs.explain_schema import Explain
 
 Layers = Sequence[Any]  # of ExplainedLayer, read by the name of a measure
 

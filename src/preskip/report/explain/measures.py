@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from preskip.report.words.verdicts import decimals, limits_text, number
-from preskip.runs.schema import ExplainedLayer
+from preskip.runs.explain_schema import ExplainedLayer
 
 Interval = Mapping[str, float]
 

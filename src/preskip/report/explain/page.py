@@ -16,8 +16,9 @@ from preskip.report.render import render, require_extra
 from preskip.report.table import NONE, Cell, make_table, words
 from preskip.report.words.facts import Groups, fact_groups
 from preskip.report.words.verdicts import MINUS
+from preskip.runs.explain_schema import EXPLAIN_VERSION, Explain, ExplainedLayer
 from preskip.runs.files import write_bytes
-from preskip.runs.schema import EXPLAIN_VERSION, Explain, ExplainedLayer, Results
+from preskip.runs.schema import Results
 
 CONTENTS = {
     "explain-depth": "By layer",

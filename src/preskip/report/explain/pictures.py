@@ -6,8 +6,8 @@ from pathlib import Path
 
 from preskip.errors import PreskipError
 from preskip.report.render import require_extra
+from preskip.runs.explain_schema import Explain
 from preskip.runs.files import write_bytes
-from preskip.runs.schema import Explain
 
 # Name: the section of the page that it holds, and how many of its charts stand in a row.
 PICTURES = {

@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from preskip.report.explain.measures import DIMENSIONS, Interval, measured, value_text
-from preskip.runs.schema import Explain
+from preskip.runs.explain_schema import Explain
 
 MOST_CONTRASTS = 3
 NOT_COMPARED = "no intervals are known that hold for all at once."

@@ -9,7 +9,7 @@ import altair as alt
 
 from preskip.report.explain.measures import DIMENSIONS
 from preskip.report.plots.base import POINT, Record, Spec, chart, colour, specification, tooltips
-from preskip.runs.schema import ExplainedClass
+from preskip.runs.explain_schema import ExplainedClass
 
 SEPARATOR = " · "  # a row's key: heading, or heading and class
 ROW = 24

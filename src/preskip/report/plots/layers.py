@@ -20,7 +20,7 @@ from preskip.report.plots.base import (
     value_axis,
     zero_line,
 )
-from preskip.runs.schema import ExplainedLayer
+from preskip.runs.explain_schema import ExplainedLayer
 
 
 def profile(records: Sequence[Record], title: str, *, series: Sequence[str] = (), form: str = ".4g") -> Spec:
