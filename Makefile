@@ -7,7 +7,9 @@ INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest/.installed
 SERVE := .venv-serve/.installed
 OVERLAP := tests/serve/real/test_parity.py -k "float32_is and (llama or gemma3)"
-# Most of the files in 200 packages are never imported: what is gets compiled then.
+# Most of the files in 200 packages are never imported: what is gets compiled then, once. Many tests start processes,
+# each of which would compile them again where images set the variable: twice as long in imports.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := python -m pip install --quiet --disable-pip-version-check --no-compile
 # Test processes side by side: one per core.
 WORKERS ?= logical
