@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from preskip.cli.combine import draws
 from preskip.errors import PreskipError
 from preskip.runs.files import read_json, write_json
 from preskip.stats import compare as paired
@@ -123,6 +124,8 @@ def test_runs_of_several_models_and_corpora_give_one_estimate(tmp_path: Path) ->
     text = invoke_app("compare", *runs, *options, columns=80)
     for part in ("preskip − lora: Bits per byte, in-domain", "run-2: heldout", "combined, 3", "one more"):
         assert part in text
+    assert "; 2 degrees of freedom" in text
+    assert "all runs are of one corpus: the estimate is of no other" in text
     assert max(map(len, text.splitlines())) <= 80
     for arguments, message in (
         ((runs[0],), "needs two runs or more"),
@@ -131,6 +134,35 @@ def test_runs_of_several_models_and_corpora_give_one_estimate(tmp_path: Path) ->
     ):
         with pytest.raises(PreskipError, match=message):
             invoke(*arguments, "--combine")
+
+
+@pytest.mark.parametrize(
+    ("runs", "told"),
+    [
+        ("ab", []),
+        ("aa bb", []),
+        ("ax ay", ["all runs are of one model: the estimate is of no other"]),
+        ("ax ax", ["all runs are of one model and one corpus: the estimate is of no other"]),
+        (
+            "ax ay bx by",
+            [
+                "4 runs of 2 models and 2 corpora are not independent draws: the interval is too narrow where models "
+                "or corpora differ"
+            ],
+        ),
+    ],
+)
+def test_what_repeats_among_the_runs_is_told(runs: str, told: list[str]) -> None:
+    pairs = runs.split() if " " in runs else list(zip(runs, runs, strict=True))
+    assert draws([{"model": {"name": model}, "corpus": {"name": corpus}} for model, corpus in pairs]) == told
+
+
+def test_a_run_without_any_spread_is_named(tmp_path: Path) -> None:
+    """Where no item of a run differs between its arms, nothing says how sure that is."""
+    same = write_run(tmp_path / "same", {name: arms()["lora"] for name in ("preskip", "lora")})
+    runs = [write_run(tmp_path / name, arms(index), corpus=name) for index, name in enumerate(("one", "two"))]
+    text = invoke_app("compare", same, *runs, "--combine", "--arms", "preskip", "--reference", "lora")
+    assert "same is left out: its difference has no spread" in text
 
 
 def test_a_pair_that_runs_store_in_opposite_directions_is_combined(tmp_path: Path) -> None:
@@ -244,6 +276,7 @@ def test_combined_runs_keep_their_notes_and_pairs_that_two_of_them_hold(tmp_path
     assert found["notes"] == [
         "a: lora is not finished for seed 2; left out",
         "c: content has no finished cell; pairs with it are left out",
+        "all runs are of one model and one corpus: the estimate is of no other",
     ]
     assert {tuple(part["run"] for part in entry["parts"]) for entry in found["combined"]} == {("a", "b")}
 

@@ -18,6 +18,7 @@ from preskip.report.lookup import reference_arm, rivals
 from preskip.report.tables import at_equal_harm, search_table
 from preskip.report.words.answer import answer
 from preskip.report.words.claims import assess, parts_text
+from preskip.report.words.facts import declared_text
 from preskip.report.words.frontier import assess_plane
 from preskip.report.words.verdicts import p_text
 from preskip.stats.verdicts import flipped
@@ -58,12 +59,22 @@ def test_one_sentence_answers() -> None:
 
 def test_the_sentence_says_where_and_what_is_exploratory() -> None:
     found = results(entry("far", "none", "worse"), entry("farther", "none", "better", declared=False))
-    found["arms"]["preskip"] = {**found["arms"]["preskip"], "seeds": [7]}
+    for comparison in found["comparisons"]:
+        comparison["seeds"] = 1
     assert answer(found) == (
         "Elsewhere (Far and Farther) this training of preskip is worse than the untouched model on Far and better than "
         "the untouched model on Farther (exploratory), 1 seed."
     )
     assert answer(results()) == ""
+
+
+def test_the_sentence_counts_the_seeds_that_both_arms_have() -> None:
+    found = results(entry("home", "none", "better"), entry("home", "lora", "better", seeds=1))
+    assert answer(found).endswith("untouched model and better than LoRA of the same size (1 seed), 3 seeds.")
+    only = results(entry("home", "lora", "better", seeds=1))
+    assert answer(only) == (
+        "On its own text (Home) this training of preskip is better than LoRA of the same size, 1 seed."
+    )
 
 
 def test_from_scratch_the_rivals_are_the_plain_controls() -> None:
@@ -163,6 +174,18 @@ def test_a_frontier_has_one_yardstick() -> None:
     assert list(plane["dominated"]) == ["none", "lora"]
     blunt = [{**e, "p_value": 0.06} for e in declared]
     assert assess_plane(results(*blunt, *exploratory), "home", "far")["on"] == ["preskip", "lora"]
+    equal = {"p_value": 0.4, "p_equivalence": 0.02, "p_equivalence_holm": 0.16}
+    alike = [declared[0], {**declared[1], **equal}]
+    assert list(assess_plane(results(*alike, *exploratory), "home", "far")["dominated"]) == ["none", "lora"]
+
+
+def test_what_was_declared_and_not_measured_is_counted() -> None:
+    declared = [{"arm": "preskip", "reference": rival, "set": "home"} for rival in ("none", "lora", "parallel")]
+    found = results(entry("home", "none", "better"), entry("home", "lora", "undecided"), family={"declared": declared})
+    assert declared_text(found).startswith(
+        "Of 3 comparisons declared before training, corrected for their number, 1 is decided and 1 undecided; 1 is not "
+        "measured. "
+    )
 
 
 def test_a_claim_counts_its_parts_by_kind(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:

@@ -53,6 +53,8 @@ def test_texts_of_a_difference_and_of_the_same_turned_round() -> None:
         "variance": "31 / 69 / 0",
         "sign_flip": "0.031",
     }
+    # Of one book alone the parts are over its 40 pieces: 0.2² / 40.
+    assert detail_texts({**found, "units": 40, "clusters": 1})["variance"] == "23 / 77 / 0"
     turned = detail_texts(flipped(found))
     assert (turned["by_seed"], turned["wins"]) == ("+0.040 +0.060 −0.010", "0.22")
     assert turned["next_seed"] == "[−0.140, +0.200]"

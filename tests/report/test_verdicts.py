@@ -53,6 +53,15 @@ def comparison(metric: str, verdict: str, difference: float, low: float, high: f
             "a and b cannot be told apart in target loss on Words: the difference is −0.200 [−0.390, −0.010] nats, "
             "but p corrected for the family is 0.31",
         ),
+        (
+            comparison("bits_per_byte", "undecided", 0.0, -0.002, 0.002, margin=0.005, p_equivalence_holm=0.06),
+            "a and b cannot be told apart in bits per byte on Held out: the difference is 0.0000 [−0.0020, +0.0020], "
+            "an interval that includes 0, within ±0.0050, but p of equivalence corrected for the family is 0.06",
+        ),
+        (
+            comparison("bits_per_byte", "better", -0.0015, -0.0059, 0.0029, looked={"p_value": 0.01}),
+            "a lowers bits per byte on Held out by 0.0015 [−0.0029, 0.0059] against b, decided at an earlier look",
+        ),
     ],
 )
 def test_sentences(entry: dict[str, Any], text: str) -> None:

@@ -80,6 +80,16 @@ def test_family_counts_what_was_declared_even_if_not_measured() -> None:
     assert (found["declared"], found["p_holm"], found["verdict"]) == (True, 0.01, "undecided")
 
 
+def test_a_comparison_of_too_few_units_opens_no_gate() -> None:
+    declared = [
+        {"arm": arm, "reference": "none", "set": "heldout", "metric": "bits_per_byte", "level": level}
+        for arm, level in (("a", 1), ("b", 2))
+    ]
+    family = {"declared": declared, "procedure": "gatekeeping"}
+    found = apply_family([entry(arm="a", p_value=1e-6, clusters=5), entry(arm="b", p_value=1e-6)], family)
+    assert [(row["p_holm"], row["verdict"]) for row in found] == [(1.0, "too few units"), (1.0, "undecided")]
+
+
 def test_a_gatekeeping_family_corrects_equivalences_too() -> None:
     declared = [
         {"arm": arm, "reference": "none", "set": "heldout", "metric": "bits_per_byte", "level": 1 + (arm != "a")}

@@ -165,4 +165,6 @@ def test_power_plans_the_looks():
     assert sum(look["by_chance"] for look in row["looks"]) < 0.056
     shown = invoke_app(*asked, "--looks", "3,5,8")
     assert "decided here" in shown
+    (row,) = json.loads(invoke_app(*asked, "--looks", "3,5", "--json"))["designs"]
+    assert [look["seeds"] for look in row["looks"]] == [3, 5]
     assert "0.047" in shown

@@ -135,7 +135,11 @@ def test_measured_power_uses_the_components_of_the_run() -> None:
     assert (bits["basis"], accuracy["units"]) == ("measured", 30)
     # An arm against itself: no spread, so what the interval says.
     same = apply_family(compare(cells, cells, arm="a", reference="b"), family)
-    assert [e["resolvable"] for e in measured_power(same, family)] == [0.0, pytest.approx(same[1]["high"]), 0.0]
+    measured = measured_power(same, family)
+    assert [e["resolvable"] for e in measured] == [0.0, pytest.approx(same[1]["high"]), 0.0]
+    # Of 30 items none differs, which does not show that less than a point of all would.
+    assert [e["verdict"] for e in same] == ["equivalent", "undecided", "equivalent"]
+    assert [e["decides_none"] for e in measured] == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("deviations", [(0.012, 0.004, 0.002), (0.003, 0.002, 0.0005)], ids=["units", "mixed"])

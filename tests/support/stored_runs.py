@@ -52,6 +52,7 @@ def write_run(
     arms: Mapping[str, Mapping[int, list[dict[str, Any]]]],
     *,
     sha256: str = "a" * 64,
+    corpus: str = "heldout",
     dtype: str = "float32",
     family: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -61,6 +62,7 @@ def write_run(
         {
             "config": {"dtype": dtype, "seeds": sorted({seed for cells in arms.values() for seed in cells})},
             "model": {"name": "tiny", "sha256": sha256},
+            "corpus": {"name": corpus},
             "arms": {arm: {"base_dtype": dtype, "compute_dtype": dtype} for arm in arms},
             "family": dict(family or {"declared": []}),
         },

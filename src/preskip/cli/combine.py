@@ -9,8 +9,9 @@ from typing import Any
 
 from preskip.errors import PreskipError
 from preskip.experiment.parse import parse_names
+from preskip.runs.schema import Manifest
 
-_COMBINED = "combined: random effects, over models and corpora as the runs draw them; p is not corrected"
+_COMBINED = "combined: random effects over runs; p is not corrected, not for looks either"
 _ONE_MORE = "one more: where the difference of another model or corpus would lie"
 
 
@@ -30,6 +31,7 @@ def combine_runs(
         PreskipError: fewer than two runs, what cannot be compared within one, or no pair that two runs hold.
     """
     from preskip.progress import progress_bar
+    from preskip.runs.directory import RunDirectory
     from preskip.runs.stored import load_runs, run_labels
     from preskip.stats import compare_arms
     from preskip.stats.combined import combine_comparisons
@@ -55,11 +57,25 @@ def combine_runs(
     if not found:
         why = "".join(f"; {note}" for note in notes)
         raise PreskipError(f"no pair of arms is in two of these runs, on sets of one metric and domain{why}")
+    notes += draws([RunDirectory.open(path).manifest for path in runs])
     if as_json:
         print(json.dumps({"notes": notes, "combined": found}, indent=1, allow_nan=False))
     else:
         for entry in found:
             _print(entry, notes if entry is found[-1] else ())
+
+
+def draws(manifests: Sequence[Manifest]) -> list[str]:
+    """What the runs' models and corpora leave open: a line where one of them repeats, else none."""
+    models = len({manifest["model"].get("sha256") or manifest["model"]["name"] for manifest in manifests})
+    corpora = len({manifest["corpus"]["name"] for manifest in manifests})
+    if 1 < models < len(manifests) or 1 < corpora < len(manifests):
+        return [
+            f"{len(manifests)} runs of {models} models and {corpora} corpora are not independent draws: the interval "
+            "is too narrow where models or corpora differ"
+        ]
+    same = [name for name, count in (("model", models), ("corpus", corpora)) if count == 1]
+    return [f"all runs are of one {' and one '.join(same)}: the estimate is of no other"] if same else []
 
 
 def _print(entry: Mapping[str, Any], more: Sequence[str]) -> None:
@@ -71,17 +87,25 @@ def _print(entry: Mapping[str, Any], more: Sequence[str]) -> None:
     from preskip.report.words.verdicts import MINUS, amount, p_text
 
     about = metric_named(entry["metric"])
-    table = columns("experiment", right=(f"difference [{100 * entry['confidence']:g} %]", "p (raw)"))
+    table = columns("experiment", right=("seeds", f"difference [{100 * entry['confidence']:g} %]", "p (raw)"))
     role = DOMAINS.get(entry["role"], entry["role"])
     unit = f" ({about.difference_unit.strip()})" if about.difference_unit else ""
     table.title = Text(f"{entry['arm']} {MINUS} {entry['reference']}: {about.name}{unit}, {role}")
     for part in entry["parts"]:
         single = part["comparison"]
-        table.add_row(f"{part['run']}: {single['set']}", difference_cell(single), p_text(single["p_value"]))
+        few = f", {single['verdict']}" if single["verdict"] == "too few units" else ""
+        name, seeds = f"{part['run']}: {single['set']}{few}", str(single["seeds"])
+        table.add_row(name, seeds, difference_cell(single), p_text(single["p_value"]))
     mean = {"metric": entry["metric"], "difference": entry["value"], "low": entry["low"], "high": entry["high"]}
     table.add_section()
-    table.add_row(f"combined, {entry['experiments']}", difference_cell(mean), p_text(entry["p_value"]))
-    notes = [_COMBINED]
+    table.add_row(f"combined, {entry['experiments']}", "", difference_cell(mean), p_text(entry["p_value"]))
+    freedom = entry["experiments"] - 1
+    notes = [
+        f"between runs: standard deviation {amount(entry['metric'], entry['between'])}; {freedom} "
+        f"degree{'s' if freedom > 1 else ''} of freedom",
+        _COMBINED,
+        *(f"{run} is left out: its difference has no spread" for run in entry["left_out"]),
+    ]
     if entry["margin"] is not None:
         within = amount(entry["metric"], entry["margin"])
         which = "" if len({part["comparison"]["margin"] for part in entry["parts"]}) == 1 else ", the narrowest margin"
@@ -89,5 +113,5 @@ def _print(entry: Mapping[str, Any], more: Sequence[str]) -> None:
     if entry["predicted_low"] is not None:
         notes.append(_ONE_MORE)
         one = {**mean, "low": entry["predicted_low"], "high": entry["predicted_high"]}
-        table.add_row("one more", difference_cell(one), "")
+        table.add_row("one more", "", difference_cell(one), "")
     print_table(table, [*notes, *more, ""])

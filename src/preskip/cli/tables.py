@@ -156,8 +156,10 @@ def _scope(results: Results, shown: Sequence[Comparison]) -> list[str]:
         domain = {"in": "in-domain", "out": "out-of-domain"}[entry["domain"]]
         lines.append(f"{set_title(results['sets'], name)} ({domain}): {', '.join(counts)}{context}")
     if shown:
-        seeds = max(entry["seeds"] for entry in shown)
-        covers = "items only, not training randomness (one seed)" if seeds == 1 else f"{seeds} seeds and items"
+        fewest, most = (function(entry["seeds"] for entry in shown) for function in (min, max))
+        covers = f"{most} seeds and items" + (f", some of {fewest}" if fewest < most else "")
+        if most == 1:
+            covers = "items only, not training randomness (one seed)"
         lines.append(f"{100 * shown[0]['confidence']:g} % intervals cover {covers}")
     return lines
 

@@ -54,7 +54,8 @@ def combine(values: Sequence[float], standard_errors: Sequence[float], *, confid
 
     The factor of Hartung and Knapp is at least 1 (Röver et al. 2015), so that experiments which agree by chance do not
     narrow the interval below the one of a common truth. The prediction interval is that of Higgins et al. (2009), with
-    t of k - 2. Experiments are taken as independent: two models scored on the same documents are not quite so.
+    t of k - 2. Experiments are taken as independent draws. Two models on two corpora are four runs but not four such
+    draws: where models or corpora differ in truth the interval is too narrow.
 
     Args:
         values: the difference that each experiment found, in one unit.
@@ -122,8 +123,9 @@ def combine_comparisons(
         confidence: level, default 0.95.
 
     Returns:
-        Those that two runs or more hold, `role` being "in", "out", or the name of a set that no run describes; a run
-        whose difference has no spread is left out. `margin` is the narrowest of the runs', None where one has none.
+        Those that two runs or more hold, `role` being "in", "out", or the name of a set that no run describes. A run
+        whose difference has no spread is named in `left_out`. `margin` is the narrowest of the runs', None where one
+        has none.
     """
     groups: dict[tuple[str, str, str, str], dict[str, list[Comparison]]] = {}
     directions: dict[frozenset[str], tuple[str, str]] = {}
@@ -136,7 +138,7 @@ def combine_comparisons(
             group.setdefault(run, []).append(entry if pair == first else flipped(entry))
     found: list[dict[str, Any]] = []
     for (arm, reference, metric, role), by_run in groups.items():
-        values, errors = [], []
+        values, errors, left_out = [], [], []
         parts: list[dict[str, Any]] = []
         for run, entries in by_run.items():
             own = [measured_design(entry).standard_error for entry in entries]
@@ -144,6 +146,8 @@ def combine_comparisons(
                 values.append(sum(entry["difference"] for entry in entries) / len(entries))
                 errors.append(sum(own) / len(own))
                 parts += [{"run": run, "comparison": entry} for entry in entries]
+            else:
+                left_out.append(run)
         if len(values) < 2:
             continue
         mean = combine(values, errors, confidence=confidence)
@@ -159,6 +163,7 @@ def combine_comparisons(
                 "margin": margin,
                 "p_equivalence": None if margin is None else mean.p_equivalence(margin),
                 "parts": parts,
+                "left_out": left_out,
             }
         )
     return found

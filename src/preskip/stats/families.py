@@ -19,7 +19,7 @@ from preskip.errors import PreskipError
 from preskip.metrics import DEFAULT_MARGINS
 from preskip.runs.schema import Comparison, Declared, Family, PairedDifference, SetFacts
 from preskip.stats.looks import fractions_of, nominal_levels
-from preskip.stats.verdicts import ALPHA, margin_of, verdict_of
+from preskip.stats.verdicts import ALPHA, FEWEST_UNITS, independent_units, margin_of, verdict_of
 
 Key = tuple[str, str, frozenset[str]]
 
@@ -99,8 +99,8 @@ def apply_family(
     """The entries of `compare` with `declared`, `p_holm` and `verdict`; see `verdict_of` for the rule.
 
     The correction counts every declared comparison. One that was not measured counts as p = 1, so that the family does
-    not shrink after the fact. A declared pair may stand in either direction. Where looks were declared, the p-values
-    that are corrected are those adjusted for looking (`looked`).
+    not shrink after the fact; so does, where there is a gate, one of too few units. A declared pair may stand in either
+    direction. Where looks were declared, the p-values that are corrected are those adjusted for looking (`looked`).
 
     Args:
         entries: from `compare`, whose `margins` must be the family's.
@@ -118,14 +118,16 @@ def apply_family(
     given = {key_of(entry): entry for entry in entries}
     if len(set(declared)) < len(declared) or len(given) < len(entries):
         raise PreskipError("a comparison occurs twice: declare and give each arm, reference, set and metric once")
-    looked = bool(family.get("looks"))
-    p_values = [_p(given.get(key), "p_value", looked) for key in declared]
+    looked, gated = bool(family.get("looks")), family.get("procedure") == "gatekeeping"
+    # What is of too few units to judge opens no gate.
+    tested = {key: entry for key, entry in given.items() if not (gated and independent_units(entry) < FEWEST_UNITS)}
+    p_values = [_p(tested.get(key), "p_value", looked) for key in declared]
     levels = [entry.get("level", 1) for entry in family_of]
     adjusted = dict(zip(declared, gatekeeping(p_values, levels), strict=True))
     equivalences: dict[Key, float] = {}
-    if family.get("procedure") == "gatekeeping":
+    if gated:
         judged = [key for key in declared if margin_of(margins, key[0], key[1]) is not None]
-        p_values = [_p(given.get(key), "p_equivalence", looked) for key in judged]
+        p_values = [_p(tested.get(key), "p_equivalence", looked) for key in judged]
         equivalences = dict(zip(judged, holm(p_values), strict=True))
     result: list[Comparison] = []
     for entry in entries:

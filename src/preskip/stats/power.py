@@ -28,7 +28,7 @@ from preskip.runs.schema import Comparison, Declared, DesignFacts, Family, Paire
 from preskip.stats.bootstrap import seeds_and_units_reach
 from preskip.stats.families import levels_of, tests_beside
 from preskip.stats.inputs import Array
-from preskip.stats.verdicts import ALPHA, FEWEST_UNITS, independent_units, margin_of
+from preskip.stats.verdicts import ALPHA, FEWEST_UNITS, margin_of, units_of_variance
 
 POWER = 0.8
 _MANY = 25  # degrees of freedom from which the units' own uncertainty no longer moves the power
@@ -300,7 +300,7 @@ def measured_power(entries: Sequence[Comparison], family: Family, *, power: floa
     """The `power` entries of a run's results, one per comparison, from its measured variance components.
 
     Levels are those of `levels_of`, of secondary comparisons as if the primary one were decided. Where nothing differs
-    at all, the figure is the half width of the interval.
+    at all, the figure is the half width of the interval, and what the comparison says is what it would decide.
 
     Args:
         entries: from `apply_family`.
@@ -313,6 +313,7 @@ def measured_power(entries: Sequence[Comparison], family: Family, *, power: floa
         figures = _entry(entry, design, family, power, "measured", entry["margin"])
         if design.standard_error == 0:
             figures["resolvable"] = (entry["high"] - entry["low"]) / 2
+            figures["decides_none"] = float(entry["verdict"] == "equivalent")
         result.append(figures)
     return result
 
@@ -320,10 +321,8 @@ def measured_power(entries: Sequence[Comparison], family: Family, *, power: floa
 def measured_design(entry: PairedDifference) -> Design:
     """The design of a comparison that was made, with its measured deviations."""
     parts, detail = entry["deviations"], entry.get("detail")
-    # Items of one cluster alone: what they are over is the items.
-    units = entry["units"] if entry["clusters"] == 1 else independent_units(entry)
     return Design(
-        units=units,
+        units=units_of_variance(entry),
         seeds=entry["seeds"],
         unit_deviation=parts["unit"],
         residual_deviation=parts["residual"] or 0.0,

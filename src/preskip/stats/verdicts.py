@@ -25,6 +25,11 @@ def independent_units(comparison: PairedDifference) -> int:
     return comparison["units"] if clusters is None else clusters
 
 
+def units_of_variance(comparison: PairedDifference) -> int:
+    """What the variance components are over: independent units, but the items themselves where one cluster has all."""
+    return comparison["units"] if comparison["clusters"] == 1 else independent_units(comparison)
+
+
 def verdict_of(comparison: Comparison, alpha: float = ALPHA, described: SetFacts | None = None) -> Verdict:
     """Too few units where fewer than 6 are independent; else better or worse, by the difference's sign, when p ≤ alpha;
     else equivalent when the equivalence p ≤ alpha; else undecided.

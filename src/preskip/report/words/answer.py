@@ -31,33 +31,44 @@ def answer(results: Results) -> str:
     """The verdicts of the sets' primary metrics in one sentence; "" where nothing was compared.
 
     One seed is about "this training", not about the method. Verdicts that rest on comparisons not declared before
-    training are called exploratory.
+    training are called exploratory, and those that fewer seeds pair than others say how many.
     """
     arm = reference_arm(results)
-    seeds = len(results["arms"][arm]["seeds"])
+    shown = [find(results, arm, rival, name) for rival in rivals(results) for name in results["sets"]]
+    seeds = max((entry["seeds"] for entry in shown if entry), default=0)
     said_arm = arm if seeds > 1 else f"this training of {arm}"
     clauses: list[str] = []
     for domain, place in WHERE.items():
         names = [name for name in sets_of(results, domain=domain) if not name.startswith(PAPER)]
-        groups: dict[tuple[str, bool, str], list[str]] = {}  # (verdict, declared, on what): rivals
+        groups: dict[tuple[str, bool, int, str], list[str]] = {}  # (verdict, declared, seeds, on what): rivals
         for rival in rivals(results):
             found = {name: entry for name in names if (entry := find(results, arm, rival, name))}
-            readings = {name: (entry["verdict"], is_declared(entry)) for name, entry in found.items()}
+            readings = {name: (entry["verdict"], is_declared(entry), entry["seeds"]) for name, entry in found.items()}
             for reading in dict.fromkeys(readings.values()):
                 where = [set_label(results["sets"], name) for name in readings if readings[name] == reading]
                 on = f" on {listed(where)}" if len(where) < len(readings) else ""
                 groups.setdefault((*reading, on), []).append(_name(results, arm, rival))
         if groups:
             said = [
-                PHRASES[verdict].format(listed(others)) + on + ("" if declared else " (exploratory)")
-                for (verdict, declared, on), others in groups.items()
+                PHRASES[verdict].format(listed(others)) + on + _aside(exploratory=not declared, seeds=own, of=seeds)
+                for (verdict, declared, own, on), others in groups.items()
             ]
             about = listed([set_label(results["sets"], name) for name in names])
             clauses.append(f"{place} ({about}) {said_arm if not clauses else 'it'} is {listed(said)}")
     if not clauses:
         return ""
-    text = f"{'; '.join(clauses)}, {seeds} seed{'s' if seeds != 1 else ''}."
+    text = f"{'; '.join(clauses)}, {_seeds(seeds)}."
     return text[0].upper() + text[1:]
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count != 1 else ''}"
+
+
+def _aside(*, exploratory: bool, seeds: int, of: int) -> str:
+    words = ["exploratory"] if exploratory else []
+    words += [_seeds(seeds)] if seeds < of else []
+    return f" ({', '.join(words)})" if words else ""
 
 
 def listed(words: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from preskip.report.words.verdicts import decimals, limits_text, number, p_text
 from preskip.runs.schema import Comparison, SetFacts
 from preskip.runs.stored import PLAIN
 from preskip.stats.detail import variance_shares
-from preskip.stats.verdicts import independent_units
+from preskip.stats.verdicts import units_of_variance
 
 NONE = "–"
 
@@ -30,7 +30,7 @@ def detail_texts(entry: Comparison, described: SetFacts | None = None) -> dict[s
     predicted, several = detail["new_seed"], entry["seeds"] > 1
     lower, higher = (None, None) if predicted is None else (about.factor * limit for limit in predicted)
     wins = detail["probability_higher"]
-    shares = variance_shares(entry["deviations"], entry["seeds"], independent_units(entry))
+    shares = variance_shares(entry["deviations"], entry["seeds"], units_of_variance(entry))
     flipped = detail["p_sign_flip"]
     return {
         "by_seed": " ".join(number(about.factor * value, places, sign=True) for value in detail["by_seed"]),

@@ -123,7 +123,7 @@ def family_text(results: Results) -> str:
                 f"{declared} comparison{'s were' if declared > 1 else ' was'} declared before training and judged at "
                 f"{alpha:g}. The primary one is {first['arm']} {MINUS} {first['reference']} on "
                 f"{set_label(results['sets'], first['set'])}. "
-                + ("It is tested if the gain over the plain model there is shown. " if has_gain else "")
+                + ("It is tested if a difference from the plain model there is shown. " if has_gain else "")
                 + "The others are secondary: they count only if it is decided as a difference, and are corrected for "
                 "their number (Holm). Equivalences are corrected by Holm over all. "
             )
@@ -147,11 +147,14 @@ def declared_text(results: Results) -> str:
     decided = [sentence(entry, results["sets"]) for entry in declared if entry["verdict"] not in unsaid]
     few = sum(entry["verdict"] == "too few units" for entry in declared)
     undecided = len(declared) - len(decided) - few
+    planned = len(results["family"]["declared"])
+    unmeasured = planned - len(declared)
     counted = (
-        f"Of {len(declared)} comparisons declared before training, corrected for their number, {len(decided)} "
+        f"Of {planned} comparisons declared before training, corrected for their number, {len(decided)} "
         f"{'is' if len(decided) == 1 else 'are'} decided"
         + (f" and {undecided} undecided" if undecided else "")
         + (f"; {few} {'is' if few == 1 else 'are'} of too few units to judge" if few else "")
+        + (f"; {unmeasured} {'is' if unmeasured == 1 else 'are'} not measured" if unmeasured else "")
     )
     return ". ".join([counted, *decided]) + "."
 

@@ -70,7 +70,8 @@ def _verdict(results: Results, entry: Comparison) -> str:
     if not is_declared(entry):
         return entry["verdict"]
     alpha = (results.get("family") or {}).get("alpha", ALPHA)
-    return verdict_of(cast(Comparison, {**entry, "declared": False}), alpha, results["sets"].get(entry["set"]))
+    raw = {key: value for key, value in entry.items() if key != "p_equivalence_holm"}
+    return verdict_of(cast(Comparison, {**raw, "declared": False}), alpha, results["sets"].get(entry["set"]))
 
 
 def _best_reason(rivals: Mapping[str, str], on: Sequence[str]) -> str:

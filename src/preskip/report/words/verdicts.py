@@ -148,10 +148,12 @@ def sentence(comparison: Comparison, sets: Mapping[str, SetFacts]) -> str:
         return f"{arm} and {reference} cannot be told apart in {where}: {signed}, {_why_undecided(comparison)}"
     value, low, high = (metric.factor * comparison[key] for key in ("difference", "low", "high"))
     places = decimals(low, high, metric.minimum_decimals)
-    near, far = sorted((abs(low), abs(high)))
+    near, far = (low, high) if value > 0 else (-high, -low)
+    # What a look has decided stays so, though all seeds together may leave it open.
+    past = ", decided at an earlier look" if near < 0 and "looked" in comparison else ""
     return (
         f"{arm} {'raises' if value > 0 else 'lowers'} {where} by {number(abs(value), places)} "
-        f"{limits_text(near, far, places, sign=False)}{metric.difference_unit} against {reference}"
+        f"{limits_text(near, far, places, sign=False)}{metric.difference_unit} against {reference}{past}"
     )
 
 
@@ -168,9 +170,15 @@ def _margin(comparison: Comparison) -> str:
 
 
 def _why_undecided(comparison: Comparison) -> str:
-    if comparison["low"] <= 0 <= comparison["high"]:
-        wide = f" and reaches beyond {_margin(comparison)}" if comparison.get("margin") is not None else ""
-        return f"an interval that includes 0{wide}"
+    low, high, margin = comparison["low"], comparison["high"], comparison.get("margin")
+    if low <= 0 <= high:
+        if margin is None:
+            return "an interval that includes 0"
+        if max(-low, high) > margin:
+            return f"an interval that includes 0 and reaches beyond {_margin(comparison)}"
+        p = p_text(comparison.get("p_equivalence_holm", comparison.get("p_equivalence")))
+        corrected = " corrected for the family" if "p_equivalence_holm" in comparison else ""
+        return f"an interval that includes 0, within {_margin(comparison)}, but p of equivalence{corrected} is {p}"
     if comparison.get("p_holm") is not None:
         return f"but p corrected for the family is {p_text(comparison['p_holm'])}"
     return f"but p is {p_text(comparison.get('p_value'))}"
