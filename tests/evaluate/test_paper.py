@@ -170,7 +170,7 @@ def test_items_of_nan_are_named_and_the_columns_are_of_the_others():
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = math.nan
     records = paper_scores(model, items)
-    assert records[0]["failed"] == "its log-likelihood is NaN or infinite"
+    assert records[0]["failed"] == "its log-likelihood is NaN or infinite: try --dtype float32"
     kept = [
         old["scores"]["acc"]
         for old, new in zip(whole, records, strict=True)

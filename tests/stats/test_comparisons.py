@@ -57,6 +57,24 @@ def test_ratios_are_ratios_of_sums_not_means_of_ratios() -> None:
         figures([1000.0, 1000.0], [1, 1])
 
 
+def test_a_set_of_which_every_item_failed_loses_no_other() -> None:
+    good = make_items(1)
+    bad = [{**row, "scores": {}, "failed": "no module named x"} if row["set"] == "cloze" else row for row in good]
+    notes: list[str] = []
+    metrics = summarise(bad, notes=notes)
+    assert list(metrics) == list(summarise(good))
+    assert (metrics["cloze"], metrics["heldout"]) == ({}, summarise(good)["heldout"])
+    entries = compare_arms({"a": good, "b": bad}, {}, notes=notes)
+    assert {entry["set"] for entry in entries} == {"heldout"}
+    why = "every item of cloze has failed in some seed or arm (no module named x)"
+    assert notes == [f"the seeds of one arm: {why}; it is left out", f"b and a: {why}; it is left out"]
+    assert compare_arms({"a": good, "b": bad}, {}) == entries
+    only = [row for row in bad if row["set"] == "cloze"]
+    for compared in (lambda: summarise(only), lambda: compare_arms({"a": good, "b": bad}, {}, sets=["cloze"])):
+        with pytest.raises(PreskipError, match="every item of cloze has failed"):
+            compared()
+
+
 def test_comparison_entries_follow_the_schema() -> None:
     a, b = make_items(1, shift=-0.02), make_items(2)
     entries = compare(a, b, arm="preskip", reference="none")

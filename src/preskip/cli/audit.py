@@ -153,7 +153,7 @@ def print_audit(report: Mapping[str, Any]) -> None:
         table.add_row(Text(f"{name}, {metric_named(metric).phrase}", style="bold"))
         for label, run in report["dtypes"].items():
             cost = costs.get((label, name, metric))
-            text = interval_text(metric, run["metrics"][name][metric]) or {"value": "–", "interval": ""}
+            text = interval_text(metric, run["metrics"][name].get(metric)) or {"value": "–", "interval": ""}
             table.add_row(
                 f"  {label}",
                 f"{text['value']} {text['interval']}",

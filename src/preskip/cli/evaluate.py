@@ -108,9 +108,10 @@ def evaluate(
         quiet_libraries()
         from preskip.data.blocks import check_vocabulary
         from preskip.data.local import data_directory
-        from preskip.evaluate.likelihood import check_causal, failed_notes
+        from preskip.evaluate.likelihood import check_causal
         from preskip.evaluate.texts import TextSuite
         from preskip.runs import environment
+        from preskip.runs.stored import failed_notes
         from preskip.stats import summarise
     device = environment.resolve_device(device)
     dtype, reason = environment.resolve_dtype(dtype, device)

@@ -26,6 +26,7 @@ from preskip.evaluate.kernels import scoring_kernels
 from preskip.evaluate.sharing import Row, plain_rows, reach, shared_rows, tree_inputs
 from preskip.progress import Advance, no_progress, say
 from preskip.runs.schema import DocumentRecord, ItemRecord, Record
+from preskip.runs.stored import failed_notes
 
 T = TypeVar("T")
 # Rows of logits whose loss is computed at once: its copies of V numbers each stay small beside the logits. On a
@@ -33,7 +34,7 @@ T = TypeVar("T")
 # back, and fresh pages take as long as the loss itself.
 _LOSS_ROWS = 256
 _LOSS_NUMBERS = 2**19
-FAILED = "its log-likelihood is NaN or infinite"
+FAILED = "its log-likelihood is NaN or infinite: try --dtype float32"
 _NOT_FINITE = "the model's log-likelihood is NaN or infinite: try --dtype float32"
 
 
@@ -292,18 +293,6 @@ def document_records(
         records.append({**record, "cluster": document.group} if members[document.group] > 1 else record)
     say_failed(records)
     return records
-
-
-def failed_notes(records: Sequence[Record]) -> list[str]:
-    """What could not be scored, by name, and why: one line per set."""
-    failed: dict[str, list[Record]] = {}
-    for record in records:
-        if "failed" in record:
-            failed.setdefault(record["set"], []).append(record)
-    return [
-        f"{name}: {first['id']!r}{f' and {len(more)} more' if more else ''} left out: {first['failed']}"
-        for name, (first, *more) in failed.items()
-    ]
 
 
 def say_failed(records: Sequence[Record]) -> None:

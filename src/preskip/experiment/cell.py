@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from preskip.evaluate.likelihood import failed_notes
 from preskip.experiment.frozen import Frozen
 from preskip.experiment.prepared import Prepared
 from preskip.experiment.scratch import Scratch
@@ -19,6 +18,7 @@ from preskip.runs.directory import RunDirectory
 from preskip.runs.environment import hardware_name
 from preskip.runs.files import clear_disk_errors, write_json, write_jsonl
 from preskip.runs.schema import CellSummary, StepRow
+from preskip.runs.stored import failed_notes
 from preskip.train.memory import peak_memory
 
 # By the command that makes the run; a run.json without a kind is of the first.

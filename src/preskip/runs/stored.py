@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -127,11 +127,25 @@ def _finished(run: RunDirectory, arm: str, order: Sequence[int], notes: list[str
     there = sorted(int(folder.name[5:]) for folder in folders if folder.name[5:].lstrip("-").isdigit())
     seeds = sorted(there, key=lambda seed: order.index(seed) if seed in order else len(order))
     done: dict[int, Items] = {seed: run.cell(arm, seed).load()[1] for seed in seeds if run.cell(arm, seed).is_done}
+    for seed, items in done.items():
+        notes += [f"{run.path.name}: {arm} seed {seed}: {line}" for line in failed_notes(items)]
     expected = order[:1] if arm == UNTRAINED else order  # what is not trained is scored once
     missing = [seed for seed in dict.fromkeys((*expected, *seeds)) if seed not in done]
     if missing:
         notes.append(f"{run.path.name}: {arm} is not finished for seed {', '.join(map(str, missing))}; left out")
     return done
+
+
+def failed_notes(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What could not be scored, by name, and why: one line per set."""
+    failed: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if "failed" in record:
+            failed.setdefault(record["set"], []).append(record)
+    return [
+        f"{name}: {first['id']!r}{f' and {len(more)} more' if more else ''} left out: {first['failed']}"
+        for name, (first, *more) in failed.items()
+    ]
 
 
 def run_labels(paths: Sequence[Path]) -> list[str]:

@@ -31,19 +31,21 @@ def summarise(items: SeedItems, *, confidence: float = CONFIDENCE, notes: list[s
     Args:
         items: records (items.jsonl) by seed id, one list per seed, or one list for a single seed.
         confidence: level, default 0.95.
-        notes: where to note a metric that cannot be computed and is left out; None raises its error.
+        notes: where to note a metric that cannot be computed and is left out; None raises its error. A set of which
+            every item has failed: see `preskip.stats.records.tables`.
 
     Returns:
-        {set: {metric: {"value", "low", "high", "confidence"}}}; documents give bits_per_byte and word_perplexity,
-        items one metric per score. Clusters are resampled whole. Texts without words have no word perplexity.
+        {set: {metric: {"value", "low", "high", "confidence"}}}, nothing of a set that is left out; documents give
+        bits_per_byte and word_perplexity, items one metric per score. Clusters are resampled whole. Texts without words
+        have no word perplexity.
 
     Raises:
         PreskipError: no items, damaged records, or seeds that hold different items.
     """
     rows = list(by_seed(items, "the arm").values())
-    metrics: Metrics = {}
-    for table in tables(rows, "the seeds of one arm"):
-        own = metrics[table.name] = {}
+    metrics: Metrics = {record["set"]: {} for record in rows[0]}
+    for table in tables(rows, "the seeds of one arm", notes=notes):
+        own = metrics[table.name]
         for metric in ("bits_per_byte", "word_perplexity") if table.kind == "document" else table.scores:
             with noted(notes, f"{metric} of {table.name}"):
                 if table.kind == "item":
@@ -100,7 +102,7 @@ def compare(
     """
     rows_a, rows_b = paired_seeds(items_a, items_b, arm, reference)
     entries: list[PairedDifference] = []
-    for table in tables([*rows_a, *rows_b], f"{arm} and {reference}", sets):
+    for table in tables([*rows_a, *rows_b], f"{arm} and {reference}", sets, notes):
         clusters = table.clusters
         for metric in ["bits_per_byte"] if table.kind == "document" else table.scores:
             with noted(notes, f"{metric} of {table.name}, {arm} and {reference}"):

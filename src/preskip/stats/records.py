@@ -132,13 +132,17 @@ def paired_seeds(a: SeedItems, b: SeedItems, name_a: str, name_b: str) -> tuple[
     return [seeds_a[seed] for seed in common], [seeds_b[seed] for seed in common]
 
 
-def tables(rows: Sequence[Items], name: str, sets: Sequence[str] | None = None) -> list[Table]:
+def tables(
+    rows: Sequence[Items], name: str, sets: Sequence[str] | None = None, notes: list[str] | None = None
+) -> list[Table]:
     """The sets that all rows hold, each aligned on item ids; order of first appearance.
 
     Args:
         rows: one list of records per row.
         name: whose rows they are, for messages.
         sets: which sets to take, all of which must be there. Default: all that the rows share.
+        notes: where to note a set of which every item has failed. It is left out; without notes it raises its error
+            where it was asked for, or is all there is.
 
     Raises:
         PreskipError: a set asked for is not shared, none is shared, or a shared set's items differ.
@@ -152,7 +156,16 @@ def tables(rows: Sequence[Items], name: str, sets: Sequence[str] | None = None) 
     chosen = [key for key in shared if sets is None or key in sets]
     if not chosen:
         raise PreskipError(f"{name} share no evaluation set: evaluate both on the same sets")
-    return [_aligned(key, [other[key] for other in found], name) for key in chosen]
+    every = [_aligned(key, [other[key] for other in found], name) for key in chosen]
+    usable = [table for table in every if table.ids]
+    for key in (table.name for table in every if not table.ids):
+        reason = next(record["failed"] for other in found for record in other[key].values() if "failed" in record)
+        text = f"every item of {key} has failed in some seed or arm ({reason})"
+        if notes is not None:
+            notes.append(f"{name}: {text}; it is left out")
+        elif sets is not None or not usable:
+            raise PreskipError(f"{name}: {text}")
+    return usable
 
 
 def _by_set(row: Items, name: str) -> dict[str, dict[str, Record]]:
@@ -187,6 +200,4 @@ def _aligned(key: str, found: Sequence[Mapping[str, Record]], name: str) -> Tabl
         raise PreskipError(f"{key} of {name} mixes documents and items: items.jsonl is damaged, evaluate again")
     # What failed in one row is left out of all, so that they stay paired.
     ids = [identity for identity in sorted(first) if not any("failed" in records[identity] for records in found)]
-    if not ids:
-        raise PreskipError(f"{name}: every item of {key} has failed in some seed or arm: try --dtype float32")
     return Table(key, kinds.pop(), ids, [[records[identity] for identity in ids] for records in found])
