@@ -21,13 +21,22 @@ def one_line(error: object, most: int | None = None) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice: torch has a type for it on a device, and words in a RuntimeError on a CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
+
+
 @contextmanager
 def noted(
     notes: list[str] | None,
     what: str,
     *,
     catches: type[Exception] = PreskipError,
-    passes: tuple[type[Exception], ...] = (),
+    passes: Callable[[Exception], bool] = lambda error: False,
 ) -> Iterator[None]:
     """Compute one figure on its own: where it fails, that is noted, and the others are kept.
 
@@ -35,14 +44,12 @@ def noted(
         notes: where; None raises the error.
         what: the figure.
         catches: errors that are noted.
-        passes: of these, those that are raised all the same.
+        passes: whether one of them is raised all the same. Default: none is.
     """
     try:
         yield
-    except passes:
-        raise
     except catches as error:
-        if notes is None:
+        if notes is None or passes(error):
             raise
         notes.append(f"no {what}: {one_line(error) or type(error).__name__}")
 

@@ -457,7 +457,9 @@ def test_local_folder(folder):
     assert len(source.sha256) == 64
 
 
-def test_checksum_follows_the_weights(broken):
+@pytest.mark.parametrize("largest", [8 << 30, 0])
+def test_checksum_follows_the_weights(broken, largest, monkeypatch):
+    monkeypatch.setattr("preskip.assets.models._LARGEST_HASHED", largest)
     before = assets.resolve_model(str(broken)).sha256
     state = load_file(broken / "model.safetensors")
     state["model.norm.weight"][0] += 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import zoo
 from conforming import run_faults
@@ -400,6 +401,24 @@ def test_resume_refuses_a_changed_corpus_and_a_damaged_cell(inputs, finished, tm
     (run / "run.json").write_text(json.dumps(manifest))
     code, err = resume(run)
     assert code == 1
+    assert "has changed since this run began" in err
+
+
+def test_resume_refuses_a_changed_tokenizer(inputs, finished, tmp_path, capsys):
+    model, corpus = inputs
+    run, other = shutil.copytree(finished, tmp_path / "run"), shutil.copytree(model, tmp_path / "model")
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["config"] |= {"model": str(other), "corpus": str(corpus)}
+    (run / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", "--resume", str(run)])
+    assert stop.value.code == 0
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    end = AutoTokenizer.from_pretrained(other).convert_ids_to_tokens(3)
+    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": end}))
+    with pytest.raises(SystemExit):
+        main(["probe", "--resume", str(run)])
+    assert "tokenizer local folder" in (err := " ".join(capsys.readouterr().err.split()))
     assert "has changed since this run began" in err
 
 

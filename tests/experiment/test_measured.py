@@ -101,7 +101,8 @@ def test_an_audit_that_fails_is_noted(config, monkeypatch, tmp_path):
 
 def test_what_ends_an_attempt(monkeypatch):
     notes = []
-    for error in (torch.OutOfMemoryError("full"), OSError("disk"), KeyboardInterrupt()):
+    cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for error in (torch.OutOfMemoryError("full"), cpu, MemoryError(), OSError("disk"), KeyboardInterrupt()):
         with pytest.raises(type(error)), measured(notes, "figure"):
             raise error
     with pytest.raises(KeyError), measured(None, "figure"):

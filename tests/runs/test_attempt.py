@@ -30,6 +30,8 @@ def test_a_new_run_is_recorded_and_never_overwritten(run):
         (PreskipError("no"), PreskipError, "failed"),
         (DivergedError("nan"), DivergedError, "diverged"),
         (torch.OutOfMemoryError("10 GiB\nmore"), PreskipError, "failed"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), PreskipError, "failed"),
+        (RuntimeError("another"), RuntimeError, "failed"),
     ],
 )
 def test_how_it_ended_is_recorded_and_the_lock_is_free(run, error, seen, status):
@@ -124,6 +126,9 @@ def test_changed_inputs_are_refused(run):
     other = task | {"lm_eval": {"version": 1, "prompt_sha256": "q"}}
     with pytest.raises(PreskipError, match="lm-eval builds different prompts for arc_easy than when this run began"):
         check_same_inputs(run, facts | {"sets": {"arc_easy": other}})
+    # Of other data all may differ; lm-eval is not to blame.
+    with pytest.raises(PreskipError, match=r"evaluation set arc_easy have changed .* PRESKIP_DATA as it was"):
+        check_same_inputs(run, facts | {"sets": {"arc_easy": other | {"sha256": "c"}}})
 
 
 def test_another_revision_of_a_model_on_the_hub_is_refused(run):

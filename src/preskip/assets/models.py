@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Beyond this a checksum would delay every run by tens of seconds.
 _LARGEST_HASHED = 8 << 30
+_END = 1 << 20
 
 # transformers would put it on the model without a word, and the untouched base would be something else.
 _HOLDS_ADAPTER = (
@@ -36,7 +37,8 @@ class ModelSource:
         name: as the user wrote it.
         path_or_id: a folder, a `.gguf` file or a Hub id, as transformers takes it.
         source: a citation for run records.
-        sha256: checksum of the GGUF file, or of a local folder's config and weights; None on the Hub and above 8 GiB.
+        sha256: checksum of the GGUF file, or of a local folder's config and weights; None on the Hub. Above
+            8 GiB of the sizes, and the beginnings and ends of the weights' files.
         revision: commit on the Hub; None elsewhere.
     """
 
@@ -321,17 +323,30 @@ def _check_safetensors(file: Path) -> None:
         raise PreskipError(f"{file} is corrupt or truncated ({one_line(error, 120)}): get it again") from error
 
 
-def _folder_sha256(path: Path) -> str | None:
-    """Return the checksum over a folder's config and weights, each by name and content."""
+def _folder_sha256(path: Path) -> str:
+    """Return the checksum over a folder's config and weights, each by name and content.
+
+    Of more than `_LARGEST_HASHED` bytes it is over names, sizes, and the first and last megabyte of each file.
+    """
     import hashlib
 
     files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
-    if sum(file.stat().st_size for file in files) > _LARGEST_HASHED:
-        return None
+    is_large = sum(file.stat().st_size for file in files) > _LARGEST_HASHED
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        mark = _ends_sha256(file) if is_large else file_sha256(file)
+        digest.update(f"{file.name} {mark}\n".encode())
     return digest.hexdigest()
+
+
+def _ends_sha256(file: Path) -> str:
+    import hashlib
+
+    size = file.stat().st_size
+    with file.open("rb") as source:
+        first = source.read(_END)
+        source.seek(max(0, size - _END))
+        return hashlib.sha256(b"%d " % size + first + source.read()).hexdigest()
 
 
 def _read_config(

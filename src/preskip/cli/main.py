@@ -30,7 +30,7 @@ from preskip.cli.probe import probe
 from preskip.cli.report import report
 from preskip.cli.runs import ENDING
 from preskip.cli.serve import serve
-from preskip.errors import AfterOutputError, PreskipError
+from preskip.errors import AfterOutputError, PreskipError, is_out_of_memory, one_line
 from preskip.progress import console
 from preskip.version import __version__
 
@@ -94,6 +94,10 @@ def main(arguments: list[str] | None = None) -> None:
             _fail(_words(error), as_json="--json" in arguments and not isinstance(error, AfterOutputError))
         except KeyboardInterrupt:
             sys.exit(130)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            _fail(f"out of memory ({one_line(error, 120)}): give smaller batches", as_json="--json" in arguments)
         except ModuleNotFoundError as error:
             if (mend := extra_for(error.name)) is None:
                 raise

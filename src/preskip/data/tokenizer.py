@@ -87,10 +87,17 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
-def fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary and of what a sample text becomes: two tokenizers that differ give different tokens."""
+def fingerprint(tokenizer: Any, start: int | None = None) -> str:
+    """SHA-256 of the vocabulary and of what a sample text becomes: two tokenizers that differ give different tokens.
+
+    Args:
+        tokenizer: of transformers.
+        start: the token that opens a text, where it is put there by others than the tokenizer.
+    """
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items(), key=lambda pair: (pair[1], pair[0])):
         digest.update(f"{index}\0{token}\0".encode())
     digest.update(repr(tokenizer("Don't stop: 1,024  naïve words\n\n\tand tabs.")["input_ids"]).encode())
+    if start is not None:
+        digest.update(f"start {start}".encode())
     return digest.hexdigest()

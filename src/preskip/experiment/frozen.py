@@ -19,9 +19,10 @@ from preskip.analysis.depth import text_profile
 from preskip.arms import ARMS, Arm, ArmContext, attention_layers, attention_paths, branch_parameters, resolve_arms
 from preskip.arms.insert import Inserted, insert
 from preskip.assets import load_model, load_tokenizer, resolve_model, weights_dtype
-from preskip.data.blocks import check_vocabulary, pack_blocks, scored_size
+from preskip.data.blocks import check_vocabulary, pack_blocks, scored_size, start_token
 from preskip.data.corpus import clusters
 from preskip.data.splits import Splits, choose, locate
+from preskip.data.tokenizer import fingerprint
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
 from preskip.evaluate.published import recognise_published
@@ -139,6 +140,11 @@ class Frozen(Prepared):
                 "source": source.source,
                 "sha256": source.sha256,
                 "revision": source.revision,
+            },
+            "tokenizer": {
+                "source": source.source,
+                "vocab_size": len(tokenizer),
+                "sha256": fingerprint(tokenizer, start_token(tokenizer)),
             },
             **common_facts(config, splits, tokens=tokens, wanted=wanted, documents=len(splits.training)),
             "arms": described,

@@ -6,9 +6,7 @@ import json
 from contextlib import AbstractContextManager
 from typing import TypeVar
 
-import torch
-
-from preskip.errors import DivergedError, PreskipError, noted
+from preskip.errors import DivergedError, PreskipError, is_out_of_memory, noted
 from preskip.train.distributed import world_size
 
 T = TypeVar("T")
@@ -23,7 +21,11 @@ def measured(notes: list[str] | None, what: str) -> AbstractContextManager[None]
         notes: where; None raises the error.
         what: the figure.
     """
-    return noted(notes, what, catches=Exception, passes=(torch.OutOfMemoryError, OSError))
+    return noted(notes, what, catches=Exception, passes=_may_be_mended)
+
+
+def _may_be_mended(error: Exception) -> bool:
+    return isinstance(error, OSError) or is_out_of_memory(error)
 
 
 def controlled(notes: list[str], what: str) -> AbstractContextManager[None]:

@@ -8,10 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from typing_extensions import Unpack
 
-from preskip.errors import DivergedError, PreskipError
+from preskip.errors import DivergedError, PreskipError, is_out_of_memory, one_line
 from preskip.progress import say
 from preskip.runs import environment
 from preskip.runs.declaration import identity, now
@@ -105,18 +104,18 @@ def attempt(run: RunDirectory) -> Iterator[Attempt]:
         own = Attempt(run)
         try:
             yield own
-        except torch.OutOfMemoryError as error:
-            _mark(own, "failed")
-            raise PreskipError(
-                f"out of memory ({str(error).splitlines()[0]}): lower --micro-batch-size or --eval-batch-tokens, or "
-                "give --gradient-checkpointing"
-            ) from error
         except DivergedError:
             _mark(own, "diverged")
             raise
         except BaseException as error:
             _mark(own, "interrupted" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
-            raise
+            if not is_out_of_memory(error):
+                raise
+            raise PreskipError(
+                f"out of memory ({one_line(error, 120)}): free some, or begin a new run with --config "
+                f"{run.path / 'run.json'} and a lower --micro-batch-size or --eval-batch-tokens, or "
+                "--gradient-checkpointing"
+            ) from error
 
 
 def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
@@ -142,16 +141,16 @@ def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
     _check_same_arms(run.manifest, facts)
     for name, described in run.manifest.get("sets", {}).items():
         same = facts["sets"].get(name)
+        if described["sha256"] != (same and same["sha256"]):
+            raise PreskipError(
+                f"the texts of the evaluation set {name} have changed since this run began: put the old ones back (is "
+                "PRESKIP_DATA as it was?), or start a new run"
+            )
         if described.get("lm_eval") != (same and same.get("lm_eval")):
             then: Mapping[str, Any] = run.manifest.get("environment", {})
             raise PreskipError(
                 f"lm-eval builds different prompts for {name} than when this run began: reinstall lm-eval "
                 f"{then.get('lm_eval', 'of then')}, or start a new run"
-            )
-        if described["sha256"] != (same and same["sha256"]):
-            raise PreskipError(
-                f"the texts of the evaluation set {name} have changed since this run began: put the old ones back, or "
-                "start a new run"
             )
 
 

@@ -182,7 +182,7 @@ class CorpusFacts(TypedDict):
 
 
 class TokenizerFacts(TypedDict):
-    """The tokenizer of arms that are trained from scratch."""
+    """The tokenizer: of the base, or that of arms which are trained from scratch."""
 
     source: str
     vocab_size: int
@@ -249,7 +249,7 @@ class Facts(RunKind, total=False):
 
     model: ModelFacts
     corpus: CorpusFacts
-    tokenizer: TokenizerFacts  # from scratch
+    tokenizer: TokenizerFacts  # not in runs of an earlier preskip on a frozen base
     environment: Environment  # of the last attempt
     earlier_environments: list[Environment]  # others in which parts of the run may have been computed
     arms: dict[str, ArmFacts]  # in the order in which they are shown
