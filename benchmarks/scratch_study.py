@@ -7,8 +7,8 @@
 For each architecture `OUT/ARCH/rate-R` trains arms at one rate, seed 0, on a share of the tokens. The rates are 3e-3,
 its halves and doubles; an arm whose best has no worse one on either side is trained at the next beyond, too. Then
 `OUT/ARCH/study` trains all arms on all tokens, each at its best rate, and `OUT/ARCH/loss.svg` draws the loss against
-weights, training FLOPs and time (of trainings that had the machine to themselves: without --workers). A rate that
-diverges is the worst one; an arm that diverges at every rate is left out, and a line says so.
+weights, training FLOPs and, without --workers, time. A rate that diverges is the worst one; an arm that diverges at
+every rate is left out, and a line says so. `OUT/ARCH/rates.json` has the loss at each rate.
 
 Exit code: 0 when all is done, 3 when something is left to do, else that of the run that failed.
 """
@@ -32,15 +32,20 @@ from preskip.report.load import load_json
 from preskip.report.pictures import picture
 from preskip.report.plots.base import POINT, Record, chart, colour, shape, shown_arms, specification, value_axis
 from preskip.runs.directory import RunDirectory
-from preskip.runs.schema import Results
+from preskip.runs.files import write_json
+from preskip.runs.schema import MetricValue, Results
 
 ARMS = "base,base-wide,base-flops,canon-a,canon,value-residual,value-embed,nonlinear-q,gated-attention,preskip"
-ARMS += ",preskip+canon"
+ARMS += ",preskip+canon-a,base-wide+canon-a"
 CENTRE = 3e-3
 # Doubles of the centre that are tried on either side at most.
 FARTHEST = 4
+# Of every training: a development loss of 256 sequences, checkpoints every few minutes on two cores, short logs.
+EACH = {"--eval-blocks": "256", "--eval-steps": "100", "--log-steps": "10", "--save-steps": "100"}
+# Of the study: text of more than six speakers beside the few books, and `base-flops` may read on where the text ends.
+STUDY = {"--eval-documents": "100", "--eval-words": "1000", "--eval-corpora": "sotu:50x400"}
 COSTS = {
-    "non_embedding": "Weights without embeddings",
+    "parameters": "Weights",
     "training_flops": "Training FLOPs",
     "seconds": "Seconds of a training",
 }
@@ -70,7 +75,7 @@ def main() -> int:
 def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float | None) -> int:
     """The search and the study of one architecture; gives the exit code."""
     arms, tokens = options.arms.split(","), parse_tokens(options.tokens)
-    same = ["--arch", arch, "--corpus", options.corpus, *options.more]
+    same = ["--arch", arch, "--corpus", options.corpus, *unless_given(EACH, options.more), *options.more]
     losses: dict[str, dict[int, float]] = {arm: {} for arm in arms}
     for power in sorted(range(-FARTHEST, FARTHEST + 1), key=abs):
         waiting = [arm for arm in arms if is_open(losses[arm], power)]
@@ -90,15 +95,26 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
     if not arms:
         return 1
     rates = [part for arm in arms for part in ("--lr", f"{arm}={rate_of(best(losses[arm])):g}")]
-    whole = ["--tokens", str(tokens), "--seeds", options.seeds, "--arms", ",".join(arms), *rates]
+    write_json(folder / "rates.json", {arm: {f"{rate_of(power):g}": loss for power, loss in sorted(found.items())
+                                             if math.isfinite(loss)} for arm, found in losses.items()})  # fmt: skip
+    whole = ["--tokens", str(tokens), "--seeds", options.seeds, "--arms", ",".join(arms), *rates, "--repeat"]
+    whole += unless_given(STUDY, options.more)
+    if {"preskip", "base-wide"} <= set(arms) and not {"--primary", "--eval-corpora"} & set(options.more):
+        whole += ["--primary", "preskip:base-wide:sotu"]  # the held-out books are too few for a verdict
     if code := train(folder / "study", [*same, *whole], deadline):
         return code
     results = load_json(folder / "study" / "results.json")
-    (folder / "loss.svg").write_text(draw(results), encoding="utf-8")
-    print(f"{arch}, {folder / 'loss.svg'}\n\n{table(results, losses)}\n", flush=True)
+    alone = "--workers" not in options.more
+    (folder / "loss.svg").write_text(draw(results, timed=alone), encoding="utf-8")
+    print(f"{arch}, {folder / 'loss.svg'}\n\n{table(results, losses, timed=alone)}\n", flush=True)
     for note in results.get("notes", ()):
         print(note, flush=True)
     return 0
+
+
+def unless_given(defaults: Mapping[str, str], given: Sequence[str]) -> list[str]:
+    """The options that the command line does not give."""
+    return [part for flag, value in defaults.items() if flag not in given for part in (flag, value)]
 
 
 def rate_of(power: int) -> float:
@@ -112,10 +128,10 @@ def best(losses: Mapping[int, float]) -> int:
 
 
 def tried(losses: Mapping[int, float]) -> str:
-    """The rates that were tried, and which of them diverged."""
-    return ", ".join(
-        f"{rate_of(power):g}" + (" (diverged)" if math.isinf(losses[power]) else "") for power in sorted(losses)
-    )
+    """The rates that were tried, which of them diverged, and whether the best is the last that may be tried."""
+    rates = (f"{rate_of(power):g}" + (" (diverged)" if math.isinf(losses[power]) else "") for power in sorted(losses))
+    last = best(losses)
+    return ", ".join(rates) + (" (best at the end)" if abs(last) == FARTHEST and math.isfinite(losses[last]) else "")
 
 
 def is_open(losses: Mapping[int, float], power: int) -> bool:
@@ -150,7 +166,7 @@ def records(results: Results) -> list[Record]:
         rows.append(
             {
                 "arm": arm,
-                **{key: summary[key] for key in ("non_embedding", "training_flops", "learning_rate")},
+                **{key: summary[key] for key in ("parameters", "training_flops", "learning_rate")},
                 "seconds": None if speed is None else summary["tokens"] / speed,
                 "loss": statistics.fmean(losses),
                 "low": min(losses),
@@ -160,11 +176,13 @@ def records(results: Results) -> list[Record]:
     return rows
 
 
-def draw(results: Results) -> str:
-    """Loss against weights, FLOPs and time: means over seeds, lines from the lowest to the highest."""
+def draw(results: Results, *, timed: bool) -> str:
+    """Loss against weights, FLOPs and, where it was measured alone, time: means over seeds, lines from the lowest to
+    the highest.
+    """
     rows, arms = records(results), list(results["arms"])
     figures = []
-    for key, title in COSTS.items():
+    for key, title in list(COSTS.items())[: 3 if timed else 2]:
         x = alt.X(
             f"{key}:Q", title=title, scale=alt.Scale(zero=False, padding=12), axis=alt.Axis(format="~s", tickCount=5)
         )
@@ -173,26 +191,32 @@ def draw(results: Results) -> str:
         marks = base.mark_point(size=160, **POINT).encode(y=loss, shape=shape(arms, shown_arms(arms, rows, 110)))
         layers = [base.mark_rule(strokeWidth=2).encode(y=low, y2="high:Q"), marks]
         figures.append({"title": title, "spec": specification(layers, height=320)})
-    return picture(figures, columns=3, shared=True)
+    return picture(figures, columns=len(figures), shared=True)
 
 
-def table(results: Results, losses: Mapping[str, Mapping[int, float]]) -> str:
-    """The same in Markdown, the lowest loss first, with the rates that were tried."""
-    lines = [
-        "| arm | lr, of those tried | weights | PFLOP | seconds | loss, lowest to highest |",
-        "|---|---|---|---|---|---|",
-    ]
+def table(results: Results, losses: Mapping[str, Mapping[int, float]], *, timed: bool) -> str:
+    """The same in Markdown, the lowest loss first, with the rates that were tried and what held-out text takes."""
+    sets = [name for name, described in results["sets"].items() if described["kind"] == "document"]
+    headings = ["arm", "lr, of those tried", "weights", "PFLOP", "seconds", "loss, lowest to highest"]
+    headings += [f"{name}, bits per byte [95 %]" for name in sets]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for row in sorted(records(results), key=lambda row: row["loss"]):
         cells = (
             f"`{row['arm']}`",
             f"{row['learning_rate']:g} of {tried(losses[row['arm']])}",
-            f"{row['non_embedding']:,}",
+            f"{row['parameters']:,}",
             f"{row['training_flops'] / 1e15:.3g}",
-            "–" if row["seconds"] is None else f"{row['seconds']:.0f}",
+            f"{row['seconds']:.0f}" if timed and row["seconds"] is not None else "–",
             f"{row['loss']:.4f}, {row['low']:.4f} to {row['high']:.4f}",
+            *map(limits, (results["arms"][row["arm"]]["metrics"][name].get("bits_per_byte") for name in sets)),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def limits(found: MetricValue | None) -> str:
+    """A value and its interval."""
+    return "–" if found is None else f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from preskip.runs.files import write_json
+from preskip.runs.files import read_json, write_json
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # The power of two of 3e-3 at which each arm is best.
@@ -44,14 +44,15 @@ def commands(script, monkeypatch, diverging):
         value = {name: arguments[arguments.index(name) + 1] for name in ("--arms", "--out", "--seeds")}
         rates = [arguments[place + 1] for place, word in enumerate(arguments) if word == "--lr"]
         own = dict(rate.split("=") for rate in rates) if "=" in rates[0] else {}
-        found = {"schema_version": 2, "arms": {}, "curves": {}}
+        found = {"schema_version": 2, "arms": {}, "curves": {}, "sets": {"sotu": {"kind": "document"}}}
         for number, arm in enumerate(value["--arms"].split(",")):
             rate = float(own.get(arm, rates[0]))
             if rate >= diverging.get(arm, 1):
                 continue
             loss = abs(rate / script.rate_of(BEST[arm]) - 1)
             found["arms"][arm] = {"final_eval_loss": loss, "learning_rate": rate, "tokens": 1000}
-            found["arms"][arm] |= {"non_embedding": 10 + number, "training_flops": 1e9, "tokens_per_second": 100.0}
+            found["arms"][arm] |= {"metrics": {"sotu": {"bits_per_byte": {"value": 2, "low": 1.5, "high": 2.25}}}}
+            found["arms"][arm] |= {"parameters": 10 + number, "training_flops": 1e9, "tokens_per_second": 100.0}
             points = {seed: [{"eval_loss": loss + number + float(seed)}] for seed in value["--seeds"].split(",")}
             found["curves"][arm] = points
         Path(value["--out"]).mkdir(parents=True)
@@ -74,12 +75,14 @@ def run(script, monkeypatch, *arguments):
 
 def test_every_arm_is_tried_beyond_its_best_and_trained_at_it(script, commands, tmp_path, monkeypatch, capsys):
     pytest.importorskip("vl_convert")
-    options = ("--out", tmp_path, "--archs", "tiny", "--arms", ",".join(BEST), "--seeds", "1,2", "--", "--workers", "2")
+    options = ("--out", tmp_path, "--archs", "tiny", "--arms", ",".join(BEST), "--seeds", "1,2", "--", "--workers", "2",
+               "--eval-blocks", "512")  # fmt: skip
     assert run(script, monkeypatch, *options) == 0
     *searches, study = commands
     tried = {}
     for command in searches:
-        assert command[:7] == ["pretrain", "--arch", "tiny", "--corpus", "books", "--workers", "2"]
+        assert command[:5] == ["pretrain", "--arch", "tiny", "--corpus", "books"]
+        assert (command[command.index("--workers") + 1], command[command.index("--eval-blocks") + 1]) == ("2", "512")
         rate = float(command[command.index("--lr") + 1])
         for arm in command[command.index("--arms") + 1].split(","):
             tried.setdefault(arm, set()).add(rate)
@@ -90,8 +93,15 @@ def test_every_arm_is_tried_beyond_its_best_and_trained_at_it(script, commands, 
     assert study[study.index("--tokens") + 1] == "10000000"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in lines] == ["base", "canon", "preskip"]
-    assert lines[1].endswith("| 0.024 of 0.0015, 0.003, 0.006, 0.012, 0.024, 0.048 | 11 | 1e-06 | 10 | "
-                             "2.5000, 2.0000 to 3.0000 |")  # fmt: skip
+    # Beside another worker no time is a training's own.
+    assert lines[1].endswith("| 0.024 of 0.0015, 0.003, 0.006, 0.012, 0.024, 0.048 | 11 | 1e-06 | – | "
+                             "2.5000, 2.0000 to 3.0000 | 2.000 [1.500, 2.250] |")  # fmt: skip
+    assert study.count("--eval-blocks") == 1
+    assert study[study.index("--eval-corpora") + 1] == "sotu:50x400"
+    assert "--repeat" in study
+    assert "--primary" not in study  # without base-wide
+    assert read_json(tmp_path / "tiny" / "rates.json")["preskip"] == {
+        "0.00075": 0.5, "0.0015": 0.0, "0.003": 1.0, "0.006": 3.0}  # fmt: skip
     assert "<svg" in (tmp_path / "tiny" / "loss.svg").read_text()
     before = len(commands)
     assert run(script, monkeypatch, *options) == 0
@@ -126,3 +136,13 @@ def test_the_deadline_leaves_the_rest_for_the_next_call(script, commands, tmp_pa
     assert run(script, monkeypatch, "--out", tmp_path, "--archs", "tiny", "--minutes", "0") == script.LEFT_TO_DO
     assert commands == []
     assert "go on with the same command" in capsys.readouterr().out
+
+
+def test_the_primary_comparison_is_on_text_of_enough_speakers(script, commands, tmp_path, monkeypatch):
+    pytest.importorskip("vl_convert")
+    monkeypatch.setitem(BEST, "base-wide", 0)
+    options = ("--out", tmp_path, "--archs", "tiny", "--seeds", "1", "--arms", "base-wide,preskip")
+    assert run(script, monkeypatch, *options) == 0
+    *searches, study = commands
+    assert study[study.index("--primary") + 1] == "preskip:base-wide:sotu"
+    assert not any("--primary" in command for command in searches)  # some of them train other arms alone

@@ -8,7 +8,7 @@ from preskip.arms import REGISTRY, Arm
 from preskip.errors import PreskipError
 from preskip.evaluate.paper import COLUMNS
 from preskip.runs.schema import Declared, Family, SetFacts
-from preskip.runs.stored import PLAIN
+from preskip.runs.stored import PLAIN, UNTRAINED
 from preskip.stats import ALPHA, DEFAULT_MARGINS
 
 
@@ -23,8 +23,9 @@ def declare_family(
     25 standard errors.
 
     The primary comparison alone has level 1: against the first of the others that is trained as the reference is, on
-    the first in-domain set. Before it, with level 0, comes the reference against the plain model on that set: whether
-    it learned anything. All others have level 2.
+    the first in-domain set. Before it, with level 0, comes the reference against the untouched model on that set:
+    whether it learned anything. All others have level 2, from scratch that against the plain model, too, which is
+    trained as well as the reference is: a difference from it is a question, not a check.
 
     Args:
         arms: what is compared.
@@ -51,7 +52,7 @@ def declare_family(
     def level(other: str, name: str) -> int:
         if (other, name) == (against, text):
             return 1
-        return 0 if name == text and other in PLAIN else 2
+        return 0 if (other, name) == (UNTRAINED, text) else 2
 
     declared: list[Declared] = [
         {
