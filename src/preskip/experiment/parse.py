@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os.path
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from preskip.branch_settings import ATTENTION_LAYERS
@@ -27,7 +27,7 @@ def parse_corpora(text: str | Sequence[Any]) -> tuple[str, ...]:
     """Read a list of corpora separated by commas; a comma in the path of what exists does not separate."""
     if not isinstance(text, str):
         return parse_names(text)
-    return parse_names(_split(text, lambda name: Path(re.sub(r":\d+x\d+$", "", name)).exists()))
+    return parse_names(_split(text, lambda name: os.path.exists(re.sub(r":\d+x\d+$", "", name))))
 
 
 def _split(text: str, is_whole: Callable[[str], bool]) -> list[str]:

@@ -18,6 +18,7 @@ from preskip.analysis.depth import depth_profile
 from preskip.analysis.explain import Extent, Text, explain
 from preskip.analysis.explain.classes import CLASSES
 from preskip.analysis.explain.sums import interval, widened
+from preskip.analysis.explain.texts import given_texts
 from preskip.data.corpus import Document
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_windows, score_sequences
@@ -321,6 +322,12 @@ def test_given_texts_alone_count_where_there_are_no_others(tokenizer):
     found = explain(adapted_llama(), tokenizer, given, EXTENT)
     assert found["method"]["statistics"] == "given"
     assert found["layers"][0]["skip_to_attention"]["value"] > 0
+
+
+@pytest.mark.parametrize("length", [255, 256, 5000])
+def test_a_given_text_may_be_longer_than_a_name_of_a_file(length):
+    value = ("word " * length)[: length - 1] + "."
+    assert [text.text for text in given_texts([value])] == [value]
 
 
 def test_texts_of_one_group_count_as_one(tokenizer):

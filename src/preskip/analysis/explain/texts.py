@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def given_texts(given: Sequence[str]) -> list[Text]:
     texts = []
     for number, value in enumerate(given, 1):
         path = Path(value)
-        is_file = len(value) < 4096 and "\n" not in value and path.is_file()
+        is_file = os.path.isfile(value)  # Path.is_file raises for what is too long to be a name
         if not is_file and len(value.split()) == 1 and path.suffix in (".txt", ".md"):
             raise PreskipError(f"--text {value}: no such file")
         try:
