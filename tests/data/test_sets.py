@@ -93,6 +93,17 @@ def test_every_set_is_listed_and_errors_are_one_line(capsys, tmp_path, monkeypat
         assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["books", "books24", "hellaswag", "pydoc"])
+def test_what_is_here_and_cannot_be_fetched_is_left_as_it_is(name, tmp_path, capsys):
+    for file in BY_NAME[name].files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("mine")
+    assert run("--fetch", name, "--data-dir", str(tmp_path), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (next(row["here"] for row in shown["sets"] if row["name"] == name), shown["remarks"]) == (True, [])
+    assert all((tmp_path / file).read_text() == "mine" for file in BY_NAME[name].files)
+
+
 def test_the_data_directory_is_made_where_something_is_fetched(capsys, tmp_path, hub, monkeypatch):
     found = one_file(hub("copy", [{"text": "a"}]), rows=1)
     monkeypatch.setattr("preskip.data.sets.DATA_SETS", (found,))

