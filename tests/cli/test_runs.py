@@ -5,8 +5,9 @@ import re
 import pytest
 
 from preskip.cli.runs import default_out, kept_for_resuming
-from preskip.errors import PreskipError
+from preskip.errors import DivergedError, PreskipError
 from preskip.runs.attempt import new_run
+from preskip.runs.files import write_json
 
 
 @pytest.fixture
@@ -25,6 +26,14 @@ def test_what_was_computed_is_kept_and_the_way_to_finish_it_said(run, computed, 
         raise PreskipError("disk full")
     assert (run.path / computed).is_file()
     assert f"preskip probe --resume {run.path}" in capsys.readouterr().err
+
+
+def test_a_run_that_diverged_is_kept_and_not_to_be_finished(run, capsys):
+    write_json(run.path / "arms/none/seed-1/cell.json", {})
+    with pytest.raises(DivergedError), kept_for_resuming(run, "probe", is_new=True):
+        raise DivergedError("every training diverged: a run keeps its options, start a new one")
+    assert run.path.exists()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_new_run_in_which_nothing_was_computed_is_removed(run, capsys):

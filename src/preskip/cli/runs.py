@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 from preskip.cli.options import flag
-from preskip.errors import PreskipError
+from preskip.errors import DivergedError, PreskipError
 from preskip.experiment.option_file import load_options
 from preskip.experiment.parse import parse_seeds
 from preskip.experiment.presets import preset_options
@@ -194,7 +194,7 @@ def default_out(*names: str) -> Path:
 
 @contextmanager
 def kept_for_resuming(run: RunDirectory, command: str, *, is_new: bool) -> Iterator[None]:
-    """Where a run ends early, say how to finish it; a new one in which nothing was computed is removed.
+    """Where a run ends early, say how to finish it, unless it diverged; a new one without anything computed is removed.
 
     Args:
         run: its directory.
@@ -208,7 +208,8 @@ def kept_for_resuming(run: RunDirectory, command: str, *, is_new: bool) -> Itera
         raise
     except PreskipError as error:
         if any(any(run.path.glob(pattern)) for pattern in _COMPUTED):
-            _hint(run, command)
+            if not isinstance(error, DivergedError):  # with the same options it would diverge again
+                _hint(run, command)
             raise
         if is_new:
             shutil.rmtree(run.path)
