@@ -229,6 +229,16 @@ def test_columns(tmp_path, suffix, columns, wanted, expected):
     assert "\n" not in str(caught.value)
 
 
+def test_a_heading_that_is_a_question_is_the_column_that_is_asked_for(tmp_path):
+    path = tmp_path / "survey.csv"
+    path.write_text("Time,What did you like about it?\n9:00,The food.\n9:05,All of it.\n")
+    question = "What did you like about it?"
+    assert [text for _, text in found(path, text_column=question)] == ["The food.", "All of it."]
+    for wanted in (None, "text"):
+        with pytest.raises(PreskipError, match=r"if it is a name, rename the column, or name .* with --text-column"):
+            load_corpus(str(path), text_column=wanted, progress=False)
+
+
 def test_a_column_of_jsonl(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "one", "id": "x"}\n')

@@ -45,8 +45,12 @@ def without_form(name: str) -> str:
     return str(Path(name[:-3] if name.lower().endswith(".gz") else name).with_suffix(""))
 
 
-def rows_of(path: Path) -> Iterator[Entry]:
+def rows_of(path: Path, text_column: str | None = None) -> Iterator[Entry]:
     """The rows of a file; they are read as they are asked for, except those of JSON that is no JSON lines.
+
+    Args:
+        path: the file.
+        text_column: asked for; the first line of a CSV that holds it is the header, whatever else it looks like.
 
     Raises:
         PreskipError: a row is not of the file's form; its line is named. What libraries raise for a damaged file
@@ -61,7 +65,7 @@ def rows_of(path: Path) -> Iterator[Entry]:
                 yield from _json_rows(path, file.read())
         case "csv":
             with open_text(path) as lines:
-                yield from _csv_rows(path, lines)
+                yield from _csv_rows(path, lines, text_column)
         case kind:
             yield from _table_rows(path, str(kind))
 
@@ -162,7 +166,7 @@ def _object(path: Path, number: int, values: Any, place: str) -> Entry:
     return Entry(number, values, place)
 
 
-def _csv_rows(path: Path, lines: io.TextIOWrapper) -> Iterator[Entry]:
+def _csv_rows(path: Path, lines: io.TextIOWrapper, text_column: str | None) -> Iterator[Entry]:
     """The rows of a CSV with a header. It is parsed by its header's separator; a ragged row is refused."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than the library's 128 KiB
     first = next(lines, "")
@@ -189,7 +193,7 @@ def _csv_rows(path: Path, lines: io.TextIOWrapper) -> Iterator[Entry]:
         if not row:
             continue
         if names is None:
-            names = _header(path, row)
+            names = _header(path, row, text_column)
             continue
         if len(row) != len(names):
             raise PreskipError(
@@ -203,16 +207,17 @@ def _csv_rows(path: Path, lines: io.TextIOWrapper) -> Iterator[Entry]:
         count += 1
 
 
-def _header(path: Path, row: list[str]) -> list[str]:
+def _header(path: Path, row: list[str], text_column: str | None) -> list[str]:
     names = [name.strip() for name in row]
     filled = [name for name in names if name]
     if twice := next((name for name in filled if filled.count(name) > 1), None):
         raise PreskipError(f"corpus file {path}: two columns are named {twice!r}: give every column a name of its own")
-    if "text" not in filled and (not filled or any(_is_value(name) for name in filled)):
+    if not {"text", text_column} & set(filled) and (not filled or any(_is_value(name) for name in filled)):
         shown = next((name for name in filled if _is_value(name)), "")
         raise PreskipError(
             f"corpus file {path}: its first line names no columns ({shown[:40]!r} looks like a value): put a line with "
-            "names, such as text, on top"
+            "names, such as text, on top; if it is a name, rename the column, or name the column of text with "
+            "--text-column"
         )
     return names
 

@@ -231,7 +231,7 @@ def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[Entry]:
 def _file_texts(scan: Scan, path: Path, prefix: str) -> Generator[Row, None, None]:
     kind = str(format_of(path))
     with explained(lambda error: f"corpus file {path} {_explain_file(error, 'json' if kind == 'jsonl' else kind)}"):
-        yield from scan.texts(f"corpus file {path}", prefix, rows_of(path), is_csv=kind == "csv")
+        yield from scan.texts(f"corpus file {path}", prefix, rows_of(path, scan.column), is_csv=kind == "csv")
 
 
 def _gather(
