@@ -259,7 +259,10 @@ def test_target_modules_choose_the_same_layers_for_both_arms(probe, tmp_path):
         (["--primary", "preskip:lora:books"], "--primary: 'books' is not compared: choose one of corpus, last_word"),
         (["--tasks", "lambada_openaj"], "lambada_openai"),
         (["--tasks", "own", "--include-path", "nowhere"], "nowhere: no such folder"),
-        (["--tasks", "lambada_openai", "--task-limit", "0"], "--task-limit 0"),
+        (
+            ["--tasks", "lambada_openai", "--task-limit", "1"],
+            "--task-limit 1 is not possible: an interval takes at least 2 items",
+        ),
         (["--eval-corpora", "pydoc:1x9"], "is too small"),
         (["--eval-corpora", "nothing"], "unknown corpus 'nothing'"),
         (["--corpus", "books", "--data-dir", "/nowhere"], "folder /nowhere does not exist"),

@@ -6,7 +6,7 @@ import torch
 
 from preskip.experiment.cell import opened
 from preskip.experiment.outlook import TRAINING, Outlook, measured_token, outlook
-from preskip.experiment.run import finish_run, start_run
+from preskip.experiment.run import _say_power, finish_run, start_run
 from small_probe import small_probe
 
 
@@ -82,3 +82,9 @@ def test_a_step_that_cannot_be_measured_does_not_end_the_run(tmp_path, capsys, m
     results = finish_run(start_run(small_probe(tmp_path, last_word_items=0, lr_mode="default"), tmp_path / "run", []))
     assert list(results["arms"]) == ["none", "preskip"]
     assert "by one measured step" not in capsys.readouterr().err
+
+
+def test_a_set_of_one_item_has_no_outlook_and_ends_nothing(capsys):
+    one = {"set": "own", "metric": "acc", "arm": "preskip", "reference": "none"}
+    _say_power({"sets": {"own": {"kind": "item", "items": 1}}, "seeds": [1], "family": {"declared": [one]}})
+    assert capsys.readouterr().err.startswith("What this run can detect is unknown: 1 units are too few")

@@ -100,7 +100,13 @@ class ProbeConfig(ExperimentConfig):
     tasks: tuple[str, ...] = option(
         (), "lm-eval tasks, separated by commas, e.g. lambada_openai,arc_easy.", EVALUATION, read=parse_names
     )
-    task_limit: int | None = option(None, "Items per task, a fixed random sample. Default: all.", EVALUATION, least=1)
+    task_limit: int | None = option(
+        None,
+        "Items per task, a fixed random sample. Default: all.",
+        EVALUATION,
+        least=2,
+        allowed="an interval takes at least 2 items",
+    )
     task_settings: TaskSettings = option(TaskSettings(), parts=TaskSettings)
     nulls: tuple[str, ...] = option((), "Controls of the depth picture: noise,shuffled.", EVALUATION, read=parse_names)
     equal_step: bool = option(False, "Train preskip once more with equal steps per layer.", EVALUATION)

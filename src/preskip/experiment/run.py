@@ -316,7 +316,12 @@ def _say_power(facts: Facts) -> None:
     """What this run will be able to tell, before it costs anything."""
     said: dict[str, str] = {}
     equal: list[float] = []
-    for entry in planned_power(facts["sets"], len(facts["seeds"]), facts["family"]):
+    try:
+        entries = planned_power(facts["sets"], len(facts["seeds"]), facts["family"])
+    except PreskipError as error:  # as of a task of one item: what is only said must not end the run
+        say(f"What this run can detect is unknown: {error}")
+        return
+    for entry in entries:
         about = metric_named(entry["metric"])
         size = f"{about.factor * entry['resolvable']:.{about.decimals}f}{about.difference_unit or f' {about.phrase}'}"
         if about.is_accuracy and entry["resolvable"] >= 1:
