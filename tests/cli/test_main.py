@@ -37,6 +37,7 @@ from tiny_model import save_tiny_llama, write_corpus
             ["probe", "--resume", "x", "--config", "y"],
             "--resume takes every option but --seeds from the run: leave out config",
         ),
+        (["probe", "--resume", "x", "--out", "y", "--steps", "3"], "but --seeds from the run: leave out out, steps"),
     ],
 )
 def test_a_mistake_is_one_line_with_its_mend(arguments, message, capsys):

@@ -95,9 +95,9 @@ def make_run(
     if not is_main():
         _follow(course, given, config, resume)
         return
-    if resume is not None and (given.keys() - {"seeds"} or config):
-        names = sorted([*(given.keys() - {"seeds"}), *(["config"] if config else [])])
-        raise PreskipError(f"--resume takes every option but --seeds from the run: leave out {', '.join(names)}")
+    refused = sorted({*given, *(["config"] if config else []), *(["out"] if out else [])} - {"seeds"})
+    if resume is not None and refused:
+        raise PreskipError(f"--resume takes every option but --seeds from the run: leave out {', '.join(refused)}")
     check_executor(course.executor, course.ray_address)
     from preskip.experiment.preflight import check_experiment, check_place
     from preskip.progress import quiet_libraries, say, spinner
