@@ -90,7 +90,7 @@ def interruptible(arguments: Sequence[str], deadline: float | None) -> int | Non
     try:
         return process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # SIGINT is ignored by a child of a shell's `... &`
         process.wait()
         return None
 

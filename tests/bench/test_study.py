@@ -47,8 +47,8 @@ class Process:
             (run / "run.json").write_text(json.dumps({**record, **seeds, "status": "finished"}))
         return 0
 
-    def send_signal(self, number):
-        self.signals.append(number)
+    def terminate(self):
+        self.signals.append(signal.SIGTERM)
 
 
 def run(script, monkeypatch, *arguments):
@@ -80,7 +80,7 @@ def test_every_model_and_corpus_then_one_estimate(script, tmp_path, monkeypatch)
 def test_the_deadline_interrupts_and_the_next_call_resumes(script, tmp_path, monkeypatch):
     monkeypatch.setattr(Process, "endless", True)
     code, commands, started = run(script, monkeypatch, "--out", tmp_path, "--corpora", "wikitext2", "--minutes", "0")
-    assert (code, len(commands), started[0].signals) == (3, 1, [signal.SIGINT])
+    assert (code, len(commands), started[0].signals) == (3, 1, [signal.SIGTERM])
     assert (tmp_path / "smollm2-wikitext2" / "run.json").is_file()
     monkeypatch.setattr(Process, "endless", False)
     code, commands, _ = run(script, monkeypatch, "--out", tmp_path, "--corpora", "wikitext2", "--", "--steps", "9")
