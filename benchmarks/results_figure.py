@@ -33,7 +33,7 @@ def _tested(results: Results, home: str, abroad: str) -> list[dict]:
 
 
 def draw(runs: Sequence[Results]) -> str:
-    """The figure as SVG: a row of panels for each run's results.json."""
+    """The figure as SVG: a row of panels for each run's results.json, or one row where each run has one panel."""
     figures = [
         {
             "title": f"trained on {set_label(results['sets'], home)}",
@@ -42,7 +42,8 @@ def draw(runs: Sequence[Results]) -> str:
         for results in runs
         for home, abroad in planes(results)
     ]
-    return picture(figures, columns=len(planes(runs[0])), height=300, shared=True)
+    columns = len(planes(runs[0]))
+    return picture(figures, columns=columns if columns > 1 else len(figures), height=300, shared=True)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The tables of docs/confirmatory.md and docs/standard-runs.md are those of the stored runs."""
+"""The tables of the pages of results are those of the stored runs."""
 
 import importlib.util
 import json
@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"standard": "standard-runs.md", "confirmatory": "confirmatory.md"}
-RUNS = sorted(path for kind in PAGES for path in ROOT.glob(f"results/{kind}-*/results.json"))
+PAGES = {
+    "standard-wikitext2": "standard-runs.md",
+    "standard-books": "standard-runs.md",
+    "confirmatory-smollm2-wikitext2": "confirmatory.md",
+}
 
 
 def script(name):
@@ -19,16 +22,22 @@ def script(name):
     return module
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.parent.name)
-def test_tables_are_those_of_the_stored_results(path):
-    kind = path.parent.name.partition("-")[0]
-    page = (ROOT / "docs" / PAGES[kind]).read_text(encoding="utf-8")
-    options = json.loads((path.parent / "run.json").read_text())["config"]
-    found = list(script("results_tables").tables(json.loads(path.read_text()), options))
-    assert len(found) == (7 if kind == "confirmatory" else 6)
+def test_every_stored_comparison_has_a_page():
+    found = {
+        path.parent.name for kind in ("standard", "confirmatory") for path in ROOT.glob(f"results/{kind}-*/run.json")
+    }
+    assert found == set(PAGES)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_tables_are_those_of_the_stored_results(name):
+    page = (ROOT / "docs" / PAGES[name]).read_text(encoding="utf-8")
+    results, manifest = (json.loads((ROOT / f"results/{name}/{kind}.json").read_text()) for kind in ("results", "run"))
+    found = list(script("results_tables").tables(results, manifest["config"]))
+    assert len(found) == (7 if name.startswith("confirmatory") else 6)
     for heading, table in found:
         assert len(table.splitlines()) > 2
-        assert table in page, f"{heading} of {path.parent.name}: run benchmarks/results_tables.py again"
+        assert table in page, f"{heading} of {name}: run benchmarks/results_tables.py again"
 
 
 def test_the_picture_is_that_of_the_stored_results():
@@ -47,12 +56,12 @@ def test_the_picture_is_that_of_the_stored_results():
     assert found["lambada_openai"] == pytest.approx((-0.96, -6.8, 4.9), abs=0.1)
 
 
-def test_the_picture_at_equal_harm_is_that_of_the_stored_search():
+@pytest.mark.parametrize("name", [name for name in PAGES if name.startswith("confirmatory")])
+def test_the_picture_at_equal_harm_is_that_of_the_stored_search(name):
     pytest.importorskip("vl_convert")
-    run = ROOT / "results/confirmatory-smollm2-wikitext2"
-    results = json.loads((run / "results.json").read_text())
+    results = json.loads((ROOT / f"results/{name}/results.json").read_text())
     figure = script("equal_harm_figure")
-    stored = (ROOT / "docs" / "confirmatory-equal-harm.svg").read_text(encoding="utf-8")
+    stored = (ROOT / "docs" / PAGES[name].replace(".md", "-equal-harm.svg")).read_text(encoding="utf-8")
     assert drawn(figure.draw(results, 0.01))[1] == drawn(stored)[1]
     gains = {row["arm"]: row["gain"] for row in figure.records(results, [0.01])}
     tables = dict(script("results_tables").tables(results, {"lr_rule": "frontier", "lr_harm": 0.01}))
