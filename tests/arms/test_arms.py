@@ -295,6 +295,10 @@ def test_counted_sizes():
     assert counts["skip"] == (4 * 64**2, 2 * 4 * 64**2)
     assert counts["layernorm"] == (9 * 64, 0)
     assert counts["ia3"] == (4 * (32 + 32 + 64), 4 * (32 + 32 + 64))
+    lone = replace(context_for(base), match="none", lora_ranks={"lora-attention": 1})
+    with insert(ARMS["lora-attention"], lone, seed=0) as inserted:  # matrices of one row or column are matrices
+        size = 4 * (2 * (64 + 64) + 2 * (64 + 32))
+        assert (inserted.parameters, inserted.flops_per_token) == (size, 2 * size)
     assert counts["full"] == (sum(p.numel() for p in base.parameters()), 0)
     assert counts["preskip-late-narrow"] == (int(3.5 * 64**2), (7 * 64**2))
     assert counts["preskip-third-narrow"] == counts["preskip-late-narrow"]  # one of four layers, either way

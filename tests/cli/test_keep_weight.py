@@ -55,4 +55,4 @@ def test_the_text_to_keep_is_of_training_documents_alone(tmp_path, monkeypatch):
     assert [document.id for document in documents] == [document.id for document in other.training]
     scored = {document.id for document in (*other.heldout, *other.development)}
     assert not scored & {document.id for document in documents}
-    assert more["limit_tokens"] == 8 * 16  # 30 sequences, every fourth
+    assert more["limit_tokens"] == 10 * 16  # two of the six of each step

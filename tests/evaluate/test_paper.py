@@ -215,7 +215,7 @@ def test_rows_come_from_the_data_directory(tmp_path):
     write_rows(
         tmp_path,
         "hellaswag/hellaswag_val_1000_olmes.jsonl",
-        [{"ind": 7, "query": "Sailing: The wind fell.", "choices": ["a", "b", "c", "d"], "gold": 2}],
+        [{"ind": 7, "query": "Sailing: The wind fell.", "choices": ["a", " b", "c", "d"], "gold": 2}],
     )
     row = {"id": "q", "question": "Why?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
     write_rows(tmp_path, "arc_easy/arc_easy_validation.jsonl", [row])

@@ -29,9 +29,34 @@ def test_texts_of_the_training_corpus_are_left_out_of_other_sets(tmp_path, capsy
     assert held & texts["training"] == set()
     assert {document.text for document in beside.splits.development} & texts["training"] == set()
     assert {document.text for document in beside.splits.training} & scored == set()
+    assert held & {document.text for document in home.splits.development} == set()
     assert sum(text.startswith("Other") for text in held) + len(held & texts["heldout"]) == len(held)
     left_out = 16 - len(held)  # of 80 a fifth is held out
     assert left_out > 0
     assert f"other.jsonl: {left_out} held-out documents are left out, they are trained on" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+def test_sets_beside_the_training_corpus_are_kept_apart_from_each_other_and_from_its_held_out_texts(tmp_path):
+    """No rate is chosen on what any corpus holds out; what `--keep-weight` reads is neither scored nor chosen on."""
+    pool = [f"Shared text {place}." for place in range(60)]
+    own = write(tmp_path / "own.jsonl", [*pool[:20], *(f"Own text {place}." for place in range(40))], "d")
+    first, second = (
+        write(tmp_path / f"{name}.jsonl", pool[::step], name) for name, step in (("first", 1), ("second", -1))
+    )
+    for seed in range(3):
+        given = {"corpus": str(own), "eval_corpora": (str(first), str(second)), "split_seed": seed}
+        corpora = load_corpora(ProbeConfig(**given, arms=("none", "preskip")), tmp_path, quiet=True)
+        texts = [
+            {
+                part: {document.text for document in getattr(one.splits, part)}
+                for part in ("training", "development", "heldout")
+            }
+            for one in corpora
+        ]
+        final = set.union(*(one["heldout"] for one in texts))
+        chosen = set.union(*(one["development"] for one in texts))
+        assert final & chosen == set()
+        assert all(one["training"] & (final | chosen) == set() for one in texts)
+        assert all(one["heldout"] for one in texts)

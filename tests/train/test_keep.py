@@ -63,7 +63,7 @@ def test_the_divergence_is_that_of_the_base_from_the_arm():
 
 
 def test_every_fourth_sequence_brings_one_of_the_other_text_and_each_step_at_least_one():
-    for batch_size, places in ((8, [0, 4]), (6, [0, 4]), (2, [0, 2, 4, 6]), (1, list(range(8)))):
+    for batch_size, places in ((8, [0, 4]), (6, [0, 4, 6]), (2, [0, 2, 4, 6]), (1, list(range(8)))):
         data = KeepDataset(BLOCKS, 8, 3, other=OTHER, batch_size=batch_size)
         brings = [index for index in range(8) if data[index]["kept_ids"][0] >= 0]
         assert brings == places
@@ -71,6 +71,10 @@ def test_every_fourth_sequence_brings_one_of_the_other_text_and_each_step_at_lea
         assert all(any((row.numpy() == block).all() for block in OTHER) for row in kept)
         assert all((data[index]["kept_ids"] == -1).all() for index in set(range(8)) - {*places})
     assert len({tuple(data[index]["kept_ids"].tolist()) for index in range(5)}) == 5  # each block once per pass
+    # Every step has as many: two of 6 in each of four steps.
+    data = KeepDataset(BLOCKS, 24, 3, other=OTHER, batch_size=6)
+    brings = [int(data[index]["kept_ids"][0] >= 0) for index in range(24)]
+    assert [sum(brings[first : first + 6]) for first in range(0, 24, 6)] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("arm", WAYS)

@@ -74,7 +74,7 @@ class Inserted:
             beside |= {id(weight) for weight in (*layer.hira_A.values(), *layer.hira_B.values())}
         for name, weight in self.trainable.items():
             if name not in self.own and "ln_tuning_layers" not in name and id(weight) not in beside:
-                added += (2 if weight.dim() > 1 and min(weight.shape) > 1 else 1) * weight.numel()
+                added += (1 if weight.dim() == 1 or "ia3_l" in name else 2) * weight.numel()
         return added
 
     @contextmanager

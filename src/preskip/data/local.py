@@ -177,6 +177,9 @@ def _arc(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+CUE = "[step]"
+
+
 def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
     """Rows that lm-eval's `process_docs` turns into the published sample, which holds what it makes of the raw rows.
 
@@ -188,7 +191,7 @@ def _hellaswag(row: dict[str, Any]) -> dict[str, Any]:
         "activity_label": label,
         "ctx_a": context,
         "ctx_b": "",
-        "endings": ["[step]" + choice if choice.startswith(" ") else choice for choice in row["choices"]],
+        "endings": [CUE + choice if choice.startswith(" ") else choice for choice in row["choices"]],
         "label": str(row["gold"]),
     }
 

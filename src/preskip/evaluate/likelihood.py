@@ -88,8 +88,9 @@ def score_sequences(
     Args:
         model: a causal language model in evaluation mode, also a PEFT model.
         sequences: what to score.
-        batch_tokens: upper bound of padded tokens per forward pass; it does not change the scores. None takes 512 on a
-            processor, whose caches hold that, and 4,096 elsewhere.
+        batch_tokens: upper bound of padded tokens per forward pass; it does not change the scores, but of a model whose
+            positions are scaled by the longest row of a batch (LongRoPE) beyond its original context. None takes 512 on
+            a processor, whose caches hold that, and 4,096 elsewhere.
         advance: progress, called as advance(done sequences, note).
         keep_failed: give a sequence whose log-likelihood is not finite a score of NaN, unless all are so.
 

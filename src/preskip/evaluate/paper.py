@@ -34,7 +34,7 @@ from torch import nn
 from preskip.assets import file_sha256
 from preskip.data.blocks import Window
 from preskip.data.corpus import Document
-from preskip.data.local import data_directory, load_local
+from preskip.data.local import CUE, data_directory, load_local
 from preskip.data.rows import read_text
 from preskip.data.wikitext import page_title
 from preskip.errors import PreskipError, explained, one_line
@@ -274,7 +274,10 @@ def _task_rows(task: str, directory: Path | None, count: int, hub: _Hub) -> _Row
     if local is None or split not in local.splits:
         return _hub_rows(hub, count)
     title = local.name if task != "arc_easy" else title  # the local set is named for its test split
-    return local.splits[split][:count], {"title": title, "source": ", ".join(local.files), "sha256": local.sha256}
+    rows = local.splits[split][:count]
+    if task == "hellaswag":  # the cue that stands in for the published sample's is for lm-eval to remove
+        rows = [{**row, "endings": [text.removeprefix(CUE).strip() for text in row["endings"]]} for row in rows]
+    return rows, {"title": title, "source": ", ".join(local.files), "sha256": local.sha256}
 
 
 def _wikitext_rows(directory: Path | None, count: int) -> _Rows:

@@ -40,7 +40,7 @@ from preskip.runs.files import clear_disk_errors, sync_tree
 from preskip.runs.schema import AblationRow, ArmFacts, Facts, StepRow
 from preskip.train.distributed import Crew
 from preskip.train.frozen import TrainingSettings, train_frozen
-from preskip.train.keep import Keep, every
+from preskip.train.keep import Keep, kept_per_step
 
 # Words of each document on which layers are switched off: two passes per layer are costly.
 ABLATION_WORDS = 60
@@ -277,7 +277,7 @@ def _kept_blocks(
         raise PreskipError(
             "--keep-weight needs text out of domain: give --eval-corpora another corpus than the one trained on"
         )
-    rows = -(-config.steps * config.batch_size // every(config.batch_size))
+    rows = config.steps * kept_per_step(config.batch_size)
 
     @lru_cache(maxsize=2)
     def blocks_of(seed: int) -> np.ndarray:

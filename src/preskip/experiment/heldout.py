@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -164,23 +164,40 @@ def load_corpora(
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise PreskipError(f"two evaluation sets are named {twice!r}: rename a file, or leave one out")
-    return [scored[0], *(_apart(other, scored[0].splits, quiet) for other in scored[1:])]
+    return _apart(scored, quiet)
 
 
-def _apart(other: Scored, home: Splits, quiet: bool) -> Scored:
-    """A set without texts of the training corpus: none that is trained on is scored, nor any that is scored trained on.
+def _apart(scored: Sequence[Scored], quiet: bool) -> list[Scored]:
+    """The corpora without the documents that another uses otherwise: `books24` holds out books that `books` trains on.
 
-    `books24` holds out books that `books` trains on.
+    The first corpus stays as it is. Nothing that it trains or chooses rates on is held out of another, no rate is
+    chosen on what is held out of any, and no other corpus's training text, which `--keep-weight` reads, is scored or
+    chosen on. Documents are told by their whole text: the same passage cut elsewhere is another document.
     """
-    trained = {document.text for document in home.training}
-    scored = {document.text for document in (*home.development, *home.heldout)}
+    home, *others = scored
+    trained = _texts(home.splits.training)
+    used = trained | _texts(home.splits.development)
+    held = [other._replace(splits=_without(other.splits, heldout=used)) for other in others]
+    for before, after in zip(others, held, strict=True):
+        if left_out := len(before.splits.heldout) - len(after.splits.heldout):
+            say(f"{after.splits.name}: {left_out} held-out documents are left out, they are trained on", quiet=quiet)
+    final = set[str]().union(*(_texts(one.splits.heldout) for one in (home, *held)))
+    chosen = [other._replace(splits=_without(other.splits, development=final | trained)) for other in held]
+    unread = final.union(*(_texts(one.splits.development) for one in (home, *chosen)))
+    return [home, *(other._replace(splits=_without(other.splits, training=unread)) for other in chosen)]
+
+
+def _texts(documents: Iterable[Document]) -> set[str]:
+    return {document.text for document in documents}
+
+
+def _without(splits: Splits, **texts: Collection[str]) -> Splits:
+    """The splits without documents of these texts, by part."""
     parts: dict[str, Any] = {
-        part: [document for document in getattr(other.splits, part) if document.text not in texts]
-        for part, texts in (("training", scored), ("development", trained), ("heldout", trained))
+        part: [document for document in getattr(splits, part) if document.text not in left_out]
+        for part, left_out in texts.items()
     }
-    if left_out := len(other.splits.heldout) - len(parts["heldout"]):
-        say(f"{other.splits.name}: {left_out} held-out documents are left out, they are trained on", quiet=quiet)
-    return other._replace(splits=replace(other.splits, **parts))
+    return replace(splits, **parts)
 
 
 def require(config: Config, part: str, documents: Sequence[Document], least: int) -> None:

@@ -14,7 +14,7 @@ from preskip.experiment.prepared import Prepared
 from preskip.experiment.scratch import Scratch
 from preskip.experiment.search import GRID, RUNGS, searched_seeds
 from preskip.progress import about
-from preskip.train.keep import every
+from preskip.train.keep import kept_per_step
 
 # Work is counted in tokens that are read once; training reads each and goes back through twice the arithmetic.
 TRAINING = 3
@@ -66,7 +66,7 @@ def outlook(prepared: Prepared, cells: Sequence[tuple[str, int]], token_seconds:
         plan = prepared.plans[arm] if isinstance(prepared, Scratch) else None
         if plan:
             return TRAINING * plan.tokens
-        kept = (TRAINING + 1) / every(config.batch_size) if config.keep_weight else 0
+        kept = (TRAINING + 1) * kept_per_step(config.batch_size) / config.batch_size if config.keep_weight else 0
         return (TRAINING + kept) * config.steps * config.batch_size * config.seq_len
 
     work: dict[str, list[float]] = {"cell": [training(arm) + scored for arm, _ in cells]}

@@ -25,7 +25,7 @@ from preskip.runs.directory import RunDirectory
 from preskip.runs.environment import hardware_name, version_of
 from preskip.runs.schema import ReuseFacts
 from preskip.train.distributed import uses_fsdp
-from preskip.train.keep import every
+from preskip.train.keep import kept_per_step
 from preskip.train.kept_states import KeptStates
 from preskip.train.prefix import FrozenPrefix, Passes
 
@@ -130,7 +130,8 @@ class Reuse:
         """Bytes of the states by what they are kept for."""
         config = self.config
         per_token = self.base.config.get_text_config().hidden_size * getattr(torch, config.dtype).itemsize
-        kept = 1 / every(config.batch_size) if config.keep_weight else 0  # read twice: by the base and by the arm
+        # Read twice: by the base and by the arm.
+        kept = kept_per_step(config.batch_size) / config.batch_size if config.keep_weight else 0
         orders = len(config.seeds) * (1 + any(map(config.is_tuned, config.arms)))
         tokens: dict[Way, int] = {
             "training": round(orders * config.steps * config.batch_size * config.seq_len * (1 + 2 * kept)),

@@ -59,9 +59,9 @@ class Keep:
         return total / tokens if tokens else 0.0
 
 
-def every(batch_size: int) -> int:
-    """Every how many-th sequence of training brings one of the other text: one or more in each optimiser step."""
-    return min(EVERY, batch_size)
+def kept_per_step(batch_size: int) -> int:
+    """How many sequences of an optimiser step bring one of the other text: each fourth, the first among them."""
+    return -(-batch_size // EVERY)
 
 
 class KeepDataset(BlockDataset):
@@ -75,13 +75,14 @@ class KeepDataset(BlockDataset):
 
     def __init__(self, *args: Any, other: np.ndarray, batch_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.every = every(batch_size)
-        self.other = BlockDataset(other, -(-len(self) // self.every), self.seed)
+        self.batch_size, self.kept = batch_size, kept_per_step(batch_size)
+        self.other = BlockDataset(other, -(-len(self) // batch_size) * self.kept, self.seed)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = super().__getitem__(index)
-        brings = index % self.every == 0
-        kept = self.other[index // self.every]["input_ids"] if brings else torch.full_like(row["input_ids"], -1)
+        step, place = divmod(index, self.batch_size)
+        number, odd = divmod(place, EVERY)
+        kept = torch.full_like(row["input_ids"], -1) if odd else self.other[step * self.kept + number]["input_ids"]
         return {**row, "kept_ids": kept}
 
 
@@ -90,7 +91,7 @@ class KeepTrainer(ResumableTrainer):
 
     def __init__(self, *args: Any, keep: Keep, batch_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.keep, self.rows_per_step = keep, batch_size / every(batch_size)
+        self.keep, self.rows_per_step = keep, kept_per_step(batch_size)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
