@@ -107,6 +107,12 @@ def cast_once(linear: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> to
     return cast
 
 
+def cast_of(linear: nn.Module) -> torch.Tensor | None:
+    """The copy that `cast_once` keeps beside a layer, or None."""
+    held: _Cast | None = linear.__dict__.get(_CAST)
+    return None if held is None or held.made is None else held.made[2]
+
+
 def version_of(weight: torch.Tensor) -> tuple[Any, ...]:
     """What tells a weight from itself before it was changed, moved or given other storage, but for `forget`'s case."""
     return weight.data_ptr(), weight.device, weight._version, _steps

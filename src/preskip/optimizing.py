@@ -27,7 +27,7 @@ from preskip.attach import (
 )
 from preskip.branch import FUNCTIONS, PreskipBranch
 from preskip.branch_settings import BranchSettings
-from preskip.casting import cast_once, is_autocast, is_transformed, version_of
+from preskip.casting import cast_of, cast_once, is_autocast, is_transformed, version_of
 from preskip.quantizing import Int8Linear, PaddedInt8
 
 _PLAN = "preskip_plan"
@@ -92,6 +92,20 @@ def optimize(model: nn.Module) -> Optimized:
         branch.hook_handles = [_InForward(attention)]  # type: ignore[assignment]
         changed.append((attention, branch))
     return Optimized(changed)
+
+
+def copies(model: nn.Module) -> list[torch.Tensor]:
+    """Copies of its branches' weights that a model keeps to compute with, optimised or not: cast, packed, padded."""
+    found: list[torch.Tensor | None] = []
+    for module in model.modules():
+        found.append(cast_of(module))
+        plan: _Plan = module.__dict__.get(_PLAN) or _Plan()
+        for product in plan.products.values():
+            if isinstance(product, PaddedInt8):
+                found += [product.weight, product.scale]
+            elif isinstance(product, _Matrix):
+                found.append(product.packed)
+    return [tensor for tensor in found if tensor is not None]
 
 
 class _InForward:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from commands import preskip
-from preskip import PreskipError
+from preskip import PreskipError, optimizing
 from preskip.bench import models, run
 from preskip.bench.counts import Limits
 from preskip.bench.models import random_base
@@ -98,6 +98,22 @@ def test_a_branch_leaves_the_cache_as_it_is_and_adds_these_operations(found):
         assert rows[name]["operations"] - rows["base"]["operations"] == 3 * 6
     assert rows["lora-merged"]["operations"] == rows["base"]["operations"]
     assert rows["lora"]["operations"] - rows["base"]["operations"] >= 3 * 4 * 4  # four layers: A, B, scale, sum
+
+
+def test_peak_memory_has_the_copies_of_the_branches(found):
+    """Beside a bfloat16 base the adapter keeps a cast one, the optimised adapter a packed one, too."""
+    branch = 3 * int(3.5 * 64**2)
+    rows = next(work for work in found["work"] if work["work"] == "decode")["rows"]
+    base = rows["base"]["peak_bytes"]
+    packed = optimizing._packs_bfloat16()
+    activations = 2_000  # of a branch, about as much in every row
+    assert rows["baked"]["peak_bytes"] - base == pytest.approx(2 * branch, abs=activations)
+    assert rows["adapter"]["peak_bytes"] - base == pytest.approx((4 + 2) * branch, abs=activations)
+    assert rows["optimized"]["peak_bytes"] - base == pytest.approx((4 + 2 + 2 * packed) * branch, abs=activations)
+    # The inner width of 80 is padded to 128, and every output has a scale.
+    padded = 3 * (2 * 128 * 64 + 64**2)
+    scales = 3 * 2 * (80 + 64 + 64 + 128 + 64 + 64)
+    assert rows["int8"]["peak_bytes"] - base == pytest.approx(branch + padded + scales, abs=activations)
 
 
 def test_compiled_rows_are_one_graph_that_decoding_does_not_compile_again(monkeypatch):

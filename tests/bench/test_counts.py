@@ -18,6 +18,8 @@ from preskip.bench.models import Row, sharing
 from preskip.bench.observe import observe
 from preskip.bench.runners import Runner, cache_bytes, new_cache
 from preskip.bench.settings import CHEAP, Work
+from preskip.casting import forget
+from preskip.optimizing import copies
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -168,6 +170,21 @@ def test_live_memory_and_operations():
     seen = observe(work, weight, CPU)
     assert seen.bytes == 8000
     assert seen.operations == 5  # the last two are sum and what reads it
+
+
+def test_copies_of_a_branch_count_once_also_where_training_makes_them_anew():
+    model = adapted(dtype=torch.bfloat16)
+    branch = 3 * BranchSettings().cost(64).parameters
+    scoring = runner(model, Work(kind="scoring", batch=1, tokens=2))
+    training = runner(model, Work(kind="training", batch=1, tokens=2))
+    made = observe(scoring.run, model, CPU).bytes
+    assert observe(scoring.run, model, CPU).bytes == pytest.approx(made, abs=1000)
+    assert sum(copy.nbytes for copy in copies(model)) == 2 * branch
+    training.run()
+    found = observe(training.run, model, CPU).bytes
+    forget()
+    model.apply(lambda module: module.__dict__.pop("_preskip_cast", None))
+    assert found == observe(training.run, model, CPU).bytes
 
 
 def test_a_row_shares_every_tensor_that_it_does_not_change():

@@ -12,6 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from preskip.optimizing import copies
+
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
@@ -19,7 +21,7 @@ class Observed:
 
     Attributes:
         operations: calls of ATen operations that compute something.
-        bytes: peak of the memory held by tensors made meanwhile.
+        bytes: peak of the memory held by tensors made meanwhile, and by the copies of the branches' weights.
     """
 
     operations: int
@@ -29,6 +31,7 @@ class Observed:
 def observe(run: Callable[[], Any], model: nn.Module, device: torch.device) -> Observed:
     """Run something once and count.
 
+    The copies that the model keeps of its branches' weights (`preskip.optimizing.copies`) are there before, and count.
     On CUDA the memory is the allocator's own peak, elsewhere that of all live tensors: what a kernel holds for itself
     is then not seen.
     """
@@ -36,12 +39,14 @@ def observe(run: Callable[[], Any], model: nn.Module, device: torch.device) -> O
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-    with _Live(model) as live:
+    live = _Live(model)
+    copied = live.held
+    with live:
         run()
     peak = live.peak
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
+        peak = torch.cuda.max_memory_allocated(device) - before + copied
     return Observed(operations=live.operations, bytes=peak)
 
 
@@ -53,6 +58,12 @@ class _Live(TorchDispatchMode):
         self.operations = self.held = self.peak = 0
         tensors = (*model.parameters(), *model.buffers())
         self._known = {tensor.untyped_storage()._cdata for tensor in tensors if not tensor.is_meta}
+        for tensor in copies(model):  # followed, since training frees them for new ones
+            if tensor.is_mkldnn:
+                self.held += tensor.numel() * tensor.element_size()
+            else:
+                self._follow(tensor.untyped_storage())
+        self.peak = self.held
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         given = {tensor.untyped_storage()._cdata for tensor in self._tensors((args, kwargs))}
