@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from commands import preskip
-from preskip import PreskipError, optimizing
+from preskip import PreskipConfig, PreskipError, optimizing
 from preskip.bench import models, run
 from preskip.bench.counts import Limits
 from preskip.bench.models import random_base
@@ -165,6 +166,16 @@ def test_the_float32_reference_is_made_without_another_copy_in_the_dtype_of_the_
     shared = "model.layers.1.self_attn.q_proj.weight"
     assert [name for name, p in ours.items() if p.data_ptr() == theirs[name].data_ptr()] == [shared]
     assert model.dtype == torch.bfloat16
+
+
+def test_training_a_loaded_adapter_owes_what_a_random_one_does(tmp_path):
+    get_peft_model(base(), PreskipConfig()).save_pretrained(tmp_path)
+    work = (Work(kind="training", batch=1, tokens=5),)
+    loaded, random = (
+        bench(base(), settings("adapter", work=work), LIMITS, adapter=adapter) for adapter in (tmp_path, None)
+    )
+    (ours,), (theirs,) = ([work["rows"]["adapter"] for work in found["work"]] for found in (loaded, random))
+    assert ours["flops"] == theirs["flops"]
 
 
 def test_a_shape_too_large_for_this_machine_is_refused_before_it_is_made(monkeypatch, capsys):

@@ -180,7 +180,10 @@ class Rows:
             return self._branches("preskip")
         from preskip.evaluate.adapters import load_adapter
 
-        return load_adapter(sharing(self.base), self.folder)
+        model = load_adapter(sharing(self.base), self.folder)
+        for name, parameter in model.named_parameters():  # it is loaded frozen, and would be counted so in training
+            parameter.requires_grad_(f".{CHILD}." in name)
+        return model
 
     def _branches(self, arm: str) -> Any:
         """The base with an arm's branches, filled so that they change its logits."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from preskip.attach import CHILD
 from preskip.bench.models import Row
 from preskip.bench.settings import COMPILED, Work
 from preskip.errors import PreskipError, one_line
@@ -95,9 +94,6 @@ class Runner:
 
     def _prepare_training(self) -> Callable[[], None]:
         model = self.row.model
-        if self.row.name == "adapter":  # one that was loaded from a folder is frozen
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(f".{CHILD}." in name)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)  # weights stay, so that rows on shared ones do
 
