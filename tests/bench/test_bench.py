@@ -1,6 +1,7 @@
 """`preskip bench` on tiny models: what each row is, that it is checked, and the counts beside it; never a time."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +129,35 @@ def test_compiled_rows_are_one_graph_that_decoding_does_not_compile_again(monkey
     for name in COMPILED:
         assert rows[name]["recompiles"] == 0
         assert rows[name].get("held_against") == (None if name == "base-compiled" else "base-compiled")
+
+
+def test_a_row_that_does_not_compile_is_left_out_and_the_others_are_kept(monkeypatch):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("No working C++ compiler found")
+
+    torch.compiler.reset()
+    real = models.compile_model
+    monkeypatch.setattr(models, "compile_model", lambda model, device: real(model, device, backend=no_compiler))
+    work = (Work(kind="decode", batch=1, tokens=7, new_tokens=2, cache="static"),)
+    (found,) = bench(base(torch.float32), settings("base", "adapter", "base-compiled", work=work), LIMITS)["work"]
+    assert set(found["rows"]) == {"base", "adapter"}
+    assert set(found["left_out"]) == {"base-compiled"}
+    told = found["left_out"]["base-compiled"]
+    assert told.startswith("does not compile: ")
+    assert "No working C++ compiler found" in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("base", RuntimeError("why")), ("base-compiled", torch.OutOfMemoryError("why"))]
+)
+def test_what_else_fails_in_a_first_run_is_not_said_of_compiling(name, error):
+    def fails():
+        raise error
+
+    row = models.Row(name=name, model=None, forward=fails, kind="base", held_against="base")
+    with pytest.raises(type(error), match="why"):
+        run._warm_up(SimpleNamespace(row=row, run=fails))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,7 @@ from preskip.bench.models import Row, Rows, free_memory
 from preskip.bench.observe import observe
 from preskip.bench.runners import NotPossible, Runner, cache_bytes
 from preskip.bench.settings import COMPILED, BenchSettings, Work
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, is_out_of_memory, one_line
 from preskip.progress import Advance, no_progress
 
 # Norm of the error of the logits over the norm of the logits: what rounding, int8 weights and 8-bit caches make of it.
@@ -166,7 +166,7 @@ def _measure(
                 raise NotPossible(f"needs {need / 2**30:.1f} GiB, more than is free")
             runner = Runner(row, work, _ids(ids, work))
             runner.before()
-            runner.run()  # compiles, and warms up
+            _warm_up(runner)
             _check(runner, wanted[row.kind, _position(work)])
             entry = _counted(runner, counts[name], limits, factor)
         except NotPossible as error:
@@ -189,6 +189,22 @@ def _measure(
             entry |= {"held_against": against, **_quartiles("ratio", ratios), "ratio_owed": owed}
             entry["times_of_limit"] = entry["ratio"] / owed
     return result
+
+
+def _warm_up(runner: Runner) -> None:
+    """Run once; a compiled row compiles then.
+
+    Raises:
+        NotPossible: it does not compile here (no compiler, a graph break in the base).
+    """
+    try:
+        runner.run()
+    except PreskipError:
+        raise
+    except Exception as error:
+        if runner.row.name not in COMPILED or is_out_of_memory(error):
+            raise
+        raise NotPossible(f"does not compile: {one_line(error, 200) or type(error).__name__}") from error
 
 
 def _check(runner: Runner, wanted: torch.Tensor) -> None:
