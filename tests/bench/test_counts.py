@@ -1,5 +1,6 @@
 """What is counted, against torch's own counter, real caches and files; never a time."""
 
+from dataclasses import replace
 from itertools import count as numbers
 from pathlib import Path
 
@@ -118,6 +119,30 @@ def test_bytes_are_those_of_the_weights_as_they_are_multiplied(dtype):
     work = Work(kind="decode", batch=3, tokens=20, new_tokens=1, cache="dynamic")
     cache = 3 * 21 * 2 * 3 * 2 * 16 * size  # rows, tokens, K and V, layers, heads, width
     assert bytes_moved(count(plain, dtype), work, size) == weights * size + cache
+
+
+@pytest.mark.parametrize(
+    ("work", "visited"),
+    [
+        (Work(kind="decode", batch=1, tokens=20, new_tokens=1, cache="dynamic"), 2),
+        (Work(kind="decode", batch=2, tokens=20, new_tokens=1, cache="dynamic"), 4),
+        (Work(kind="decode", batch=8, tokens=20, new_tokens=1, cache="dynamic"), 5),
+        (Work(kind="prefill", batch=1, tokens=2), 4),
+        (Work(kind="scoring", batch=2, tokens=4), 5),
+        (Work(kind="training", batch=1, tokens=2), 8),
+    ],
+    ids=lambda value: f"{value.kind}-{value.batch}" if isinstance(value, Work) else None,
+)
+def test_of_a_mixture_all_experts_are_read_that_the_tokens_visit(work, visited):
+    """Two of five experts per token, and in training twice."""
+    counts = count(base("mixtral", num_local_experts=5, num_experts_per_tok=2), torch.float32)
+    expert = 3 * 3 * 64 * 96 * 4  # layers, matrices
+    assert counts.expert_bytes == 2 * expert
+    rest = replace(counts, weight_bytes=counts.weight_bytes - 2 * expert, expert_bytes=0)
+    assert bytes_moved(counts, work, 4) - bytes_moved(rest, work, 4) == visited * expert
+    twice = counts.scaled(2.0)
+    assert twice.expert_bytes == 4 * expert
+    assert twice.expert_sets == 2.5
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static", "quantized"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from preskip.arms.flops import active_weights, cache_width, head_width, looked_up, matrix_weights
+from preskip.arms.flops import active_weights, cache_width, experts_of, head_width, looked_up, matrix_weights
 from preskip.attach import CHILD
 from preskip.bench.settings import Work
 from preskip.train.speed import measured_peak
@@ -25,10 +25,13 @@ class Counts:
         body: weights that each token is multiplied by, before the output head.
         head: the output head's weights.
         trainable: of `body`, those that are trained.
-        weight_bytes: bytes of all weights that a forward pass reads, in the dtype in which they are multiplied.
+        weight_bytes: bytes of all weights that a forward pass of one token reads, in the dtype in which they are
+            multiplied.
         body_bytes: of these, those of the layers.
         cache_width: numbers in the K/V cache per token, all layers together.
         attention_width: heads times their width, summed over the layers.
+        expert_bytes: of `body_bytes`, those of the experts that the token visits.
+        expert_sets: how many tokens may visit experts of their own: all experts over those that one visits.
     """
 
     body: int
@@ -38,6 +41,8 @@ class Counts:
     body_bytes: int
     cache_width: int
     attention_width: int
+    expert_bytes: int = 0
+    expert_sets: float = 1.0
 
     def scaled(self, factor: float) -> Counts:
         """Of the same model with `factor` times as many layers."""
@@ -49,6 +54,7 @@ class Counts:
             body_bytes=round(self.body_bytes * factor),
             cache_width=round(self.cache_width * factor),
             attention_width=round(self.attention_width * factor),
+            expert_bytes=round(self.expert_bytes * factor),
         )
 
 
@@ -63,13 +69,17 @@ def count(model: Any, dtype: torch.dtype) -> Counts:
     embeddings = looked_up(model)
     head_weight = model.get_output_embeddings().weight
     body, head = matrix_weights(model)
-    layers = 0
+    layers, of_experts, expert_sets = 0, 0, 1.0
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if id(tensor) in embeddings or tensor is head_weight or "rotary" in name:
             continue
         # An fp32 weight of a branch beside bfloat16 activations is read as its bfloat16 copy (`preskip.casting`).
         cast = f".{CHILD}." in name and tensor.dtype == torch.float32 and dtype == torch.bfloat16
-        layers += active_weights(tensor, config) * (2 if cast else tensor.element_size())
+        size = active_weights(tensor, config) * (2 if cast else tensor.element_size())
+        layers += size
+        experts, visited = experts_of(tensor, config)
+        if experts > visited:
+            of_experts, expert_sets = of_experts + size, experts / visited
     heads, width = config.num_attention_heads, head_width(config)
     return Counts(
         body=body,
@@ -79,6 +89,8 @@ def count(model: Any, dtype: torch.dtype) -> Counts:
         body_bytes=layers,
         cache_width=cache_width(config),
         attention_width=config.num_hidden_layers * heads * width,
+        expert_bytes=of_experts,
+        expert_sets=expert_sets,
     )
 
 
@@ -101,17 +113,22 @@ def flops(counts: Counts, work: Work) -> int:
 def bytes_moved(counts: Counts, work: Work, itemsize: int) -> int:
     """Bytes of one unit: every weight once (training: twice), and the K/V cache as it is read and written.
 
+    Of a mixture of experts those that the tokens visit, as many as these can be: no two tokens share one as long as
+    there are others.
+
     Args:
         counts: of the model.
         work: what is done.
         itemsize: bytes of one number in the cache.
     """
+    at_once = work.batch * (1 if work.kind == "decode" else work.tokens)
+    weights = counts.weight_bytes + round(counts.expert_bytes * (min(at_once, counts.expert_sets) - 1))
     if work.kind == "decode":
         seen = work.tokens + (work.new_tokens + 1) / 2
-        return counts.weight_bytes + round(work.batch * seen * counts.cache_width * itemsize)
+        return weights + round(work.batch * seen * counts.cache_width * itemsize)
     if work.kind == "prefill":
-        return counts.weight_bytes + work.batch * work.tokens * counts.cache_width * itemsize
-    return counts.weight_bytes * (2 if work.kind == "training" else 1)
+        return weights + work.batch * work.tokens * counts.cache_width * itemsize
+    return weights * (2 if work.kind == "training" else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
