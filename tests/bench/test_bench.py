@@ -248,6 +248,26 @@ def test_what_does_not_fit_has_fewer_layers_and_its_limits_are_scaled(monkeypatc
     assert entry["seconds_owed_by_all_layers"] / entry["seconds_owed"] == pytest.approx(12 / 5, rel=0.05)
 
 
+def hybrid(model_type, **more):
+    config = AutoConfig.for_model(model_type, **{**SIZES, "num_hidden_layers": 2}, **more)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_layers_without_attention_are_refused_with_what_can_be_done():
+    with pytest.raises(PreskipError) as refused:
+        bench(hybrid("lfm2", layer_types=["conv", "full_attention"]), settings("base", "adapter"), LIMITS)
+    assert "layers_to_transform" not in str(refused.value)
+    assert "`preskip probe MODEL --layers attention`" in str(refused.value)
+
+
+def test_attention_beside_mamba_is_measured_without_lora():
+    sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    found = bench(hybrid("falcon_h1", **sizes), settings("base", "adapter", "lora", work=WORK[:2]), LIMITS)
+    assert set(found["rows"]) == {"base", "adapter"}
+    assert found["left_out"]["lora"].startswith("PEFT puts no LoRA into this model: ")
+    assert all(set(work["rows"]) == {"base", "adapter"} for work in found["work"])
+
+
 TINY = [
     "bench", "--model-shape", "pythia-14m", "--num-layers", "1", "--dtype", "float32", "--rows", "base,adapter,lora",
     "--prompt", "5", "--batch", "1", "--context", "5", "--new-tokens", "2", "--scoring", "1x5", "--training", "1x5",

@@ -19,7 +19,7 @@ from preskip.attach import CHILD
 from preskip.baking import bake
 from preskip.bench.settings import CHEAP
 from preskip.branch_settings import BranchSettings
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, explained, one_line
 from preskip.optimizing import optimize
 
 # Of the base: itself, the float32 reference, and what is being computed, saved or loaded; in bases.
@@ -103,6 +103,22 @@ def _bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
+def _attentions(base: Any) -> list[str]:
+    """Paths of the attentions, of which every layer has one: so attention and its cache are counted.
+
+    Raises:
+        PreskipError: there are layers without.
+    """
+    try:
+        return attention_paths(base)
+    except PreskipError as error:
+        raise PreskipError(
+            f"{type(base).__name__} has layers without a known self-attention: bench counts attention and a K/V cache "
+            "in every layer, so give it another model; where some layers have attention, "
+            "`preskip probe MODEL --layers attention` adapts and times those"
+        ) from error
+
+
 def sharing(model: Any, own: Iterable[str] = (), *, float32: bool = False) -> Any:
     """A copy of a model on the same tensors, but for the weights of the modules named in `own`.
 
@@ -130,7 +146,7 @@ class Rows:
     def __init__(self, base: Any, dtype: torch.dtype, adapter: Path | None, workspace: Path) -> None:
         self.base, self.dtype, self.folder, self.workspace = base, dtype, adapter, workspace
         self.device = next(base.parameters()).device
-        self.targets = attention_paths(base)
+        self.targets = _attentions(base)
         self.made: dict[str, Any] = {}
         if adapter is None:
             self.budget = branch_parameters(base, BranchSettings(), self.targets)
@@ -222,16 +238,12 @@ class Rows:
         )
 
     def _lora(self) -> Any:
-        from peft import get_peft_model
-
         (config,) = ARMS["lora"].configs(self._context())
-        return _filled(get_peft_model(sharing(self.base), config), ".lora_B.")
+        return _filled(_with_lora(sharing(self.base), config), ".lora_B.")
 
     def _merged(self) -> Any:
-        from peft import get_peft_model
-
         config: Any = ARMS["lora"].configs(self._context())[0]
-        model = get_peft_model(sharing(self.base, own=config.target_modules), config)
+        model = _with_lora(sharing(self.base, own=config.target_modules), config)
         state = {name: p for name, p in self._model("lora").named_parameters() if ".lora_" in name}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -269,6 +281,14 @@ def compile_model(model: Any, device: torch.device, backend: str = "inductor") -
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     mode = "reduce-overhead" if device.type == "cuda" and backend == "inductor" else None
     return torch.compile(inner, backend=backend, mode=mode, fullgraph=True, dynamic=False)
+
+
+def _with_lora(model: Any, config: Any) -> Any:
+    """The model with LoRA; PEFT refuses layers of Mamba."""
+    from peft import get_peft_model
+
+    with explained(lambda error: f"PEFT puts no LoRA into this model: {one_line(error, 200)}"):
+        return get_peft_model(model, config)
 
 
 def _filled(model: Any, part: str) -> Any:
