@@ -202,6 +202,14 @@ def test_the_engine_gets_no_other_address(argument, mend, place, capsys):
     assert f"error: --engine-args {mend}" in capsys.readouterr().err
 
 
+def test_the_check_refuses_arguments_that_it_would_not_try(place, capsys):
+    more = ["--engine", "transformers", "--engine-args", "--tensor-parallel-size 2 --quantization fp8"]
+    assert preskip("serve", place / "adapter", "--check", *more) == 1
+    out, err = capsys.readouterr()
+    assert "--engine-args is not possible with --check, which runs the engine with its own" in " ".join(err.split())
+    assert "passed" not in out
+
+
 @pytest.mark.parametrize("case", ["port", "gguf", "lora", "cut", "nothing", "vllm", "as lora", "no base"])
 def test_what_cannot_be_served_ends_in_one_line(case, place, capsys, monkeypatch):
     monkeypatch.setattr(command, "serving_problem", lambda: "vLLM is not installed: pip install vllm")

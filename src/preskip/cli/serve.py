@@ -58,6 +58,10 @@ def serve(
     from preskip.serve.server import check_memory, check_port, command, reason_in, running, wait
 
     more = shlex.split(engine_args)
+    if check and more:
+        raise PreskipError(
+            "--engine-args is not possible with --check, which runs the engine with its own: leave one of them out"
+        )
     _refuse_as_lora(more)
     _refuse_address(more)
     if not check:
