@@ -86,9 +86,12 @@ def test_the_base_of_a_run_is_looked_up_where_it_was_started(place, monkeypatch,
 
 
 def test_other_adapters_in_the_folder_are_named(place, capsys):
-    shutil.copytree(place / "adapter", place / "adapter" / "second")
+    """One whose name begins as the names of an adapter's files, too."""
+    shutil.copytree(place / "adapter", place / "second")
+    for name in ("adapter_2", "second"):
+        shutil.copytree(place / "second", place / "adapter" / name)
     assert preskip("serve", place / "adapter", "--check", "--engine", "transformers") == 0
-    assert "adapter also holds second: for another give its folder" in capsys.readouterr().err
+    assert "adapter also holds adapter_2, second: for another give its folder" in capsys.readouterr().err
 
 
 def test_the_exit_code_says_that_the_branch_is_ignored(place, capsys, monkeypatch):

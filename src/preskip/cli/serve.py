@@ -188,7 +188,7 @@ def _key(adapter: Path, base: str, dtype: str) -> str:
     digest = hashlib.sha256(f"{__version__}\0{dtype}\0{base}\0".encode())
     place = Path(base)
     of_base = sorted(place.iterdir()) if base and place.is_dir() else [place] if place.is_file() else []
-    for file in (*sorted(adapter.iterdir()), *of_base):
+    for file in filter(Path.is_file, (*sorted(adapter.iterdir()), *of_base)):
         if file.suffix in SMALL or file.name.startswith("adapter_"):
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
         elif file.suffix in (".safetensors", ".gguf"):
