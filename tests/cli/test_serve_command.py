@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from commands import make_run, preskip
 from ports import free_port
 from preskip import PreskipConfig
 from preskip.serve import server
+from preskip.serve.checkpoint import examine
 from tiny_model import save_tiny_llama, tiny_llama
 from zoo import randomise
 
@@ -178,6 +180,33 @@ def test_memory_is_checked_in_the_dtype_that_is_served(place, capsys, monkeypatc
     assert preskip("serve", place / "baked", *more) == 1
     assert "of cpu memory are free: free some, or give --dtype bfloat16" in " ".join(capsys.readouterr().err.split())
     assert preskip("serve", place / "baked", *more, "--dtype", "bfloat16") == 0
+
+
+def test_bytes_are_those_of_the_dtype_that_is_served(place, capsys):
+    """Of a float32 checkpoint: keys and values of 2 layers, 2 heads of width 8."""
+    assert preskip("bake", place / "adapter", place / "baked") == 0
+    facts = replace(examine(place / "baked"), weight_bytes=8_000_000, branch_bytes=2_000_000)
+    for dtype, megabytes, width in (("float32", 8, 4), ("bfloat16", 4, 2)):
+        assert command._described(facts, "transformers", dtype) == (
+            f"preskip_llama, {dtype}: {megabytes} MB of weights, 1.333 times the base's; {2 * 2 * 2 * 8 * width} bytes "
+            "of keys and values per token, as many as the base's"
+        )
+    capsys.readouterr()
+    more = ["--engine", "transformers", "--dtype", "bfloat16", "--json"]
+    assert preskip("serve", place / "baked", "--check", *more) == 0
+    assert json.loads(capsys.readouterr().out)["cache_bytes"] == 2 * 2 * 2 * 8 * 2
+
+
+def test_options_that_a_checkpoint_leaves_no_place_for_are_refused(place, capsys):
+    assert preskip("bake", f"zeal={place / 'adapter'}", f"ash={place / 'adapter'}", place / "both") == 0
+    for option, words in (
+        (["--name", "mine"], "answers as zeal, ash, __base__, by its adapters: leave it out"),
+        (["--model", place / "model"], "--model is for an adapter's base, and"),
+        (["--trust-remote-code"], "--trust-remote-code is for an adapter's base, and"),
+    ):
+        capsys.readouterr()
+        assert preskip("serve", place / "both", "--check", "--engine", "transformers", *option) == 1
+        assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_several_adapters_are_not_packed_into_one_row(place, capsys, monkeypatch):

@@ -42,7 +42,8 @@ def test_sizes_are_counted_from_the_files_heads(folder):
     assert facts.weight_ratio == pytest.approx(facts.weight_bytes / (facts.weight_bytes - facts.branch_bytes))
     cache = model(torch.arange(8, 12)[None], use_cache=True).past_key_values
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert facts.cache_bytes == stored / 4
+    assert facts.cache_bytes == facts.cache_bytes_in("float32") == stored / 4
+    assert facts.cache_bytes_in("bfloat16") == stored / 8
 
 
 @pytest.mark.parametrize("case", ["cut", "shard", "branch", "base", "config"])

@@ -75,9 +75,14 @@ def serve(
         from preskip.serve.checkpoint import examine
 
         facts = examine(folder)
+    several = list(adapter_settings(facts.config))
+    if several and name is not None:
+        raise PreskipError(
+            f"--name names one model, and {folder} answers as {', '.join([*several, BASE])}, by its adapters: leave it "
+            "out"
+        )
     device = resolve_device("auto")
     computed = facts.dtype if dtype == "auto" else dtype
-    several = list(adapter_settings(facts.config))
     if chosen == "vllm" and (problem := _not_in_vllm(facts)):
         if engine == "vllm":
             raise PreskipError(f"{problem}: use --engine transformers")
@@ -149,6 +154,9 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
     if found.run is not None:
         say(f"arm {found.arm}, seed {found.seed}; another one is {found.run}/arms/ARM/seed-N/adapter", quiet=quiet)
     if found.is_checkpoint:
+        for option, given in (("--model", model is not None), ("--trust-remote-code", trust_remote_code)):
+            if given:
+                raise PreskipError(f"{option} is for an adapter's base, and {source} is a whole model: leave it out")
         return found.weights
     if found.others:
         raise PreskipError(f"{source} carries a {found.others[0]} adapter, too: merge it into the base first")
@@ -222,9 +230,9 @@ def _refuse_as_lora(arguments: Sequence[str]) -> None:
 
 def _described(facts: Facts, engine: str, dtype: str) -> str:
     described = (
-        f"{facts.config.model_type}, {facts.dtype}: {facts.weight_bytes / 1e6:,.0f} MB of weights, "
-        f"{facts.weight_ratio:.3f} times the base's; {facts.cache_bytes:,} bytes of keys and values per token, as many "
-        "as the base's"
+        f"{facts.config.model_type}, {dtype}: {facts.weight_bytes_in(dtype) / 1e6:,.0f} MB of weights, "
+        f"{facts.weight_ratio:.3f} times the base's; {facts.cache_bytes_in(dtype):,} bytes of keys and values per "
+        "token, as many as the base's"
     )
     if facts.config.preskip_quantize and engine == "vllm":
         described += f"; vLLM holds the {facts.config.preskip_quantize} branches in {dtype}"

@@ -183,7 +183,7 @@ def compare(
         greedy=len(pairs),
         blocks=ours.get("blocks"),
         base_blocks=base.get("blocks"),
-        cache_bytes=facts.cache_bytes,
+        cache_bytes=facts.cache_bytes_in(dtype),
         sensitivity=sensitivity,
         problem=problem,
     )

@@ -45,9 +45,16 @@ class Facts:
 
     def weight_bytes_in(self, dtype: str) -> int:
         """Of all tensors once they are cast; int8 branches, which are not cast alike, are taken as the rest."""
+        return self._cast(self.weight_bytes, dtype)
+
+    def cache_bytes_in(self, dtype: str) -> int:
+        """Of one token's keys and values in all layers, in the dtype that is computed in."""
+        return self._cast(self.cache_bytes, dtype)
+
+    def _cast(self, size: int, dtype: str) -> int:
         import torch
 
-        return self.weight_bytes * getattr(torch, dtype).itemsize // getattr(torch, self.dtype).itemsize
+        return size * getattr(torch, dtype).itemsize // getattr(torch, self.dtype).itemsize
 
 
 def examine(folder: Path) -> Facts:
