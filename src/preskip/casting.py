@@ -68,6 +68,8 @@ def product(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
         return linear(x)
     if x.dtype == weight.dtype or x.dtype != torch.bfloat16 or type(linear) is not nn.Linear:
         return linear(x.to(weight.dtype))
+    if weight.is_meta and not x.is_meta:  # offloaded: accelerate fetches it for the layer's own forward alone
+        return linear(x.to(weight.dtype)).to(x.dtype)
     cast = weight.to(x.dtype) if torch.compiler.is_compiling() else cast_once(linear, weight, x.dtype)
     if linear._forward_hooks or linear._forward_pre_hooks:  # whoever observes the layer sees what is computed
         return torch.func.functional_call(linear, {"weight": cast}, (x,))

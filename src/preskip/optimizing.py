@@ -208,8 +208,8 @@ def _plan(branch: Any, dtype: torch.dtype | None) -> _Plan:
             for name, tensor in kept.items()
             if tensor is not None
         ]
-        if any(tensor.is_inference() for *_, tensor in tensors):
-            return others  # without versions
+        if any(tensor.is_inference() or tensor.is_meta for *_, tensor in tensors):
+            return others  # without versions, or offloaded
         sources.append((*places[part], linear, None))
         sources += [(*place, version_of(place[-1])) for place in tensors]
         if isinstance(linear, Int8Linear) and dtype in (torch.bfloat16, torch.float32):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
 from peft.utils import load_peft_weights
@@ -17,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import zoo
-from preskip import PreskipConfig, PreskipError, bake
+from preskip import PreskipConfig, PreskipError, bake, optimize
 from preskip.evaluate.adapters import load_adapter, load_tokenizer_of
 from tiny_text import tiny_tokenizer
 
@@ -116,6 +117,20 @@ def test_a_base_that_is_partly_on_disk(tmp_path) -> None:
     with pytest.raises(PreskipError, match="offloaded and not in memory: load it whole"):
         bake(model, tmp_path / "baked")
     assert not (tmp_path / "baked").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_that_is_offloaded_layer_by_layer(dtype: torch.dtype) -> None:
+    """Each weight is on meta but for its own layer's forward; in bfloat16 that computes in float32."""
+    model = get_peft_model(zoo.build("llama", dtype=dtype), PreskipConfig()).eval()
+    zoo.randomise(model)
+    wanted = zoo.logits(model, "llama")
+    cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
+    assert {weight.device.type for name, weight in model.named_parameters() if ".preskip." in name} == {"meta"}
+    tolerance = 2e-2 * wanted.abs().max() if dtype == torch.bfloat16 else 0.0
+    assert zoo.difference(zoo.logits(model, "llama"), wanted) <= tolerance
+    optimize(model)
+    assert zoo.difference(zoo.logits(model, "llama"), wanted) <= tolerance
 
 
 def test_an_untested_class_is_checked_on_a_base_that_is_on_disk(tmp_path, monkeypatch) -> None:
