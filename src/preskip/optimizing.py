@@ -77,7 +77,7 @@ def optimize(model: nn.Module) -> Optimized:
     changed: list[tuple[nn.Module, nn.Module]] = []
     for attention in list(model.modules()):
         branch: Any = attention._modules.get(CHILD)
-        if not isinstance(branch, (PreskipLayer, PreskipBranch)) or _PLAN in attention.__dict__:
+        if not isinstance(branch, (PreskipLayer, PreskipBranch)) or is_optimized(attention):
             continue
         own: Any = branch.hook_handles
         hooks = (*attention._forward_pre_hooks, *attention._forward_hooks)
@@ -106,6 +106,11 @@ def copies(model: nn.Module) -> list[torch.Tensor]:
             elif isinstance(product, _Matrix):
                 found.append(product.packed)
     return [tensor for tensor in found if tensor is not None]
+
+
+def is_optimized(attention: nn.Module) -> bool:
+    """Whether the branch is a part of its attention's forward now, so that hooks there see the sum of both."""
+    return _PLAN in attention.__dict__
 
 
 class _InForward:

@@ -7,7 +7,7 @@ from peft import get_peft_model
 from torch import nn
 
 import zoo
-from preskip import PreskipConfig, PreskipError
+from preskip import PreskipConfig, PreskipError, optimize
 from preskip.analysis.ablation import ablate
 from preskip.analysis.branches import live_branches
 from preskip.analysis.depth import depth_profile
@@ -61,6 +61,23 @@ def test_a_vision_tower_that_was_named_is_found() -> None:
     model = get_peft_model(zoo.build("llava"), PreskipConfig(target_modules=r".*vision.*\.self_attn"))
     assert [branch.layer for branch in live_branches(model)] == [0, 1]
     assert all("vision" in branch.site.stack for branch in live_branches(model))
+
+
+def test_an_optimised_model_is_measured_after_it_is_put_back() -> None:
+    model, windows = adapted("llama"), [Window(ids, 1) for ids in IDS]
+
+    def depth() -> list:
+        return depth_profile(model, IDS)
+
+    def ablation() -> list:
+        return ablate(model, windows, [0, 1, 2], [20, 30, 40])
+
+    wanted = depth(), ablation()
+    with optimize(model):
+        for measure in (depth, ablation):
+            with pytest.raises(PreskipError, match=r"optimised.*call \.remove\(\) of what preskip\.optimize returned"):
+                measure()
+    assert (depth(), ablation()) == wanted
 
 
 def test_an_attention_in_no_list_of_blocks_is_refused_when_it_is_named() -> None:

@@ -11,6 +11,8 @@ from preskip.adapter import base_model
 from preskip.adapter.layer import PreskipLayer
 from preskip.attach import CHILD, POST_ATTENTION_NORMS, tap_of
 from preskip.branch import BranchSettings, PreskipBranch
+from preskip.errors import PreskipError
+from preskip.optimizing import is_optimized
 from preskip.sites import AttentionSite, site_of
 
 PARTS = ("skip", "enrichment")
@@ -64,6 +66,9 @@ def live_branches(model: nn.Module) -> list[LiveBranch]:
 
     Args:
         model: a PEFT model or its base, or a model of a `preskip_<type>` architecture.
+
+    Raises:
+        PreskipError: the model is optimised, so that nothing can be measured between a branch and its attention.
     """
     base = base_model(model)
     found = []
@@ -71,6 +76,11 @@ def live_branches(model: nn.Module) -> list[LiveBranch]:
         module = getattr(attention, CHILD, None)
         if not isinstance(module, PreskipLayer | PreskipBranch) or not parts_of(module):
             continue
+        if is_optimized(attention):
+            raise PreskipError(
+                "the model is optimised, which hides its branches inside attention: call .remove() of what "
+                "preskip.optimize returned first"
+            )
         site = site_of(base, name)
         path, _, target = site.name.rpartition(".")
         if isinstance(module, PreskipLayer):
