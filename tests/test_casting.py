@@ -9,8 +9,10 @@ import weakref
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import zoo
 from preskip import PreskipBranch, PreskipConfig, bake, casting
@@ -106,6 +108,31 @@ def test_a_replaced_weight_is_cast_anew() -> None:
     before = product(x, module.up)
     module.load_state_dict({key: value * 2 for key, value in module.state_dict().items()}, assign=True)
     assert torch.equal(product(x, module.up), before * 2)
+
+
+@pytest.mark.parametrize("kind", ["branch", "adapter", "architecture"])
+@torch.no_grad()
+def test_a_load_that_keeps_versions_is_seen(kind: str) -> None:
+    """As under `fully_shard`, which gathers weights into the same parameter, whose version it keeps."""
+    module, x = branch(), some_input()
+    if kind != "branch":
+        base, x = zoo.build("llama", dtype=torch.bfloat16), zoo.inputs("llama")["input_ids"]
+        module = get_peft_model(base, PreskipConfig())
+        if kind == "architecture":
+            config = {key: value for key, value in base.config.to_dict().items() if key != "model_type"}
+            config = AutoConfig.for_model("preskip_llama", **config, preskip_keep_float32=True)
+            module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        zoo.randomise(module.eval())
+    own = [weight for name, weight in module.named_parameters() if kind == "branch" or ".preskip." in name]
+    assert {weight.dtype for weight in own} == {torch.float32}
+    before = module(x)[0]
+    larger = {key: value * 2 for key, value in module.state_dict().items()}
+    with torch.autograd._unsafe_preserve_version_counter(tuple(own)):
+        module.load_state_dict(larger)
+    after = module(x)[0]
+    casting.forget()
+    assert torch.equal(after, module(x)[0])
+    assert not torch.equal(after, before)
 
 
 @torch.no_grad()
@@ -215,9 +242,6 @@ def test_no_copy_is_saved_copied_or_left_behind() -> None:
 
 
 def test_adapter_and_baked_give_the_same_bits(tmp_path) -> None:
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
     zoo.build("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     model = get_peft_model(base, PreskipConfig()).eval()

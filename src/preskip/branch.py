@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from preskip.branch_settings import ACTIVATIONS, BranchCost, BranchSettings
-from preskip.casting import product
+from preskip.casting import forget_on_load, product
 from preskip.errors import PreskipError
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {name: getattr(F, name) for name in ACTIVATIONS}
@@ -156,6 +156,7 @@ class PreskipBranch(nn.Module):
         use_dropout = self.settings.preprojection and self.settings.dropout > 0
         self.dropout = nn.Dropout(self.settings.dropout) if use_dropout else None
         self.reset_parameters()
+        forget_on_load(self)
 
     def reset_parameters(self) -> None:
         """Initialise all weights again, as the settings say."""

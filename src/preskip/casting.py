@@ -24,10 +24,20 @@ _steps = 0
 def forget() -> None:
     """Cast and pack every weight of a branch anew at its next use; to be called after writes through `.data`.
 
-    torch counts `weight.copy_(average)` but not `weight.data.copy_(average)`. Every optimiser's step calls this itself.
+    torch counts `weight.copy_(average)` but not `weight.data.copy_(average)`. Every optimiser's step calls this itself,
+    and so does `load_state_dict` where there is a branch.
     """
     global _steps
     _steps += 1
+
+
+def forget_on_load(module: nn.Module) -> None:
+    """Let `load_state_dict` into a module, by itself or as a part, call `forget`: `fully_shard` keeps versions."""
+    module.register_load_state_dict_pre_hook(_count_load)
+
+
+def _count_load(module: nn.Module, *args: Any) -> None:
+    forget()
 
 
 def _count_step(optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> None:

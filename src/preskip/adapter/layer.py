@@ -10,6 +10,7 @@ from torch import nn
 
 from preskip import branch as arithmetic
 from preskip.branch import PARTS, BranchSettings, PreskipBranch
+from preskip.casting import forget_on_load
 from preskip.rows import by_row
 from preskip.sites import tensors_of
 
@@ -49,6 +50,7 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
         self.row_names: list[str] | None = None
         self.merged_adapters: list[str] = []
         self._active_adapter = []
+        forget_on_load(self)
 
     @property
     def tap(self) -> nn.Module | None:
