@@ -12,6 +12,7 @@ PAGES = {
     "standard-wikitext2": "standard-runs.md",
     "standard-books": "standard-runs.md",
     "confirmatory-smollm2-wikitext2": "confirmatory.md",
+    "confirmatory-smollm2-books24": "confirmatory-books.md",
 }
 
 
@@ -66,9 +67,12 @@ def test_the_picture_at_equal_harm_is_that_of_the_stored_search(name):
     gains = {row["arm"]: row["gain"] for row in figure.records(results, [0.01])}
     tables = dict(script("results_tables").tables(results, {"lr_rule": "frontier", "lr_harm": 0.01}))
     rows = re.findall(r"`([\w-]+)` \| ([^|]*) \|", tables["At equal harm"])
-    by_seed = {arm: changes.replace("−", "-").split(", ") for arm, changes in rows}
+    # No line of an arm of which a seed's rates do not tell.
+    by_seed = {arm: changes.replace("−", "-").split(", ") for arm, changes in rows if "–" not in changes}
     assert gains == {arm: pytest.approx(-sum(map(float, own)) / len(own), abs=6e-4) for arm, own in by_seed.items()}
-    assert figure.records(results, [1.0, -0.03]) == []
+    assert figure.records(results, [-1.0]) == []
+    # On WikiText every arm is best at the highest rate that was tried; on books more harm would bring no more.
+    assert bool(figure.records(results, [1.0])) == (name == "confirmatory-smollm2-books24")
 
 
 def drawn(svg):

@@ -14,7 +14,8 @@ from preskip.stats import compare_arms, measured_power, summarise
 from preskip.stats.trends import arm_trends
 
 RESULTS = Path(__file__).parents[2] / "results"
-NAMES = ["standard-wikitext2", "standard-books", "scratch-books", "confirmatory-smollm2-wikitext2"]
+NAMES = ["standard-wikitext2", "standard-books", "scratch-books"]
+NAMES += ["confirmatory-smollm2-wikitext2", "confirmatory-smollm2-books24"]
 
 
 def assert_same(found: Any, stored: Any, at: str) -> None:
