@@ -459,7 +459,7 @@ def test_local_folder(folder):
 
 @pytest.mark.parametrize("largest", [8 << 30, 0])
 def test_checksum_follows_the_weights(broken, largest, monkeypatch):
-    monkeypatch.setattr("preskip.assets.models._LARGEST_HASHED", largest)
+    monkeypatch.setattr("preskip.assets.folders._LARGEST_HASHED", largest)
     before = assets.resolve_model(str(broken)).sha256
     state = load_file(broken / "model.safetensors")
     state["model.norm.weight"][0] += 1

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
 
-from preskip.adapter.checkpoint import check_tensors
+from preskip.adapter.checkpoint import check_loaded, check_tensors, expected_tensors
 from preskip.adapter.config import PreskipConfig
 from preskip.adapter.layer import CANNOT_MERGE, PreskipLayer
 from preskip.adapter.names import check_adapter_name
@@ -173,7 +172,7 @@ class PreskipModel(BaseTuner):
         """Check every checkpoint that `load_state_dict` brings in, once per model."""
         if not getattr(self, "_loading_is_watched", False):
             self._loading_is_watched = True
-            self.register_load_state_dict_pre_hook(_check_loaded)
+            self.register_load_state_dict_pre_hook(check_loaded)
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
@@ -343,63 +342,3 @@ def _listed_attentions(model: nn.Module) -> str:
     except PreskipError:
         return ""
     return f"; its attentions are called {', '.join(sorted({site.target for site in sites.attentions}))}"
-
-
-def expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:
-    """The shape of every tensor of one adapter, by the model's key."""
-    expected = {}
-    for path, module in model.named_modules():
-        if isinstance(module, PreskipLayer):
-            for part, linear in module.linears(adapter_name).items() if adapter_name in module.settings else ():
-                expected[".".join(filter(None, (path, part, adapter_name, "weight")))] = linear.weight.shape
-    return expected
-
-
-def _check_shapes(tuner: nn.Module, found: dict[str, torch.Tensor]) -> None:
-    """Name a tensor beside the branches that has another shape than the model's; torch would list them all."""
-    tensors = dict(tuner.named_parameters(remove_duplicate=False))
-    for key, tensor in found.items():
-        if key in tensors and tensors[key].shape != tensor.shape and not hasattr(tensors[key], "quant_state"):
-            sizes = f"{tuple(tensor.shape)} in the checkpoint, this model has {tuple(tensors[key].shape)}"
-            rows = tensor.shape[0] if tensor.shape[1:] == tensors[key].shape[1:] else None
-            mend = f": call resize_token_embeddings({rows}) on the base first" if rows and tensor.ndim == 2 else ""
-            raise PreskipError(f"{key} has shape {sizes}{mend}")
-
-
-def _check_loaded(tuner: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-    """Load-state-dict pre-hook: an adapter that occurs in a checkpoint must occur whole, finite and in shape."""
-    own = {key.removeprefix(prefix): value for key, value in state_dict.items() if f".{CHILD}." in key}
-    names = {name for module in tuner.modules() if isinstance(module, PreskipLayer) for name in module.settings}
-    known: dict[str, torch.Size] = {}
-    for name in names:
-        expected = expected_tensors(tuner, name)
-        known.update(expected)
-        if any(f".{name}.weight" in key for key in own):
-            check_tensors({key: own[key] for key in own if f".{name}." in key}, expected, allow_extra=True)
-    extra = sorted(own.keys() - known.keys())
-    if own:
-        others = {key.removeprefix(prefix): value for key, value in state_dict.items() if f".{CHILD}." not in key}
-        _check_shapes(tuner, others)
-        extra += _stray_base_tensors(tuner, set(others))
-    if extra:
-        raise PreskipError(f"the checkpoint holds a tensor that this adapter has no place for: {extra[0]}")
-    if not state_dict and names:
-        raise PreskipError("the checkpoint holds no tensor that belongs into this model")
-
-
-def _stray_base_tensors(tuner: nn.Module, found: set[str]) -> list[str]:
-    """Tensors of the base model in an adapter's checkpoint, which would overwrite the base; [] for a whole model's.
-
-    Heads of `modules_to_save` and resized embeddings have their place in an adapter's checkpoint.
-    """
-    base = {key for key, _ in tuner.named_parameters() if f".{CHILD}." not in key}
-    if base <= found:
-        return []
-    embeddings = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(AttributeError, NotImplementedError):  # models of two towers have none of their own
-            embeddings.append(getattr(tuner, name)())
-    allowed = {id(p) for module in embeddings if isinstance(module, nn.Module) for p in module.parameters()}
-    tensors = dict(tuner.named_parameters(remove_duplicate=False))
-    strays = (key for key in found & tensors.keys() if id(tensors[key]) not in allowed)
-    return sorted(key for key in strays if "modules_to_save" not in key and "lora_" not in key)

