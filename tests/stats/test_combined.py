@@ -51,3 +51,14 @@ def test_what_cannot_be_combined_is_said():
             combine([1.0, 2.0], [1.0, error])
     two = combine([1.0, 2.0], [1.0, 1.0])
     assert two.predicted_low is None
+
+
+@pytest.mark.parametrize(("of_models", "expected"), [(0.0, 0.68), (1.0, 0.79)])
+def test_two_models_on_two_corpora_are_not_four_draws(of_models, expected):
+    """What docs/statistics.md says that the interval then holds; the truth differs by corpus by 1."""
+    generator, held = np.random.default_rng(0), []
+    for _ in range(1500):
+        truths = of_models * generator.standard_normal((2, 1)) + generator.standard_normal((1, 2))
+        found = combine(truths.ravel(), [1e-3] * 4)
+        held.append(found.low <= 0 <= found.high)
+    assert np.mean(held) == pytest.approx(expected, abs=0.04)

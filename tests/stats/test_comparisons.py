@@ -75,6 +75,12 @@ def test_a_set_of_which_every_item_failed_loses_no_other() -> None:
             compared()
 
 
+def test_a_record_without_a_set_is_refused_in_one_line() -> None:
+    damaged = [{key: value for key, value in row.items() if key != "set"} for row in make_items(1)]
+    with pytest.raises(PreskipError, match=r"lacks set, id or kind: .* items.jsonl is damaged"):
+        summarise(damaged)
+
+
 def test_comparison_entries_follow_the_schema() -> None:
     a, b = make_items(1, shift=-0.02), make_items(2)
     entries = compare(a, b, arm="preskip", reference="none")

@@ -43,8 +43,9 @@ def summarise(items: SeedItems, *, confidence: float = CONFIDENCE, notes: list[s
         PreskipError: no items, damaged records, or seeds that hold different items.
     """
     rows = list(by_seed(items, "the arm").values())
+    usable = tables(rows, "the seeds of one arm", notes=notes)
     metrics: Metrics = {record["set"]: {} for record in rows[0]}
-    for table in tables(rows, "the seeds of one arm", notes=notes):
+    for table in usable:
         own = metrics[table.name]
         for metric in ("bits_per_byte", "word_perplexity") if table.kind == "document" else table.scores:
             with noted(notes, f"{metric} of {table.name}"):
