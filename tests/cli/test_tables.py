@@ -46,6 +46,14 @@ def test_no_figure_is_cut_at_any_width(monkeypatch, capsys, tmp_path, columns, m
     assert "more comparisons" not in out
 
 
+def test_what_intervals_cover_is_told_where_pairs_have_other_seeds(capsys, minimal):
+    results = json.loads(json.dumps(minimal[1]))
+    for number, entry in enumerate(results["comparisons"]):
+        entry["seeds"] = 3 if number else 1
+    print_results(results, None)
+    assert "intervals cover up to 3 seeds and items" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_perplexity_beyond_all_measure_stays_short(capsys, tmp_path, minimal):
     results = json.loads(json.dumps(minimal[1]))
     results["sets"]["heldout"]["primary"] = "word_perplexity"

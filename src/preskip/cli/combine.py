@@ -9,6 +9,7 @@ from typing import Any
 
 from preskip.errors import PreskipError
 from preskip.experiment.parse import parse_names
+from preskip.runs.declaration import identity
 from preskip.runs.schema import Manifest
 
 _COMBINED = "combined: random effects over runs; p is not corrected, not for looks either"
@@ -67,8 +68,10 @@ def combine_runs(
 
 def draws(manifests: Sequence[Manifest]) -> list[str]:
     """What the runs' models and corpora leave open: a line where one of them repeats, else none."""
-    models = len({manifest["model"].get("sha256") or manifest["model"]["name"] for manifest in manifests})
-    corpora = len({manifest["corpus"]["name"] for manifest in manifests})
+    models, corpora = (
+        len({identity(facts) or facts["name"] for facts in every})
+        for every in ([manifest["model"] for manifest in manifests], [manifest["corpus"] for manifest in manifests])
+    )
     if 1 < models < len(manifests) or 1 < corpora < len(manifests):
         return [
             f"{len(manifests)} runs of {models} models and {corpora} corpora are not independent draws: the interval "

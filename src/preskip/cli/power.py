@@ -106,7 +106,7 @@ def _looks(text: str, design: Design, family: int, difference: float | None, alp
     from preskip.stats.stops import planned_stops
 
     looks = parse_looks(text)
-    check_looks(looks, range(max(looks, default=0)))
+    check_looks(looks, max(looks, default=0))
     if difference is None:
         raise PreskipError("--looks needs the true --difference to find")
     found, by_chance = (planned_stops(design, true, looks, alpha=alpha / family) for true in (difference, 0.0))

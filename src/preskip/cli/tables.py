@@ -157,7 +157,7 @@ def _scope(results: Results, shown: Sequence[Comparison]) -> list[str]:
         lines.append(f"{set_title(results['sets'], name)} ({domain}): {', '.join(counts)}{context}")
     if shown:
         fewest, most = (function(entry["seeds"] for entry in shown) for function in (min, max))
-        covers = f"{most} seeds and items" + (f", some of {fewest}" if fewest < most else "")
+        covers = f"{'up to ' if fewest < most else ''}{most} seeds and items"
         if most == 1:
             covers = "items only, not training randomness (one seed)"
         lines.append(f"{100 * shown[0]['confidence']:g} % intervals cover {covers}")

@@ -177,27 +177,27 @@ def _apart(scored: Sequence[Scored], quiet: bool) -> list[Scored]:
     home, *others = scored
     trained = _texts(home.splits.training)
     used = trained | _texts(home.splits.development)
-    held = [other._replace(splits=_without(other.splits, heldout=used)) for other in others]
+    held = [_without(other, "heldout", used) for other in others]
     for before, after in zip(others, held, strict=True):
         if left_out := len(before.splits.heldout) - len(after.splits.heldout):
-            say(f"{after.splits.name}: {left_out} held-out documents are left out, they are trained on", quiet=quiet)
+            say(
+                f"{after.splits.name}: {left_out} held-out documents are left out, {home.splits.name} trains or "
+                "chooses rates on them",
+                quiet=quiet,
+            )
     final = set[str]().union(*(_texts(one.splits.heldout) for one in (home, *held)))
-    chosen = [other._replace(splits=_without(other.splits, development=final | trained)) for other in held]
+    chosen = [_without(other, "development", final | trained) for other in held]
     unread = final.union(*(_texts(one.splits.development) for one in (home, *chosen)))
-    return [home, *(other._replace(splits=_without(other.splits, training=unread)) for other in chosen)]
+    return [home, *(_without(other, "training", unread) for other in chosen)]
 
 
 def _texts(documents: Iterable[Document]) -> set[str]:
     return {document.text for document in documents}
 
 
-def _without(splits: Splits, **texts: Collection[str]) -> Splits:
-    """The splits without documents of these texts, by part."""
-    parts: dict[str, Any] = {
-        part: [document for document in getattr(splits, part) if document.text not in left_out]
-        for part, left_out in texts.items()
-    }
-    return replace(splits, **parts)
+def _without(scored: Scored, part: str, texts: Collection[str]) -> Scored:
+    kept: Any = [document for document in getattr(scored.splits, part) if document.text not in texts]
+    return scored._replace(splits=replace(scored.splits, **{part: kept}))
 
 
 def require(config: Config, part: str, documents: Sequence[Document], least: int) -> None:

@@ -110,7 +110,7 @@ class ExperimentConfig:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
                 raise PreskipError(f"--seeds {seed} is not possible: a seed must be >= 0 and < 2^32")
-        check_looks(self.looks, self.seeds)
+        check_looks(self.looks, len(self.seeds))
         if self.primary and (set(self.primary[:2]) - {*self.arms} or self.primary[0] == self.primary[1]):
             raise PreskipError(
                 f"--primary {':'.join(self.primary)}: give two of the arms that are compared: {', '.join(self.arms)}"
@@ -207,7 +207,7 @@ class ExperimentConfig:
         raise NotImplementedError
 
 
-def check_looks(looks: Sequence[int], seeds: Sequence[int]) -> None:
+def check_looks(looks: Sequence[int], seeds: int) -> None:
     """Refuse looks that cannot be, and a number of seeds at which none of them is.
 
     Raises:
@@ -218,8 +218,8 @@ def check_looks(looks: Sequence[int], seeds: Sequence[int]) -> None:
     text = ", ".join(map(str, looks))
     if looks[0] < 2 or list(looks) != sorted(set(looks)) or not 2 <= len(looks) <= 10:
         raise PreskipError(f"--looks {text}: give 2 to 10 rising numbers of seeds, of 2 or more, e.g. 3,5,8")
-    if len(seeds) not in looks and len(seeds) < looks[-1]:
-        raise PreskipError(f"--seeds gives {len(seeds)}: looks are declared at {text} seeds")
+    if seeds not in looks and seeds < looks[-1]:
+        raise PreskipError(f"--seeds gives {seeds}: looks are declared at {text} seeds")
 
 
 def _parts(kind: type) -> dict[str, Any]:
