@@ -105,12 +105,7 @@ gpu-study: $(RUNS)
 gpu-scratch: $(RUNS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/scratch_study.py --minutes 9 $(SCRATCH)
 
-# The packages come from the index, the build itself reads nothing from the network.
-$(VENV)/.docs: $(INSTALLED)
-	$(BIN)/$(PIP) -c constraints.txt -e ".[docs]"
-	@touch $@
-
-docs: $(VENV)/.docs
+docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:

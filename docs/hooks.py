@@ -10,11 +10,12 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMA = ROOT / "src" / "preskip" / "runs" / "schema.py"
+RUNS = ROOT / "src" / "preskip" / "runs"
+SCHEMAS = (RUNS / "schema.py", RUNS / "explain_schema.py")
 TITLE = "# Stored files\n"
 INTRODUCTION = """
-Every stored file is JSON, or JSON in lines. This page is made from `src/preskip/runs/schema.py`; the types below are
-named as there.
+Every stored file is JSON, or JSON in lines. This page is made from `schema.py` and `explain_schema.py` in
+`src/preskip/runs`; the types below are named as there.
 
 With `--json` a command prints one JSON document. A mistake is `{"error": ...}`.
 `preskip serve` prints its document once the server answers. If the server then ends by itself, the reason is on stderr
@@ -41,25 +42,22 @@ alone and the exit code is 1.
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are not written by hand."""
-    files.append(File.generated(config, "json.md", content=stored_files(SCHEMA.read_text(encoding="utf-8"))))
+    files.append(File.generated(config, "json.md", content=stored_files()))
     files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text(encoding="utf-8")))
     return files
 
 
-def stored_files(source: str) -> str:
-    """The page of stored files.
-
-    Args:
-        source: of a module of TypedDicts, with a comment behind the fields that need one.
-    """
-    module, lines = ast.parse(source), source.splitlines()
-    types = [part for node in module.body for part in [_type(node, lines)] if part]
+def stored_files() -> str:
+    """The page of stored files, from modules of TypedDicts with a comment behind the fields that need one."""
+    sources = [path.read_text(encoding="utf-8") for path in SCHEMAS]
+    modules = [(ast.parse(source), source.splitlines()) for source in sources]
+    types = [part for module, lines in modules for node in module.body for part in [_type(node, lines)] if part]
     known = {name for name, *_ in types}
-    parts = [TITLE, INTRODUCTION, (ast.get_docstring(module) or "").strip(), "\n\n"]
+    parts = [TITLE, INTRODUCTION, (ast.get_docstring(modules[0][0]) or "").strip(), "\n\n"]
     files = [(name, about) for name, about, *_ in types if _file_of(about)]
     parts += ["| file | type |\n|---|---|\n"]
     parts += [f"| {_file_of(about)} | [{name}](#{name.lower()}) |\n" for name, about in files]
-    parts += ["\n", *_constants(module, lines)]
+    parts += ["\n", *(constant for module, lines in modules for constant in _constants(module, lines))]
     for name, about, bases, fields in types:
         parts.append(f"\n## {name}\n\n{about}\n")
         if bases:

@@ -45,9 +45,7 @@ def test_the_readme_counts_what_the_table_holds():
 
 
 def test_every_stored_file_is_described():
-    pytest.importorskip("mkdocs")
-    hooks = load("hooks")
-    page = hooks.stored_files(hooks.SCHEMA.read_text(encoding="utf-8"))
+    page = load("hooks").stored_files()
     for file in ("run.json", "results.json", "items.jsonl", "train.jsonl", "cell.json", "explain.json"):
         assert re.search(rf"\| `{file}` \| \[\w+\]", page), file
     assert "| `nll` | float \\| null | nats, summed over the scored tokens; None where it has failed |" in page
@@ -111,8 +109,6 @@ def test_a_notebook_has_outputs_and_uses_public_names(path):
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocstrings")
-    pytest.importorskip("material")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
