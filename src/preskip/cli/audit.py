@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Optional
 
+from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import (
     AttnImplementation,
     BatchTokens,
@@ -64,10 +65,7 @@ def audit(
     check_inputs(texts_of, ["lambada_openai"] if lambada else [], data_dir=data_dir, model=model)
     from preskip.progress import say, spinner
 
-    with spinner("loading libraries", quiet=as_json):
-        from preskip.progress import quiet_libraries
-
-        quiet_libraries()
+    with loading_libraries(quiet=as_json):
         from preskip.assets import context_limit, load_tokenizer
         from preskip.data.local import data_directory
         from preskip.data.splits import choose, load_splits, missing_file, slug

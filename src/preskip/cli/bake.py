@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from cyclopts import Parameter
 
+from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
-from preskip.progress import quiet_libraries, say, spinner
+from preskip.progress import say, spinner
 
 if TYPE_CHECKING:
     from preskip.report.cards.content import Card
@@ -120,8 +121,7 @@ def bake_saved(
     Returns:
         What `preskip bake --json` prints.
     """
-    with spinner("loading libraries", quiet=quiet):
-        quiet_libraries()
+    with loading_libraries(quiet=quiet):
         import torch
 
         from preskip.assets import load_model

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from preskip.bench.settings import CACHES, COMPILED, ROWS, WORK, BenchSettings, Work
+from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import Device, Dtype, Json, Model, TrustRemoteCode, flag
 from preskip.errors import PreskipError
 
@@ -55,10 +56,7 @@ def bench(
     )
     from preskip.progress import progress_bar, spinner
 
-    with spinner("loading libraries", quiet=as_json):
-        from preskip.progress import quiet_libraries
-
-        quiet_libraries()
+    with loading_libraries(quiet=as_json):
         import torch
 
         from preskip.assets import load_model

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
+from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import (
     AttnImplementation,
     BatchTokens,
@@ -102,10 +103,7 @@ def evaluate(
     check_inputs(texts, names, **where, scored_only=True)
     from preskip.progress import progress_bar, say, spinner
 
-    with spinner("loading libraries", quiet=as_json):
-        from preskip.progress import quiet_libraries
-
-        quiet_libraries()
+    with loading_libraries(quiet=as_json):
         from preskip.data.blocks import check_vocabulary
         from preskip.data.local import data_directory
         from preskip.evaluate.likelihood import check_causal

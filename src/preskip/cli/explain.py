@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
+from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import (
     Base,
     BatchTokens,
@@ -73,10 +74,7 @@ def explain(
     from preskip.progress import progress_bar, say, spinner
 
     started = time.perf_counter()
-    with spinner("loading libraries", quiet=as_json):
-        from preskip.progress import quiet_libraries
-
-        quiet_libraries()
+    with loading_libraries(quiet=as_json):
         from preskip.adapter import base_model
         from preskip.analysis.explain import Extent, explain
         from preskip.analysis.explain.texts import given_texts, heldout_texts

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
+from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import flag
 from preskip.errors import DivergedError, PreskipError
 from preskip.experiment.option_file import load_options
@@ -100,15 +101,14 @@ def make_run(
         raise PreskipError(f"--resume takes every option but --seeds from the run: leave out {', '.join(refused)}")
     check_executor(course.executor, course.ray_address)
     from preskip.experiment.preflight import check_experiment, check_place
-    from preskip.progress import quiet_libraries, say, spinner
+    from preskip.progress import say
 
     asked = None if resume is not None else _asked(course.kind, given, config)
     if asked is not None:
         check_experiment(asked)
         places = [out] if out is not None else free_places(default_out(asked.subject, asked.corpus))
         check_place(places[0])
-    with spinner("loading libraries", quiet=as_json):
-        quiet_libraries()
+    with loading_libraries(quiet=as_json):
         from preskip.experiment.run import finish_run, start_run
         from preskip.runs.directory import RunDirectory
         from preskip.runs.environment import resolve_dtype
