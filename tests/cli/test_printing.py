@@ -18,6 +18,7 @@ from preskip.cli.audit import print_audit
 from preskip.cli.evaluate import _print as print_eval
 from preskip.cli.explain import _print as print_explain
 from preskip.errors import PreskipError
+from preskip.report.words.claims import assess
 from preskip.report.words.verdicts import number
 from stored_runs import invoke_app
 
@@ -146,6 +147,15 @@ def test_declared_and_exploratory_rows_stand_apart_and_each_p_says_which_it_is(c
     assert all(row.rstrip().endswith("†") for row in rows)
     worst = next(e for e in results["comparisons"] if e["declared"] and e["reference"] == "base-flops")
     assert f"{worst['p_holm']:.2g}" in declared
+
+
+def test_claims_are_marked_as_on_the_page(capsys) -> None:
+    run = RUNS[0]
+    record, results = (json.loads((run / name).read_text()) for name in ("run.json", "results.json"))
+    tables.print_claims(record, results)
+    shown, claims = capsys.readouterr().out, assess(record, results)
+    assert {claim["exploratory"] for claim in claims if claim["id"] in ("depth", "cache")} == {True, False}
+    assert shown.count("†") - 1 == sum(claim["exploratory"] for claim in claims)  # less that of the note
 
 
 def test_where_nothing_is_resolved_it_is_said() -> None:

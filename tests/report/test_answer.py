@@ -192,7 +192,8 @@ def test_a_claim_counts_its_parts_by_kind(rich: tuple[dict[str, Any], dict[str, 
     record, stored = rich
     for claim in assess(record, stored):
         entries = [part["entry"] for part in claim["parts"] if "entry" in part]
-        assert claim["exploratory"] == any(not e["declared"] for e in entries)
+        rests_on_trends = claim["id"] == "depth" and claim["verdict"] != "not measured"
+        assert claim["exploratory"] == (rests_on_trends or any(not e["declared"] for e in entries))
     parts = [{"verdict": word, "entry": {"declared": kind}} for word, kind in (("supported", True), ("mixed", False))]
     parts += [parts[0], {"verdict": "undecided"}]
     assert parts_text({"parts": parts}) == "declared: 2 supported; exploratory: 1 mixed; 1 undecided"

@@ -7,6 +7,7 @@ import shlex
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_windows, score_sequences
 from preskip.report import write_cards
 from preskip.report.cards import baked_card
+from preskip.report.cards.depth import depth_layers, depth_words
 from preskip.runs.directory import RunDirectory
 
+RESULTS = Path(__file__).parents[2] / "results"
 ARMS = ["preskip", "lora", "preproj+lora", "layernorm"]
 
 
@@ -172,6 +175,17 @@ def test_the_depth_figure_and_what_it_says_in_words(tmp_path):
     assert card.figure == (folder / "depth.png").read_bytes()
     assert ModelCard(card.text).data.library_name == "transformers"
     assert baked_card(run, "preskip", 77, "mine") is None
+
+
+def test_a_part_that_an_arm_lacks_is_neither_drawn_nor_spoken_of():
+    """The attention of `content` reads what it read before: the profile holds 0 there, in every layer."""
+    results = json.loads((RESULTS / "confirmatory-smollm2-books24" / "results.json").read_text())
+    assert {row["enrichment"] for row in results["depth"]["content"]["1"]} == {0.0}
+    layers = depth_layers(results, "content", 1)
+    assert len(layers) == 30
+    assert {layer["enrichment"] for layer in layers} == {None}
+    assert "enrichment" not in depth_words(layers, [])
+    assert "enrichment" in depth_words(depth_layers(results, "preskip", 1), [])
 
 
 def test_without_the_extra_there_is_no_figure_and_no_link_to_one(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -21,7 +22,7 @@ from preskip.report import build_report
 from preskip.report.explain.figures import explain_figures
 from preskip.report.explain.map import decimal, pack, sentence_starts
 from preskip.report.explain.measures import value_text
-from preskip.report.explain.page import build_explain_page, visible
+from preskip.report.explain.page import build_explain_page, find_explains, visible
 from preskip.report.explain.words import findings, layers_text, limits
 from preskip.report.render import TEMPLATES
 
@@ -308,6 +309,9 @@ def test_a_runs_report_without_shown_texts_has_no_link_to_a_map(tmp_path: Path) 
     source = {"kind": "run", "name": "run", "arm": "preskip", "seed": 42}
     path = write_explain(run / "explain/preskip-seed-42", layers=4, documents=2, tokens=60, source=source)
     assert read(build_report(run)).dangling == set()
+    # What a command that was killed has left, or works in, is no explanation of the run.
+    shutil.copytree(path.parent, run / "explain/.preskip-seed-42.abc")
+    assert list(find_explains(run, {"arms": {"preskip": {}}})) == [path]
     change(path, documents=[])
     page = read(build_report(run))
     assert page.dangling == set()

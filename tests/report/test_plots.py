@@ -16,6 +16,8 @@ from preskip.report.figures import make_figures
 from preskip.report.load import load_curves
 from preskip.report.plots import base, depth, forest, plane, search, training
 
+RESULTS = Path(__file__).parents[2] / "results"
+
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -183,6 +185,18 @@ def found(spec: Any, key: str) -> list[Any]:
         own = [spec[key]] if isinstance(spec.get(key), dict) else []
         return own + [value for child in spec.values() for value in found(child, key)]
     return [value for child in spec for value in found(child, key)] if isinstance(spec, list) else []
+
+
+def test_a_search_for_every_seed_says_what_each_reaches() -> None:
+    results = json.loads((RESULTS / "confirmatory-smollm2-wikitext2" / "results.json").read_text())
+    drawn = {figure["key"]: figure["alt"] for figure in make_figures(results, [])}
+    reached = [
+        f"{row['dev']['in']['value']:+.4f}"
+        for row in results["search"]["preskip"]["trace"]
+        if row["rung"] == 1 and row["kept"]
+    ]
+    assert len(set(reached)) == 3
+    assert f"0.000281, 8.89e-05, 8.89e-05, where it reaches {', '.join(reached)} bits" in drawn["search-preskip"]
 
 
 def test_the_search_marks_chosen_and_diverged(results: dict[str, Any]) -> None:

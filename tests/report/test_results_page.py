@@ -41,6 +41,41 @@ def test_tables_are_those_of_the_stored_results(name):
         assert table in page, f"{heading} of {name}: run benchmarks/results_tables.py again"
 
 
+def stored(name):
+    return json.loads((ROOT / f"results/{name}/results.json").read_text())
+
+
+def test_harm_is_what_the_stored_runs_say():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    names = {"lora-attention": "LoRA on attention"}
+    for corpus, name in (("WikiText", "wikitext2"), ("books", "books24")):
+        results = stored(f"confirmatory-smollm2-{name}")
+        highest = {
+            entry["high"]: names.get(entry["arm"], f"`{entry['arm']}`")
+            for entry in results["comparisons"]
+            if entry["reference"] == "none" and results["sets"][entry["set"]]["domain"] == "out"
+        }
+        least, most = min(highest), max(highest)
+        assert f"{least:+.3f} ({highest[least]}) to {most:+.3f} ({highest[most]}) after {corpus}" in page
+
+
+def test_how_near_the_limit_on_harm_the_rates_came_is_what_the_search_says():
+    page = " ".join((ROOT / "docs" / "confirmatory.md").read_text(encoding="utf-8").split())
+    search = stored("confirmatory-smollm2-wikitext2")["search"]
+    harms = {
+        arm: {
+            row["for_seed"]: row["dev"]["out"]["books24"]["value"]
+            for row in search[arm]["trace"]
+            if row["rung"] == 1 and row["kept"]
+        }
+        for arm in ("content", "lora")
+    }
+    content, lora = ([f"{harms[arm][seed]:+.3f}".replace("-", "−") for seed in (1, 2, 3)] for arm in harms)
+    assert f"{', '.join(content[:2])} and {content[2]} against {', '.join(lora[:2])} and {lora[2]}" in page
+    assert [harms["content"][seed] > harms["lora"][seed] for seed in (1, 2, 3)] == [False, True, True]
+    assert "In two of three seeds the grid lets `content` come nearer to the limit on harm" in page
+
+
 def test_the_picture_is_that_of_the_stored_results():
     pytest.importorskip("vl_convert")
     runs = [json.loads((ROOT / f"results/standard-{name}/results.json").read_text()) for name in ("wikitext2", "books")]

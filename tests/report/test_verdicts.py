@@ -68,6 +68,23 @@ def test_sentences(entry: dict[str, Any], text: str) -> None:
     assert verdicts.sentence(entry, SETS) == text
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "interval"),
+    [
+        (0.00042, 0.0312, None, "[+0.04, +3.12]"),
+        (-0.0656, -0.00003, None, "[−6.560, −0.003]"),
+        (-0.01013, 0.0875, 0.01, "[−1.01, +8.75]"),
+        (-0.01, 0.0875, 0.01, "[−1.0, +8.8]"),
+        (0.0, 0.0312, 0.01, "[0.0, +3.1]"),
+        (-1e-9, 0.04, None, "[0.000000, +4.000000]"),
+    ],
+)
+def test_no_limit_is_rounded_onto_0_or_the_margin(low: float, high: float, margin: float | None, interval: str) -> None:
+    entry = comparison("acc", "undecided", (low + high) / 2, low, high, margin=margin)
+    assert verdicts.difference_text(entry)["interval"] == interval
+    assert interval in verdicts.sentence(entry, SETS)
+
+
 def test_few_units_are_said_and_one_training_is_not_the_method() -> None:
     entry = comparison("bits_per_byte", "too few units", -0.05, -0.1, -0.01, clusters=4)
     assert verdicts.sentence(entry, {}) == (
@@ -98,6 +115,8 @@ def test_numbers() -> None:
     assert [verdicts.p_text(p) for p in (None, 0.00001, 0.0473)] == ["–", "< 0.0001", "0.047"]
     assert verdicts.amount("acc", 0.0123) == "1.2 points"
     assert verdicts.amount("bits_per_byte", -0.00512) == "0.0051"
+    margins = [verdicts.margin_text("acc", 0.0125), *(verdicts.margin_text("bits_per_byte", m) for m in (0.005, 2e-7))]
+    assert margins == ["±1.25 points", "±0.0050", "±0.000000"]
 
 
 def test_unknown_metrics_keep_their_name() -> None:

@@ -87,7 +87,7 @@ def _print(entry: Mapping[str, Any], more: Sequence[str]) -> None:
     from preskip.cli.printing import columns, difference_cell, print_table
     from preskip.metrics import metric_named
     from preskip.report.lookup import DOMAINS
-    from preskip.report.words.verdicts import MINUS, amount, p_text
+    from preskip.report.words.verdicts import MINUS, amount, margin_text, p_text
 
     about = metric_named(entry["metric"])
     table = columns("experiment", right=("seeds", f"difference [{100 * entry['confidence']:g} %]", "p (raw)"))
@@ -100,6 +100,7 @@ def _print(entry: Mapping[str, Any], more: Sequence[str]) -> None:
         name, seeds = f"{part['run']}: {single['set']}{few}", str(single["seeds"])
         table.add_row(name, seeds, difference_cell(single), p_text(single["p_value"]))
     mean = {"metric": entry["metric"], "difference": entry["value"], "low": entry["low"], "high": entry["high"]}
+    mean["margin"] = entry["margin"]
     table.add_section()
     table.add_row(f"combined, {entry['experiments']}", "", difference_cell(mean), p_text(entry["p_value"]))
     freedom = entry["experiments"] - 1
@@ -110,9 +111,9 @@ def _print(entry: Mapping[str, Any], more: Sequence[str]) -> None:
         *(f"{run} is left out: its difference has no spread" for run in entry["left_out"]),
     ]
     if entry["margin"] is not None:
-        within = amount(entry["metric"], entry["margin"])
+        within = margin_text(entry["metric"], entry["margin"])
         which = "" if len({part["comparison"]["margin"] for part in entry["parts"]}) == 1 else ", the narrowest margin"
-        notes.insert(0, f"equivalent within ±{within}{which}: p {p_text(entry['p_equivalence'])}")
+        notes.insert(0, f"equivalent within {within}{which}: p {p_text(entry['p_equivalence'])}")
     if entry["predicted_low"] is not None:
         notes.append(_ONE_MORE)
         one = {**mean, "low": entry["predicted_low"], "high": entry["predicted_high"]}

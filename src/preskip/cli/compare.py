@@ -137,13 +137,13 @@ def _tables(
     from preskip.metrics import metric_named
     from preskip.report.lookup import p_equivalence, p_value
     from preskip.report.words.detail import gain_share
-    from preskip.report.words.verdicts import MINUS, amount, p_text, set_label
+    from preskip.report.words.verdicts import MINUS, margin_text, p_text, set_label
 
     tables = []
     for name, metric in dict.fromkeys((entry["set"], entry["metric"]) for entry in entries):
         group = [entry for entry in entries if (entry["set"], entry["metric"]) == (name, metric)]
         margin, about = group[0]["margin"], metric_named(metric)
-        stated = f", equivalent within ±{amount(metric, margin)}" if margin is not None else ""
+        stated = f", equivalent within {margin_text(metric, margin)}" if margin is not None else ""
         if share := next(filter(None, (gain_share(entry, every, sets) for entry in group)), None):
             stated += f" ({100 * share[0]:.0f} % of {share[1]}'s in-domain gain)"
         unit = f" ({about.difference_unit.strip()})" if about.difference_unit else ""

@@ -270,9 +270,8 @@ def _print(content: Mapping[str, Any], written: Sequence[Path]) -> None:
         rank = layer["effective_rank"]
         table.add_row(
             str(layer["layer"]),
-            _interval(layer["skip_to_attention"], 3),
-            _interval(layer["enrichment"], 3),
-            *(_interval(ablation.get(part), 4, sign=True) for part in ("skip", "enrichment", "both")),
+            *(_interval(layer[size]) for size in ("skip_to_attention", "enrichment")),
+            *(_interval(ablation.get(part), sign=True) for part in ("skip", "enrichment", "both")),
             "–" if rank is None else f"{rank:.0f}",
             " ".join(repr(token)[1:-1] for token, _ in layer["promoted"][:3]),
         )
@@ -283,9 +282,7 @@ def _print(content: Mapping[str, Any], written: Sequence[Path]) -> None:
     print_table(table, [f"{note}{content['timings']['total']:g} s"], map(str, written))
 
 
-def _interval(found: Mapping[str, float] | None, places: int, *, sign: bool = False) -> str:
-    from preskip.report.words.verdicts import limits_text, number
+def _interval(found: Mapping[str, float] | None, *, sign: bool = False) -> str:
+    from preskip.report.explain.measures import value_text
 
-    if found is None:
-        return "–"
-    return f"{number(found['value'], places, sign=sign)} {limits_text(found['low'], found['high'], places, sign=sign)}"
+    return "–" if found is None else value_text(found, sign=sign)

@@ -75,13 +75,7 @@ def print_claims(record: Manifest, results: Results) -> None:
             unit = metric_named(claim["metric"]).difference_unit
             rests = f"{difference_cell(claim)}{unit}, {_short(results, claim['set'])}"
             rests += " (this training)" if claim["one_training"] else ""
-        entries = [part["entry"] for part in claim["parts"] if part.get("entry")]
-        declared = all(map(is_declared, entries)) if entries else claim["id"] == "cache"
-        table.add_row(
-            claim["claim"],
-            verdict_text(claim["verdict"], is_declared=declared or claim["verdict"] == "not measured"),
-            rests,
-        )
+        table.add_row(claim["claim"], verdict_text(claim["verdict"], is_declared=not claim["exploratory"]), rests)
     print_table(table, [EXPLORATORY_NOTE])
 
 

@@ -25,6 +25,7 @@ from preskip.report.words.verdicts import (
     amount,
     difference_text,
     looks_text,
+    margin_text,
     p_text,
     set_label,
 )
@@ -68,7 +69,7 @@ def _comparison(entry: Comparison, results: Results) -> tuple[Any, ...]:
     shown, margin, equivalence = difference_text(entry), entry.get("margin"), p_equivalence(entry)
     gained, lost, clusters = entry.get("gained"), entry.get("lost"), entry.get("clusters")
     counted = "" if gained is None or lost is None else f"{gained:,} gained, {lost:,} lost"
-    bound = NONE if margin is None else f"±{amount(entry['metric'], margin)}"
+    bound = NONE if margin is None else margin_text(entry["metric"], margin)
     share = gain_share(entry, results["comparisons"], results["sets"])
     of_gain = "" if share is None else f"{100 * share[0]:.0f} % of {share[1]}'s gain"
     return (

@@ -117,7 +117,8 @@ def _searches(results: Results, arms: Sequence[str]) -> Iterator[Figure]:
     bounds = search.shared_bounds([record for rows in records.values() for record in rows])
     for arm, rows in records.items():
         best = [row for row in rows if row["chosen"] and row["value"] is not None]
-        reached = f", where it reaches {best[0]['value']:+.4f} bits per byte" if best else ""
+        values = ", ".join(f"{row['value']:+.4f}" for row in best)
+        reached = f", where it reaches {values} bits per byte" if best else ""
         diverged = sorted({row["learning_rate"] for row in rows if row["diverged"]})
         chosen = ", ".join(f"{rate:g}" for rate in found[arm].get("by_seed", {"": found[arm]["chosen"]}).values())
         alt = f"{arm}: chosen learning rate {chosen}{reached}"

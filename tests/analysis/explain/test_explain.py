@@ -291,6 +291,7 @@ def test_arms_without_a_part_have_null_there(settings, skip, enrichment, tokeniz
     assert [bool(entry["by_layer"]), bool(layer["promoted"])] == [skip, skip]
     assert [layer["alignment"]["mlp"] is not None, layer["entropy_change"] is not None] == [skip, enrichment]
     assert [layer["ablation"][part] is not None for part in ("skip", "enrichment", "both")] == [skip, enrichment, False]
+    assert found["method"]["attention_documents"] == (3 if enrichment else 0)
     assert (layer["skip_norm"] is not None) == settings.get("content_skip", True)
     assert (layer["up_norm"] is not None) == settings.get("preprojection", True)
 

@@ -288,7 +288,11 @@ def test_every_number_can_be_saved(page: Any, built: tuple[Path, dict[str, Any]]
     cells = list(csv.DictReader(io.StringIO(saved("[data-map=csv]").read_bytes().decode(), newline="")))
     assert [row["token"] for row in cells] == document["tokens"]
     assert [float(row["layer_12"]) for row in cells] == document["bypass"][12]
-    assert saved("[data-map=svg]").read_text().startswith("<svg")
+    assert f"by token and layer, 0 to {page.locator('#map-cap').inner_text()} — " in saved("[data-map=svg]").read_text()
+    page.locator("label:has(input[name=map-scale][value=layer])").click()
+    picture = saved("[data-map=svg]").read_text()
+    assert picture.startswith("<svg")
+    assert "by token and layer, 0 to ≥ each layer’s 98 % — " in picture
     assert saved("[data-map=png]").read_bytes()[:4] == b"\x89PNG"
 
 

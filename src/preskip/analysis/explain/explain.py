@@ -131,6 +131,7 @@ def explain(
             ablation = _ablation(model, tokenizer, some[: extent.ablation_documents], extent, bar)
     finally:
         model.train(was_training)
+    changed = any(row["entropy_change"] for row in attention)
     explained: list[ExplainedLayer] = [
         {**weights, **sizes, **written, **changes, "ablation": ablation.get(weights["layer"])}
         for (weights, sizes, written), changes in zip(layers, attention, strict=True)
@@ -145,7 +146,7 @@ def explain(
             "statistics": counted,
             "context_length": extent.context_length,
             "frequency_tokens": found.frequencies.tokens,
-            "attention_documents": min(extent.attention_documents, len(some)),
+            "attention_documents": min(extent.attention_documents, len(some)) if changed else 0,
             "ablation_documents": min(extent.ablation_documents, len(some)) if ablation else 0,
             "ablation_words": extent.ablation_words,
         },

@@ -30,16 +30,17 @@ def depth_layers(results: Results, arm: str, seed: int) -> list[dict[str, Any]]:
     noise = ((results.get("nulls") or {}).get("noise") or {}).get(arm) or ()
     bands = {row["layer"]: row for row in null_band(noise)}
     has_skip = any(row["skip_norm"] for row in rows)
+    sizes = [key for key in SIZES if any(row.get(key) for row in rows)]  # 0 in every layer: a part that the arm lacks
     layers = [
         {
             "layer": row["layer"],
-            **{key: _interval(row, key) for key in SIZES},
+            **{key: _interval(row, key) if key in sizes else None for key in SIZES},
             "skip_norm": row["skip_norm"] if has_skip else None,
             "null": {"skip_norm": bands[row["layer"]]} if row["layer"] in bands else None,
         }
         for row in rows
     ]
-    return layers if has_skip or any(row[key] for row in layers for key in SIZES) else []
+    return layers if has_skip or sizes else []
 
 
 def _interval(row: Mapping[str, Any], key: str) -> dict[str, float] | None:

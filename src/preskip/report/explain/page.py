@@ -96,7 +96,7 @@ def find_explains(run: Path, results: Results) -> dict[Path, Explain]:
         PreskipError: one of the files is damaged.
     """
     arms = list(results["arms"])
-    found = {path: load_explain(path) for path in sorted(run.glob("explain/*/explain.json"))}
+    found = {path: load_explain(path) for path in sorted(run.glob("explain/[!.]*/explain.json"))}
 
     def place(item: tuple[Path, Explain]) -> tuple[int, int, str]:
         source: Any = item[1].get("source") or {}

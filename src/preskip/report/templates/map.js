@@ -53,6 +53,7 @@
     }
     return caps[key];
   }
+  const capText = (each) => "≥ " + (each ? "each layer’s 98 %" : Number(cap().toPrecision(3)));
   const cap = (layer = state.layer) => (state.own ? layerCap(layer) : Math.max(...map.layers.map((_, i) => layerCap(i)))) || 1;
   const ramps = {}; // behind words pale enough to read them, in the heat map over the whole range
   function colours(kind) {
@@ -206,7 +207,7 @@
   // ---- controls
   function legend() {
     id("map-measure-name").textContent = NAMES[state.measure];
-    id("map-cap").textContent = state.own && state.view === "layers" ? "≥ each layer’s 98 %" : "≥ " + Number(cap().toPrecision(3));
+    id("map-cap").textContent = capText(state.own && state.view === "layers");
   }
   function setLayer(layer) {
     state.layer = layer;
@@ -307,7 +308,7 @@
     const label = (x, y, words, more) => `<text x="${x}" y="${y}" ${more || ""}>${escape(words)}</text>`;
     const layerNames = map.layers.map((name, i) => (i % 5 ? "" : label(left - 6, top + (layers - i) * tall - 3, String(name), 'text-anchor="end"'))).join("");
     const tokens = cell > 10 ? text().tokens.slice(from, to).map((token, i) => `<g transform="translate(${left + (i + 0.65) * cell} ${top + layers * tall + 6}) rotate(90)">${label(0, 0, spoken(token).slice(0, 14))}</g>`).join("") : label(left, height - 8, `tokens ${from + 1} to ${to}`);
-    return { width, height, svg: `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" font-family="sans-serif" font-size="11" fill="${ink}"><rect width="100%" height="100%" fill="${ground}"/>${label(left, 20, `${NAMES[state.measure]} by token and layer, 0 to ${Number(cap().toPrecision(3))} — ${text().title}`)}${layerNames}<image x="${left}" y="${top}" width="${count * cell}" height="${layers * tall}" preserveAspectRatio="none" style="image-rendering:pixelated" href="${image.toDataURL()}"/>${tokens}</svg>` };
+    return { width, height, svg: `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" font-family="sans-serif" font-size="11" fill="${ink}"><rect width="100%" height="100%" fill="${ground}"/>${label(left, 20, `${NAMES[state.measure]} by token and layer, 0 to ${capText(state.own)} — ${text().title}`)}${layerNames}<image x="${left}" y="${top}" width="${count * cell}" height="${layers * tall}" preserveAspectRatio="none" style="image-rendering:pixelated" href="${image.toDataURL()}"/>${tokens}</svg>` };
   }
   function saveAs(kind) {
     const name = "preskip-map-" + (state.text + 1) + (state.part < 0 ? "" : "-" + (state.part + 1)) + "." + kind;

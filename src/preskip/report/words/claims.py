@@ -61,10 +61,10 @@ def assess(record: Manifest, results: Results) -> list[Claim]:
     Returns:
         One dictionary per claim: id, kind ("claim" or "control"), claim (in words), verdict ("supported",
         "contradicted", "mixed", "not shown" or "not measured"), evidence (one or more sentences), parts, exploratory
-        (whether a comparison in it was not declared before training), one_training (whether a comparison in it is of
-        one seed: then it is about this training, not about the method), and of the part that the verdict rests on set,
-        metric, arm, reference, difference, low, high and resolvable (the smallest true difference the run finds with
-        80 % power), or None.
+        (whether a comparison in it was not declared before training, or it is about a trend, which never is),
+        one_training (whether a comparison in it is of one seed: then it is about this training, not about the method),
+        and of the part that the verdict rests on set, metric, arm, reference, difference, low, high and resolvable (the
+        smallest true difference the run finds with 80 % power), or None.
     """
     bench = _Bench(record, results)
     sets = list(results["sets"])
@@ -218,7 +218,7 @@ def _trend_part(row: Trend, later_worth: tuple[float, float] | None) -> Part:
         )
     if row["measure"] == "skip_norm" and row.get("null_low") is None:
         verdict, text = "not shown", text + ", but without a null band a norm shows little"
-    limits = {"difference": row["rho"], "low": row.get("low"), "high": row.get("high")}
+    limits = {"rho": row["rho"], "difference": row["rho"], "low": row.get("low"), "high": row.get("high")}
     return _part(MEASURES.get(row["measure"], row["measure"]), verdict, text, **limits)
 
 
@@ -247,7 +247,7 @@ def _claim(name: str, words: str, parts: Sequence[Part], control: bool = False, 
         "parts": list(parts),
         "needs": list(dict.fromkeys(need for part in parts for need in part["needs"])),
         "one_training": any(part["entry"]["seeds"] == 1 for part in measured if "entry" in part),
-        "exploratory": any(not is_declared(part["entry"]) for part in measured if "entry" in part),
+        "exploratory": any("rho" in part or ("entry" in part and not is_declared(part["entry"])) for part in measured),
         **{key: entry.get(key) for key in ("set", "metric", "arm", "reference", "difference", "low", "high")},
         "resolvable": weight.get("resolvable"),
     }

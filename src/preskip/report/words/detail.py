@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from preskip.metrics import metric_named
-from preskip.report.words.verdicts import decimals, limits_text, number, p_text
+from preskip.report.words.verdicts import comparison_decimals, limits_text, number, p_text
 from preskip.runs.schema import Comparison, SetFacts
 from preskip.runs.stored import PLAIN
 from preskip.stats.detail import variance_shares
@@ -26,7 +26,7 @@ def detail_texts(entry: Comparison, described: SetFacts | None = None) -> dict[s
     if detail is None:
         return dict.fromkeys(("by_seed", "next_seed", "wins", "variance", "sign_flip"), NONE)
     about = metric_named(entry["metric"], described)
-    places = decimals(about.factor * entry["low"], about.factor * entry["high"], about.minimum_decimals)
+    places = comparison_decimals(entry)
     predicted, several = detail["new_seed"], entry["seeds"] > 1
     lower, higher = (None, None) if predicted is None else (about.factor * limit for limit in predicted)
     wins = detail["probability_higher"]

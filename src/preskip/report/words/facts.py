@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from preskip.metrics import metric_named
 from preskip.report.lookup import is_declared, primary, sets_of, trained_arms
-from preskip.report.words.verdicts import MINUS, amount, sentence, set_label, set_title
+from preskip.report.words.verdicts import MINUS, margin_text, sentence, set_label, set_title
 from preskip.runs.declaration import changes
 from preskip.runs.schema import Manifest, Results
 
@@ -133,7 +133,7 @@ def family_text(results: Results) -> str:
     else:
         text = f"No family was declared before training: every p-value is uncorrected, judged at {alpha:g}."
     margins = "; ".join(
-        f"{metric_named(key).phrase} ±{amount(key, value)}" for key, value in (family.get("margins") or {}).items()
+        f"{metric_named(key).phrase} {margin_text(key, value)}" for key, value in (family.get("margins") or {}).items()
     )
     return text + (f" Margins of equivalence: {margins}." if margins else "")
 

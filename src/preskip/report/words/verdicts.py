@@ -35,12 +35,35 @@ def set_label(sets: Mapping[str, SetFacts], key: str) -> str:
     return set_title(sets, key).removesuffix(", held-out documents")
 
 
-def decimals(low: float, high: float, minimum: int) -> int:
-    """Decimals that leave two figures of the interval's half width, between `minimum` and 6."""
+def decimals(low: float, high: float, minimum: int, borders: Sequence[float] = (0.0,)) -> int:
+    """Decimals that leave two figures of the interval's half width, between `minimum` and 6.
+
+    Args:
+        low: the lower limit.
+        high: the upper limit.
+        minimum: the fewest decimals.
+        borders: what a verdict rests on: a limit beside one of them is not rounded onto it.
+    """
     half = abs(high - low) / 2
     if half <= 0 or not math.isfinite(half):
         return minimum
-    return min(6, max(minimum, 1 - math.floor(math.log10(half))))
+    places = min(6, max(minimum, 1 - math.floor(math.log10(half))))
+
+    def hides() -> bool:
+        pairs = ((limit, border) for limit in (low, high) for border in borders)
+        return any(limit != border and round(limit, places) == round(border, places) for limit, border in pairs)
+
+    while places < 6 and hides():
+        places += 1
+    return places
+
+
+def comparison_decimals(comparison: Mapping[str, Any]) -> int:
+    """Decimals of a comparison's difference and limits in the unit that is shown: 0 and the margin stay apart."""
+    metric = metric_named(comparison["metric"])
+    margin = metric.factor * (comparison.get("margin") or 0.0)
+    low, high = (metric.factor * comparison[key] for key in ("low", "high"))
+    return decimals(low, high, metric.minimum_decimals, (0.0, margin, -margin))
 
 
 def number(value: float, places: int, *, sign: bool = False) -> str:
@@ -91,7 +114,7 @@ def difference_text(comparison: Mapping[str, Any]) -> dict[str, str]:
     """Signed difference and limits as shown in the tables: keys value, interval, unit."""
     metric = metric_named(comparison["metric"])
     value, low, high = (metric.factor * comparison[key] for key in ("difference", "low", "high"))
-    places = decimals(low, high, metric.minimum_decimals)
+    places = comparison_decimals(comparison)
     return {
         "value": number(value, places, sign=True),
         "interval": limits_text(low, high, places),
@@ -122,8 +145,21 @@ def amount(metric_key: str, size: float) -> str:
     """An unsigned size on a metric's difference scale, such as "0.0050" or "1.2 points": two figures."""
     metric = metric_named(metric_key)
     shown = abs(metric.factor * size)
-    places = min(6, max(0, 1 - math.floor(math.log10(shown)))) if shown > 0 else 0
-    return number(shown, places) + metric.difference_unit
+    return number(shown, _two_figures(shown)) + metric.difference_unit
+
+
+def margin_text(metric_key: str, margin: float) -> str:
+    """A stated margin with all its figures, two at least, such as "±0.0050" or "±1.25 points"."""
+    metric = metric_named(metric_key)
+    shown = metric.factor * margin
+    places = _two_figures(shown)
+    while places < 6 and round(shown, places) != round(shown, 6):
+        places += 1
+    return f"±{number(shown, places)}{metric.difference_unit}"
+
+
+def _two_figures(size: float) -> int:
+    return min(6, max(0, 1 - math.floor(math.log10(size)))) if size > 0 else 0
 
 
 def sentence(comparison: Comparison, sets: Mapping[str, SetFacts]) -> str:
@@ -147,7 +183,7 @@ def sentence(comparison: Comparison, sets: Mapping[str, SetFacts]) -> str:
     if verdict == "undecided":
         return f"{arm} and {reference} cannot be told apart in {where}: {signed}, {_why_undecided(comparison)}"
     value, low, high = (metric.factor * comparison[key] for key in ("difference", "low", "high"))
-    places = decimals(low, high, metric.minimum_decimals)
+    places = comparison_decimals(comparison)
     near, far = (low, high) if value > 0 else (-high, -low)
     # What a look has decided stays so, though all seeds together may leave it open.
     past = ", decided at an earlier look" if near < 0 and "looked" in comparison else ""
@@ -166,7 +202,7 @@ def _independent(comparison: Comparison) -> str:
 
 def _margin(comparison: Comparison) -> str:
     margin = comparison.get("margin")
-    return "the margin" if margin is None else f"±{amount(comparison['metric'], margin)}"
+    return "the margin" if margin is None else margin_text(comparison["metric"], margin)
 
 
 def _why_undecided(comparison: Comparison) -> str:
