@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -234,13 +235,18 @@ def test_calls_that_a_branch_cannot_serve_are_refused() -> None:
     assert torch.equal(attention(hidden_states=x), attention.q_proj(x))
 
 
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 @pytest.mark.parametrize("name", ["llama", "bert", "gemma2"])
 @torch.no_grad()
-def test_a_deep_copy_is_independent(name: str) -> None:
+def test_a_copy_is_independent(name: str, copied: Any) -> None:
     model = zoo.build(name)
     add_branches(model, "residual")
     before = zoo.logits(model, name)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     assert torch.equal(zoo.logits(twin, name), before)
     for key, parameter in twin.named_parameters():
         if f".{CHILD}." in key:

@@ -6,11 +6,13 @@ nothing is stored between the two: the pair is stateless, compiles, checkpoints 
 
 Two kinds of block need a third hook (a tap), because the attention module's own output is not yet what the residual
 sum adds: BERT's, whose output projection is a sibling of `attention.self`, and, on request, blocks with a norm behind
-attention (`skip_position="residual"`).
+attention (`skip_position="residual"`). In BERT's the skip joins what the dropout behind the projection reads: another
+adapter may wrap and scale the projection, but not the dropout.
 """
 
 from __future__ import annotations
 
+import weakref
 from threading import get_ident
 from typing import Any
 
@@ -67,16 +69,19 @@ def attach(attention: nn.Module, branch: nn.Module, tap: nn.Module | None = None
         attention: a module whose forward takes `hidden_states` [B, T, d] first or by name, and returns a tensor
             [B, T, d] or a tuple that starts with it.
         branch: has `enrich(x̂) -> x̃` and `content(x̃) -> skip | None`, and accepts new attributes.
-        tap: the module behind whose output the skip is added, in place of the attention's own.
+        tap: the module to whose output the skip is added, in place of the attention's own; to the input of a dropout.
     """
     attention.add_module(CHILD, branch)
     handles = [attention.register_forward_pre_hook(replace_input, with_kwargs=True)]
     if tap is None:
         handles.append(attention.register_forward_hook(add_skip, with_kwargs=True))
     else:
-        carrier = _Tap()
+        carrier = _Tap(attention)
         handles.append(attention.register_forward_hook(carrier.keep, with_kwargs=True))
-        handles.append(tap.register_forward_hook(carrier.add))
+        is_dropout = isinstance(tap, nn.Dropout)
+        handles.append(
+            tap.register_forward_pre_hook(carrier.add_before) if is_dropout else tap.register_forward_hook(carrier.add)
+        )
     branch.hook_handles = handles  # type: ignore[assignment]
 
 
@@ -87,8 +92,17 @@ def detach(attention: nn.Module) -> None:
     delattr(attention, CHILD)
 
 
+def remove_copied_taps(model: nn.Module) -> None:
+    """Remove the hooks of detached branches from copies of the modules that they tapped, which PEFT may have made."""
+    for module in model.modules():
+        for number, hook in list(module._forward_hooks.items()):
+            carrier = getattr(hook, "__self__", None)
+            if isinstance(carrier, _Tap) and not hasattr(carrier.attention(), CHILD):
+                del module._forward_hooks[number]
+
+
 def tap_of(block: nn.Module, target: str, skip_position: str) -> nn.Module | None:
-    """The module behind whose output the skip joins, or None for the attention's own output.
+    """The module to whose output the skip is added (a dropout: to its input), or None for the attention's own output.
 
     Args:
         block: the parent of the attention module (for `attention.self`: of `self`).
@@ -103,7 +117,10 @@ def tap_of(block: nn.Module, target: str, skip_position: str) -> nn.Module | Non
     if skip_position not in SKIP_POSITIONS:
         raise PreskipError(f"skip_position={skip_position!r} is not possible: choose {' or '.join(SKIP_POSITIONS)}")
     if target == "self" and hasattr(block, "output"):
-        dense: Any = block.output.dense  # type: ignore[union-attr]
+        output: Any = block.output
+        if isinstance(getattr(output, "dropout", None), nn.Dropout):
+            return output.dropout
+        dense = output.dense
         # Another adapter may have wrapped it, and unwraps it when merged: the layer inside stays.
         return dense.get_base_layer() if hasattr(dense, "get_base_layer") else dense
     norm = POST_ATTENTION_NORMS.get(type(block).__name__)
@@ -158,14 +175,30 @@ def add_skip(attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: 
 class _Tap:
     """Carries one skip from an attention module to the module that follows it in the same block.
 
+    A copy of the tapped module alone, as PEFT makes to train a norm, has the same tap; a copy of the block has its own.
+
+    Args:
+        attention: where the skip comes from.
+
     Attributes:
         pending: the skip on its way.
         of_threads: the same by thread, as several may call the model at once; unknown to a compiled graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, attention: nn.Module) -> None:
+        self.attention = weakref.ref(attention)
         self.pending: torch.Tensor | None = None
         self.of_threads: dict[int, torch.Tensor | None] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Tap:
+        copied = memo.get(id(self.attention()))
+        return self if copied is None else _Tap(copied)
+
+    def __getstate__(self) -> nn.Module | None:
+        return self.attention()
+
+    def __setstate__(self, attention: nn.Module) -> None:
+        self.__init__(attention)  # type: ignore[misc]
 
     def keep(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         skip = self.pending = getattr(attention, CHILD).content(hidden_states_of(args, kwargs))
@@ -177,3 +210,6 @@ class _Tap:
         if not torch.compiler.is_compiling():
             skip = self.of_threads.pop(get_ident(), skip)
         return output if skip is None else output + skip
+
+    def add_before(self, module: nn.Module, args: tuple) -> tuple:
+        return (self.add(module, args, args[0]), *args[1:])

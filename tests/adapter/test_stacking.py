@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
 import zoo
-from preskip import PreskipConfig
+from preskip import PreskipConfig, PreskipError
 from preskip.adapter import PreskipLayer
 
 LORA_TARGETS = {
@@ -20,16 +20,16 @@ LORA_TARGETS = {
 }
 
 
-def stack(name: str, preskip_first: bool):
+def stack(name: str, preskip_first: bool, **settings):
     """(first PeftModel, second PeftModel around the same base, logits with the first alone, logits with both)."""
-    lora = LoraConfig(r=4, target_modules=LORA_TARGETS[name])
+    lora = LoraConfig(r=4, target_modules=LORA_TARGETS[name], **settings)
     configs = {"branch": PreskipConfig(skip_position="residual"), "lora": lora}
     order = ["branch", "lora"] if preskip_first else ["lora", "branch"]
     first = get_peft_model(zoo.build(name), configs[order[0]], adapter_name=order[0]).eval()
     zoo.randomise(first)
     alone = zoo.logits(first, name)
     second = get_peft_model(first.get_base_model(), configs[order[1]], adapter_name=order[1]).eval()
-    assert torch.equal(zoo.logits(second, name), alone)
+    assert zoo.difference(zoo.logits(second, name), alone) <= (1e-5 if settings.get("use_dora") else 0.0)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for key, parameter in second.named_parameters():
@@ -66,9 +66,9 @@ def test_both_orders(name: str, preskip_first: bool, tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("preskip_first", [True, False])
-@pytest.mark.parametrize("name", LORA_TARGETS)
-def test_lora_is_merged_and_the_branch_stays(name: str, preskip_first: bool) -> None:
-    first, second, _, both = stack(name, preskip_first)
+@pytest.mark.parametrize(("name", "dora"), [*((name, False) for name in LORA_TARGETS), ("llama", True), ("bert", True)])
+def test_lora_is_merged_and_the_branch_stays(name: str, dora: bool, preskip_first: bool) -> None:
+    first, second, _, both = stack(name, preskip_first, use_dora=dora)
     lora = second if preskip_first else first
     merged = lora.merge_and_unload(adapter_names=["lora"])
     assert zoo.difference(zoo.logits(merged, name), both) < 2e-5
@@ -132,3 +132,88 @@ def test_a_second_branch_joins_over_lora(name: str) -> None:
     assert set(third.peft_config) == {"branch", "lora", "third"}
     third.base_model.set_adapter("third")
     assert {n for m in third.modules() if isinstance(m, PreskipLayer) for n in m.settings} == {"branch", "third"}
+
+
+def residual(**settings):
+    """A Gemma 2 whose skip joins behind a norm, with random weights of the branch."""
+    config = PreskipConfig(skip_position="residual", preprojection=False, **settings)
+    model = get_peft_model(zoo.build("gemma2"), config, adapter_name="branch").eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in skips(model):
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+    return model
+
+
+def skips(model) -> list[torch.nn.Parameter]:
+    return [weight for name, weight in model.named_parameters() if ".preskip.skip." in name]
+
+
+def hooks(model) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_a_copy_of_the_norm_behind_which_the_skip_joins_keeps_the_skip() -> None:
+    plain, model = residual(), residual(modules_to_save=["post_attention_layernorm"])
+    before = hooks(zoo.build("gemma2"))
+    assert torch.equal(zoo.logits(model, "gemma2"), zoo.logits(plain, "gemma2"))
+    model(**zoo.inputs("gemma2")).logits.square().mean().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in skips(model))
+    base = model.unload()
+    assert hooks(base) == before
+    assert torch.equal(zoo.logits(base, "gemma2"), zoo.logits(zoo.build("gemma2"), "gemma2"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_ln_tuning_of_the_norm_behind_which_the_skip_joins() -> None:
+    model = residual()
+    wanted = zoo.logits(model, "gemma2")
+    tuned = get_peft_model(model.get_base_model(), LNTuningConfig(), adapter_name="norms").eval()
+    assert torch.equal(zoo.logits(tuned, "gemma2"), wanted)
+    tuned.merge_and_unload(adapter_names=["norms"])
+    assert torch.equal(zoo.logits(model, "gemma2"), wanted)
+
+    tuned = get_peft_model(zoo.build("gemma2"), LNTuningConfig(), adapter_name="norms")
+    with pytest.raises(PreskipError, match=r"trains the module behind .*self_attn already \(LNTuningLayer\); add the"):
+        get_peft_model(tuned.get_base_model(), PreskipConfig(skip_position="residual"), adapter_name="branch")
+    get_peft_model(tuned.get_base_model(), PreskipConfig(), adapter_name="branch")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_trained_copy_of_the_projection_that_the_skip_follows_keeps_the_skip() -> None:
+    models = [get_peft_model(zoo.build("bert"), PreskipConfig(modules_to_save=save)) for save in (None, ["dense"])]
+    zoo.randomise(models[0].eval())
+    own = {key: weight for key, weight in models[0].named_parameters() if ".preskip." in key}
+    with torch.no_grad():
+        for key, weight in models[1].eval().named_parameters():
+            if key in own:
+                weight.copy_(own[key])
+    assert torch.equal(*(zoo.logits(model, "bert") for model in models))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_branch_whose_trained_head_went_with_lora_is_not_saved_without_it(tmp_path) -> None:
+    branch = get_peft_model(zoo.build("llama"), PreskipConfig(modules_to_save=["lm_head"]), adapter_name="branch")
+    lora = get_peft_model(branch.get_base_model(), LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
+    branch.save_pretrained(tmp_path / "before", selected_adapters=["branch"])
+    assert any("lm_head" in key for key in load_file(tmp_path / "before" / "branch" / "adapter_model.safetensors"))
+    lora.merge_and_unload(adapter_names=["lora"])
+    with pytest.raises(PreskipError, match="trains lm_head too, and this model has no copy of that any more"):
+        branch.save_pretrained(tmp_path / "after", selected_adapters=["branch"])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("head", [None, ["lm_head"]])
+def test_the_heads_that_lora_has_trained_stay_when_the_branch_is_unloaded(head, tmp_path) -> None:
+    branch = get_peft_model(zoo.build("llama"), PreskipConfig(modules_to_save=head), adapter_name="branch")
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    lora = get_peft_model(branch.get_base_model(), config, adapter_name="lora").eval()
+    zoo.randomise(lora)
+    branch.unload()
+    trained = zoo.logits(lora, "llama")
+    lora.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(zoo.build("llama"), tmp_path / "lora", adapter_name="lora")
+    assert any("lm_head" in key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
+    assert torch.equal(zoo.logits(again, "llama"), trained)
+    with lora.disable_adapter():
+        assert torch.equal(zoo.logits(lora, "llama"), zoo.logits(zoo.build("llama"), "llama"))

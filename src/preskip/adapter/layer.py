@@ -26,7 +26,7 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
     Args:
         attention: the module it belongs to (referenced, not owned).
         width: d of the attention's input.
-        tap: the module behind whose output the skip joins, if not the attention's (referenced, not owned).
+        tap: what `preskip.attach.tap_of` gives (referenced, not owned).
 
     Several active adapters add up: x̃ = x̂ + Σ features, skip = Σ W_skip · x̃. An adapter with `enrich_attention=False`
     builds its own x̃ on what attention reads.
@@ -54,7 +54,7 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
 
     @property
     def tap(self) -> nn.Module | None:
-        """The module behind whose output the skip joins, or None for the attention's own output."""
+        """What `preskip.attach.tap_of` has given."""
         return self._tap[0]
 
     def get_base_layer(self) -> nn.Module:

@@ -16,7 +16,7 @@ from preskip.adapter.checkpoint import check_loaded, check_tensors, expected_ten
 from preskip.adapter.config import PreskipConfig
 from preskip.adapter.layer import CANNOT_MERGE, PreskipLayer
 from preskip.adapter.names import check_adapter_name
-from preskip.attach import CHILD, attach, detach, tap_of
+from preskip.attach import CHILD, attach, detach, remove_copied_taps, tap_of
 from preskip.errors import PreskipError
 from preskip.rows import check_names
 from preskip.site_check import check_role
@@ -138,10 +138,16 @@ class PreskipModel(BaseTuner):
             raise PreskipError(
                 f"{key} has its own branch already ({type(model).__name__}): train that, or adapt the base it came from"
             )
-        if isinstance(layer, PreskipLayer) and layer.settings and layer.tap is not tap:
+        if isinstance(layer, PreskipLayer) and layer.settings:
+            if not any(layer.tap is inside for inside in ([None] if tap is None else tap.modules())):
+                raise PreskipError(
+                    f"skip_position={config.skip_position!r} is not possible: the model has a Preskip adapter with the "
+                    "other position, and all must share one"
+                )
+        elif isinstance(tap, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise PreskipError(
-                f"skip_position={config.skip_position!r} is not possible: the model has a Preskip adapter with the "
-                "other position, and all must share one"
+                f"skip_position={config.skip_position!r} is not possible: another adapter trains the module behind "
+                f"{key} already ({type(tap).__name__}); add the Preskip adapter first"
             )
         config.branch_settings().shapes(width)
         return width, tap
@@ -186,6 +192,12 @@ class PreskipModel(BaseTuner):
             raise PreskipError(
                 f"adapter {adapter_name!r} has no branch in this model, so there is nothing to save: it was unloaded; "
                 "name the adapters to save with selected_adapters=[...]"
+            )
+        copies = [getattr(wrapper, "modules_to_save", ()) for _, wrapper in wrappers(model)]
+        if config.modules_to_save and not any(adapter_name in names for names in copies):
+            raise PreskipError(
+                f"adapter {adapter_name!r} trains {', '.join(config.modules_to_save)} too, and this model has no copy "
+                "of that any more: it went when another adapter was merged or unloaded; save before"
             )
         if missing := sorted(expected.keys() - own.keys()):
             raise PreskipError(
@@ -249,11 +261,16 @@ class PreskipModel(BaseTuner):
         for module in list(self.model.modules()):
             if isinstance(getattr(module, CHILD, None), PreskipLayer):
                 detach(module)
-        for key in [key for key, module in self.model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]:
-            parent, name = self.model.get_submodule(key.rpartition(".")[0]), key.rpartition(".")[2]
-            target: Any = getattr(parent, name)
-            original = target.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
-            setattr(parent, name, original)
+        own = {name for name, config in self.peft_config.items() if isinstance(config, PreskipConfig)}
+        for path, wrapper in wrappers(self.model):
+            copies = set(getattr(wrapper, "modules_to_save", ()))
+            if copies and copies <= own:
+                trained = wrapper.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                self.model.set_submodule(path, trained)
+                continue
+            for name in copies & own:  # those of adapters that stay are theirs
+                _delete_copy(wrapper, name)
+        remove_copied_taps(self.model)
         if hasattr(self.model, "peft_config"):
             if _has_tuner_layers(self.model):
                 self._leave_shared_names()
@@ -283,6 +300,25 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
                 layer.delete_adapter(adapter_name)
             if not layer.settings:
                 detach(module)
+
+
+def remove_copies(model: nn.Module, adapter_name: str) -> None:
+    """Take one adapter's copies of `modules_to_save` out of a model."""
+    for path, wrapper in wrappers(model):
+        copies: Any = getattr(wrapper, "modules_to_save", {})
+        if set(copies) == {adapter_name}:
+            model.set_submodule(path, wrapper.original_module)
+        elif adapter_name in copies:
+            _delete_copy(wrapper, adapter_name)
+
+
+def wrappers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The modules of which PEFT trains copies, by path."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+def _delete_copy(wrapper: Any, adapter_name: str) -> None:
+    wrapper.delete_adapter(adapter_name, [other for other in wrapper.active_adapters if other != adapter_name])
 
 
 def forget_first_adapter(model: nn.Module) -> None:

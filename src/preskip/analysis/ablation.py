@@ -133,17 +133,9 @@ def switched_off(branch: LiveBranch, part: str) -> Iterator[None]:
     attention = branch.attention
     with ExitStack() as stack:
         if part == "skip":
-            # Around the branch's own hook: what was there before it is put back behind it.
-            target, held = branch.tap or attention, []
-
-            def keep(module: nn.Module, args: tuple, output: Any) -> None:
-                held.append(output)
-
-            def put_back(module: nn.Module, args: tuple, output: Any) -> Any:
-                return held.pop()
-
-            stack.callback(target.register_forward_hook(keep, prepend=True).remove)
-            stack.callback(target.register_forward_hook(put_back).remove)
+            module: Any = branch.module
+            module.content = lambda attention_input: None  # in place of its method
+            stack.callback(delattr, module, "content")
         else:
             # The branch's hooks, before and behind, both see x̃; only the attention itself is given x̂.
             plain: list[Any] = []

@@ -29,7 +29,7 @@ class LiveBranch:
         attention: the attention module.
         block: the block that holds it.
         module: the branch itself, child of the attention.
-        tap: the module behind whose output the skip joins, or None for the attention's own output.
+        tap: the module whose output the skip joins, or None for the attention's own output.
     """
 
     site: AttentionSite
@@ -87,6 +87,8 @@ def live_branches(model: nn.Module) -> list[LiveBranch]:
             tap = module.tap
         else:
             tap = tap_of(base.get_submodule(path), target, base.config.preskip_skip_position)
+        if isinstance(tap, nn.Dropout):  # BERT's: the skip joins what it reads, the output of the projection
+            tap = base.get_submodule(f"{path}.output.dense")
         block = base.get_submodule(f"{site.stack}.{site.layer}")
         found.append(LiveBranch(site=site, attention=attention, block=block, module=module, tap=tap))
     return found
