@@ -112,6 +112,7 @@ def test_a_failed_load_through_transformers_leaves_the_model_as_it_was(damage: s
     with pytest.raises(PreskipError):
         model.load_adapter(broken)
     assert not any(isinstance(module, PreskipLayer) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(zoo.logits(model, "llama"), before)
     model.load_adapter(folder)
     loaded = zoo.logits(model, "llama")
@@ -166,6 +167,20 @@ def test_a_failed_load_leaves_no_copy_of_the_modules_that_it_saves(tmp_path: pat
         loaded.load_adapter(broken, adapter_name="second")
     assert not any(".second." in key for key in loaded.state_dict())
     assert torch.equal(zoo.logits(loaded, "llama"), wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_adapter_without_its_trained_head_is_refused(way: Callable, tmp_path: pathlib.Path) -> None:
+    model = get_peft_model(zoo.build("llama"), PreskipConfig(modules_to_save=["lm_head"]))
+    model.save_pretrained(tmp_path / "whole")
+    base = zoo.build("llama")
+    broken = damaged(tmp_path / "whole", lambda t: t.pop("base_model.model.lm_head.weight"))
+    with pytest.raises(PreskipError, match=r"the checkpoint lacks \S*lm_head\.\S*weight: it belongs") as caught:
+        way(base, broken)
+    assert "\n" not in str(caught.value)
+    if way is not second_adapter:
+        assert list(base.state_dict()) == list(zoo.build("llama").state_dict())
+    way(zoo.build("llama"), tmp_path / "whole")
 
 
 @pytest.mark.parametrize("way", WAYS)

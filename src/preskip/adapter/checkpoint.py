@@ -55,9 +55,8 @@ def refuse(
     Raises:
         PreskipError: see above.
     """
-    for key in sorted(missing)[:1]:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise PreskipError(f"the checkpoint lacks {key}{more}: it belongs to another model or is incomplete")
+    if missing:
+        raise PreskipError(missing_tensors(missing))
     for key in sorted(extra):
         raise PreskipError(f"the checkpoint holds a tensor that this adapter has no place for: {key}")
     for key, found, needed in mismatched:
@@ -68,6 +67,12 @@ def refuse(
     for key, value in tensors.items():
         if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all():
             raise PreskipError(f"{key} holds NaN or infinity: the checkpoint is damaged or its training diverged")
+
+
+def missing_tensors(keys: Collection[str]) -> str:
+    """What to say of a checkpoint that lacks these tensors, one at least."""
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    return f"the checkpoint lacks {min(keys)}{more}: it belongs to another model or is incomplete"
 
 
 def expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:

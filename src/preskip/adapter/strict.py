@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers.integrations.peft import PeftAdapterMixin
 
-from preskip.adapter.checkpoint import expected_tensors, refuse
+from preskip.adapter.checkpoint import expected_tensors, missing_tensors, refuse
 from preskip.adapter.config import PreskipConfig
-from preskip.adapter.model import base_model, forget_first_adapter, remove_adapter
+from preskip.adapter.model import base_model, forget_first_adapter, remove_adapter, remove_copies, wrappers
 from preskip.errors import PreskipError
 
 # Settings of which a checkpoint's tensors show nothing.
@@ -76,21 +75,29 @@ def _check_settings(model: Any, source: Any, name: str, kwargs: dict[str, Any]) 
 
 @contextmanager
 def _undone_if_refused(model: Any) -> Iterator[None]:
-    before = _preskip_adapters(model)
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Refused inside, an adapter leaves the model as it was; PEFT's error for a missing trained copy gets its words."""
+    undo = _Undo(model)
     try:
         yield
-    except Exception:
-        if _preskip_adapters(model) - before:
-            _undo(model, before)
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad_(requires_grad)
+    except Exception as error:
+        lost = _missing_copy(model, error)
+        undo()
+        if lost:
+            raise PreskipError(missing_tensors([lost])) from None
         raise
 
 
+def _missing_copy(model: Any, error: Exception) -> str | None:
+    """The key that an error of PEFT is about, where it is a tensor of a trained copy that the checkpoint lacks."""
+    if not (isinstance(error, KeyError) and _preskip_adapters(model)):
+        return None
+    key = str(error.args[0])
+    return key if any(f".{path}." in f".{key}" for path, _ in wrappers(model)) else None
+
+
 def _load_adapter(load: Callable[..., Any], model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    before = set(_preskip_adapters(model))
-    if kwargs.get("hotswap") is True and before:
+    undo = _Undo(model)
+    if kwargs.get("hotswap") is True and undo.before:
         raise PreskipError(
             "Preskip adapters cannot be hot-swapped by PEFT, which does so for LoRA alone: load the other under its "
             "own name and switch with set_adapter, or copy its weights in place with set_peft_model_state_dict"
@@ -98,20 +105,20 @@ def _load_adapter(load: Callable[..., Any], model: Any, args: tuple, kwargs: dic
     try:
         report = load(model, *args, **kwargs)
     except RuntimeError as error:
-        wrong_shape = bool(_preskip_adapters(model) - before) and "ignore_mismatched_sizes" in str(error)
-        _undo(model, before)
+        wrong_shape = bool(undo.new()) and "ignore_mismatched_sizes" in str(error)
+        undo()
         if not wrong_shape:
             raise
         # Once more, only to learn which tensor it was: the error does not say.
         report = load(model, *args, **{**kwargs, "ignore_mismatched_sizes": True})
     except Exception:
-        _undo(model, before)
+        undo()
         raise
     try:
-        for name in _preskip_adapters(model) - before:
+        for name in undo.new():
             _check(model, name, report)
     except PreskipError:
-        _undo(model, before)
+        undo()
         raise
     return report
 
@@ -121,7 +128,8 @@ def _check(model: torch.nn.Module, name: str, report: Any) -> None:
     expected, parameters = expected_tensors(model, name), dict(model.named_parameters())
     mismatched = sorted(report.mismatched_keys)
     refuse(
-        missing=(expected.keys() & report.missing_keys) - {key for key, *_ in mismatched},
+        missing={key for key in report.missing_keys if key in expected or f".modules_to_save.{name}." in f".{key}"}
+        - {key for key, *_ in mismatched},
         extra=report.unexpected_keys,
         mismatched=mismatched,
         tensors={key: parameters[key] for key in expected},
@@ -133,23 +141,25 @@ def _preskip_adapters(model: Any) -> set[str]:
     return {name for name, config in configs.items() if isinstance(config, PreskipConfig)}
 
 
-def _undo(model: Any, before: set[str]) -> None:
-    for name in _preskip_adapters(model) - before:
-        remove_adapter(model, name)
-        _remove_copies(model, name)
-        del model.peft_config[name]
-        if not model.peft_config:
-            del model.peft_config
-            forget_first_adapter(model)
+class _Undo:
+    """Takes out the Preskip adapters that a model has got since this was made; weights train again as before."""
 
+    def __init__(self, model: Any) -> None:
+        self.model, self.before = model, _preskip_adapters(model)
+        self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
-def _remove_copies(model: torch.nn.Module, name: str) -> None:
-    """Take one adapter's copies of `modules_to_save` out of a model."""
-    wrappers = [(path, m) for path, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    for path, wrapper in wrappers:
-        copies: Any = getattr(wrapper, "modules_to_save", {})
-        if set(copies) == {name}:
-            model.set_submodule(path, wrapper.original_module)
-        elif name in copies:
-            active: Any = wrapper.active_adapters
-            wrapper.delete_adapter(name, [other for other in active if other != name])
+    def new(self) -> set[str]:
+        return _preskip_adapters(self.model) - self.before
+
+    def __call__(self) -> None:
+        new = self.new()
+        for name in new:
+            remove_adapter(self.model, name)
+            remove_copies(self.model, name)
+            del self.model.peft_config[name]
+        if new:
+            for parameter, requires_grad in self.trainable:
+                parameter.requires_grad_(requires_grad)
+        if new and not self.model.peft_config:
+            del self.model.peft_config
+            forget_first_adapter(self.model)
