@@ -1,6 +1,7 @@
 """Canon layers against torch's own convolution, and what they may not mix: documents, padding, later tokens."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -109,6 +110,8 @@ def test_padding_is_never_mixed(side):
     with torch.no_grad():
         found = model(padded, attention_mask=mask, position_ids=positions).logits[:, where]
         torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
+        by_place = model.model(padded, mask, positions).last_hidden_state
+        torch.testing.assert_close(model.lm_head(by_place)[:, where], found)
         other = torch.where(mask == 0, 55, padded)
         assert torch.equal(found, model(other, attention_mask=mask, position_ids=positions).logits[:, where])
 
@@ -184,10 +187,11 @@ def test_at_identity_nothing_changes_and_taking_it_out_leaves_no_trace(family):
     torch.testing.assert_close(copy.deepcopy(model)(ids).logits, before)
     model(ids).logits.square().mean().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in peer_weights(model).values())
-    detach_peers(model)
-    assert list(model.state_dict()) == keys
-    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
-    assert torch.equal(model(ids).logits, before)
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        detach_peers(each)
+        assert list(each.state_dict()) == keys
+        assert not [m for m in each.modules() if m._forward_hooks or m._forward_pre_hooks]
+        assert torch.equal(each(ids).logits, before)
 
 
 def test_saved_peers_load_again(tmp_path):

@@ -123,6 +123,10 @@ def test_value_embeddings_join_the_values_through_a_gate_per_head():
         torch.testing.assert_close(found[f"{prefix}.gate"], gate.grad, atol=1e-4, rtol=1e-3)
     with pytest.raises(PreskipError, match="give input_ids, not inputs_embeds"):
         model(inputs_embeds=model.model.embed_tokens(IDS))
+    model.resize_token_embeddings(400)
+    with pytest.raises(PreskipError, match="a row per token, which does not grow with the vocabulary"):
+        model.resize_token_embeddings(410)
+    assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == 400
 
 
 @pytest.mark.parametrize("peers", [{"value_residual": {}}, {"value_embed": {"layers": [0, 2]}}])
@@ -148,6 +152,27 @@ def test_checkpointing_gives_the_same_gradients(peers):
         model.enable_input_require_grads()
         with pytest.raises(PreskipError, match="give use_reentrant=False"):
             gradients(model, model(IDS, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("peers", [{"value-residual": {}}, {"canon": {}}])
+def test_checkpointing_of_several_passes_before_one_backward_gives_the_same_gradients(peers):
+    """Their documents end at different places, and a pass without gradients comes last."""
+    model = tiny_llama(num_hidden_layers=3)
+    attach_peers(model, peers)
+    batches = [IDS, torch.tensor([[20, 1, 22, 23, 1], [40, 41, 42, 1, 44]])]
+
+    def found():
+        summed = sum(model(ids, use_cache=False).logits.square().mean() for ids in batches)
+        with torch.no_grad():
+            model(IDS[:1, :3])
+        model.zero_grad()
+        summed.backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    wanted = found()
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    for name, gradient in found().items():
+        torch.testing.assert_close(gradient, wanted[name], msg=name)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "phi3"])

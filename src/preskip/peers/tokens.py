@@ -6,16 +6,22 @@ last tokens of the pass before. The model's decoder is told both; hooks on it ke
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from preskip.casting import is_transformed
 from preskip.errors import PreskipError
 
 # How many earlier tokens a token may be mixed with.
 REACH = 3
+
+
+# What gradient checkpointing asks for again in the backward pass; other passes may have run meanwhile.
+_OF_A_PASS = ("ids", "first_value", "first_has_graph", "_given", "_reach", "_length")
 
 
 class Tails:
@@ -76,7 +82,7 @@ class Tails:
 
 
 class Tokens:
-    """The tokens of the forward pass that runs, or ran last: gradient checkpointing asks again in the backward pass.
+    """The tokens of the forward pass that runs, ran last, or is recomputed by gradient checkpointing.
 
     A document ends with the config's end token, or in front of its start token where that is another; where position
     ids are given it also ends where they do not go on by one. Padding belongs to none.
@@ -96,6 +102,7 @@ class Tokens:
         self.first_value: torch.Tensor | None = None
         self.first_has_graph = False
         self.handles: list[Any] = []
+        self._names = ["input_ids"]  # of the decoder's arguments, for those that are given by their place
         self._given: tuple[Any, Any, int, torch.device] = (None, None, 0, torch.device("cpu"))
         self._reach: torch.Tensor | None = None
         self._past: Tails | None = None
@@ -103,16 +110,13 @@ class Tokens:
         self._run: torch.Tensor | None = None
         self._length = 0  # of the cache
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tokens:
-        # Without the tensors of the last pass, which may hang on a graph; for the copy's modules it is one object, too.
-        memo[id(self)] = new = Tokens(self.config)
-        return new
-
     def __reduce__(self) -> Any:
-        return Tokens, (self.config,)
+        # Without the tensors of the last pass, which may hang on a graph.
+        return Tokens, (self.config,), {"handles": self.handles, "_names": self._names}
 
     def watch(self, decoder: nn.Module) -> None:
         """Register the hooks on the text decoder."""
+        self._names = list(inspect.signature(decoder.forward).parameters)
         self.handles = [
             decoder.register_forward_pre_hook(self.begin, with_kwargs=True),
             decoder.register_forward_hook(self.finish, with_kwargs=True),
@@ -124,13 +128,14 @@ class Tokens:
         Raises:
             PreskipError: a cache whose tails are missing or of another length.
         """
-        self.ids = kwargs.get("input_ids", args[0] if args else None)
-        source = kwargs.get("inputs_embeds") if self.ids is None else self.ids
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self.ids = given.get("input_ids")
+        source = given.get("inputs_embeds") if self.ids is None else self.ids
         if source is None:
             raise PreskipError("the decoder was called without input_ids and inputs_embeds")
-        self._given = (kwargs.get("attention_mask"), kwargs.get("position_ids"), source.shape[1], source.device)
+        self._given = (given.get("attention_mask"), given.get("position_ids"), source.shape[1], source.device)
         self._reach = self.first_value = self._past = self._kept = None
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        cache, use_cache = given.get("past_key_values"), given.get("use_cache")
         if cache is not None and cache.get_seq_length() > 0:
             self._past = next((layer for layer in cache.layers if isinstance(layer, Tails)), None)
         if cache is not None or (self.config.use_cache if use_cache is None else use_cache):
@@ -138,7 +143,11 @@ class Tokens:
         self._length = 0 if cache is None else int(cache.get_seq_length())
 
     def finish(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook of the decoder: the tails go with the cache."""
+        """Forward hook of the decoder: the tails go with the cache, and a backward pass finds its own tokens again."""
+        hidden = output[0]
+        if hidden.requires_grad and not (torch.compiler.is_compiling() or is_transformed()):
+            of_this_pass = {name: getattr(self, name) for name in _OF_A_PASS}
+            hidden.register_hook(lambda gradient: self.__dict__.update(of_this_pass))
         kept, self._kept, self._past = self._kept, None, None
         cache = getattr(output, "past_key_values", None)
         if kept is None or not kept.inputs or cache is None:
