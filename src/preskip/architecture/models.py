@@ -37,6 +37,7 @@ from preskip.errors import PreskipError
 from preskip.model_types import PREFIX, TYPES
 from preskip.peers.insert import attach_peers
 from preskip.peers.place import PeerModule
+from preskip.peers.value_embed import ValueEmbed
 from preskip.quantizing import quantize_layers
 from preskip.sites import find_sites, input_width
 
@@ -76,6 +77,23 @@ class BranchMixin:
         model.post_init()  # again: the first one has run before there were branches, and keeps what it has initialised
         if config.preskip_keep_float32:
             model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), CHILD}
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs: Any
+    ) -> Any:
+        """As transformers', but refused where the model has other tables by token.
+
+        Raises:
+            PreskipError: see above.
+        """
+        model: Any = self
+        is_other = pad_to_multiple_of or new_num_tokens not in (None, model.config.vocab_size)
+        if is_other and any(isinstance(module, ValueEmbed) for module in model.modules()):
+            raise PreskipError(
+                "value embeddings have a row per token, which does not grow with the vocabulary: give vocab_size to "
+                "the config before the model is made"
+            )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

@@ -1,6 +1,6 @@
 """Named shapes to train from scratch: every Pythia size, and small modern Llama shapes.
 
-Pythia: Biderman et al. 2023 (arXiv 2304.01373), as published in its checkpoints' configs.
+Pythia: Biderman et al. 2023 (arXiv 2304.01373), sizes as published in its checkpoints' configs.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ SHAPES: dict[str, Shape] = {
     "llama-10m": _llama(8, 320, 5, 5, 864, 8192),
     "llama-30m": _llama(10, 512, 8, 4, 1376, 16384),
     "llama-106m": _llama(30, 576, 9, 3, 1536),
-    # Meta Llama 3 8B, as published in its config.
+    # Meta Llama 3 8B, sizes as published.
     "llama-3-8b": _llama(
         32,
         4096,
