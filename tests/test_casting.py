@@ -218,6 +218,16 @@ def test_float32_is_as_it_was(casts: list) -> None:
     assert not any(casting._CAST in vars(linear) for linear in module.linears.values())
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_on_a_matrix_are_called(register: str) -> None:
+    module, seen = branch(), []
+    for part, linear in module.linears.items():
+        getattr(linear, register)(lambda *_, part=part: seen.append(part))
+    loss(module, some_input().requires_grad_()).backward()
+    assert sorted(seen) == ["down", "skip", "up"]
+    assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_meta_a_pass_tells_shapes(dtype: torch.dtype) -> None:
     enriched, skip = branch().to("meta")(some_input(dtype=dtype).to("meta"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -86,6 +87,7 @@ def test_outputs_and_every_gradient_are_those_of_the_hooks(fields, dtype):
     assert torch.equal(model(IDS).logits, wanted)
 
 
+@pytest.mark.filterwarnings("ignore:no attention was optimised")
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "falcon", "gemma2", "bert", "qwen3"])
 def test_on_every_call_style(family):
     model = get_peft_model(zoo.build(family), PreskipConfig())
@@ -296,6 +298,21 @@ def test_an_attention_with_anothers_hook_is_left_as_it_is():
         assert handle.attentions == 2
         model(IDS)
     assert seen == [(3, 63, 60)]
+
+
+def test_a_model_in_which_nothing_can_be_optimised_is_named(tmp_path):
+    recorded, several, bert = adapted(), adapted(), get_peft_model(zoo.build("bert"), PreskipConfig())
+    recorded(IDS, output_hidden_states=True)
+    several.add_adapter("second", PreskipConfig())
+    preskip.bake(several, tmp_path / "out", adapter=["default", "second"])
+    for model in (recorded, AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto"), bert):
+        with pytest.warns(UserWarning, match="no attention was optimised: the branches join behind other modules, lie"):
+            assert preskip.optimize(model).attentions == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for model in (adapted(), LlamaForCausalLM(ODD)):
+            preskip.optimize(model)
+            preskip.optimize(model)
 
 
 def test_pickled_it_is_as_it_was():

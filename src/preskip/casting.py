@@ -81,7 +81,8 @@ def product(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
     if weight.is_meta and not x.is_meta:  # offloaded: accelerate fetches it for the layer's own forward alone
         return linear(x.to(weight.dtype)).to(x.dtype)
     cast = weight.to(x.dtype) if torch.compiler.is_compiling() else cast_once(linear, weight, x.dtype)
-    if linear._forward_hooks or linear._forward_pre_hooks:  # whoever observes the layer sees what is computed
+    observers = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    if any(observers):  # whoever observes the layer sees what is computed
         return torch.func.functional_call(linear, {"weight": cast}, (x,))
     return F.linear(x, cast)
 

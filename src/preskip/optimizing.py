@@ -6,6 +6,7 @@ arithmetic is that of the hooks, in the same order, on matrices that are cast an
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -64,8 +65,10 @@ def optimize(model: nn.Module) -> Optimized:
 
     Works on adapters and on `preskip_<type>` models, eager, with a static cache, under `torch.compile` and with CUDA
     graphs. While a model trains, has several adapters active or none, or runs under autocast, its attentions compute
-    as before. An attention with a branch that joins behind another module (BERT, `skip_position="residual"`) or with
-    hooks of others is left as it is.
+    as before. An attention is left as it is where its branch joins behind another module (BERT,
+    `skip_position="residual"`), where several adapters were baked side by side, and where it has hooks of others:
+    transformers leaves some behind at the first call with `output_hidden_states=True`. A warning says so where nothing
+    is left to change.
 
     Args:
         model: is changed in place. Compile it afterwards, and anew when its weights have changed. Where these are
@@ -75,8 +78,9 @@ def optimize(model: nn.Module) -> Optimized:
         A handle; `with preskip.optimize(model): ...` or `.remove()` undoes it.
     """
     changed: list[tuple[nn.Module, nn.Module]] = []
-    for attention in list(model.modules()):
-        branch: Any = attention._modules.get(CHILD)
+    with_branch = [module for module in model.modules() if CHILD in module._modules]
+    for attention in with_branch:
+        branch: Any = attention._modules[CHILD]
         if not isinstance(branch, (PreskipLayer, PreskipBranch)) or is_optimized(attention):
             continue
         own: Any = branch.hook_handles
@@ -91,6 +95,12 @@ def optimize(model: nn.Module) -> Optimized:
         attention.__class__ = _with_branch(kind)
         branch.hook_handles = [_InForward(attention)]  # type: ignore[assignment]
         changed.append((attention, branch))
+    if with_branch and not any(map(is_optimized, with_branch)):
+        warnings.warn(
+            "no attention was optimised: the branches join behind other modules, lie side by side, or their attentions "
+            "have hooks of others (as after output_hidden_states=True: optimise a freshly loaded model)",
+            stacklevel=2,
+        )
     return Optimized(changed)
 
 
