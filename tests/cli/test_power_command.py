@@ -61,6 +61,18 @@ def test_a_run_from_its_measured_spread(tmp_path: Path) -> None:
     assert len(json.loads(invoke(other, "--json", "--difference", 0.01))["designs"]) == 3
 
 
+def test_documents_of_one_cluster_decide_nothing(tmp_path: Path) -> None:
+    cells = {
+        arm: {1: [{**record, "cluster": "book"} for record in make_items(seed, shift=shift)]}
+        for arm, seed, shift in (("none", 9, 0.0), ("preskip", 1, -0.1))
+    }
+    run = write_run(tmp_path / "run", cells)
+    rows = json.loads(invoke(run, "--json"))["designs"]
+    assert {(row["independent_units"], row["decides"], row["decides_none"]) for row in rows} == {(1, 0.0, 0.0)}
+    assert all(row["units"] > 6 for row in rows)
+    assert "fewer than 6 independent units: no verdict is given, whatever is found" in invoke(run)
+
+
 def test_bad_input_is_refused_with_one_line(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"none": {1: make_items(9)}, "lora": {1: make_items(1)}})
     alone = write_run(tmp_path / "alone", {"none": {1: make_items(9)}})

@@ -4,10 +4,14 @@ from dataclasses import replace
 
 import torch
 
+from preskip.data.corpus import Document
+from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.cell import opened
 from preskip.experiment.outlook import TRAINING, Outlook, measured_token, outlook
 from preskip.experiment.run import _say_power, finish_run, start_run
+from preskip.stats.power import planned_power
 from small_probe import small_probe
+from tiny_text import PROSE, tiny_tokenizer
 
 
 class Clock:
@@ -82,6 +86,21 @@ def test_a_step_that_cannot_be_measured_does_not_end_the_run(tmp_path, capsys, m
     results = finish_run(start_run(small_probe(tmp_path, last_word_items=0, lr_mode="default"), tmp_path / "run", []))
     assert list(results["arms"]) == ["none", "preskip"]
     assert "by one measured step" not in capsys.readouterr().err
+
+
+def test_documents_of_one_group_can_detect_nothing(capsys):
+    documents = [Document(str(number), PROSE[:40], "book") for number in range(40)]
+    described = prepare_texts("own", documents, tiny_tokenizer(), context_length=64).describe(
+        tiny_tokenizer(), domain="in", title="own", source="here", sha256=None
+    )
+    one = {"set": "own", "metric": "bits_per_byte", "arm": "preskip", "reference": "none"}
+    facts = {"sets": {"own": described}, "seeds": [1, 2, 3], "family": {"declared": [one]}}
+    (planned,) = planned_power(facts["sets"], 3, facts["family"])
+    assert (planned["units"], planned["decides_none"]) == (1, 0)
+    _say_power(facts)
+    said = capsys.readouterr().err
+    assert "nothing (of 1 independent units no verdict is given) on own" in said
+    assert "with 0 to 0 % probability" in said
 
 
 def test_a_set_of_one_item_has_no_outlook_and_ends_nothing(capsys):

@@ -64,19 +64,20 @@ def test_shares_of_variance_sum_to_the_whole() -> None:
 
 def test_one_cluster_or_few_are_not_judged() -> None:
     def pieces(shift: float, books: int) -> list[dict]:
-        own = np.random.default_rng(3)
+        own = np.random.default_rng(round(abs(shift)))
         return [
             {"set": "books", "kind": "document", "id": f"{d:02}", "cluster": f"book {d % books}", "bytes": 1_000}
             | {"words": 200, "tokens": 250, "nll": 700 + shift + own.random()}
             for d in range(24)
         ]
 
-    from preskip.stats import apply_family
+    from preskip.stats import apply_family, measured_power
 
     for books, verdict in ((1, "too few units"), (5, "too few units"), (6, "better")):
         entry = apply_family(compare(pieces(-20, books), pieces(0, books), arm="a", reference="b"), {})[0]
         assert entry["verdict"] == verdict
         assert entry["clusters"] == books
         assert entry["high"] < 0 < entry["p_value"]
+        assert (measured_power([entry], {})[0]["decides_none"] == 0) == (books < 6)
     alone = compare(pieces(-20, 1), pieces(0, 1), arm="a", reference="b")[0]
     assert alone["covers"] == "documents of one cluster only"

@@ -134,6 +134,7 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
     from preskip.stats import compare_arms
     from preskip.stats.families import levels_of, tests_beside
     from preskip.stats.power import checked_level, measured_design
+    from preskip.stats.verdicts import independent_units
 
     checked_level(wanted, alpha, 1)
     stored = load_runs([run], allow_different_dtype=True)
@@ -148,6 +149,7 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
             {
                 **{key: entry[key] for key in ("set", "metric", "arm", "reference", "low", "high")},
                 "observed": entry["difference"],
+                "independent_units": independent_units(entry),
                 "margin": entry["margin"],
                 "family": tests_beside(stored.family, entry),
                 "basis": "measured",
@@ -180,6 +182,7 @@ def _row(
     from preskip.metrics import DEFAULT_MARGINS
     from preskip.stats import needed, resolvable
     from preskip.stats.power import doubled
+    from preskip.stats.verdicts import FEWEST_UNITS
 
     options: dict[str, Any] = {"power": wanted, "alpha": levels[0]}
     smallest = resolvable(design, **options)
@@ -191,6 +194,8 @@ def _row(
     # What the run says anything at all with: better, worse or equivalent; of equal arms only the last.
     row["decides_none"] = design.decides(0.0, margin, *levels)
     row["decides"] = None if difference is None else design.decides(difference, margin, *levels)
+    if row.setdefault("independent_units", design.units) < FEWEST_UNITS:
+        row |= {"decides_none": 0.0, "decides": None if difference is None else 0.0}
     if difference is not None and design.standard_error > 0:
         row["needed_units"] = needed(design, difference, **options).units
         row["needed_seeds"] = needed(design, difference, power=wanted, alpha=last).seeds
@@ -281,7 +286,7 @@ def _legend(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> l
         + (" at the difference " + ("to find" if _wants(rows) else "observed") if _is_asked(rows) else "")
         + "; if equal: when the true difference is 0"
     )
-    if any(row["units"] < FEWEST_UNITS for row in rows):
+    if any(row["independent_units"] < FEWEST_UNITS for row in rows):
         lines.append(f"fewer than {FEWEST_UNITS} independent units: no verdict is given, whatever is found")
     if any(row["seeds"] == 1 for row in rows):
         lines.append("one seed: what these trained weights differ by; training randomness is not in it")

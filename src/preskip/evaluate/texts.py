@@ -53,7 +53,7 @@ class TextSet:
         notes = list(self.notes)
         if without := sum(size.words == 0 for size in sizes):
             notes.append(f"no word perplexity: no spaces stand between the words of {without:,} of its documents")
-        clusters: Any = {"clusters": groups} if 1 < groups < len(self.documents) else {}
+        clusters: Any = {"clusters": groups} if groups < len(self.documents) else {}
         if groups > 1:
             shares = np.array(list(by_group.values())) / by_group.total()
             clusters["unit_freedom"] = of_unequal_sizes(shares)[0]

@@ -28,7 +28,7 @@ from preskip.runs.schema import Comparison, Declared, DesignFacts, Family, Paire
 from preskip.stats.bootstrap import seeds_and_units_reach
 from preskip.stats.families import levels_of, tests_beside
 from preskip.stats.inputs import Array
-from preskip.stats.verdicts import ALPHA, FEWEST_UNITS, margin_of, units_of_variance
+from preskip.stats.verdicts import ALPHA, FEWEST_UNITS, independent_units, margin_of, units_of_variance
 
 POWER = 0.8
 _MANY = 25  # degrees of freedom from which the units' own uncertainty no longer moves the power
@@ -283,16 +283,23 @@ def planned_power(
         name, metric = entry["set"], entry["metric"]
         if name not in sets:
             raise PreskipError(f"the family declares a comparison on {name!r}, which the run does not evaluate")
-        units = sets[name].get("clusters") or sets[name]["documents" if sets[name]["kind"] == "document" else "items"]
+        units = sets[name]["documents" if sets[name]["kind"] == "document" else "items"]
+        clusters = sets[name].get("clusters") or units
         about = metric_named(metric)
         if about.unit_deviation is None:
             continue
         design = Design.assumed(
-            units=units, deviation=about.unit_deviation, seeds=seeds, seed_deviation=about.seed_deviation
+            units=units if clusters == 1 else clusters,  # as `units_of_variance`
+            deviation=about.unit_deviation,
+            seeds=seeds,
+            seed_deviation=about.seed_deviation,
         )
         design = replace(design, unit_freedom=sets[name].get("unit_freedom"))
         margin = margin_of(family.get("margins", DEFAULT_MARGINS), name, metric)
-        entries.append(_entry(entry, design, family, power, "assumed", margin))
+        figures = _entry(entry, design, family, power, "assumed", margin)
+        if clusters == 1:
+            figures |= {"units": 1, "decides_none": 0.0}
+        entries.append(figures)
     return entries
 
 
@@ -314,6 +321,8 @@ def measured_power(entries: Sequence[Comparison], family: Family, *, power: floa
         if design.standard_error == 0:
             figures["resolvable"] = (entry["high"] - entry["low"]) / 2
             figures["decides_none"] = float(entry["verdict"] == "equivalent")
+        if independent_units(entry) < FEWEST_UNITS:
+            figures["decides_none"] = 0.0
         result.append(figures)
     return result
 
