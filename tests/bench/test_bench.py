@@ -32,9 +32,9 @@ WORK = (
 )
 
 
-def base(dtype=torch.bfloat16):
+def base(dtype=torch.bfloat16, **changes):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES), dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES | changes), dtype=dtype).eval()
 
 
 def settings(*rows, work=WORK):
@@ -123,7 +123,7 @@ def test_compiled_rows_are_one_graph_that_decoding_does_not_compile_again(monkey
     real = models.compile_model
     monkeypatch.setattr(models, "compile_model", lambda model, device: real(model, device, backend="eager"))
     work = (Work(kind="decode", batch=1, tokens=7, new_tokens=4, cache="static"),)
-    found = bench(base(torch.float32), settings("base", *COMPILED, work=work), LIMITS)
+    found = bench(base(torch.float32, num_hidden_layers=1), settings("base", *COMPILED, work=work), LIMITS)
     rows = found["work"][0]["rows"]
     assert set(rows) == {"base", *COMPILED}
     for name in COMPILED:
@@ -315,6 +315,32 @@ def test_work_beyond_the_models_positions_is_left_out_and_said(short, monkeypatc
     assert capsys.readouterr().err.endswith("error: the model reads at most 32 tokens: give fewer for each work\n")
 
 
+def test_a_base_with_dropout_is_trained(short):
+    model = AutoModelForCausalLM.from_pretrained(short, dtype=torch.float32).eval()
+    (work,) = bench(model, settings("base", "adapter", "lora", work=WORK[-1:]), LIMITS)["work"]
+    assert (set(work["rows"]), work["left_out"]) == ({"adapter", "lora"}, {})
+
+
+def test_a_row_without_enough_memory_is_left_out_of_that_work_alone(monkeypatch):
+    real = run.Runner
+
+    def runner(row, work, ids):
+        if (row.name, work.kind) == ("lora", "training"):
+            row.model.train()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(row, work, ids)
+
+    monkeypatch.setattr(run, "Runner", runner)
+    work = (WORK[0], WORK[5], WORK[4])
+    found = bench(base(), settings("base", "adapter", "lora", work=work), LIMITS)["work"]
+    assert [set(entry["rows"]) for entry in found] == [
+        {"base", "adapter", "lora"},
+        {"adapter"},
+        {"base", "adapter", "lora"},
+    ]
+    assert [entry["left_out"] for entry in found] == [{}, {"lora": "out of memory"}, {}]
+
+
 def test_a_row_held_against_nothing_has_no_ratio(monkeypatch, capsys):
     monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
     for rows, work, expected in (
@@ -339,6 +365,9 @@ def test_a_row_held_against_nothing_has_no_ratio(monkeypatch, capsys):
         (["--scoring", "8"], "--scoring '8' is not possible: give rows x tokens"),
         (["--model-shape", "pythia-9b"], "there is no shape 'pythia-9b'"),
         (["--model-shape", "pythia-14m", "--adapter", "."], "give either --adapter or --model-shape"),
+        (["gpt2", "--model-shape", "pythia-14m"], "give either the model gpt2 or --model-shape pythia-14m"),
+        (["--num-layers", "2"], "--num-layers is for a --model-shape"),
+        (["--compiled-work", "decode,training"], "--compiled-work 'training': choose of prefill, decode, scoring"),
     ],
 )
 def test_a_mistake_is_one_line(options, message, capsys):

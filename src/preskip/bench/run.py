@@ -172,6 +172,12 @@ def _measure(
         except NotPossible as error:
             result["left_out"][name] = str(error)
             continue
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            result["left_out"][name] = "out of memory"
+            row.model.eval().zero_grad()  # a training that ends midway leaves it otherwise
+            continue
         runners[name], entries[name] = runner, entry
     _same_cache(entries)
     seconds, graphs = _interleaved(runners, rounds)

@@ -24,7 +24,7 @@ class Runner:
     Attributes:
         before: to be called before each `run`, not timed.
         run: what is timed.
-        logits: of the position that is checked, [V], from the last run.
+        logits: of the position that is checked, [V], from the last run; of a training with dropout from a pass without.
         cache: the K/V cache, or None.
     """
 
@@ -96,6 +96,10 @@ class Runner:
         model = self.row.model
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.0)  # weights stay, so that rows on shared ones do
+        drops = has_dropout(model)
+        if drops:  # what a training step computes cannot be checked then
+            with torch.inference_mode():
+                self.logits = model(input_ids=self.ids, use_cache=False).logits[0, -1]
 
         def run() -> None:
             model.train()
@@ -103,7 +107,8 @@ class Runner:
             out.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            self.logits = out.logits[0, -1].detach()
+            if not drops:
+                self.logits = out.logits[0, -1].detach()
             model.eval()
 
         return run
@@ -113,6 +118,14 @@ class Runner:
             if not isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
                 raise NotPossible("this model's static cache cannot be set back to a length")
             layer.cumulative_length.fill_(tokens)
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether a training step drops features, by its modules and by what its config passes to functions."""
+    config = model.config.get_text_config().to_dict()
+    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()) or any(
+        "drop" in key and isinstance(value, float) and value > 0 for key, value in config.items()
+    )
 
 
 def new_cache(kind: str, model: Any, tokens: int) -> Any:

@@ -11,18 +11,21 @@ from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import Device, Dtype, Json, Model, TrustRemoteCode, flag
 from preskip.errors import PreskipError
 
+DEFAULT_MODEL = "smollm2"
+# What compiled rows take part in: training is of rows that are not compiled.
+COMPILABLE = tuple(kind for kind in WORK if kind != "training")
 _SHOWN = ",".join(name for name in ROWS if name not in ("low-rank", "bottleneck", "last-quarter", "skip"))
 
 
 def bench(
-    model: Model = "smollm2",
+    model: Model = DEFAULT_MODEL,
     *,
     adapter: Annotated[Optional[Path], flag("Folder of a Preskip adapter. Default: random branches.", "Model")] = None,
     model_shape: Annotated[
         Optional[str], flag("Random weights of a shape in place of a model: pythia-160m, llama-3-8b, ...", "Model")
     ] = None,
     num_layers: Annotated[
-        Optional[int], flag("Layers of the shape to measure. Default: all that fit.", "Model", hint=int, least=1)
+        Optional[int], flag("Layers of --model-shape to measure. Default: all that fit.", "Model", hint=int, least=1)
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -51,9 +54,13 @@ def bench(
     settings = BenchSettings(
         rows=tuple(ROWS) if rows == "all" else _names(rows, "--rows", ROWS),
         work=_work(work, prompt, batch, cache, context, new_tokens, scoring, training),
-        compiled_work=_names(compiled_work, "--compiled-work", WORK),
+        compiled_work=_names(compiled_work, "--compiled-work", COMPILABLE),
         rounds=rounds,
     )
+    if num_layers is not None and model_shape is None:
+        raise PreskipError("--num-layers is for a --model-shape, and a model has its own: leave it out")
+    if model != DEFAULT_MODEL and model_shape is not None:
+        raise PreskipError(f"give either the model {model} or --model-shape {model_shape}")
     from preskip.progress import progress_bar, spinner
 
     with loading_libraries(quiet=as_json):
