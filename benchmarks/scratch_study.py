@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import altair as alt
@@ -84,6 +85,7 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
         run, rate = folder / f"rate-{rate_of(power):g}", f"{rate_of(power):g}"
         few = ["--tokens", str(round(options.search * tokens)), "--seeds", "0", "--eval-documents", "2"]
         given = [*same, *few, "--arms", ",".join(waiting), "--lr", rate]
+        check_asked(run, given)
         if not has_diverged(run) and (code := train(run, given, deadline)) and not has_diverged(run):
             return code
         found = {} if has_diverged(run) else load_json(run / "results.json")["arms"]
@@ -103,6 +105,7 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
         whole.append("--repeat")
     if {"preskip", "base-wide"} <= set(arms) and not {"--primary", "--eval-corpora"} & flags(options.more):
         whole += ["--primary", "preskip:base-wide:sotu"]  # the held-out books are too few for a verdict
+    check_asked(folder / "study", [*same, *whole])
     if code := train(folder / "study", [*same, *whole], deadline):
         return code
     results = load_json(folder / "study" / "results.json")
@@ -149,6 +152,18 @@ def is_open(losses: Mapping[int, float], power: int) -> bool:
 def has_diverged(run: Path) -> bool:
     """Whether every training of a run diverged; it has no results then."""
     return (run / "run.json").is_file() and RunDirectory.open(run).manifest.get("status") == "diverged"
+
+
+def check_asked(run: Path, options: Sequence[str]) -> None:
+    """Refuse a run that was begun with other arms, tokens or text: an arm that is not in it has not diverged there."""
+    if not (run / "run.json").is_file():
+        return
+    config, value = RunDirectory.open(run).manifest["config"], dict(pairwise(options))
+    for name in ("arms", "tokens", "corpus"):
+        begun = ",".join(config["arms"]) if name == "arms" else str(config[name])
+        asked = value[f"--{name}"]
+        if sorted(begun.split(",")) != sorted(asked.split(",")):
+            raise SystemExit(f"{run} was begun with --{name} {begun}, not {asked}: give another --out, or delete it")
 
 
 def train(run: Path, options: Sequence[str], deadline: float | None) -> int:

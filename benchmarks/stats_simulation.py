@@ -1,6 +1,6 @@
 """Coverage of the 95 % intervals, wrong equivalence at the margin, and false discoveries, over simulated experiments.
 
-Prints the tables of docs/statistics.md and one line of JSON. About a minute on one thread:
+Prints the tables of docs/statistics.md and one line of JSON. About seven minutes on one thread:
 `python benchmarks/stats_simulation.py [experiments]`.
 """
 

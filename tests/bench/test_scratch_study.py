@@ -10,6 +10,7 @@ import pytest
 from preskip.runs.files import read_json, write_json
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FLAGS = ("--arms", "--out", "--seeds", "--tokens", "--corpus")
 # The power of two of 3e-3 at which each arm is best.
 BEST = {"base": 0, "canon": 3, "preskip": -1}
 
@@ -41,7 +42,7 @@ def commands(script, monkeypatch, diverging):
             return None
         arguments = list(map(str, arguments))
         given.append(arguments)
-        value = {name: arguments[arguments.index(name) + 1] for name in ("--arms", "--out", "--seeds")}
+        value = {name: arguments[arguments.index(name) + 1] for name in FLAGS}
         rates = [arguments[place + 1] for place, word in enumerate(arguments) if word == "--lr"]
         own = dict(rate.split("=") for rate in rates) if "=" in rates[0] else {}
         found = {"schema_version": 2, "arms": {}, "curves": {}, "sets": {"sotu": {"kind": "document"}}}
@@ -57,7 +58,8 @@ def commands(script, monkeypatch, diverging):
             found["curves"][arm] = points
         Path(value["--out"]).mkdir(parents=True)
         status = "finished" if found["arms"] else "diverged"
-        write_json(Path(value["--out"]) / "run.json", {"schema_version": 2, "status": status})
+        config = {"arms": value["--arms"].split(","), "tokens": int(value["--tokens"]), "corpus": value["--corpus"]}
+        write_json(Path(value["--out"]) / "run.json", {"schema_version": 2, "status": status, "config": config})
         if not found["arms"]:
             return 1
         write_json(Path(value["--out"]) / "results.json", found)
@@ -124,6 +126,24 @@ def test_a_rate_that_diverges_is_the_worst(script, commands, diverging, tmp_path
     before = len(commands)
     assert run(script, monkeypatch, *options) == 0
     assert len(commands) == before  # what diverged is not trained again
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--arms", "base,canon,preskip"], "rate-0.003 was begun with --arms base,canon, not base,canon,preskip: give"),
+        (["--tokens", "5M"], "rate-0.003 was begun with --tokens 2000000, not 1000000: give another --out"),
+        (["--corpus", "sotu"], "rate-0.003 was begun with --corpus books, not sotu: give another --out"),
+    ],
+)
+def test_another_study_in_the_same_folder_is_refused(script, commands, tmp_path, monkeypatch, more, message):
+    pytest.importorskip("vl_convert")
+    options = ("--out", tmp_path, "--archs", "tiny", "--arms", "base,canon", "--seeds", "1")
+    assert run(script, monkeypatch, *options) == 0
+    before = len(commands)
+    with pytest.raises(SystemExit, match=message):
+        run(script, monkeypatch, *options, *more)
+    assert len(commands) == before
 
 
 def test_where_every_arm_diverges_the_study_ends(script, commands, diverging, tmp_path, monkeypatch, capsys):
