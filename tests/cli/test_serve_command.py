@@ -225,11 +225,13 @@ def test_several_adapters_are_not_packed_into_one_row(place, capsys, monkeypatch
     [
         ("--port 9000", "--port is not possible: give --port to preskip serve itself"),
         ("--host=0.0.0.0", "--host is not possible: give --host to preskip serve itself"),
+        ("--dtype bfloat16", "--dtype is not possible: give --dtype to preskip serve itself"),
+        ("--served_model_name=mine", "--served-model-name is not possible: give --name to preskip serve itself"),
         ("--ssl_keyfile key.pem", "--ssl-keyfile is not possible: preskip serve listens on --host and --port by HTTP"),
     ],
 )
-def test_the_engine_gets_no_other_address(argument, mend, place, capsys):
-    """The wait would ask the old one for ever."""
+def test_the_engine_gets_no_other_address_dtype_or_name(argument, mend, place, capsys):
+    """The wait would ask the old address for ever; what was checked would be of another dtype or name."""
     assert preskip("serve", place / "adapter", "--engine-args", argument) == 1
     assert f"error: --engine-args {mend}" in capsys.readouterr().err
 

@@ -188,6 +188,9 @@ def test_a_port_in_use_and_too_little_memory_are_refused(monkeypatch):
         with pytest.raises(PreskipError, match=rf"port {port} of 127.0.0.1 cannot be used \(Address already in use\)"):
             server.check_port("127.0.0.1", port)
     server.check_port("127.0.0.1", port)
+    for host in ("no such host", "192.0.2.1"):
+        with pytest.raises(PreskipError, match=f"--host {host} is unknown, or no address of this machine"):
+            server.check_port(host, port)
     server.check_memory(1 << 20, "cpu", "vllm")
     with pytest.raises(PreskipError, match=r"the weights take 1024\.0 GiB and .* GiB of cpu memory are free"):
         server.check_memory(1 << 40, "cpu", "vllm")

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 SMALL = (".json", ".jinja", ".model", ".txt")
 # Packs requests into one row of the bare model, which then has the first adapter for all of them.
 CONTINUOUS = "--continuous-batching"
+# Options of the engines that are options of `preskip serve`.
+OWN_OPTIONS = {"--host": "--host", "--port": "--port", "--dtype": "--dtype", "--served-model-name": "--name"}
 WITHOUT_SERVER = "transformers' own server needs fastapi and uvicorn: pip install 'preskip[serve]'"
 
 
@@ -63,7 +65,7 @@ def serve(
             "--engine-args is not possible with --check, which runs the engine with its own: leave one of them out"
         )
     _refuse_as_lora(more)
-    _refuse_address(more)
+    _refuse_own_options(more)
     if not check:
         check_port(host, port)
     chosen = _engine(engine, needs_server=not check, quiet=as_json)
@@ -204,12 +206,13 @@ def _key(adapter: Path, base: str, dtype: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def _refuse_address(arguments: Sequence[str]) -> None:
-    """Refuse another address for the engine than the one where this waits for its answer."""
+def _refuse_own_options(arguments: Sequence[str]) -> None:
+    """Refuse another address for the engine than where this waits for it, and what else would belie what this says."""
     for argument in arguments:
         option = argument.partition("=")[0].replace("_", "-")
-        if option in ("--host", "--port"):
-            raise PreskipError(f"--engine-args {option} is not possible: give {option} to preskip serve itself")
+        if option in OWN_OPTIONS:
+            own = OWN_OPTIONS[option]
+            raise PreskipError(f"--engine-args {option} is not possible: give {own} to preskip serve itself")
         if option == "--uds" or option.startswith("--ssl-"):
             raise PreskipError(
                 f"--engine-args {option} is not possible: preskip serve listens on --host and --port by HTTP; put a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -39,6 +40,8 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise PreskipError(f"--host {host} is unknown, or no address of this machine: as 127.0.0.1") from None
             reason = os.strerror(error.errno) if error.errno else str(error)
             raise PreskipError(f"port {port} of {host} cannot be used ({reason}): choose another --port") from None
 
