@@ -129,7 +129,6 @@ def child(
     folder: Path,
     *,
     moment: Moment | None = None,
-    after: float | None = None,
     counts: Path | None = None,
 ) -> int:
     """Let a child do the work in the folder; its exit code, negative where a signal ended it.
@@ -138,14 +137,10 @@ def child(
         work: a function of a module in this folder.
         folder: where.
         moment: when it is killed; None: not.
-        after: seconds after which it is killed from outside.
         counts: where it leaves how often it did what.
     """
     process = _server().Process(target=_live, args=(work, folder, moment, counts, {}))
     process.start()
-    process.join(after)
-    if after is not None:
-        process.kill()
     process.join()
     assert process.exitcode is not None
     return process.exitcode

@@ -91,18 +91,6 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(work, tensor_files, othe
 
 
 @pytest.mark.slow
-def test_killed_by_the_clock(tmp_path):
-    draw = random.Random(5)
-    assert killing.child(killing.frozen, tmp_path / "whole") == 0
-    for number in range(2):
-        folder = tmp_path / f"killed-{number}"
-        for _ in range(3):
-            killing.child(killing.frozen, folder, after=draw.uniform(0.3, 0.8))
-        assert killing.child(killing.frozen, folder) == 0
-        assert state(folder) == state(tmp_path / "whole")
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launch", "holds"),
     [(killing.DDP, {"optimizer.pt", "model.safetensors"}), (killing.FSDP, {"optimizer_0/__1_0.distcp"})],
