@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import numpy as np
 import pytest
+from jsonschema import ValidationError
 
+from fixture_explain import write_explain
 from fixture_run import minimal_run, rich_run
 from preskip.metrics import metric_named
+from preskip.report.explain.figures import explain_figures
 from preskip.report.figures import make_figures
 from preskip.report.load import load_curves
 from preskip.report.plots import base, depth, forest, plane, search, training
@@ -70,6 +74,20 @@ def test_all_figures_of_a_rich_and_a_minimal_run(rich: Path, results: dict[str, 
         "depth-enrichment",
         "norm-skip_norm-preskip",
     ]
+
+
+def test_every_chart_is_valid(rich: Path, results: dict[str, Any], tmp_path: Path) -> None:
+    """What is drawn unchecked, since checking takes as long as drawing."""
+    run = minimal_run(tmp_path / "run")
+    figures = make_figures(results, load_curves(rich, results))
+    figures += make_figures(json.loads((run / "results.json").read_text()), [])
+    figures += explain_figures(json.loads(write_explain(tmp_path / "explain", documents=1).read_text()))
+    assert len(figures) > 40
+    for figure in figures:
+        spec = figure["spec"]
+        alt.LayerChart.from_dict({**spec, "data": {"values": spec["data"]["values"][:3]}})
+    with pytest.raises(ValidationError, match="'tall' is not of type 'number'"):
+        alt.LayerChart.from_dict({**figures[0]["spec"], "height": "tall"})
 
 
 def test_the_forest_draws_the_declared_pairs_in_order(results: dict[str, Any]) -> None:

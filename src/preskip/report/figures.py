@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from altair.utils.schemapi import debug_mode
+
 from preskip.metrics import Metric
 from preskip.report.load import Curve
 from preskip.report.lookup import (
@@ -31,6 +33,7 @@ DEPTH_TITLES = {
 }
 
 
+@debug_mode(False)  # see `specification`
 def make_figures(results: Results, curves: Sequence[Curve]) -> list[Figure]:
     """All figures of a run, in the page's order."""
     arms = trained_arms(results)

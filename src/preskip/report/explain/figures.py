@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from altair.utils.schemapi import debug_mode
+
 from preskip.report.explain.measures import ABLATIONS, ALIGNMENTS, SIZES, measured, value_text
 from preskip.report.plots import classes, depth, layers
 from preskip.report.plots.base import Figure, Record, Spec, figure
@@ -19,6 +21,7 @@ CHANGES = {
 }
 
 
+@debug_mode(False)  # see `specification`
 def explain_figures(explain: Explain) -> list[Figure]:
     """All figures of explain.json, in the page's order."""
     return [
@@ -30,6 +33,7 @@ def explain_figures(explain: Explain) -> list[Figure]:
     ]
 
 
+@debug_mode(False)
 def depth_figures(rows: Layers, source: Mapping[str, Any] | None = None) -> list[Figure]:
     """Both sizes by layer, and the norms on their null bands; the source is where the weights are from."""
     figures: list[Figure] = []

@@ -84,9 +84,12 @@ def zero_line(source: Any, axis: str = "y") -> Any:
 
 
 def specification(layers: Sequence[Any], *, height: int) -> Spec:
-    """Layers as a Vega-Lite dictionary as wide as its container, `height` pixels high."""
+    """Layers as a Vega-Lite dictionary as wide as its container, `height` pixels high.
+
+    Altair's check against the schema, which takes as long as all the rest of a page, is left to the tests.
+    """
     with alt.data_transformers.enable("default", consolidate_datasets=False, max_rows=None):
-        spec: Spec = alt.layer(*layers).properties(width="container", height=height).to_dict()
+        spec: Spec = alt.layer(*layers).properties(width="container", height=height).to_dict(validate=False)
     spec.pop("$schema", None)  # an address, though nothing would load it
     spec.pop("config", None)  # the page's own
     return spec
