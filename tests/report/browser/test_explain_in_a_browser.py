@@ -65,16 +65,24 @@ def test_loads_alone_and_in_silence(shared: Watched, built: tuple[Path, dict[str
     assert shared.page.locator("#map-text span").count() == 500
 
 
-def test_opens_within_a_second_and_a_half(chromium: Any, built: tuple[Path, dict[str, Any]]) -> None:
+# Milliseconds of a fixed loop: 90 where a page opens in 400.
+LOOP = """() => { const begin = performance.now(); let sum = 0;
+  for (let i = 0; i < 2e7; i++) sum = (sum * 31 + i) % 1000003;
+  return performance.now() - begin + (sum < 0); }"""
+
+
+def test_opens_within_sixteen_times_a_fixed_loop(chromium: Any, built: tuple[Path, dict[str, Any]]) -> None:
+    """A second and a half on the machine of the first measurements; another may be several times as slow."""
     times = []
     for _ in range(6):  # other work on the machine only ever adds to it
         watched = Watched(chromium, built[0])
         watched.page.wait_for_selector("#map-panel[data-ready]")
-        times.append(watched.page.evaluate("performance.getEntriesByName('map-ready')[0].startTime"))
+        time = watched.page.evaluate("performance.getEntriesByName('map-ready')[0].startTime")
+        times.append(time / watched.page.evaluate(LOOP))
         watched.context.close()
-        if times[-1] <= 1500:
+        if times[-1] <= 16:
             break
-    assert min(times) <= 1500
+    assert min(times) <= 16
 
 
 def test_the_slider_changes_the_map(page: Any, built: tuple[Path, dict[str, Any]]) -> None:

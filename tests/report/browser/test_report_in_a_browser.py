@@ -39,6 +39,16 @@ def test_the_report_loads_alone_with_the_map_in_it(chromium: Any, run: Path) -> 
     data = json.loads(Path(download.value.path()).read_text())
     assert data["explain"] == stored
     assert data["results"] == json.loads((run / "results.json").read_text())
+    figure = page.locator("figure:has(.plot)").first
+    figure.locator("details.save").evaluate("details => { details.open = true; }")
+    saved = {}
+    for kind in ("svg", "png", "csv", "json"):
+        with page.expect_download() as download:
+            figure.locator(f"[data-save={kind}]").click()
+        assert download.value.suggested_filename.endswith(f".{kind}")
+        saved[kind] = Path(download.value.path()).read_bytes()
+    assert (saved["svg"][:4], saved["png"][:4]) == (b"<svg", b"\x89PNG")
+    assert len(saved["csv"].splitlines()) == len(json.loads(saved["json"])) + 1 > 2
     watched.quiet()
     watched.context.close()
 
@@ -60,6 +70,11 @@ def test_every_table_sorts(chromium: Any, run: Path) -> None:
         numeric = "number" in (first.get_attribute("class") or "")
         key = (lambda name: float(name)) if numeric else str.casefold
         assert names == sorted(names, key=key), index
+    rate = page.locator("#arms thead button").nth(2)
+    for order in ("ascending", "descending"):  # an arm that was not trained has no rate
+        rate.click()
+        assert rate.locator("..").get_attribute("aria-sort") == order
+        assert page.locator("#arms tbody th").last.get_attribute("data-sort") == "none"
     watched.quiet()
     watched.context.close()
 
