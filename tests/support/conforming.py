@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -89,11 +89,32 @@ RUN_FILES: dict[str, Any] = {
 
 
 def file_faults(path: Path, kind: Any) -> Iterator[str]:
-    """The faults of a file: of its value, or of each line's where it ends in .jsonl."""
+    """The faults of a file: of its value, or where it ends in .jsonl of the first line of each `_form`."""
     path = path.with_name(path.name.removesuffix(".gz"))
     values = read_jsonl(path) if path.suffix == ".jsonl" else [read_json(path)]
+    literals, known = frozenset(_literals(kind)), set()
     for number, value in enumerate(values, 1):
-        yield from faults(value, kind, f"{path.name}:{number}")
+        form = _form(value, literals)
+        if form not in known:
+            known.add(form)
+            yield from faults(value, kind, f"{path.name}:{number}")
+
+
+def _form(value: Any, literals: frozenset[Any]) -> Hashable:
+    """All of a value that decides whether it conforms: keys, types, and which of the literals it has where."""
+    if isinstance(value, dict):
+        return tuple((key, _form(one, literals)) for key, one in value.items())
+    if isinstance(value, list):
+        return tuple(dict.fromkeys(_form(one, literals) for one in value))
+    return value if isinstance(value, (str, int)) and value in literals else type(value)
+
+
+def _literals(kind: Any) -> Iterator[Any]:
+    """Every value that a type names, at any depth."""
+    if get_origin(kind) is Literal:
+        yield from get_args(kind)
+    for inner in _hints(kind).values() if is_typeddict(kind) else get_args(kind):
+        yield from _literals(inner)
 
 
 def run_faults(run: Path) -> list[str]:
