@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import ddp_loop
 import killing
 import two_processes as jobs
 from preskip import PreskipConfig, bake
@@ -142,3 +143,13 @@ def test_tensor_parallel_reads_like_the_whole(done, name):
     attention = "query_key_value" if name == "gpt_neox" else "q_proj"
     assert any(attention in weight for weight in told["split"])
     assert not any(".preskip." in weight for weight in told["split"])
+
+
+def test_a_loop_of_ones_own_in_two_processes_equals_one_with_twice_the_batch(tmp_path):
+    model = ddp_loop.adapted()
+    alone = torch.tensor(ddp_loop.train_steps(model, slice(0, 4)))
+    assert killing.crew(ddp_loop.train_half, tmp_path, killing.DDP) == [0, 0], killing.log(tmp_path)
+    two = torch.load(tmp_path / "results.pt")
+    assert (two["losses"] - alone).abs().max() < 1e-5
+    for key, weight in ddp_loop.branch_weights(model).items():
+        torch.testing.assert_close(two["weights"][key], weight, rtol=0, atol=1e-4, msg=key)
