@@ -1,20 +1,19 @@
 """The real embedded model through the real command, with few steps."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from commands import preskip
 
 
 @pytest.mark.slow
 @pytest.mark.embedded
-def test_probe_of_the_embedded_model(embedded, tmp_path):
-    command = [sys.executable, "-m", "preskip", "probe", "--steps", "2", "--batch-size", "2", "--seq-len", "32"]
-    command += ["--eval-documents", "4", "--eval-words", "60", "--last-word-items", "2", "--dtype", "float32"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "run"), "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+def test_probe_of_the_embedded_model(embedded, tmp_path, capsys):
+    options = ["--steps", "2", "--batch-size", "2", "--seq-len", "32", "--eval-documents", "4", "--eval-words", "60"]
+    options += ["--last-word-items", "2", "--dtype", "float32", "--out", tmp_path / "run", "--json"]
+    assert preskip("probe", *options) == 0
+    results = json.loads(capsys.readouterr().out)
     counts = {name: arm["trainable_parameters"] for name, arm in results["arms"].items()}
     assert counts["preskip"] == 30 * int(3.5 * 576**2) == 34_836_480
     assert abs(counts["lora"] - counts["preskip"]) <= 0.005 * counts["preskip"]

@@ -1,4 +1,4 @@
-"""Pythia-160M in shape, with random weights and the real GPT-NeoX tokenizer: probe, bake, generate."""
+"""Pythia-160M in shape, with random weights and the real GPT-NeoX tokenizer: probe, bake, generate at two layers."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from commands import preskip
 from preskip.architecture.shapes import shape_config
+from preskip.branch_settings import BranchSettings
 from preskip.data.local import data_directory
 from tiny_model import write_corpus
 
@@ -20,11 +21,20 @@ pytestmark = [
 ]
 
 
+def test_weights_of_all_layers_are_as_eleutherai_counts_them():
+    with torch.device("meta"):
+        base, branched = (
+            AutoModelForCausalLM.from_config(shape_config("pythia-160m", branch=branch))
+            for branch in (None, BranchSettings())
+        )
+    assert base.num_parameters() == 162_322_944
+    assert branched.num_parameters() - base.num_parameters() == 17_694_720 + 7_077_888
+
+
 def test_probe_bake_and_generate(tmp_path, capsys):
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(shape_config("pythia-160m", branch=None))
-    assert sum(p.numel() for p in base.parameters()) == 162_322_944  # as EleutherAI counts it
-    base.save_pretrained(tmp_path / "model")
+    config = shape_config("pythia-160m", branch=None, num_hidden_layers=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(DATA), eos_token="<|endoftext|>")
     assert len(tokenizer) == 50277
     tokenizer.save_pretrained(tmp_path / "model")
@@ -34,7 +44,7 @@ def test_probe_bake_and_generate(tmp_path, capsys):
     options += ["--arms", "none,preskip", "--seeds", "1", "--corpus", corpus, "--out", tmp_path / "run", "--json"]
     assert preskip("probe", tmp_path / "model", *options) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["arms"]["preskip"]["trainable_parameters"] == 17_694_720 + 7_077_888
+    assert results["arms"]["preskip"]["trainable_parameters"] == (17_694_720 + 7_077_888) * 2 // 12
     value = results["arms"]["none"]["metrics"]["corpus"]["bits_per_byte"]["value"]
     assert 2 < value < 6  # random weights: about log2(50304) bits per token of some 4 bytes
 

@@ -9,6 +9,7 @@ import pytest
 from preskip.errors import PreskipError
 from preskip.experiment import run as experiment
 from preskip.experiment.run import finish_run, start_run
+from preskip.runs import environment
 from preskip.runs.environment import processor_name
 from preskip.train.cluster import RayPool, check_executor
 from small_probe import stored
@@ -35,6 +36,7 @@ def test_ray_gives_the_local_results_although_a_worker_is_killed(local_probe, tm
 
     config, local_run = local_probe
     monkeypatch.setattr(experiment, "_cell_or_fault", dying_cell)
+    monkeypatch.setattr(environment, "usable_cores", lambda: 1)  # a worker at a time: each imports all libraries
     finish_run(start_run(config, tmp_path / "ray", ["test"]), quiet=True, executor="ray")
     assert (tmp_path / "ray" / "killed").exists()
     local, ray = stored(local_run), stored(tmp_path / "ray")

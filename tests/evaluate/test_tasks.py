@@ -40,7 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def manager():
-    return _task_manager(None, defaults=True)
+    return _task_manager(None, None, defaults=True)  # as the code under test: the index is built once
 
 
 @pytest.fixture
