@@ -20,9 +20,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conforming import run_faults
+from preskip.analysis.explain.texts import heldout_texts
 from preskip.cli.main import main
-from preskip.experiment.cell import run_cell
+from preskip.experiment.cell import opened, run_cell
 from preskip.report.words.claims import assess
+from preskip.runs.files import write_json, write_jsonl
+from preskip.runs.weights import find_source
 from tiny_model import write_corpus
 
 TINY = ["--num-layers", "1", "--hidden-size", "32", "--heads", "2", "--kv-heads", "2", "--mlp-width", "64"]
@@ -145,6 +148,49 @@ def test_bits_per_byte_are_the_ratio_of_sums_over_seeds_and_documents(finished):
     expected = sum(row["nll"] for row in rows) / sum(row["bytes"] for row in rows) / math.log(2)
     metrics = stored(finished, "results.json")["arms"]["base-wide"]["metrics"]["records"]
     assert metrics["bits_per_byte"]["value"] == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    """A finished run on rows of which each five are of one group."""
+    folder = tmp_path_factory.mktemp("grouped")
+    rows = [json.loads(line) for line in write_corpus(folder / "rows.jsonl", documents=60).open()]
+    rows = [{**row, "group": f"book {place // 5}"} for place, row in enumerate(rows)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--corpus", folder / "rows.jsonl", "--eval-documents", "12", "--arms", "base,preskip", "--json"]
+    assert call(*TINY, *options, "--out", folder / "run") == 0
+    return folder / "run"
+
+
+def test_documents_of_one_group_are_one_cluster(grouped):
+    groups = {entry["id"]: entry["group"] for entry in stored(grouped, "data/heldout.json")[0]["documents"]}
+    for arm in ("base", "preskip"):
+        assert {row["id"]: row["cluster"] for row in lines(grouped, arm, 1, "items.jsonl")} == groups
+    count = len(set(groups.values()))
+    assert count == stored(grouped, "run.json")["sets"]["rows"]["clusters"] < len(groups)
+    assert stored(grouped, "results.json")["comparisons"][0]["clusters"] == count
+    texts, _ = heldout_texts(find_source(grouped), None, 12, 40, data_dir=None)
+    assert len({text.group for text in texts}) == count  # as `preskip explain` reads them
+
+
+def test_cells_of_before_groups_were_stored_get_their_clusters_by_a_resume(grouped, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(grouped, run)
+    texts = stored(run, "data/heldout.json")
+    write_json(run / "data" / "heldout.json", [
+        {**text, "documents": [{"id": its["id"], "text": its["text"]} for its in text["documents"]]} for text in texts
+    ])  # fmt: skip
+    (run / "results.json").unlink()
+    for arm in ("base", "preskip"):
+        rows = [{key: row[key] for key in row if key != "cluster"} for row in lines(run, arm, 1, "items.jsonl")]
+        write_jsonl(run / "arms" / arm / "seed-1" / "items.jsonl", rows)
+    assert opened(run).heldout.texts[0].documents[0].group == texts[0]["documents"][0]["id"]  # readable as it is
+    shutil.rmtree(run / "arms" / "base" / "seed-1")
+    opened.cache_clear()
+    assert call("--resume", run, "--json") == 0
+    for arm in ("base", "preskip"):
+        assert lines(run, arm, 1, "items.jsonl") == lines(grouped, arm, 1, "items.jsonl")
+    assert stored(run, "results.json")["comparisons"] == stored(grouped, "results.json")["comparisons"]
 
 
 def test_no_held_out_document_is_trained_on(finished):

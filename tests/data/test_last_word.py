@@ -143,7 +143,7 @@ def test_encoding_without_a_border_is_refused():
     backend.pre_tokenizer = pre_tokenizers.Split("\n", "removed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
     with pytest.raises(PreskipError, match="no token border before 'harbor'"):
-        encode_item(LastWordItem("d#1", "d", "They saw the", "harbor"), tokenizer)
+        encode_item(LastWordItem("d#1", "d", "d", "They saw the", "harbor"), tokenizer)
 
 
 @pytest.mark.embedded

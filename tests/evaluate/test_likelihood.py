@@ -9,7 +9,7 @@ from transformers import BertConfig, BertLMHeadModel, Gemma2Config, Gemma2ForCau
 import zoo
 from preskip.data.blocks import Window
 from preskip.data.corpus import Document
-from preskip.data.last_word import LastWordItem
+from preskip.data.last_word import LastWordItem, build_items
 from preskip.errors import DivergedError, PreskipError
 from preskip.evaluate.likelihood import (
     batches,
@@ -188,7 +188,7 @@ def test_documents_of_a_group_are_a_cluster():
 
 def test_last_word_records():
     tokenizer, model = tiny_tokenizer(), tiny_llama()
-    items = [LastWordItem("a#1", "a", "The ships waited for the", "harbor")]
+    items = [LastWordItem("a#1", "a", "a", "The ships waited for the", "harbor")]
     items, windows, left = last_word_windows(items, tokenizer)
     assert left == []
     assert tokenizer.decode(windows[0].input_ids[windows[0].scored_from :]) == " harbor"
@@ -199,8 +199,17 @@ def test_last_word_records():
     assert (record["set"], record["id"], record["cluster"], record["target"]) == ("words", "a#1", "a", "harbor")
 
 
+def test_last_words_of_one_group_of_documents_are_a_cluster():
+    documents = [Document(name, PROSE.replace("harbor", name), "book") for name in ("village", "station")]
+    items, windows, _ = last_word_windows(build_items(documents), tiny_tokenizer())
+    records = last_word_records("words", items, score_sequences(tiny_llama(), windows))
+    assert {record["id"].partition("#")[0] for record in records} == {"village", "station"}
+    assert {record["cluster"] for record in records} == {"book"}
+
+
 def test_an_item_beyond_the_context_is_named_and_the_others_are_kept():
-    items = [LastWordItem("a#1", "a", "The ships waited for the", "harbor"), LastWordItem("b#1", "b", "a " * 90, "b")]
+    items = [LastWordItem("a#1", "a", "a", "The ships waited for the", "harbor")]
+    items += [LastWordItem("b#1", "b", "b", "a " * 90, "b")]
     kept, windows, left = last_word_windows(items, tiny_tokenizer(), 40)
     assert [item.id for item in kept] == ["a#1"]
     assert len(windows) == 1
@@ -210,7 +219,7 @@ def test_an_item_beyond_the_context_is_named_and_the_others_are_kept():
 
 def test_an_item_may_fill_the_context():
     """The last token is predicted, not read."""
-    items = [LastWordItem("a#1", "a", "The ships waited for the", "harbor")]
+    items = [LastWordItem("a#1", "a", "a", "The ships waited for the", "harbor")]
     _, (window,), _ = last_word_windows(items, tiny_tokenizer())
     read = len(window.input_ids) - 1
     assert last_word_windows(items, tiny_tokenizer(), read) == (items, [window], [])

@@ -58,7 +58,7 @@ def test_bytes_as_tokens(corpus, tmp_path, capsys):
             scores = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         nats -= sum(scores[place, ids[place + 1]].item() for place in range(len(raw)))
     assert found == pytest.approx(nats / math.log(2) / (2 * len(text.encode()) + 1), rel=1e-5)
-    context, target = encode_item(LastWordItem("a#1", "a", "the naïve", "文"), tokenizer)
+    context, target = encode_item(LastWordItem("a#1", "a", "a", "the naïve", "文"), tokenizer)
     assert bytes(byte - 3 for byte in context + target).decode() == "the naïve 文"
     assert bytes(byte - 3 for byte in target).decode() == " 文"
     assert preskip("probe", folder, "--corpus", corpus, *PROBE, "--last-word-items", 2) == 0
@@ -72,7 +72,7 @@ def test_a_tokenizer_without_offsets_and_special_tokens(tmp_path):
     (window,) = heldout_windows(document, tokenizer, 16, 16)
     assert len(window.input_ids) - window.scored_from == 1
     assert scored_size(document, tokenizer).bytes == len(" ships")
-    context, target = encode_item(LastWordItem("a#1", "a", "the", "ships"), tokenizer)
+    context, target = encode_item(LastWordItem("a#1", "a", "a", "the", "ships"), tokenizer)
     assert tokenizer.convert_ids_to_tokens(context + target) == ["the", "ships"]
     assert tokenizer.convert_ids_to_tokens(target) == ["ships"]
 

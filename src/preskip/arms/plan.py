@@ -273,7 +273,7 @@ def _mlp_width(config: PreTrainedConfig) -> int:
 
 def _width_field(config: PreTrainedConfig) -> str:
     """Name of the field that holds the MLP's width."""
-    for field in ("intermediate_size", "n_inner"):
+    for field in ("n_inner", "intermediate_size"):
         if hasattr(config, field):
             return field
     raise PreskipError(f"the MLP of a {config.model_type} has no width that could be changed: leave base-wide out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,5 +105,12 @@ def _from_file(arch: str, values: dict[str, Any]) -> PreTrainedConfig:
     }
     if "num_hidden_layers" in values:  # one entry per layer, made anew from the number of layers
         fields.pop("layer_types", None)
-    names: dict[str, str] = type(AutoConfig.for_model(base_type)).attribute_map
-    return AutoConfig.for_model(base_type, **fields, **{names.get(key, key): value for key, value in values.items()})
+    default = AutoConfig.for_model(base_type)
+    known = {field.name for field in dataclasses.fields(default)}
+    names = dict(type(default).attribute_map)
+    if "n_inner" in known:  # GPT-2's name, which transformers does not map
+        names["intermediate_size"] = "n_inner"
+    given = {names.get(key, key): value for key, value in values.items()}
+    if unknown := sorted(given.keys() - known):
+        raise PreskipError(f"--arch {arch}: {unknown[0]} is no field of a {base_type} config: check its name")
+    return AutoConfig.for_model(base_type, **{**fields, **given})

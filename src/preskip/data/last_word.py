@@ -56,12 +56,14 @@ class LastWordItem:
     Args:
         id: the document's id, `#` and the number of the final sentence in the document.
         document: the document's id.
+        group: of the document.
         context: the passage without its last word, single spaces only, no space at its end.
         target: the last word as written, without punctuation.
     """
 
     id: str
     document: str
+    group: str
     context: str
     target: str
 
@@ -181,7 +183,7 @@ def _document_items(document: Document, seed: int) -> list[tuple[int, LastWordIt
         if not SHORTEST_PASSAGE <= length <= LONGEST_PASSAGE or not any(key in before for before in words[first:last]):
             continue
         context = " ".join([*sentences[first:last], sentence[: match.start()].rstrip()])
-        item = LastWordItem(f"{document.id}#{last}", document.id, context, target)
+        item = LastWordItem(f"{document.id}#{last}", document.id, document.group, context, target)
         candidates.append((first, last, item))
     candidates.sort(key=lambda candidate: _draw(seed, candidate[2].id))
     taken: list[tuple[int, int]] = []

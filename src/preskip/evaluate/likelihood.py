@@ -272,14 +272,14 @@ def document_records(
     Documents of a group that has others in the set (pieces of one book, versions of one speech) are a cluster. One
     whose score is not finite has none; it is reported.
     """
-    members = Counter(document.group for document in documents)
     sizes = [scored_size(document, tokenizer) for document in documents]
     nll, tokens = [0.0] * len(documents), [0] * len(documents)
     for owner, score in zip(owners, scores, strict=True):
         nll[owner] += score.nll
         tokens[owner] += score.tokens
     records: list[DocumentRecord] = []
-    for document, size, nats, count in zip(documents, sizes, nll, tokens, strict=True):
+    labels = shared_groups(documents)
+    for document, size, nats, count, label in zip(documents, sizes, nll, tokens, labels, strict=True):
         record: DocumentRecord = {
             "set": name,
             "kind": "document",
@@ -291,9 +291,15 @@ def document_records(
         }
         if not math.isfinite(nats):
             record |= {"nll": None, "failed": FAILED}
-        records.append({**record, "cluster": document.group} if members[document.group] > 1 else record)
+        records.append(record if label is None else {**record, "cluster": label})
     say_failed(records)
     return records
+
+
+def shared_groups(documents: Sequence[Document]) -> list[str | None]:
+    """The group of each document that has others in it, else None."""
+    members = Counter(document.group for document in documents)
+    return [document.group if members[document.group] > 1 else None for document in documents]
 
 
 def say_failed(records: Sequence[Record]) -> None:
@@ -334,7 +340,7 @@ def last_word_windows(
 
 
 def last_word_records(name: str, items: Sequence[LastWordItem], scores: Sequence[Score]) -> list[ItemRecord]:
-    """One item record per last-word item of the set `name`, items of one document a cluster.
+    """One item record per last-word item of the set `name`, items of one group of documents a cluster.
 
     acc is 1 if every token of the target is the most likely one; nll is in nats, summed over the target's tokens.
     """
@@ -344,7 +350,7 @@ def last_word_records(name: str, items: Sequence[LastWordItem], scores: Sequence
             "set": name,
             "kind": "item",
             "id": item.id,
-            "cluster": item.document,
+            "cluster": item.group,
             "scores": {"acc": int(score.greedy), "nll": score.nll},
             "tokens": score.tokens,
             "target": item.target,

@@ -16,7 +16,7 @@ from preskip.data.local import LAMBADA_DEVELOPMENT, data_directory, lambada_deve
 from preskip.data.splits import Splits, choose, load_splits, locate, slug
 from preskip.data.tables import Limit
 from preskip.errors import PreskipError
-from preskip.evaluate.likelihood import last_word_records, last_word_windows, score_sequences
+from preskip.evaluate.likelihood import last_word_records, last_word_windows, score_sequences, shared_groups
 from preskip.evaluate.paper import LENGTH, PaperData, PaperItems, encode_paper_items, load_paper_data, paper_scores
 from preskip.evaluate.texts import TextSet, prepare_texts, score_texts
 from preskip.experiment.measured import measured
@@ -79,6 +79,18 @@ class HeldOut:
     def development_tokens(self) -> int:
         """Tokens that are read to choose a learning rate."""
         return sum(len(window.input_ids) for text in self.development for window in text.windows)
+
+    def in_clusters(self, records: Sequence[Record]) -> list[Record]:
+        """Stored records with the clusters that `score` gives: an earlier preskip left some out, or gave others."""
+        clusters: dict[tuple[str, str], str | None] = {(LAST_WORD, item.id): item.group for item in self.items}
+        for text in self.texts:
+            for document, label in zip(text.documents, shared_groups(text.documents), strict=True):
+                clusters[text.name, document.id] = label
+        found: list[Any] = []
+        for record in records:
+            label = clusters.get((record["set"], record["id"]), record.get("cluster"))
+            found.append(record if label == record.get("cluster") else {**record, "cluster": label})
+        return found
 
     def score(
         self,
@@ -272,7 +284,7 @@ def prepare_heldout(
             "context_length": limit,
             "stride": None,
             "items": len(items),
-            "clusters": len({item.document for item in items}),
+            "clusters": len({item.group for item in items}),
             "primary": "acc",
         }
     suite = None
@@ -336,11 +348,11 @@ def _last_words(
     except PreskipError as error:
         raise PreskipError(f"{error} (--last-word-items 0)") from None
     items, windows, left = last_word_windows(items, tokenizer, limit)
-    few = len({item.document for item in items}) < 2
+    few = len({item.group for item in items}) < 2
     if few and not left:
         raise PreskipError(
-            "the last-word items come from fewer than 2 held-out documents: give more text or leave them out "
-            "(--last-word-items 0)"
+            "the last-word items come from fewer than 2 independent held-out documents: give more text or leave them "
+            "out (--last-word-items 0)"
         )
     if left:
         what = "last words are not scored, " if few else ""

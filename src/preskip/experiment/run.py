@@ -35,7 +35,7 @@ from preskip.progress import about, say, spinner
 from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
 from preskip.runs.declaration import declare, extension
 from preskip.runs.directory import RunDirectory
-from preskip.runs.files import write_json
+from preskip.runs.files import write_json, write_jsonl
 from preskip.runs.schema import CellSummary, Facts, Results
 from preskip.stats import planned_power
 from preskip.stats.verdicts import FEWEST_UNITS
@@ -259,7 +259,9 @@ def _missing_cells(prepared: Prepared) -> list[tuple[str, int]]:
     for arm, seed in _cells(prepared):
         cell = prepared.run.cell(arm.name, seed)
         if cell.is_done:
-            cell.load()  # damaged files are found now, not after hours of training
+            _, items = cell.load()  # damaged files are found now, not after hours of training
+            if (clustered := prepared.heldout.in_clusters(items)) != items:
+                write_jsonl(cell.items, clustered)
         else:
             missing.append((arm.name, seed))
     return missing

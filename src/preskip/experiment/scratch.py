@@ -110,7 +110,7 @@ class Scratch(Prepared):
         with clear_disk_errors(run.path):
             np.save(data / "development.npy", development)
         stored: list[HeldOutSet] = [
-            {"name": text.name, "documents": [{"id": d.id, "text": d.text} for d in text.documents]}
+            {"name": text.name, "documents": [{"id": d.id, "text": d.text, "group": d.group} for d in text.documents]}
             for text in heldout.texts
         ]
         write_json(data / "heldout.json", stored)
@@ -182,7 +182,7 @@ class Scratch(Prepared):
         texts = [
             prepare_texts(
                 entry["name"],
-                [Document(document["id"], document["text"], document["id"]) for document in entry["documents"]],
+                [Document(its["id"], its["text"], its.get("group", its["id"])) for its in entry["documents"]],
                 tokenizer,
                 context_length=config.scoring_context,
             )

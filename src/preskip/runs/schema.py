@@ -285,6 +285,7 @@ class HeldOutDocument(TypedDict):
 
     id: str
     text: str
+    group: NotRequired[str]  # of pieces of one book, versions of one speech
 
 
 class HeldOutSet(TypedDict):

@@ -71,7 +71,8 @@ def _documents(
     stored = None if source.run is None else source.run / "data" / "heldout.json"
     is_own = corpus in (None, own) and own is not None
     if is_own and stored is not None and stored.is_file():  # a run from scratch
-        return [Document(entry["id"], entry["text"], entry["id"]) for entry in read_json(stored)[0]["documents"]]
+        documents = read_json(stored)[0]["documents"]
+        return [Document(entry["id"], entry["text"], entry.get("group", entry["id"])) for entry in documents]
     name = locate(corpus or own or DEFAULT_CORPUS, source.directory)
     given = data_dir or (locate(config["data_dir"], source.directory) if config.get("data_dir") else None)
     if name in (own and locate(own, source.directory), *EMBEDDED_CORPORA):
