@@ -1,9 +1,12 @@
 """The controls: what is matched, held against counts of built models and against equations."""
 
+import dataclasses
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from preskip.architecture import TYPES
 from preskip.arms import SCRATCH_ARMS
 from preskip.arms.plan import Planner
 from preskip.arms.shape import tokenizer_fields
@@ -14,6 +17,8 @@ from preskip.experiment.scratch import build_model, plan_arms
 from tiny_text import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+# Canon layers sit inside the MLP, which experts do not have as linear layers; a part of a matrix is not replaced.
+ARMS_THAT_DO_NOT_FIT = {"mixtral": "canon"} | dict.fromkeys(("gpt2", "gpt_neox", "pythia-14m", "phi3"), "nonlinear-q")
 
 
 def config(**changes):
@@ -192,13 +197,34 @@ def test_other_architectures_are_matched_too(arch, tmp_path):
     sizes = {
         key: value for key, value in sizes.items() if key not in unknown and (arch == "mixtral" or "experts" not in key)
     }
-    # Canon layers sit inside the MLP, which experts do not have as linear layers; a part of a matrix is not replaced.
-    odd = {"mixtral": "canon", "gpt2": "nonlinear-q", "pythia-14m": "nonlinear-q", "phi3": "nonlinear-q"}.get(arch)
+    odd = ARMS_THAT_DO_NOT_FIT.get(arch)
     arms = tuple(name for name in SCRATCH_ARMS if odd is None or not name.endswith(odd))
     plans = plan_arms(config(arch=str(path), overrides=sizes, arms=arms), TOKENIZER)
     assert abs(plans["base-wide"].deviation) < 0.005
     assert plans["preskip"].config.model_type == f"preskip_{plans['base'].config.model_type}"
     assert plans["preskip"].size.flops_per_token > plans["base"].size.flops_per_token
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_config_file_with_every_field_is_planned_with_other_sizes(kind, tmp_path):
+    """As a model's own config.json: fields of the tokenizer and sizes are in it, and those given replace them."""
+    made = AutoConfig.for_model(kind)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 16, "num_local_experts": 2, "vocab_size": 999}
+    for field in dataclasses.fields(made):
+        if field.name in sizes:
+            setattr(made, field.name, sizes[field.name])
+    made.save_pretrained(tmp_path)
+    odd = ARMS_THAT_DO_NOT_FIT.get(kind)
+    arms = tuple(name for name in SCRATCH_ARMS if odd is None or not name.endswith(odd))
+    given = {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4, "intermediate_size": 96}
+    plans = plan_arms(config(arch=str(tmp_path), overrides=given, arms=arms), TOKENIZER)
+    base = plans["base"]
+    assert (base.config.hidden_size, base.config.vocab_size, base.config.num_hidden_layers) == (64, 400, 5)
+    assert (base.mlp_width, plans["base-wide"].mlp_width > 96) == (96, True)
+    assert abs(plans["base-wide"].deviation) < 0.01
+    with pytest.raises(PreskipError, match=f"rope_thetta is no field of a {kind} config"):
+        plan_arms(config(arch=str(tmp_path), overrides={"rope_thetta": 3}), TOKENIZER)
 
 
 def test_base_and_preskip_begin_with_the_same_weights():

@@ -104,7 +104,7 @@ def _from_file(arch: str, values: dict[str, Any]) -> PreTrainedConfig:
         if key not in ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
     }
     if "num_hidden_layers" in values:  # one entry per layer, made anew from the number of layers
-        fields.pop("layer_types", None)
+        fields = {key: value for key, value in fields.items() if key not in ("layer_types", "no_rope_layers")}
     default = AutoConfig.for_model(base_type)
     known = {field.name for field in dataclasses.fields(default)}
     names = dict(type(default).attribute_map)
