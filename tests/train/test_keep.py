@@ -77,6 +77,17 @@ def test_every_fourth_sequence_brings_one_of_the_other_text_and_each_step_at_lea
     assert [sum(brings[first : first + 6]) for first in range(0, 24, 6)] == [2, 2, 2, 2]
 
 
+def test_a_process_without_rows_sums_on_the_device_that_the_others_sum_on(monkeypatch):
+    """Over NCCL a tensor on the CPU cannot be reduced."""
+    devices = []
+    monkeypatch.setattr("preskip.train.keep.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    monkeypatch.setattr(
+        "preskip.train.keep.reduce", lambda both, how: devices.append(both.device.type) or torch.zeros(2)
+    )
+    assert Keep(weight=1.0, blocks=OTHER, as_base=nullcontext).mean() == 0.0
+    assert devices == ["meta"]
+
+
 @pytest.mark.parametrize("arm", WAYS)
 def test_what_every_arm_has_changed_is_held_against_the_untouched_base(arm):
     base = tiny_llama().eval()

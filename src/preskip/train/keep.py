@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
 from torch.nn import functional as F
@@ -52,7 +53,8 @@ class Keep:
 
     def mean(self) -> float:
         """KL in nats per token since the last call, over all processes, which must all call it."""
-        sums = torch.stack(self._sums).sum() if self._sums else torch.zeros((), dtype=torch.double)
+        none = torch.zeros((), dtype=torch.double, device=PartialState().device)  # of a process without such a row
+        sums = torch.stack(self._sums).sum() if self._sums else none
         both = torch.stack((sums, sums.new_tensor(self._tokens)))
         self._sums, self._tokens = [], 0
         total, tokens = reduce(both, "sum").tolist()
