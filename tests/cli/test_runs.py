@@ -1,13 +1,14 @@
 """What the commands that make a run share: early ends, and the default folder."""
 
+import errno
 import re
 
 import pytest
 
 from preskip.cli.runs import default_out, kept_for_resuming
 from preskip.errors import DivergedError, PreskipError
-from preskip.runs.attempt import new_run
-from preskip.runs.files import write_json
+from preskip.runs.attempt import attempt, new_run
+from preskip.runs.files import clear_disk_errors, write_json
 
 
 @pytest.fixture
@@ -41,6 +42,16 @@ def test_a_new_run_in_which_nothing_was_computed_is_removed(run, capsys):
         raise PreskipError("no such corpus")
     assert not run.path.exists()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [MemoryError("the base"), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_run_that_the_advice_names_is_kept(run, error, capsys):
+    """`free some and resume`, `begin a new run with --config RUN/run.json`: as the base loads, as texts are packed."""
+    kept = kept_for_resuming(run, "pretrain", is_new=True)
+    with pytest.raises(PreskipError, match="free some"), kept, attempt(run), clear_disk_errors(run.path / "data"):
+        raise error
+    assert (run.path / "run.json").is_file()
+    assert f"preskip pretrain --resume {run.path}" in capsys.readouterr().err
 
 
 def test_an_old_run_is_never_removed(run):

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import flag
-from preskip.errors import DivergedError, PreskipError
+from preskip.errors import DivergedError, PreskipError, is_out_of_memory
 from preskip.experiment.option_file import load_options
 from preskip.experiment.parse import parse_seeds
 from preskip.experiment.presets import preset_options
 from preskip.progress import console
+from preskip.runs.files import is_full_disk
 
 if TYPE_CHECKING:
     from preskip.experiment.options import ExperimentConfig
@@ -196,6 +197,8 @@ def default_out(*names: str) -> Path:
 def kept_for_resuming(run: RunDirectory, command: str, *, is_new: bool) -> Iterator[None]:
     """Where a run ends early, say how to finish it, unless it diverged; a new one without anything computed is removed.
 
+    Where memory or the disk did not suffice the options were no mistake, and the error names the run: it is kept.
+
     Args:
         run: its directory.
         command: the command that resumes it, e.g. "probe".
@@ -207,7 +210,8 @@ def kept_for_resuming(run: RunDirectory, command: str, *, is_new: bool) -> Itera
         _hint(run, command)
         raise
     except PreskipError as error:
-        if any(any(run.path.glob(pattern)) for pattern in _COMPUTED):
+        lacks_room = is_full_disk(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+        if lacks_room or any(any(run.path.glob(pattern)) for pattern in _COMPUTED):
             if not isinstance(error, DivergedError):  # with the same options it would diverge again
                 _hint(run, command)
             raise

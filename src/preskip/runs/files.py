@@ -35,7 +35,7 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_full_disk(error):
+        if is_full_disk(error):
             raise PreskipError(f"no space left on the disk while writing {path}: free some and resume") from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise PreskipError(
@@ -44,7 +44,7 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _is_full_disk(error: BaseException | None) -> bool:
+def is_full_disk(error: BaseException | None) -> bool:
     """Whether an error, or one that it was raised in place of, tells of a full disk.
 
     safetensors raises its own type with the system's words; torch.save a RuntimeError that names its archive writer
