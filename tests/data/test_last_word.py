@@ -1,6 +1,7 @@
 """Last-word items keep every rule of their definition, whatever the text."""
 
 import re
+import time
 
 import pytest
 
@@ -92,6 +93,14 @@ def test_length_of_the_passage(count, found):
     else:
         with pytest.raises(PreskipError):
             build_items(documents)
+
+
+@pytest.mark.parametrize("row", ["a" * 200_000, "." * 200_000, "a " + "." * 200_000 + "x"])
+def test_a_long_row_of_letters_or_marks_is_read_in_linear_time(row):
+    started = time.process_time()
+    with pytest.raises(PreskipError, match="no last-word item"):
+        build_items([Document("d", row, "d")])
+    assert time.process_time() - started < 2
 
 
 def test_no_passage_reaches_over_a_heading():

@@ -43,8 +43,9 @@ apr art aug capt co col corp dec dept dr etc feb gen gov hon inc jan jr jul jun 
 oct pres prof rep rev sec sen sept sgt sr st viz vol vs
 """
 _ABBREVIATIONS = frozenset(_ABBREVIATIONS_TEXT.split())
-_SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s+[\"'“‘(\[]?[A-Z]|\s*$)")
-_FINAL_WORD = re.compile(r"([A-Za-z]+)[.!?]+[\"'”’)]*$")
+# What lies behind ends each search at the first letter or mark of a row: from the others it would take its square.
+_SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"'”’)\]]*(?=\s+[\"'“‘(\[]?[A-Z]|\s*$)")
+_FINAL_WORD = re.compile(r"(?<![A-Za-z])([A-Za-z]+)[.!?]+[\"'”’)]*$")
 _FINAL_MARK = re.compile(r"[.!?][\"'”’)\]]*$")
 _WORD = re.compile(r"[A-Za-z]+")
 
