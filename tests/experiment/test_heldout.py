@@ -1,9 +1,11 @@
 """No text that is trained on is scored, nor any that is scored trained on."""
 
 import json
+from types import SimpleNamespace
 
-from preskip.experiment.heldout import load_corpora
+from preskip.experiment.heldout import load_corpora, prepare_heldout
 from preskip.experiment.probe_options import ProbeConfig
+from tiny_text import tiny_tokenizer
 
 
 def write(path, texts, name):
@@ -59,3 +61,16 @@ def test_sets_beside_the_training_corpus_are_kept_apart_from_each_other_and_from
         assert final & chosen == set()
         assert all(one["training"] & (final | chosen) == set() for one in texts)
         assert all(one["heldout"] for one in texts)
+
+
+def test_a_folder_above_the_corpus_says_nothing_of_what_it_is(tmp_path, monkeypatch):
+    """As on a resume elsewhere, where the corpus is named by its whole path."""
+    sets = {"wikitext": {"domain": "out"}}
+    monkeypatch.setattr("preskip.evaluate.tasks.TaskSuite", lambda *_, **__: SimpleNamespace(sets=sets))
+    for path, domain in (("wikitext-x/texts.jsonl", "out"), ("texts/wikitext-x.jsonl", "in")):
+        (tmp_path / path).parent.mkdir()
+        corpus = write(tmp_path / path, [f"Own text {place}." for place in range(40)], "d")
+        config = ProbeConfig(corpus=str(corpus), tasks=("wikitext",), last_word_items=0)
+        corpora = load_corpora(config, tmp_path, quiet=True)
+        found = prepare_heldout(config, corpora, tiny_tokenizer(), None, None)
+        assert found.sets["wikitext"]["domain"] == domain

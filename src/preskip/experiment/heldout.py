@@ -305,7 +305,7 @@ def prepare_heldout(
     if paper_data is not None:
         paper = encode_paper_items(paper_data, tokenizer, context_length=min(limit or LENGTH, LENGTH))
         sets |= paper.sets
-    if "wikitext" in home.name.lower():
+    if "wikitext" in slug(home.name).lower():  # of a path the last part alone
         for name in WIKITEXT_SETS & sets.keys():
             sets[name] = {**sets[name], "domain": "in"}
     return replace(documents, items=items, item_windows=item_windows, suite=suite, paper=paper, development=development)
