@@ -175,6 +175,23 @@ def test_duplicates_share_a_group(tmp_path):
     assert first.group == second.group != third.group
 
 
+def test_no_text_is_on_both_sides_though_its_rows_name_other_groups(tmp_path):
+    """Groups that share a text are one, under the first of their names; others keep theirs."""
+    path = tmp_path / "x.jsonl"
+    rows = [{"text": f"text {place % 10}", "group": f"g{place:02d}"} for place in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for seed in range(4):
+        split = split_documents(load_corpus(str(path)), 0.2, seed)
+        assert len(split.heldout) == 8
+        assert not {document.text for document in split.training} & {document.text for document in split.heldout}
+    rows = [{"text": "a", "group": "z"}, {"text": "b", "group": "z"}, {"text": "b", "group": "y"}, {"text": "a"}]
+    rows += [{"text": "c", "group": "y"}, {"text": "d", "group": "x"}, {"text": "e"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    *groups, alone = (document.group for document in load_corpus(str(path)).documents)
+    assert groups == ["y", "y", "y", "y", "y", "x"]
+    assert alone.startswith("text-")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

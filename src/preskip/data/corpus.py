@@ -6,7 +6,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -256,17 +256,40 @@ def _cut_long(paragraph: str, characters: int) -> list[tuple[int, int]]:
     return [*parts, (start, len(paragraph))] if paragraph[start:].strip() else parts
 
 
+class _Same:
+    """Names of groups (0, name) and of texts (1, name) that are joined; each stands for itself at first."""
+
+    def __init__(self) -> None:
+        self._before: dict[tuple[int, str], tuple[int, str]] = {}
+
+    def first(self, name: tuple[int, str]) -> tuple[int, str]:
+        """The first of all that a name is joined with: groups come before texts."""
+        while (before := self._before.get(name, name)) != name:
+            self._before[name] = self._before.get(before, before)
+            name = before
+        return name
+
+    def join(self, one: tuple[int, str], other: tuple[int, str]) -> None:
+        """Join two names, and all that they are joined with."""
+        first, second = sorted((self.first(one), self.first(other)))
+        self._before[second] = first
+
+
 def _corpus(name: str, texts: Iterable[tuple[str, str, str | None]], source: str, whole: bool = True) -> Corpus:
     """Of (id, text, group) those with text.
 
-    Without a group of its own a text is in one with its exact duplicates, which must not be on both sides of the split.
+    Exact duplicates must not be on both sides of the split: without a group of its own a text is in one with them, and
+    groups that share a text are one, under the first of their names.
     """
-    documents = []
+    documents, same = [], _Same()
     for id, text, group in texts:
         if text.strip():
-            content = hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
+            content = f"text-{hashlib.sha256(' '.join(text.split()).encode()).hexdigest()[:16]}"
+            if group is not None:
+                same.join((0, group), (1, content))
             # A file's name may hold bytes that are no UTF-8.
-            documents.append(Document(clean_text(id), text, f"text-{content[:16]}" if group is None else group))
+            documents.append(Document(clean_text(id), text, content))
+    documents = [replace(document, group=same.first((1, document.group))[1]) for document in documents]
     if not documents:
         raise PreskipError(f"corpus {name} is empty: give one with text in it")
     return Corpus(name, tuple(documents), source, whole)
