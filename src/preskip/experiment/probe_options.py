@@ -155,6 +155,15 @@ class ProbeConfig(ExperimentConfig):
         """Whether the arm's learning rate is searched for."""
         return self.lr_mode == "tune" and ARMS[arm].trains and arm not in self.learning_rates
 
+    def _refuse_ignored(self) -> None:
+        """See `ExperimentConfig._refuse_ignored`."""
+        if self.lr_mode == "tune" and self.learning_rates and not any(map(self.is_tuned, self.arms)):
+            raise PreskipError("--lr tune has nothing to tune, every arm has a rate: leave out tune, or those rates")
+        if self.lora_ranks and self.match != "none":
+            raise PreskipError(
+                f"--lora-rank is for --match none: with {self.match} the budget gives the ranks; leave one of them out"
+            )
+
     @classmethod
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         """The base is always compared; a rate for all is one for every arm that trains."""
