@@ -21,7 +21,14 @@ from preskip.errors import PreskipError
 from preskip.runs.directory import RunDirectory
 from preskip.runs.files import write_json
 
-PLAIN = ("results.json", "arms/*/*/cell.json", "arms/*/*/train.jsonl", "controls/*/*/*/*.json*", "controls/*.json")
+PLAIN = (
+    "results.json",
+    "arch.json",
+    "arms/*/*/cell.json",
+    "arms/*/*/train.jsonl",
+    "controls/*/*/*/*.json*",
+    "controls/*.json",
+)
 PLAIN += ("search/*/*/search.json", "search/*/*/*/*/trial.json", "search/*/*/*/*/train.jsonl")
 PLAIN += ("arms/*/*/items.jsonl.gz",)  # of a copy that was resumed
 COMPRESSED = ("arms/*/*/items.jsonl",)

@@ -266,7 +266,18 @@ def test_plans_are_printed_before_training(corpus, tmp_path, capsys):
 
 def test_a_tokenizer_that_exists_is_taken(finished, corpus, tmp_path):
     run = tmp_path / "run"
-    options = ["--tokenizer", finished / "tokenizer", "--arms", "base", "--set", "vocab_size=320", "--out", run]
+    options = [
+        "--tokenizer",
+        finished / "tokenizer",
+        "--vocab-size",
+        "2048",
+        "--arms",
+        "base",
+        "--set",
+        "vocab_size=320",
+        "--out",
+        run,
+    ]
     assert call(*TINY, "--corpus", corpus, *options, "--json") == 0
     assert stored(run, "run.json")["model"]["vocab_size"] == 320
     assert (run / "data" / "tokens.bin").read_bytes() == (finished / "data" / "tokens.bin").read_bytes()
@@ -289,7 +300,7 @@ def test_a_tokenizer_that_exists_is_taken(finished, corpus, tmp_path):
         (["--set", "colour"], "not FIELD=VALUE"),
         (["--vocab-size", "60000"], "gives only .* tokens"),
         (["--set", "vocab_size=299"], "too small for the tokenizer, which has 300"),
-        (["--tokenizer", "nowhere/tokenizer"], "nowhere"),
+        (["--tokenizer", "nowhere/tokenizer", "--vocab-size", "2048"], "nowhere"),
         (["--report-to", "tensorboard"], "pip install tensorboard"),
         (["--report-to", "wanbd"], "wanbd is unknown to transformers"),
         (["--attn-implementation", "foo"], "--attn-implementation foo cannot be used here .* try eager or sdpa"),
@@ -318,6 +329,30 @@ def test_layers_are_those_that_get_a_branch_and_the_depth_has_another_name(corpu
     weights = load_file(run / "arms" / "preskip" / "seed-1" / "model" / "model.safetensors")
     assert {name.split(".")[2] for name in weights if "preskip" in name} == {"1"}
     assert {name.split(".")[2] for name in weights if ".layers." in name} == {"0", "1"}
+
+
+def test_the_file_of_an_architecture_is_part_of_the_run(corpus, tmp_path, monkeypatch, capsys):
+    """Another activation has as many weights: only the run's own copy tells it."""
+    (tmp_path / "begun").mkdir()
+    monkeypatch.chdir(tmp_path / "begun")
+    file = tmp_path / "begun" / "config.json"
+    file.write_text('{"model_type": "llama", "hidden_act": "silu", "vocab_size": 999}')
+    run = tmp_path / "run"
+    options = ["--arch", "config.json", "--corpus", corpus, "--arms", "base,preskip", "--out", run]
+    assert call(*TINY, *options, "--json") == 0
+    before = {arm: lines(run, arm, 1, "items.jsonl") for arm in ("base", "preskip")}
+    file.write_text(file.read_text().replace("silu", "gelu"))
+    monkeypatch.chdir(tmp_path)
+    shutil.rmtree(run / "arms")
+    opened.cache_clear()
+    run_cell(run, "base", 1)
+    assert call("--resume", run, "--json") == 0
+    assert {arm: lines(run, arm, 1, "items.jsonl") for arm in ("base", "preskip")} == before
+    capsys.readouterr()
+    kept = run / "arch.json"
+    kept.write_text(kept.read_text().replace("silu", "gelu"))
+    assert call("--resume", run) == 1
+    assert "model config.json has changed since this run began" in capsys.readouterr().err
 
 
 def test_text_is_repeated_if_that_is_allowed(corpus, tmp_path):

@@ -120,6 +120,10 @@ def test_changed_inputs_are_refused(run):
         check_same_inputs(run, facts | {"model": {"name": "m", "sha256": "c"}})
     with pytest.raises(PreskipError, match="evaluation set books have changed"):
         check_same_inputs(run, facts | {"sets": {}})
+    run.update_manifest(sets={"books": {"sha256": "b", "bytes": 3}})
+    check_same_inputs(run, facts | {"sets": {"books": {"sha256": "b", "bytes": 3}}})
+    with pytest.raises(PreskipError, match="other documents of books are held out than when this run began"):
+        check_same_inputs(run, facts | {"sets": {"books": {"sha256": "b", "bytes": 4}}})
     task = {"sha256": "b", "lm_eval": {"version": 1, "prompt_sha256": "p"}}
     run.update_manifest(sets={"arc_easy": task})
     check_same_inputs(run, facts | {"sets": {"arc_easy": task}})
@@ -156,6 +160,14 @@ def test_an_arm_that_another_preskip_trains_otherwise_is_refused(run):
     check_same_inputs(run, faster)
     with pytest.raises(PreskipError, match="arm lora had trainable parameters 64"):
         check_same_inputs(run, larger)
+
+
+def test_an_architecture_of_another_size_is_refused(run):
+    facts = {"arms": {"base": {"learning_rate": 1e-3, "parameters": 64}}, "sets": {}}
+    run.update_manifest(**facts)
+    check_same_inputs(run, facts)
+    with pytest.raises(PreskipError, match="arm base had parameters 64 when this run began, and has 65"):
+        check_same_inputs(run, {"arms": {"base": {"learning_rate": 1e-3, "parameters": 65}}, "sets": {}})
 
 
 def test_another_preskip_is_told(run, capsys):

@@ -77,18 +77,24 @@ def _check_heads(value: Callable[[str], Any]) -> None:
 
 def _make(arch: str, values: dict[str, Any]) -> PreTrainedConfig:
     """The config with these fields; what transformers refuses becomes one line."""
-    is_file = arch not in SHAPES and (arch.endswith(".json") or Path(arch).expanduser().exists())
+    file = config_file(arch)
     try:
-        return _from_file(arch, values) if is_file else shape_config(arch, branch=None, **values)
+        return shape_config(arch, branch=None, **values) if file is None else _from_file(arch, file, values)
     except PreskipError:
         raise
     except Exception as error:  # the configs raise many kinds
         raise PreskipError(f"--arch {arch}: {one_line(error, 200)}") from None
 
 
-def _from_file(arch: str, values: dict[str, Any]) -> PreTrainedConfig:
+def config_file(arch: str) -> Path | None:
+    """The file of an architecture that is given as one, or as its folder; None where it is the name of a shape."""
     path = Path(arch).expanduser()
-    path = path / "config.json" if path.is_dir() else path
+    if arch in SHAPES or not (arch.endswith(".json") or path.exists()):
+        return None
+    return path / "config.json" if path.is_dir() else path
+
+
+def _from_file(arch: str, path: Path, values: dict[str, Any]) -> PreTrainedConfig:
     if not path.is_file():
         raise PreskipError(f"--arch {arch}: {path} does not exist: check the path")
     stored = read_json(path)

@@ -3,6 +3,7 @@
 ::
 
     RUN/tokenizer/              the tokenizer
+    RUN/arch.json               the architecture's config, where it was given as a file
     RUN/data/tokens.bin, .json  training text (`preskip.data.packed`)
     RUN/data/development.npy    blocks that are evaluated while training
     RUN/data/heldout.json       documents that are scored afterwards
@@ -16,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from preskip.analysis.depth import text_profile
+from preskip.architecture.shapes import SHAPES
 from preskip.arms import SCRATCH_ARMS, resolve_arms
 from preskip.arms.insert import Inserted
 from preskip.arms.plan import Plan, Planner, on_meta
-from preskip.arms.shape import tokenizer_fields
+from preskip.arms.shape import config_file, tokenizer_fields
 from preskip.data.blocks import check_rows, pack_blocks
 from preskip.data.corpus import Document
 from preskip.data.packed import PackedText, open_blocks, write_packed
@@ -77,7 +80,8 @@ class Scratch(Prepared):
         splits = corpora[0].splits
         require(config, "development", splits.development, 1)
         tokenizer = _tokenizer(run, config, splits, quiet)
-        plans = plan_arms(config, tokenizer)
+        arch = _arch(run, config)
+        plans = plan_arms(config, tokenizer, arch)
         first = plans[config.arms[0]]
         check_rows(first.config.vocab_size, tokenizer)
         with explained(lambda error: _attention_fault(config, error)):
@@ -103,6 +107,9 @@ class Scratch(Prepared):
         # Before what the cells share is written: a finished run must stay as it is.
         given: Any = {"corpus": {"name": config.corpus, "sha256": splits.sha256}, "sets": heldout.sets}
         check_same_inputs(run, given)
+        file = config_file(arch)
+        if file is not None and "model" not in run.manifest:  # a run that an earlier preskip began has no copy
+            write_json(_arch_copy(run), read_json(file))
         data = run.path / "data"
         with progress_bar("tokenise training text", len(splits.training), quiet=quiet) as advance:
             packed = write_packed(data, splits.training, tokenizer, seed=config.split_seed, advance=advance)
@@ -120,7 +127,7 @@ class Scratch(Prepared):
         facts["corpus"] |= amount_read(splits) | {"packed_sha256": packed.sha256}
         mark = fingerprint(tokenizer)
         own = {
-            "arch": config.arch,
+            "arch": read_json(_arch_copy(run)) if _arch_copy(run).is_file() else config.arch,
             "overrides": config.overrides,
             "vocab_size": len(tokenizer),
             "tokenizer": mark,
@@ -193,7 +200,7 @@ class Scratch(Prepared):
             config=config,
             tokenizer=tokenizer,
             heldout=HeldOut(texts=texts),
-            plans=plan_arms(config, tokenizer),
+            plans=plan_arms(config, tokenizer, _arch(run, config)),
             blocks=open_blocks(data, config.seq_len),
             development=development,
         )
@@ -275,12 +282,13 @@ def _attention_fault(config: PretrainConfig, error: Exception) -> str:
     return f"--attn-implementation {config.attn_implementation} cannot be used here ({reason}): try eager or sdpa"
 
 
-def plan_arms(config: PretrainConfig, tokenizer: Any | None) -> dict[str, Plan]:
+def plan_arms(config: PretrainConfig, tokenizer: Any | None, arch: str | None = None) -> dict[str, Plan]:
     """Solve every arm of a run.
 
     Args:
         config: every option.
         tokenizer: of all arms; None where it will be trained.
+        arch: the architecture, where it lies elsewhere than the options say.
 
     Raises:
         PreskipError: an architecture that cannot be built; the arm is named.
@@ -289,7 +297,7 @@ def plan_arms(config: PretrainConfig, tokenizer: Any | None) -> dict[str, Plan]:
     if tokenizer is not None:
         fields = tokenizer_fields(tokenizer)
     planner = Planner(
-        arch=config.arch,
+        arch=arch or config.arch,
         overrides=config.overrides,
         fields=fields,
         own_vocabulary=config.tokenizer is not None,
@@ -312,7 +320,19 @@ def most_tokens(run: RunDirectory, config: PretrainConfig) -> int:
     if all(SCRATCH_ARMS[arm].matches == "parameters" for arm in config.arms):
         return config.steps * config.tokens_per_step
     tokenizer = None if config.tokenizer is None else _given_tokenizer(run, config)
-    return max(plan.tokens for plan in plan_arms(config, tokenizer).values())
+    return max(plan.tokens for plan in plan_arms(config, tokenizer, _arch(run, config)).values())
+
+
+def _arch(run: RunDirectory, config: PretrainConfig) -> str:
+    """The run's copy of an architecture that was given as a file, or that one where there is no copy; else the name."""
+    copy = _arch_copy(run)
+    if copy.is_file():
+        return str(copy)
+    return config.arch if config.arch in SHAPES else locate(config.arch, started_in(run))
+
+
+def _arch_copy(run: RunDirectory) -> Path:
+    return run.path / "arch.json"
 
 
 def _given_tokenizer(run: RunDirectory, config: PretrainConfig) -> Any:

@@ -126,7 +126,7 @@ def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
         facts: of this one.
 
     Raises:
-        PreskipError: a checksum, a revision, an arm, or what lm-eval makes of a task, differs.
+        PreskipError: a checksum, a revision, an arm, what is held out, or what lm-eval makes of a task, differs.
     """
     parts: tuple[Literal["model", "corpus", "tokenizer"], ...] = ("model", "corpus", "tokenizer")
     for part in parts:
@@ -146,6 +146,11 @@ def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
                 f"the texts of the evaluation set {name} have changed since this run began: put the old ones back (is "
                 "PRESKIP_DATA as it was?), or start a new run"
             )
+        if same and described.get("bytes", same.get("bytes")) != same.get("bytes"):
+            raise PreskipError(
+                f"other documents of {name} are held out than when this run began with preskip "
+                f"{run.manifest['preskip_version']}: install that one, or start a new run"
+            )
         if described.get("lm_eval") != (same and same.get("lm_eval")):
             then: Mapping[str, Any] = run.manifest.get("environment", {})
             raise PreskipError(
@@ -159,7 +164,7 @@ def _check_same_arms(before: Manifest, facts: Facts) -> None:
     searched = before["config"].get("lr_mode") == "tune"
     for arm, described in facts.get("arms", {}).items():
         stored: Mapping[str, Any] = before.get("arms", {}).get(arm, {})
-        for fact in ("learning_rate", "trainable_parameters")[searched:]:
+        for fact in ("learning_rate", "trainable_parameters", "parameters")[searched:]:
             if fact in stored and stored[fact] != described.get(fact):
                 raise PreskipError(
                     f"arm {arm} had {fact.replace('_', ' ')} {stored[fact]} when this run began, and has "
