@@ -166,10 +166,11 @@ def _check_same_arms(before: Manifest, facts: Facts) -> None:
         stored: Mapping[str, Any] = before.get("arms", {}).get(arm, {})
         for fact in ("learning_rate", "trainable_parameters", "parameters")[searched:]:
             if fact in stored and stored[fact] != described.get(fact):
+                mend = "put the old --arch file back, " if fact == "parameters" else ""
                 raise PreskipError(
                     f"arm {arm} had {fact.replace('_', ' ')} {stored[fact]} when this run began, and has "
-                    f"{described.get(fact)} in preskip {__version__}: install preskip {before['preskip_version']}, or "
-                    "start a new run"
+                    f"{described.get(fact)} in preskip {__version__}: {mend}install preskip "
+                    f"{before['preskip_version']}, or start a new run"
                 )
 
 
