@@ -82,13 +82,13 @@ class HeldOut:
 
     def in_clusters(self, records: Sequence[Record]) -> list[Record]:
         """Stored records with the clusters that `score` gives: an earlier preskip left some out, or gave others."""
-        clusters: dict[tuple[str, str], str | None] = {(LAST_WORD, item.id): item.group for item in self.items}
+        clusters: dict[Any, str | None] = {(LAST_WORD, item.id): item.group for item in self.items}
         for text in self.texts:
             for document, label in zip(text.documents, shared_groups(text.documents), strict=True):
                 clusters[text.name, document.id] = label
         found: list[Any] = []
         for record in records:
-            label = clusters.get((record["set"], record["id"]), record.get("cluster"))
+            label = clusters.get((record.get("set"), record.get("id")), record.get("cluster"))
             found.append(record if label == record.get("cluster") else {**record, "cluster": label})
         return found
 
