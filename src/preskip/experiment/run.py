@@ -115,7 +115,8 @@ def finish_run(
             _check_launch(config)
             crew = Crew(config.device)
             prepared, facts = KINDS[own].prepare(run, config, quiet, crew)
-            check_same_inputs(run, facts)
+            is_complete = all(run.cell(arm.name, seed).is_done for arm, seed in _cells(prepared))
+            check_same_inputs(run, facts, is_complete=is_complete)
             _declare(run, stored, facts, added, quiet)
             facts |= note_other_environments(run, facts["environment"], quiet)
             if isinstance(prepared, Scratch):

@@ -106,7 +106,8 @@ class Scratch(Prepared):
             heldout = prepare_documents(config, corpora, tokenizer, config.scoring_context)
         # Before what the cells share is written: a finished run must stay as it is.
         given: Any = {"corpus": {"name": config.corpus, "sha256": splits.sha256}, "sets": heldout.sets}
-        check_same_inputs(run, given)
+        cells = [run.cell(arm, seed) for arm in config.arms for seed in config.seeds]
+        check_same_inputs(run, given, is_complete=all(cell.is_done for cell in cells))
         file = config_file(arch)
         if file is not None and "model" not in run.manifest:  # a run that an earlier preskip began has no copy
             write_json(_arch_copy(run), read_json(file))

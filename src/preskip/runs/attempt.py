@@ -118,12 +118,13 @@ def attempt(run: RunDirectory) -> Iterator[Attempt]:
             ) from error
 
 
-def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
+def check_same_inputs(run: RunDirectory, facts: Facts, *, is_complete: bool = False) -> None:
     """Cells of other inputs must not be compared with those still to come.
 
     Args:
         run: with the facts of its first attempt.
         facts: of this one.
+        is_complete: no cell is still to come: what an earlier preskip held out of the same texts may be something else.
 
     Raises:
         PreskipError: a checksum, a revision, an arm, what is held out, or what lm-eval makes of a task, differs.
@@ -146,9 +147,7 @@ def check_same_inputs(run: RunDirectory, facts: Facts) -> None:
                 f"the texts of the evaluation set {name} have changed since this run began: put the old ones back (is "
                 "PRESKIP_DATA as it was?), or start a new run"
             )
-        # A finished run of an earlier preskip may hold other documents of the same texts: it is compared as it is.
-        is_open = run.manifest["status"] != "finished"
-        if is_open and same and described.get("bytes", same.get("bytes")) != same.get("bytes"):
+        if not is_complete and same and described.get("bytes", same.get("bytes")) != same.get("bytes"):
             raise PreskipError(
                 f"other documents of {name} are held out than when this run began with preskip "
                 f"{run.manifest['preskip_version']}: install that one, or start a new run"
