@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -180,7 +181,13 @@ def test_an_adapter_without_its_trained_head_is_refused(way: Callable, tmp_path:
     assert "\n" not in str(caught.value)
     if way is not second_adapter:
         assert list(base.state_dict()) == list(zoo.build("llama").state_dict())
-    way(zoo.build("llama"), tmp_path / "whole")
+    if way is transformers_load and transformers.__version__.startswith("5.17."):
+        with pytest.raises(
+            PreskipError, match=r"transformers 5\.17\S* does not read lm_head\.weight, which was trained"
+        ):
+            way(zoo.build("llama"), tmp_path / "whole")
+    else:
+        way(zoo.build("llama"), tmp_path / "whole")
 
 
 @pytest.mark.parametrize("way", WAYS)

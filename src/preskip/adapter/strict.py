@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftConfig, PeftModel
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -127,9 +128,14 @@ def _check(model: torch.nn.Module, name: str, report: Any) -> None:
     """Raise what `preskip.adapter.checkpoint.check_tensors` raises, from transformers' report of a finished load."""
     expected, parameters = expected_tensors(model, name), dict(model.named_parameters())
     mismatched = sorted(report.mismatched_keys)
+    heads = {key for key in report.missing_keys if f".modules_to_save.{name}." in f".{key}"}
+    if unread := {key.replace(f".modules_to_save.{name}", "") for key in heads} & set(report.unexpected_keys):
+        raise PreskipError(
+            f"transformers {transformers.__version__} does not read {min(unread)}, which was trained with the adapter: "
+            "load it with PeftModel.from_pretrained"
+        )
     refuse(
-        missing={key for key in report.missing_keys if key in expected or f".modules_to_save.{name}." in f".{key}"}
-        - {key for key, *_ in mismatched},
+        missing=(expected.keys() & report.missing_keys | heads) - {key for key, *_ in mismatched},
         extra=report.unexpected_keys,
         mismatched=mismatched,
         tensors={key: parameters[key] for key in expected},
