@@ -194,11 +194,8 @@ class _Tap:
         copied = memo.get(id(self.attention()))
         return self if copied is None else _Tap(copied)
 
-    def __getstate__(self) -> nn.Module | None:
-        return self.attention()
-
-    def __setstate__(self, attention: nn.Module) -> None:
-        self.__init__(attention)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[_Tap], tuple[nn.Module | None]]:
+        return _Tap, (self.attention(),)
 
     def keep(self, attention: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         skip = self.pending = getattr(attention, CHILD).content(hidden_states_of(args, kwargs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import peft
 import pytest
 import torch
 import transformers
@@ -14,7 +13,6 @@ import zoo
 from preskip import PreskipConfig, PreskipError
 from preskip.adapter import PreskipLayer
 
-PEFT_VERSION = tuple(int(part) for part in peft.__version__.split(".")[:2])
 VISION = r".*vision.*\.self_attn"
 
 
@@ -212,7 +210,7 @@ def test_a_name_that_is_taken_is_refused() -> None:
     with pytest.raises(PreskipError, match="has an adapter named 'default' already"):
         get_peft_model(model.get_base_model(), PreskipConfig())
     assert torch.equal(zoo.logits(model, "llama"), before)
-    if PEFT_VERSION >= (0, 21):  # 0.20 overwrites without a word, whatever the method
+    if zoo.PEFT_VERSION >= (0, 21):  # 0.20 overwrites without a word, whatever the method
         with pytest.raises(ValueError, match="already exists"):
             model.add_adapter("default", PreskipConfig())
 

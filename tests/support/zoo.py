@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import peft
 import torch
 import transformers
 
+PEFT_VERSION = tuple(int(part) for part in peft.__version__.split(".")[:2])
 WIDTH, LAYERS, VOCABULARY = 32, 2, 128
 IMAGE_TOKEN, IMAGE_SIZE, PATCHES = 7, 16, 4
 MEL_BINS = 8

@@ -93,7 +93,8 @@ class BranchMixin:
                 "value embeddings have a row per token, which does not grow with the vocabulary: give vocab_size to "
                 "the config before the model is made"
             )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **kwargs)  # type: ignore[misc]
+        base: Any = super()
+        return base.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:

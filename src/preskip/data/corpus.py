@@ -5,7 +5,7 @@ import json
 import platform
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -256,43 +256,37 @@ def _cut_long(paragraph: str, characters: int) -> list[tuple[int, int]]:
     return [*parts, (start, len(paragraph))] if paragraph[start:].strip() else parts
 
 
-class _Same:
-    """Names of groups (0, name) and of texts (1, name) that are joined; each stands for itself at first."""
-
-    def __init__(self) -> None:
-        self._before: dict[tuple[int, str], tuple[int, str]] = {}
-
-    def first(self, name: tuple[int, str]) -> tuple[int, str]:
-        """The first of all that a name is joined with: groups come before texts."""
-        while (before := self._before.get(name, name)) != name:
-            self._before[name] = self._before.get(before, before)
-            name = before
-        return name
-
-    def join(self, one: tuple[int, str], other: tuple[int, str]) -> None:
-        """Join two names, and all that they are joined with."""
-        first, second = sorted((self.first(one), self.first(other)))
-        self._before[second] = first
-
-
 def _corpus(name: str, texts: Iterable[tuple[str, str, str | None]], source: str, whole: bool = True) -> Corpus:
     """Of (id, text, group) those with text.
 
     Exact duplicates must not be on both sides of the split: without a group of its own a text is in one with them, and
     groups that share a text are one, under the first of their names.
     """
-    documents, same = [], _Same()
+    documents, pairs = [], set()
     for id, text, group in texts:
         if text.strip():
             content = f"text-{hashlib.sha256(' '.join(text.split()).encode()).hexdigest()[:16]}"
             if group is not None:
-                same.join((0, group), (1, content))
+                pairs.add((group, content))
             # A file's name may hold bytes that are no UTF-8.
             documents.append(Document(clean_text(id), text, content))
-    documents = [replace(document, group=same.first((1, document.group))[1]) for document in documents]
+    if pairs:
+        group_of = _groups_by_text(pairs)
+        documents = [replace(document, group=group_of.get(document.group, document.group)) for document in documents]
     if not documents:
         raise PreskipError(f"corpus {name} is empty: give one with text in it")
     return Corpus(name, tuple(documents), source, whole)
+
+
+def _groups_by_text(pairs: Collection[tuple[str, str]]) -> dict[str, str]:
+    """Of (group, text) the group of each text, where groups that share a text are one."""
+    from scipy.cluster.hierarchy import DisjointSet  # not at every start
+
+    names = [((0, group), (1, text)) for group, text in pairs]  # groups come before texts
+    joined = DisjointSet({name for pair in names for name in pair})
+    for group, text in names:
+        joined.merge(group, text)
+    return {text: min(subset)[1] for subset in joined.subsets() for is_text, text in subset if is_text}
 
 
 def _corpus_of(name: str, found: tables.Reading) -> Corpus:

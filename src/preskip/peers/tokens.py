@@ -19,7 +19,6 @@ from preskip.errors import PreskipError
 # How many earlier tokens a token may be mixed with.
 REACH = 3
 
-
 # What gradient checkpointing asks for again in the backward pass; other passes may have run meanwhile.
 _OF_A_PASS = ("ids", "first_value", "first_has_graph", "_given", "_reach", "_length")
 

@@ -218,7 +218,7 @@ def _trend_part(row: Trend, later_worth: tuple[float, float] | None) -> Part:
         )
     if row["measure"] == "skip_norm" and row.get("null_low") is None:
         verdict, text = "not shown", text + ", but without a null band a norm shows little"
-    limits = {"rho": row["rho"], "difference": row["rho"], "low": row.get("low"), "high": row.get("high")}
+    limits = {"difference": row["rho"], "low": row.get("low"), "high": row.get("high")}
     return _part(MEASURES.get(row["measure"], row["measure"]), verdict, text, **limits)
 
 
@@ -247,10 +247,15 @@ def _claim(name: str, words: str, parts: Sequence[Part], control: bool = False, 
         "parts": list(parts),
         "needs": list(dict.fromkeys(need for part in parts for need in part["needs"])),
         "one_training": any(part["entry"]["seeds"] == 1 for part in measured if "entry" in part),
-        "exploratory": any("rho" in part or ("entry" in part and not is_declared(part["entry"])) for part in measured),
+        "exploratory": any(_is_exploratory(part) for part in measured),
         **{key: entry.get(key) for key in ("set", "metric", "arm", "reference", "difference", "low", "high")},
         "resolvable": weight.get("resolvable"),
     }
+
+
+def _is_exploratory(part: Part) -> bool:
+    """Whether a part's figure was not declared: a comparison may be, a trend never is, and a count has no figure."""
+    return not is_declared(part["entry"]) if "entry" in part else "difference" in part
 
 
 def combine(verdicts: Sequence[str], *, together: bool = False) -> str:
