@@ -31,6 +31,10 @@ def nowhere(tmp_path, monkeypatch):
 def test_what_is_not_there_is_refused(nowhere):
     cases = [
         ({"corpora": ["./no.txt"]}, r"corpus \./no\.txt does not exist: check the path"),
+        (
+            {"corpora": ["/dev/null"]},
+            r"corpus /dev/null is a pipe or a device, and a resume would find it empty: give a file",
+        ),
         ({"corpora": ["sotu", "sottu"]}, "unknown corpus 'sottu'"),
         ({"corpora": ["books"]}, "books is read from the data directory: give --data-dir"),
         ({"corpora": ["books"], "data_dir": nowhere}, "books: .*books_train.txt is missing"),

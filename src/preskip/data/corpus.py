@@ -123,9 +123,11 @@ def check_corpus(name: str) -> None:
     """Refuse a name that stands for no corpus, before anything is read.
 
     Raises:
-        PreskipError: neither embedded, nor a path that exists, nor in the form of a Hub data set.
+        PreskipError: neither embedded, nor a file or folder that exists, nor in the form of a Hub data set.
     """
     path = Path(name).expanduser()
+    if name and path.exists() and not (path.is_file() or path.is_dir()):
+        raise PreskipError(f"corpus {name} is a pipe or a device, and a resume would find it empty: give a file")
     if name in EMBEDDED_CORPORA or (name and path.exists()):
         return
     looks_like_file = name.startswith((".", "/", "~", "\\")) or name.count("/") > 1
