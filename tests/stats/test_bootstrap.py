@@ -126,6 +126,20 @@ def test_shared_documents_are_not_new_evidence_per_seed() -> None:
     )
 
 
+@pytest.mark.parametrize(("gained", "lost"), [(6, 0), (12, 18)])
+def test_seeds_that_gain_and_lose_different_items_in_equal_numbers_are_not_exact(gained: int, lost: int) -> None:
+    # No seed differs from the other; items do (each in one seed), or not at all (what one seed gains the other loses).
+    values = np.zeros((2, 60))
+    values[0, :6], values[0, 6:12] = 1, -1
+    values[1, gained : gained + 6], values[1, lost : lost + 6] = 1, -1
+    found = RatioDistribution(values, np.ones(60))
+    residual = values - values.mean(0)
+    half = scipy_stats.t.ppf(0.975, 59) * math.sqrt((residual**2).sum() / 59 / 120)
+    assert half > 0.07
+    assert (found.interval().low, found.interval().high) == (pytest.approx(-half), pytest.approx(half))
+    assert found.p_equivalence(0.01) > 0.3
+
+
 def test_without_spread_the_value_is_exact() -> None:
     same = RatioDistribution(np.full(9, 0.25), np.ones(9))
     # No spread to judge by: the p of a sign test on which all nine agree, never 0.
