@@ -12,6 +12,7 @@ from preskip.errors import PreskipError
 from preskip.runs.files import read_json, write_json
 from preskip.stats import compare as paired
 from preskip.stats.combined import combine
+from preskip.stats.power import measured_design
 from stored_runs import invoke_app, make_items, write_run
 
 DECLARED = [
@@ -162,8 +163,30 @@ def test_a_run_without_any_spread_is_named(tmp_path: Path) -> None:
     """Where no item of a run differs between its arms, nothing says how sure that is."""
     same = write_run(tmp_path / "same", {name: arms()["lora"] for name in ("preskip", "lora")})
     runs = [write_run(tmp_path / name, arms(index), corpus=name) for index, name in enumerate(("one", "two"))]
-    text = invoke_app("compare", same, *runs, "--combine", "--arms", "preskip", "--reference", "lora")
-    assert "same is left out: its difference has no spread" in text
+    options = ("--combine", "--arms", "preskip", "--reference", "lora")
+    assert "same is left out: its difference has no spread" in invoke(same, *runs, *options)
+    # Right and wrong answers have limits all the same: of 12 documents, 1 - 0.025^(1/12) to either side.
+    for others in (runs, runs[:1]):
+        combined = json.loads(invoke(same, *others, *options, "--json"))["combined"]
+        found = next(entry for entry in combined if entry["metric"] == "acc")
+        assert (len(found["parts"]), found["left_out"]) == (1 + len(others), [])
+    other = found["parts"][1]["comparison"]
+    errors = [(1 - 0.025 ** (1 / 12)) / 1.959964, measured_design(other).standard_error]
+    mean = combine([0.0, other["difference"]], errors)
+    assert (found["value"], found["standard_error"]) == pytest.approx((mean.value, mean.standard_error), rel=1e-6)
+
+
+def test_arms_of_one_name_that_are_not_the_same_are_told(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, arms(index), corpus=name) for index, name in enumerate(("one", "two"))]
+    manifest = read_json(runs[1] / "run.json")
+    manifest["arms"]["lora"]["description"] = "LoRA elsewhere"
+    write_json(runs[1] / "run.json", manifest)
+    options = ("--combine", "--reference", "lora", "--json", "--arms")
+    told = "lora is not the same in all runs: lora; LoRA elsewhere"
+    assert told in json.loads(invoke(*runs, *options, "preskip"))["notes"]
+    write_json(runs[1] / "run.json", {**manifest, "kind": "pretrain"})
+    with pytest.raises(PreskipError, match="from scratch have no arm in common"):
+        invoke(*runs, *options, "preskip")
 
 
 def test_a_pair_that_runs_store_in_opposite_directions_is_combined(tmp_path: Path) -> None:

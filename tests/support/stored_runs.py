@@ -63,7 +63,7 @@ def write_run(
             "config": {"dtype": dtype, "seeds": sorted({seed for cells in arms.values() for seed in cells})},
             "model": {"name": "tiny", "sha256": sha256},
             "corpus": {"name": corpus, "sha256": None},
-            "arms": {arm: {"base_dtype": dtype, "compute_dtype": dtype} for arm in arms},
+            "arms": {arm: {"description": arm, "base_dtype": dtype, "compute_dtype": dtype} for arm in arms},
             "family": dict(family or {"declared": []}),
         },
     )

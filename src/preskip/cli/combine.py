@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ def combine_runs(
     Arguments are those of `preskip compare`.
 
     Raises:
-        PreskipError: fewer than two runs, what cannot be compared within one, or no pair that two runs hold.
+        PreskipError: fewer than two runs, runs on a frozen model and from scratch, what cannot be compared within one,
+            or no pair that two runs hold.
     """
     from preskip.progress import progress_bar
     from preskip.runs.directory import RunDirectory
@@ -39,6 +40,9 @@ def combine_runs(
 
     if len(runs) < 2:
         raise PreskipError("--combine needs two runs or more")
+    manifests = [RunDirectory.open(path).manifest for path in runs]
+    if len({manifest.get("kind") for manifest in manifests}) > 1:
+        raise PreskipError("runs on a frozen model and runs from scratch have no arm in common: combine either")
     wanted = parse_names(arms) if arms else ()
     compared = {}
     notes: list[str] = []
@@ -57,8 +61,9 @@ def combine_runs(
     found = combine_comparisons(compared, confidence=confidence)
     if not found:
         why = "".join(f"; {note}" for note in notes)
-        raise PreskipError(f"no pair of arms is in two of these runs, on sets of one metric and domain{why}")
-    notes += draws([RunDirectory.open(path).manifest for path in runs])
+        raise PreskipError(f"no pair of arms has a spread in two of these runs, on sets of one metric and domain{why}")
+    notes += namesakes(manifests, {arm for entry in found for arm in (entry["arm"], entry["reference"])})
+    notes += draws(manifests)
     if as_json:
         print(json.dumps({"notes": notes, "combined": found}, indent=1, allow_nan=False))
     else:
@@ -79,6 +84,16 @@ def draws(manifests: Sequence[Manifest]) -> list[str]:
         ]
     same = [name for name, count in (("model", models), ("corpus", corpora)) if count == 1]
     return [f"all runs are of one {' and one '.join(same)}: the estimate is of no other"] if same else []
+
+
+def namesakes(manifests: Sequence[Manifest], arms: Collection[str]) -> list[str]:
+    """A line for each of these arms that is not described alike in all runs, such as `lora` of an earlier preskip."""
+    notes = []
+    for arm in sorted(arms):
+        told = dict.fromkeys(manifest["arms"][arm]["description"] for manifest in manifests if arm in manifest["arms"])
+        if len(told) > 1:
+            notes.append(f"{arm} is not the same in all runs: {'; '.join(told)}")
+    return notes
 
 
 def _print(entry: Mapping[str, Any], more: Sequence[str]) -> None:

@@ -124,7 +124,8 @@ def combine_comparisons(
 
     Returns:
         Those that two runs or more hold, `role` being "in", "out", or the name of a set that no run describes. A run
-        whose difference has no spread is named in `left_out`. `margin` is the narrowest of the runs', None where one
+        of which no item differs has the standard error of its limits; one whose difference has no width is named in
+        `left_out`. `margin` is the narrowest of the runs', None where one
         has none.
     """
     groups: dict[tuple[str, str, str, str], dict[str, list[Comparison]]] = {}
@@ -141,7 +142,7 @@ def combine_comparisons(
         values, errors, left_out = [], [], []
         parts: list[dict[str, Any]] = []
         for run, entries in by_run.items():
-            own = [measured_design(entry).standard_error for entry in entries]
+            own = [_standard_error(entry) for entry in entries]
             if min(own) > 0:
                 values.append(sum(entry["difference"] for entry in entries) / len(entries))
                 errors.append(sum(own) / len(own))
@@ -167,3 +168,10 @@ def combine_comparisons(
             }
         )
     return found
+
+
+def _standard_error(entry: Comparison) -> float:
+    """As its deviations have it; of accuracies that differ in nothing, what its limits are a normal interval of."""
+    measured = measured_design(entry).standard_error
+    half = (entry["high"] - entry["low"]) / 2
+    return measured or half / float(stats.norm.ppf((1 + entry["confidence"]) / 2))
