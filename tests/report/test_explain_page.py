@@ -158,6 +158,20 @@ def test_findings_in_words(usual: tuple[Path, dict[str, Any], Page]) -> None:
         assert text in page.visible, text
 
 
+def test_pieces_of_few_books_are_few_however_many_they_are(small: Path) -> None:
+    explain = json.loads(small.read_text())
+    explain["texts"] = [
+        {"id": f"{n}", "title": f"{n}", "set": "held-out", "tokens": 10, "shown": False, "group": f"{n % 4}"}
+        for n in range(40)
+    ]
+    assert limits(explain)[0].startswith(
+        "Intervals are 95 %, by bootstrap over 40 documents in 4 clusters, 400 tokens: with so few they are known only"
+    )
+    for entry in explain["texts"]:
+        del entry["group"]  # an earlier preskip's
+    assert limits(explain)[0].startswith("Intervals are 95 %, by bootstrap over 40 documents, 400 tokens. They say")
+
+
 def test_what_overlaps_does_not_stand_apart(small: Path) -> None:
     explain = json.loads(small.read_text())
     for layer in explain["layers"]:

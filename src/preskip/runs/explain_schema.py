@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, TypeAlias
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from preskip.runs.schema import Environment, Limits, MetricValue
 
@@ -37,6 +37,7 @@ class ExplainedText(TypedDict):
     set: str  # "held-out" or "given"
     tokens: int
     shown: bool  # on the map
+    group: NotRequired[str]  # texts of one are a cluster of the intervals; not in files of an earlier preskip
 
 
 class Alignment(TypedDict):

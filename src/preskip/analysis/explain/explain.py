@@ -240,6 +240,7 @@ def _take(
                 "set": reading.text.set,
                 "tokens": len(reading.ids),
                 "shown": False,
+                "group": reading.text.group,
             }
         )
     if found.shown.add(reading, first, bypass, enrichment):

@@ -20,8 +20,7 @@ CHANGES = {
     ("entropy_change",): ("spreads attention wider", "sharpens it", "{} nats"),
     ("sink_change",): ("moves mass to the first token", "takes mass from it", "{}"),
 }
-# Position in the word, of a few documents: what an interval over documents is worth.
-FEW_DOCUMENTS = 10
+FEW_CLUSTERS = 10  # below which an interval is said to be known roughly
 
 
 def findings(explain: Explain) -> list[tuple[str, str]]:
@@ -45,7 +44,7 @@ def limits(explain: Explain) -> list[str]:
     texts = counted(explain)
     found = [
         f"Intervals are 95 %, by bootstrap over {extent(texts)}"
-        + (": with so few they are known only roughly." if len(texts) < FEW_DOCUMENTS else ".")
+        + (": with so few they are known only roughly." if _clusters(texts) < FEW_CLUSTERS else ".")
         + " They say how a figure varies with the text, and nothing about another training seed."
     ]
     method: Any = explain.get("method") or {}
@@ -85,9 +84,15 @@ def counted(explain: Explain) -> list[Any]:
 
 
 def extent(texts: Sequence[Any]) -> str:
-    """Number of texts and tokens in words."""
+    """Number of texts and tokens in words, and of their clusters where these are fewer."""
     plural = "" if len(texts) == 1 else "s"
-    return f"{len(texts):,} document{plural}, {sum(entry['tokens'] for entry in texts):,} tokens"
+    within = f" in {clusters:,} clusters" if (clusters := _clusters(texts)) < len(texts) else ""
+    return f"{len(texts):,} document{plural}{within}, {sum(entry['tokens'] for entry in texts):,} tokens"
+
+
+def _clusters(texts: Sequence[Any]) -> int:
+    """Independent ones among the texts."""
+    return len({entry.get("group", number) for number, entry in enumerate(texts)})
 
 
 def layers_text(indices: Sequence[int]) -> str:
