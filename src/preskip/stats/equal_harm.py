@@ -3,8 +3,9 @@
 `--lr-rule frontier` compares arms at an equal *allowed* harm: each has the best rate of a grid that stays within it,
 so by chance of the grid they end at different harms. Here the most that is gained for up to that harm is read off the
 last rung, for each training seed: at a rate that was tried, or, where the harm passes the limit between two
-neighbouring rates, interpolated between them. No rate is chosen, so none is chosen too well; but all are measured on
-development documents, after the steps of that rung.
+neighbouring rates, interpolated between them. Where the limit binds, no rate is chosen, so none is chosen too well;
+where it does not, the best of the rates tried counts, which flatters an arm of which more were tried. All are measured
+on development documents, after the steps of that rung.
 """
 
 from __future__ import annotations
