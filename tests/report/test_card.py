@@ -22,6 +22,7 @@ from preskip.data.corpus import Document, load_corpus
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_windows, score_sequences
 from preskip.report import write_cards
+from preskip.report.cards import content
 from preskip.report.cards import baked_card
 from preskip.report.cards.depth import depth_layers, depth_words
 from preskip.runs.directory import RunDirectory
@@ -43,6 +44,11 @@ def code(card, language="python"):
     return re.search(rf"```{language}\n(.+?)\n```", card.read_text(), re.DOTALL)[1]
 
 
+def figures(text):
+    """A value and its limits, as a card or a table shows them."""
+    return [float(number.replace("−", "-").replace(",", "")) for number in re.findall(r"[−+]?[\d.,]*\d", text)]
+
+
 def stored(place):
     return json.loads((place / "run" / "results.json").read_text())
 
@@ -57,8 +63,9 @@ def test_values_and_metadata_are_those_of_the_results(place, arm):
     assert told == {
         (name, metric): value["value"] for name, own in found["metrics"].items() for metric, value in own.items()
     }
-    for value in found["metrics"]["corpus"].values():
-        assert f"| {value['value']:.4f} \\[{value['low']:.4f}, {value['high']:.4f}\\] |" in card.text
+    row = next(line for line in card.text.splitlines() if "| bits per byte (lower is better) |" in line)
+    value = found["metrics"]["corpus"]["bits_per_byte"]
+    assert figures(row.split("|")[3]) == pytest.approx([value[key] for key in ("value", "low", "high")], rel=0.005)
     assert f"{found['trainable_parameters']:,} trained weights" in card.text
     command = json.loads((place / "run" / "run.json").read_text())["command"]
     assert code(adapter(place, arm) / "README.md", "console") == shlex.join(command)
@@ -66,8 +73,18 @@ def test_values_and_metadata_are_those_of_the_results(place, arm):
 
 def test_a_difference_is_shown_from_this_arm_s_side(place):
     row = next(row for row in stored(place)["comparisons"] if (row["arm"], row["reference"]) == ("preskip", "lora"))
-    wanted = f"{-row['difference']:+.4f} \\[{-row['high']:+.4f}, {-row['low']:+.4f}\\]"
-    assert re.search(rf"\| preskip \|.+{re.escape(wanted)}", (adapter(place, "lora") / "README.md").read_text())
+    lines = (adapter(place, "lora") / "README.md").read_text().splitlines()
+    cells = next(line.split("|") for line in lines if line.startswith("| preskip |"))
+    assert figures(cells[4]) == pytest.approx([-row["difference"], -row["high"], -row["low"]], rel=0.05)
+
+
+def test_a_limit_is_not_rounded_onto_zero_beside_a_verdict():
+    """As on the page: what lies above 0 does not read [0.0000, ...]."""
+    results = json.loads((Path(__file__).parents[2] / "results/standard-wikitext2/results.json").read_text())
+    rows = [row for arm in results["arms"] for row in content._difference_rows(results, arm)]
+    decided = [figures(row[3]) for row in rows if row[5] in ("better", "worse")]
+    assert len(decided) > 50
+    assert all(low * high > 0 for _, low, high in decided)
 
 
 @pytest.mark.parametrize("arm", ARMS)

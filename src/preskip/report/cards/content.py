@@ -16,10 +16,11 @@ from preskip.model_card import LICENCE, bullets, card_text, code_block, escape, 
 from preskip.model_types import PREFIX
 from preskip.report.cards.depth import depth_layers, depth_picture, depth_words
 from preskip.report.lookup import is_pretraining, trained_arms
+from preskip.report.table import NONE
 from preskip.report.words.facts import family_text, limits
-from preskip.report.words.verdicts import set_title
+from preskip.report.words.verdicts import difference_text, interval_text, set_title
 from preskip.runs.files import clear_disk_errors, write_bytes
-from preskip.runs.schema import ArmResults, Manifest, Metrics, ModelFacts, Results, SetFacts
+from preskip.runs.schema import ArmResults, Manifest, Metrics, MetricValue, ModelFacts, Results, SetFacts
 from preskip.stats.verdicts import flipped
 
 FIGURE = "depth.png"
@@ -132,7 +133,7 @@ def _eval_results(metrics: Metrics, sets: Mapping[str, SetFacts]) -> Iterator[Ev
 
 def _value_rows(metrics: Metrics, sets: Mapping[str, SetFacts]) -> list[tuple[str, ...]]:
     return [
-        (set_title(sets, name), _measure(metric, sets.get(name)), _interval(value["value"], value))
+        (set_title(sets, name), _measure(metric, sets.get(name)), _value(metric, value))
         for name, values in metrics.items()
         for metric, value in values.items()
     ]
@@ -144,8 +145,9 @@ def _difference_rows(results: Results, arm: str) -> list[tuple[str, ...]]:
         if arm in (entry["arm"], entry["reference"]):
             row = entry if entry["arm"] == arm else flipped(entry)
             what = (set_title(sets, row["set"]), _measure(row["metric"], sets.get(row["set"])))
-            shown = _interval(row["difference"], row, "+")
-            rows.append((row["reference"], *what, shown, "yes" if row.get("declared") else "no", row["verdict"]))
+            shown = difference_text(row)
+            difference = f"{shown['value']}{shown['unit']} {shown['interval']}"
+            rows.append((row["reference"], *what, difference, "yes" if row.get("declared") else "no", row["verdict"]))
     return rows
 
 
@@ -154,10 +156,9 @@ def _measure(key: str, described: SetFacts | None) -> str:
     return f"{metric.phrase} ({metric.direction})"
 
 
-def _interval(value: float, bounds: Mapping[str, Any], sign: str = "") -> str:
-    low, high = bounds.get("low"), bounds.get("high")
-    shown = f"{value:{sign}.4f}"
-    return shown if low is None or high is None else f"{shown} [{low:{sign}.4f}, {high:{sign}.4f}]"
+def _value(metric: str, value: MetricValue) -> str:
+    shown = interval_text(metric, value)
+    return " ".join(filter(None, shown.values())) if shown else NONE
 
 
 def hub_id(model: ModelFacts) -> str | None:

@@ -11,7 +11,7 @@ from preskip.runs.explain_schema import ExplainedLayer
 Interval = Mapping[str, float]
 
 SIZES = {
-    "skip_to_attention": ("Round attention: the skip", "‖skip‖ / ‖attention output‖"),
+    "skip_to_attention": ("Round attention: the skip", "‖skip output‖ / ‖attention output‖"),
     "enrichment": ("Into attention: the enrichment", "‖x̃ − x̂‖ / ‖x̂‖"),
 }
 ABLATIONS = {"skip": "skip off", "enrichment": "enrichment off", "both": "both off"}

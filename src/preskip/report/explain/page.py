@@ -35,7 +35,7 @@ METHOD = {
     "Patterns over": ("attention_documents", "documents"),
 }
 MAP_MEASURES = {"bypass": "Round attention", "enrichment": "Into attention"}
-COLUMNS = {"skip_to_attention": "‖skip‖ / ‖attention‖", "enrichment": "‖x̃ − x̂‖ / ‖x̂‖"}
+COLUMNS = {measure: symbols for measure, (_, symbols) in SIZES.items()}
 PLAIN = {
     "skip_norm": "‖W_skip‖",
     "down_norm": "‖W_down‖",
