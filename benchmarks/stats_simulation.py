@@ -104,6 +104,15 @@ def ties(seeds: int) -> Make:
     return make
 
 
+def answers(seeds: int) -> Make:
+    """300 right or wrong answers, of which each seed on its own gains 3 % and loses 3 %."""
+
+    def make(generator: np.random.Generator) -> tuple[Any, ...]:
+        return generator.choice([1.0, -1.0, 0.0], size=(seeds, 300), p=[0.03, 0.03, 0.94]), np.ones(300)
+
+    return make
+
+
 def diverging(seeds: int) -> Make:
     """60 documents; one seed in ten lies ten spreads to one side. The mean is 1 spread of 0.1."""
 
@@ -145,6 +154,7 @@ def scenarios() -> Iterator[tuple[str, Make, float]]:
     for seeds in (2, 3, 5):
         for name, shares in ratios.items():
             yield f"{seeds} seeds, 60 documents, {name}", documents_of(seeds, 60, shares), 0.0
+        yield f"{seeds} seeds, 300 answers, each seed's own", answers(seeds), 0.0
     yield "3 seeds, 200 items in 50 clusters", clustered_items(3, 50, 0.02), 0.05
 
 

@@ -22,8 +22,7 @@ from preskip.data.corpus import Document, load_corpus
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_windows, score_sequences
 from preskip.report import write_cards
-from preskip.report.cards import content
-from preskip.report.cards import baked_card
+from preskip.report.cards import baked_card, content
 from preskip.report.cards.depth import depth_layers, depth_words
 from preskip.runs.directory import RunDirectory
 
@@ -80,7 +79,7 @@ def test_a_difference_is_shown_from_this_arm_s_side(place):
 
 def test_a_limit_is_not_rounded_onto_zero_beside_a_verdict():
     """As on the page: what lies above 0 does not read [0.0000, ...]."""
-    results = json.loads((Path(__file__).parents[2] / "results/standard-wikitext2/results.json").read_text())
+    results = json.loads((RESULTS / "standard-wikitext2/results.json").read_text())
     rows = [row for arm in results["arms"] for row in content._difference_rows(results, arm)]
     decided = [figures(row[3]) for row in rows if row[5] in ("better", "worse")]
     assert len(decided) > 50

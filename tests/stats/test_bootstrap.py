@@ -134,10 +134,18 @@ def test_seeds_that_gain_and_lose_different_items_in_equal_numbers_are_not_exact
     values[1, gained : gained + 6], values[1, lost : lost + 6] = 1, -1
     found = RatioDistribution(values, np.ones(60))
     residual = values - values.mean(0)
-    half = scipy_stats.t.ppf(0.975, 59) * math.sqrt((residual**2).sum() / 59 / 120)
-    assert half > 0.07
+    half = scipy_stats.t.ppf(0.975, 59) * math.sqrt((residual**2).sum() / 59 / 120) / 2
+    assert half > 0.04
     assert (found.interval().low, found.interval().high) == (pytest.approx(-half), pytest.approx(half))
     assert found.p_equivalence(0.01) > 0.3
+
+
+def test_answers_of_which_each_seed_gains_and_loses_its_own_are_covered() -> None:
+    held = 0
+    for number in range(400):
+        draws = np.random.default_rng(number).choice([1.0, -1.0, 0.0], size=(3, 300), p=[0.03, 0.03, 0.94])
+        held += not bootstrap_ratio(draws, np.ones(300), resamples=200).excludes_zero
+    assert 375 <= held <= 396
 
 
 def test_without_spread_the_value_is_exact() -> None:
