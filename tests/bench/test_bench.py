@@ -341,6 +341,22 @@ def test_a_row_without_enough_memory_is_left_out_of_that_work_alone(monkeypatch)
     assert [entry["left_out"] for entry in found] == [{}, {"lora": "out of memory"}, {}]
 
 
+def test_a_row_that_runs_out_of_memory_between_others_is_left_out_alone(monkeypatch):
+    real, runs = run.synchronise, []
+
+    def limited(device):
+        runs.append(device)
+        if len(runs) == 5:  # twice around each timed run: before the third row's
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(device)
+
+    monkeypatch.setattr(run, "synchronise", limited)
+    (found,) = bench(base(), settings("base", "adapter", "lora", work=WORK[:1]), LIMITS)["work"]
+    assert set(found["rows"]) == {"base", "adapter"}
+    assert found["left_out"] == {"lora": "out of memory"}
+    assert all(entry["seconds"] > 0 for entry in found["rows"].values())
+
+
 def test_a_row_held_against_nothing_has_no_ratio(monkeypatch, capsys):
     monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
     for rows, work, expected in (

@@ -173,14 +173,13 @@ def _measure(
             result["left_out"][name] = str(error)
             continue
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            result["left_out"][name] = "out of memory"
-            row.model.eval().zero_grad()  # a training that ends midway leaves it otherwise
+            _leave_out(row, error, result["left_out"])
             continue
         runners[name], entries[name] = runner, entry
     _same_cache(entries)
-    seconds, graphs = _interleaved(runners, rounds)
+    seconds, graphs = _interleaved(runners, rounds, result["left_out"])
+    for name in result["left_out"]:
+        entries.pop(name, None)
     for name, runner in runners.items():
         entry = entries[name]
         unit = np.array(seconds[name]) / max(work.new_tokens, 1)
@@ -195,6 +194,14 @@ def _measure(
             entry |= {"held_against": against, **_quartiles("ratio", ratios), "ratio_owed": owed}
             entry["times_of_limit"] = entry["ratio"] / owed
     return result
+
+
+def _leave_out(row: Row, error: Exception, left_out: dict[str, str]) -> None:
+    """Note a row that has no memory for a piece of work; any other error is raised again."""
+    if not is_out_of_memory(error):
+        raise error
+    left_out[row.name] = "out of memory"
+    row.model.eval().zero_grad()  # a training that ends midway leaves it otherwise
 
 
 def _warm_up(runner: Runner) -> None:
@@ -271,18 +278,27 @@ def _same_cache(entries: dict[str, dict[str, Any]]) -> None:
         raise PreskipError(f"the K/V caches differ in size: {sizes}")
 
 
-def _interleaved(runners: dict[str, Runner], rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each run, one of each row per round, every other round in reverse; and graphs compiled meanwhile."""
+def _interleaved(
+    runners: dict[str, Runner], rounds: int, left_out: dict[str, str]
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each run, one of each row per round, every other round in reverse; and graphs compiled meanwhile.
+
+    A row that runs out of memory, as where another process takes some, is taken out of `runners` and named.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     graphs = dict.fromkeys(runners, 0)
     for number in range(rounds):
         for name in list(runners)[:: -1 if number % 2 else 1]:
             runner, before = runners[name], _graphs()
-            runner.before()
-            synchronise(runner.ids.device)
-            started = time.perf_counter()
-            runner.run()
-            synchronise(runner.ids.device)
+            try:
+                runner.before()
+                synchronise(runner.ids.device)
+                started = time.perf_counter()
+                runner.run()
+                synchronise(runner.ids.device)
+            except Exception as error:
+                _leave_out(runners.pop(name).row, error, left_out)
+                continue
             seconds[name].append(time.perf_counter() - started)
             graphs[name] += _graphs() - before
     return seconds, graphs
