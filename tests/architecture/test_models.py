@@ -315,8 +315,8 @@ def test_another_type_is_refused():
         *(
             pytest.param(other, marks=pytest.mark.slow)
             for other in (
-                "import preskip, transformers",
                 "from transformers import AutoModelForCausalLM; import preskip",
+                "import peft, preskip; assert peft.PeftType.PRESKIP",
                 "from preskip import bake",
                 "import preskip; from transformers.models.auto import tokenization_auto",
             )
@@ -324,11 +324,12 @@ def test_another_type_is_refused():
     ],
 )
 def test_importing_preskip_registers_in_any_order(imports):
+    """Before all others: `test_a_new_process_loads_it`, and with PEFT the code of a card."""
     program = f"{imports}; from transformers import AutoConfig; print(AutoConfig.for_model('preskip_olmo2').model_type)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "preskip_olmo2", done.stderr
 
 
-def test_importing_preskip_alone_loads_neither_torch_nor_transformers():
+def test_importing_preskip_alone_loads_neither_torch_nor_transformers_nor_peft():
     program = "import preskip, sys; print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "set()"

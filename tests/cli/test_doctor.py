@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -29,22 +27,6 @@ def test_doctor_names_what_is_missing_and_fails_on_a_required_one(capsys, monkey
     assert stop.value.code == 1
     assert "no_such_module" in out
     assert "99.0 or newer is needed" in " ".join(out.split())
-
-
-def test_help_loads_neither_torch_nor_peft():
-    code = (
-        "import sys; import preskip.cli.main; print([m for m in ('torch', 'peft', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.slow
-def test_importing_preskip_after_peft_registers_the_method():
-    """The other order is in tests/adapter/test_lifecycle.py."""
-    statement = "import peft, preskip; print(peft.PeftType.PRESKIP.value, preskip.PreskipConfig().peft_type.value)"
-    done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["PRESKIP", "PRESKIP"]
 
 
 def test_unknown_command_and_version(capsys):
