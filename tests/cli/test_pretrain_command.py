@@ -439,7 +439,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_a_terminated_run_ends_its_workers_and_is_finished_by_a_resume(finished, corpus, tmp_path):
+def test_a_terminated_run_ends_its_workers_and_is_finished_by_others(finished, corpus, tmp_path, capfd):
     run = tmp_path / "run"
     arguments = ["pretrain", *TINY, "--corpus", str(corpus), "--arms", "base,preskip", "--seeds", "1"]
     arguments += ["--workers", "2", "--out", str(run)]
@@ -461,7 +461,8 @@ def test_a_terminated_run_ends_its_workers_and_is_finished_by_a_resume(finished,
             with suppress(psutil.NoSuchProcess):
                 left.kill()
     assert stored(run, "run.json")["status"] == "interrupted"
-    assert call("--resume", run, "--json") == 0
+    assert call("--resume", run, "--workers", "2") == 0
+    assert "cell 2 of 2 done: " in capfd.readouterr().err
     assert_cells_equal(run, finished, seeds=(1,))
 
 
