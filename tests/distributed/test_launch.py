@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import killing
 from preskip.errors import PreskipError
 from preskip.experiment.run import finish_run, start_run
 from preskip.train.distributed import adapt_trainer, share_batch, shared_training
@@ -17,9 +18,6 @@ from two_processes import ROOT, launch
 
 FSDP2 = ("accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "fsdp2.yaml"))
 FSDP2 += ("--main_process_port", "0")  # any free one
-PRETRAIN = "--arch llama-1m --num-layers 2 --hidden-size 32 --heads 4 --kv-heads 2 --mlp-width 64 --set head_dim=8"
-PRETRAIN += " --vocab-size 400 --seq-len 16 --batch-size 4 --tokens 256 --arms base,preskip --seeds 1 --device cpu"
-PRETRAIN += " --dtype float32 --eval-steps 2 --eval-blocks 4 --eval-documents 3 --eval-words 30 --log-steps 1"
 
 
 def assert_close(value, expected, path=""):
@@ -63,45 +61,20 @@ def test_a_probe_under_accelerate_with_fsdp2_equals_one_process(local_probe, tmp
         assert_close(sharded[part], whole[part], part)
 
 
-class PoolOfOne:
-    """A Ray cluster's stand-in: every task in this process, the last one first."""
-
-    def __init__(self, address, device):
-        assert (address, device) == (None, "cpu")
-
-    def outcomes(self, function, calls, names):
-        assert len(names) == len(calls)
-        return ((index, function(*calls[index])) for index in reversed(range(len(calls))))
-
-    def close(self):
-        pass
-
-
 @pytest.mark.slow
-def test_pretraining_under_torchrun_and_as_tasks_equals_one_process(tmp_path, monkeypatch):
-    pytest.importorskip("ray")
-    from preskip.cli.main import main
-    from preskip.experiment import execute
-
-    corpus = str(write_corpus(tmp_path / "corpus.jsonl", 60))
-    options = ["pretrain", *PRETRAIN.split(), "--corpus", corpus, "--json"]
-    monkeypatch.setattr(execute, "RayPool", PoolOfOne)
-    for name, more in (("one", []), ("tasks", ["--executor", "ray"])):
-        with pytest.raises(SystemExit) as stop:
-            main([*options, *more, "--out", str(tmp_path / name)])
-        assert stop.value.code == 0
-    assert logged(tmp_path / "tasks") == logged(tmp_path / "one")
-    finished = launch("-m", "preskip", *options, "--out", tmp_path / "two")
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert json.loads(finished.stdout)["run"] == str(tmp_path / "two")
-    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
-    assert one.keys() == two.keys() == {"arms/base/seed-1/train.jsonl", "arms/preskip/seed-1/train.jsonl"}
-    for log, losses in one.items():
+def test_pretraining_in_two_processes_equals_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    write_corpus(tmp_path / "corpus.jsonl", 60)
+    assert killing.child(killing.pretrain, one) == 0
+    assert killing.crew(killing.pretrain, two, killing.DDP) == [0, 0], killing.log(two)
+    whole, shared = logged(one / "run"), logged(two / "run")
+    assert whole.keys() == shared.keys() == {"arms/base/seed-1/train.jsonl", "arms/preskip/seed-1/train.jsonl"}
+    for log, losses in whole.items():
         assert len(losses) == 4
-        assert two[log] == pytest.approx(losses, abs=1e-5)
+        assert shared[log] == pytest.approx(losses, abs=1e-5)
     for arm in ("base", "preskip"):
         items = f"arms/{arm}/seed-1/items.jsonl"
-        assert_close(stored(tmp_path / "two")[items], stored(tmp_path / "one")[items], items)
+        assert_close(stored(two / "run")[items], stored(one / "run")[items], items)
 
 
 def test_shares_of_a_batch(monkeypatch):

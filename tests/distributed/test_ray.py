@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
+from preskip.cli.main import main
 from preskip.errors import PreskipError
 from preskip.experiment import run as experiment
 from preskip.experiment.run import finish_run, start_run
 from preskip.runs import environment
 from preskip.runs.environment import processor_name
-from preskip.train.cluster import RayPool, check_executor
+from preskip.train.cluster import check_executor
 from small_probe import stored
 
 
@@ -66,7 +67,11 @@ def test_ray_and_a_launcher_do_not_go_together(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_cluster_that_is_not_there_is_one_line():
+def test_a_cluster_that_is_not_there_is_one_line(local_probe, tmp_path, capsys):
     pytest.importorskip("ray")
-    with pytest.raises(PreskipError, match="no Ray cluster at --ray-address auto"):
-        RayPool("auto", "cpu")
+    run = start_run(local_probe[0], tmp_path / "run", ["test"]).path
+    with pytest.raises(SystemExit) as stop:
+        main(["probe", "--resume", str(run), "--executor", "ray", "--ray-address", "auto"])
+    assert stop.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "no Ray cluster at --ray-address auto" in line

@@ -286,8 +286,23 @@ def probe(folder: Path) -> None:
         arguments = ["--resume", str(run)]
     else:
         arguments = [str(inputs / "model"), "--corpus", str(inputs / "corpus.jsonl"), "--out", str(run), *PROBE]
+    _main("probe", *arguments)
+
+
+PRETRAIN = "--arch llama-1m --num-layers 2 --hidden-size 32 --heads 4 --kv-heads 2 --mlp-width 64 --set head_dim=8"
+PRETRAIN += " --vocab-size 400 --seq-len 16 --batch-size 4 --tokens 256 --arms base,preskip --seeds 1 --device cpu"
+PRETRAIN += " --dtype float32 --eval-steps 2 --eval-blocks 4 --eval-documents 3 --eval-words 30 --log-steps 1"
+
+
+def pretrain(folder: Path) -> None:
+    """`preskip pretrain` on the corpus beside the folder."""
+    corpus, run = folder.parent / "corpus.jsonl", folder / "run"
+    _main("pretrain", *PRETRAIN.split(), "--corpus", str(corpus), "--out", str(run))
+
+
+def _main(*arguments: str) -> None:
     try:
-        main(["probe", *arguments])
+        main(list(arguments))
     except SystemExit as stop:
         if stop.code:
             raise
