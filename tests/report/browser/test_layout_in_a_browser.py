@@ -13,7 +13,7 @@ from watched import Watched
 
 pytestmark = pytest.mark.slow
 
-STORED = ("standard-wikitext2", "standard-books", "scratch-books")
+STORED = ("standard-wikitext2", "scratch-books")
 UNFOLD = "all => all.forEach((details) => { details.open = true; })"
 # Tables that are wider than the place they have, and headings or cells without any width.
 CUT = """() => Array.from(document.querySelectorAll(".scroll")).flatMap((place) => {
