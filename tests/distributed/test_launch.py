@@ -1,4 +1,4 @@
-"""The commands under a launcher: the results of one process, one voice, and one line for what cannot be shared."""
+"""Training that several processes share: the results of one process, and one line for what cannot be shared."""
 
 import json
 from pathlib import Path
@@ -12,27 +12,8 @@ import killing
 from preskip.errors import PreskipError
 from preskip.experiment.run import finish_run, start_run
 from preskip.train.distributed import adapt_trainer, share_batch, shared_training
-from small_probe import small_probe, stored
+from small_probe import assert_close, small_probe, stored
 from tiny_model import write_corpus
-from two_processes import ROOT, launch
-
-FSDP2 = ("accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "fsdp2.yaml"))
-FSDP2 += ("--main_process_port", "0")  # any free one
-
-
-def assert_close(value, expected, path=""):
-    if isinstance(expected, dict):
-        assert value.keys() == expected.keys(), path
-        for key in expected:
-            assert_close(value[key], expected[key], f"{path}/{key}")
-    elif isinstance(expected, list):
-        assert len(value) == len(expected), path
-        for index, (own, other) in enumerate(zip(value, expected, strict=True)):
-            assert_close(own, other, f"{path}/{index}")
-    elif isinstance(expected, float):
-        assert value == pytest.approx(expected, rel=1e-4, abs=1e-5), path
-    else:
-        assert value == expected, path
 
 
 def logged(run: Path) -> dict[str, list[float]]:
@@ -40,25 +21,6 @@ def logged(run: Path) -> dict[str, list[float]]:
         str(log.relative_to(run)): [json.loads(line)["loss"] for line in log.read_text().splitlines()]
         for log in run.rglob("train.jsonl")
     }
-
-
-@pytest.mark.slow
-def test_a_probe_under_accelerate_with_fsdp2_equals_one_process(local_probe, tmp_path):
-    """The whole command: search, two seeds, scores; the second process says nothing."""
-    config, local_run = local_probe
-    start_run(config, tmp_path / "run", ["test"])
-    finished = launch("-m", "preskip", "probe", "--resume", tmp_path / "run", launcher=FSDP2)
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert finished.stderr.count("train preskip seed 2 ...") == 1
-    assert finished.stdout.count("report: ") == 1
-    sharded, whole = stored(tmp_path / "run"), stored(local_run)
-    assert logged(tmp_path / "run").keys() == logged(local_run).keys()
-    for part in (
-        "arms/preskip/seed-1/items.jsonl",
-        "arms/preskip/seed-2/cell.json",
-        "search/preskip/seed-1/search.json",
-    ):
-        assert_close(sharded[part], whole[part], part)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The cells of a probe as tasks of a Ray cluster: the results of a run without it, also when a worker is lost."""
+"""A probe as tasks of a Ray cluster, also when a worker is lost, and under a launcher: the results of one process."""
 
 import os
 import signal
@@ -13,7 +13,20 @@ from preskip.experiment.run import finish_run, start_run
 from preskip.runs import environment
 from preskip.runs.environment import processor_name
 from preskip.train.cluster import check_executor
-from small_probe import stored
+from small_probe import assert_close, small_probe, stored
+from two_processes import ROOT, launch
+
+FSDP2 = ("accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "fsdp2.yaml"))
+FSDP2 += ("--main_process_port", "0")  # any free one
+
+
+@pytest.fixture(scope="module")
+def local_probe(tmp_path_factory):
+    """The configuration, and the folder of the run that one process has finished."""
+    folder = tmp_path_factory.mktemp("local_probe")
+    config = small_probe(folder)
+    finish_run(start_run(config, folder / "run", ["test"]), quiet=True)
+    return config, folder / "run"
 
 
 @pytest.mark.slow
@@ -46,6 +59,25 @@ def test_ray_gives_the_local_results_although_a_worker_is_killed(local_probe, tm
     assert ray["arms/preskip/seed-2/cell.json"]["hardware"] == processor_name()
     weights = "arms/preskip/seed-2/adapter/adapter_model.safetensors"
     assert (tmp_path / "ray" / weights).read_bytes() == (local_run / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_probe_under_accelerate_with_fsdp2_equals_one_process(local_probe, tmp_path):
+    """The whole command: search, two seeds, scores; the second process says nothing."""
+    config, local_run = local_probe
+    start_run(config, tmp_path / "run", ["test"])
+    finished = launch("-m", "preskip", "probe", "--resume", tmp_path / "run", launcher=FSDP2)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert finished.stderr.count("train preskip seed 2 ...") == 1
+    assert finished.stdout.count("report: ") == 1
+    sharded, whole = stored(tmp_path / "run"), stored(local_run)
+    assert sharded.keys() == whole.keys()
+    for part in (
+        "arms/preskip/seed-1/items.jsonl",
+        "arms/preskip/seed-2/cell.json",
+        "search/preskip/seed-1/search.json",
+    ):
+        assert_close(sharded[part], whole[part], part)
 
 
 def test_what_cannot_be_executed_is_refused_in_one_line(monkeypatch):
