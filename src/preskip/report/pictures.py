@@ -76,29 +76,7 @@ def to_png(svg: str, dpi: int = 300) -> bytes:
 
 
 def to_pdf(svg: str) -> bytes:
-    """A picture as PDF, the same for the same picture: svg2pdf orders its objects by chance, here each stands behind
-    the first that refers to it.
-    """
+    """A picture as PDF; svg2pdf orders its objects by chance, so that the bytes differ from one call to the next."""
     import vl_convert
 
-    entry = rb"\s+/\w+ \d+ 0 R"
-    pdf = vl_convert.svg_to_pdf(svg)
-    pdf = re.sub(b"(?:%s)+" % entry, lambda found: b"".join(sorted(re.findall(entry, found[0]))), pdf)
-    objects = dict(re.findall(rb"\n(\d+) 0 obj\n(.*?\nendobj)(?=\n)", pdf, re.DOTALL))
-    trailer = re.findall(rb"trailer\n(.*?)startxref", pdf, re.DOTALL)[-1]
-    order = re.findall(rb"(\d+) 0 R", trailer)
-    for number in order:  # it grows
-        refers = re.findall(rb"(\d+) 0 R", objects[number].partition(b"stream\n")[0])
-        order += [other for other in dict.fromkeys(refers) if other not in order]
-    places = {old: b"%d 0 R" % new for new, old in enumerate(order, 1)}
-
-    def renumbered(text: bytes) -> bytes:
-        return re.sub(rb"(\d+) 0 R", lambda found: places[found[1]], text)
-
-    content, offsets = pdf[: pdf.index(b"\n\n") + 1], [b"0000000000 65535 f\r\n"]
-    for new, old in enumerate(order, 1):
-        head, stream, data = objects[old].partition(b"stream\n")
-        offsets.append(b"%010d 00000 n\r\n" % len(content))
-        content += b"%d 0 obj\n" % new + renumbered(head) + stream + data + b"\n"
-    table = b"xref\n0 %d\n" % len(offsets) + b"".join(offsets)
-    return content + table + b"trailer\n" + renumbered(trailer) + b"startxref\n%d\n%%%%EOF" % len(content)
+    return vl_convert.svg_to_pdf(svg)

@@ -30,7 +30,7 @@ def check_folder(folder: Path) -> None:
 
 
 def save_figures(explain: Explain, folder: Path) -> list[Path]:
-    """Write every picture for which something was measured; the same numbers give the same files.
+    """Write every picture for which something was measured; the same numbers give the same SVG and PNG.
 
     Returns:
         The files, e.g. depth.svg, depth.pdf, depth.png; they replace older ones.
