@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import default_collate
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -33,7 +34,7 @@ from preskip.runs.environment import describe, resolve_device
 from preskip.runs.files import write_json
 from preskip.train import scratch
 from preskip.train.speed import measured_peak
-from preskip.train.steps import BlockDataset, stack_rows
+from preskip.train.steps import BlockDataset
 
 WARM_UP = 2
 
@@ -76,7 +77,9 @@ def plain_trainer(model, blocks, options, clock: Clock) -> None:
             report_to=[],
         )
         data = BlockDataset(blocks, options.steps * options.batch_size, 1)
-        trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=stack_rows, callbacks=[clock])
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=data, data_collator=default_collate, callbacks=[clock]
+        )
         trainer.train()
 
 

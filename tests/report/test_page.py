@@ -253,7 +253,7 @@ def test_errors_are_one_line_and_leave_the_old_page(tmp_path: Path, monkeypatch:
     (run / "results.json").write_text(results)
     log = run / "arms/preskip/seed-42/train.jsonl"
     log.write_text(log.read_text() + '{"step": 17, "lo')
-    refused("train.jsonl line 17 is damaged")
+    refused("train.jsonl line 17 is not a JSON object: run the arm again, or move the file away")
     log.unlink()  # a missing log is no error: the curve is left out
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     refused("no space left on the disk while writing .*report.html")

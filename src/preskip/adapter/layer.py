@@ -98,7 +98,8 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
             )
         return super().train(mode)
 
-    def _active(self) -> list[str]:
+    def active_names(self) -> list[str]:
+        """The adapters that compute here: those that are active and have a branch in this layer."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.settings]
 
     def linears(self, adapter_name: str) -> dict[str, nn.Linear]:
@@ -114,7 +115,7 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
         """What attention reads, [B, T, d]: x̃ of the active adapters, or of each row's (`preskip.branch.enrich`)."""
         if (names := self._names_of_rows()) is not None:
             return by_row(x, names, self._enrich_rows, x)
-        active = [name for name in self._active() if self.settings[name].enrich_attention]
+        active = [name for name in self.active_names() if self.settings[name].enrich_attention]
         if len(active) <= 1:
             return arithmetic.enrich(x, *self._parts(active[0])) if active else x
         return x + torch.stack([arithmetic.enrich(x, *self._parts(name)) - x for name in active]).sum(0)
@@ -124,7 +125,7 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
         if (names := self._names_of_rows()) is not None:
             return by_row(attention_input, names, self._content_rows, torch.zeros_like(attention_input))
         total = None
-        for name in self._active():
+        for name in self.active_names():
             part = arithmetic.content(attention_input, *self._parts(name))
             if part is not None:
                 total = part if total is None else total + part

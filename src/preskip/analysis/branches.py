@@ -52,7 +52,7 @@ class LiveBranch:
         """Settings and matrices of each active adapter; a model's own branch counts as one."""
         if isinstance(self.module, PreskipBranch):
             return [(self.module.settings, self.module.linears)]
-        return [(self.module.settings[name], self.module.linears(name)) for name in _active(self.module)]
+        return [(self.module.settings[name], self.module.linears(name)) for name in self.module.active_names()]
 
     @property
     def post_norm(self) -> nn.Module | None:
@@ -99,7 +99,7 @@ def parts_of(module: Branch) -> list[str]:
     if isinstance(module, PreskipBranch):
         active = [module.settings]
     else:
-        active = [module.settings[name] for name in _active(module)]
+        active = [module.settings[name] for name in module.active_names()]
     parts = []
     if any(settings.content_skip or not settings.enrich_attention for settings in active):
         parts.append("skip")
@@ -115,7 +115,3 @@ def skip_weight(linears: dict[str, nn.Linear]) -> torch.Tensor | None:
     if "skip_up" in linears:
         return linears["skip_up"].weight.detach().float() @ linears["skip_down"].weight.detach().float()
     return None
-
-
-def _active(layer: PreskipLayer) -> list[str]:
-    return [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.settings]

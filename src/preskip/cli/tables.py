@@ -12,7 +12,17 @@ from rich.text import Text
 from preskip.cli.printing import EXPLORATORY_NOTE, columns, difference_cell, print_table, verdict_text
 from preskip.metrics import metric_named
 from preskip.progress import console
-from preskip.report.lookup import by_measure, is_declared, ordered, p_value, plain_arm, primary, rate_text, with_plain
+from preskip.report.lookup import (
+    DOMAINS,
+    by_measure,
+    is_declared,
+    ordered,
+    p_value,
+    plain_arm,
+    primary,
+    rate_text,
+    with_plain,
+)
 from preskip.report.tables import paper_table
 from preskip.report.words.claims import assess
 from preskip.report.words.frontier import assess_plane, planes
@@ -147,8 +157,8 @@ def _scope(results: Results, shown: Sequence[Comparison]) -> list[str]:
     for name, entry in results["sets"].items():
         counts = [f"{entry[unit]:,} {unit}" for unit in ("documents", "items", "tokens") if entry.get(unit)]
         context = f", context {entry['context_length']:,}" if entry.get("context_length") else ""
-        domain = {"in": "in-domain", "out": "out-of-domain"}[entry["domain"]]
-        lines.append(f"{set_title(results['sets'], name)} ({domain}): {', '.join(counts)}{context}")
+        title, domain = set_title(results["sets"], name), DOMAINS[entry["domain"]]
+        lines.append(f"{title} ({domain}): {', '.join(counts)}{context}")
     if shown:
         fewest, most = (function(entry["seeds"] for entry in shown) for function in (min, max))
         covers = f"{'up to ' if fewest < most else ''}{most} seeds and items"

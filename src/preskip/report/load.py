@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import shlex
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from preskip.errors import PreskipError, one_line
+from preskip.runs.directory import RunDirectory
+from preskip.runs.files import read_jsonl
 from preskip.runs.schema import SCHEMA_VERSION, Manifest, Results, check_version
 
 
@@ -110,32 +110,22 @@ def load_curves(run: Path, results: Results) -> list[Curve]:
     Raises:
         PreskipError: a log cannot be read or one of its lines is damaged.
     """
-    cells = [(arm, str(seed)) for arm, summary in results["arms"].items() for seed in summary["seeds"]]
-    paths = [(cell, run / "arms" / cell[0] / f"seed-{cell[1]}" / "train.jsonl") for cell in cells]
-    found = [(cell, path if path.is_file() else path.with_name(f"{path.name}.gz")) for cell, path in paths]
-    curves = [Curve(*cell, _lines(path)) for cell, path in found if path.is_file()]
+    curves = []
+    for arm, summary in results["arms"].items():
+        for seed in summary["seeds"]:
+            log = RunDirectory(run).cell(arm, seed).train_log
+            if log.is_file() or log.with_name(f"{log.name}.gz").is_file():
+                curves.append(Curve(arm, str(seed), _lines(log)))
     return [curve for curve in curves if curve.lines]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
+def _lines(log: Path) -> list[dict[str, Any]]:
     try:
-        stored = path.read_bytes()
-        text = (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise PreskipError(f"{path} cannot be read ({one_line(error, 120)}): check the file") from None
-    for place, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line, parse_constant=lambda _: None)  # a NaN loss is a gap in the curve
-            lines.append({"step": int(entry["step"]), "loss": _finite(entry.get("loss"))})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PreskipError(
-                f"{path} line {place} is damaged ({one_line(error, 120)}): run the arm again, or move the file away to "
-                "report without it"
-            ) from None
-    return lines
+        rows = read_jsonl(log)
+    except PreskipError as error:
+        raise PreskipError(f"{error}: run the arm again, or move the file away to report without it") from None
+    with clear_errors(log, "the report needs", ""):
+        return [{"step": int(row["step"]), "loss": _finite(row.get("loss"))} for row in rows]
 
 
 def _finite(value: Any) -> float | None:

@@ -31,8 +31,6 @@ def new_run(out: Path, config: Mapping[str, Any], command: Sequence[str], **fact
     Raises:
         PreskipError: the path exists, or the device is not there; nothing has been written then.
     """
-    if out.exists():
-        raise PreskipError(f"{out} exists already: choose another --out, or finish it with --resume {out}")
     device = environment.resolve_device(config["device"])
     dtype, _ = environment.resolve_dtype(config["dtype"], device)
     manifest: Manifest = {

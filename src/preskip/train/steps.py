@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -49,11 +49,6 @@ class BlockDataset(Dataset):
         labels = shuffle_targets(ids, self.seed, index) if self.shuffled else ids
         # Padding of the paper's paragraphs is marked by -100: not trained on; behind all text, so never attended to.
         return {"input_ids": ids.clamp(min=0), "labels": labels}
-
-
-def stack_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch of sequences of one length, [B, T] by key."""
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 class StepLog(TrainerCallback):
@@ -175,7 +170,7 @@ def fit(
             args=options,
             train_dataset=dataset,
             eval_dataset=evaluation,
-            data_collator=stack_rows,
+            data_collator=default_collate,
             callbacks=[steps, *callbacks],
         )
         worker.remove_callback(PrinterCallback)
