@@ -43,10 +43,10 @@ def test_seed_and_order():
     assert not np.array_equal(blocks, pack_blocks(DOCUMENTS, TOKENIZER, 32, seed=6))
 
 
-def test_no_separator_where_not_wanted_or_absent():
-    assert EOS not in pack_blocks(DOCUMENTS, TOKENIZER, 32, eos=False)
+def test_no_separator_where_there_is_none():
     bare = tiny_tokenizer(bos=False, eos=False)
-    assert pack_blocks(DOCUMENTS, bare, 32).size == pack_blocks(DOCUMENTS, TOKENIZER, 32, eos=False).size
+    total = sum(len(text_ids(document.text, bare)) for document in DOCUMENTS)
+    assert pack_blocks(DOCUMENTS, bare, total).shape == (1, total)
 
 
 @pytest.mark.parametrize("lead", [False, True])

@@ -117,7 +117,7 @@ def test_deterministic_and_independent_of_order():
     assert len(items) == 3
     assert {item.document for item in items} == {"a", "b"}  # documents take turns
     assert set(items) <= set(build_items(DOCUMENTS, seed=1))
-    assert [item.document for item in build_items(DOCUMENTS, max_per_document=1)] == ["a", "b"]
+    assert [item.document for item in build_items(DOCUMENTS, max_items=2)] == ["a", "b"]
 
 
 def test_passages_do_not_overlap():

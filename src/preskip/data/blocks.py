@@ -50,7 +50,6 @@ def pack_blocks(
     documents: Sequence[Document],
     tokenizer: Any,
     seq_len: int,
-    eos: bool = True,
     limit_tokens: int | None = None,
     seed: int = 0,
     *,
@@ -65,9 +64,9 @@ def pack_blocks(
 
     Args:
         documents: what to train on.
-        tokenizer: a Hugging Face tokenizer; no special tokens are added besides the separator.
+        tokenizer: a Hugging Face tokenizer; no special token is added but its end-of-sequence token behind every
+            document (for want of one: the separator or start token).
         seq_len: tokens per block.
-        eos: put the end-of-sequence token behind every document (for want of one: the separator or start token).
         limit_tokens: at most so many tokens, rounded down to whole blocks; no more is tokenised than needed. None
             takes all.
         seed: seed of the order of documents and of blocks.
@@ -93,7 +92,7 @@ def pack_blocks(
     if piece_characters is not None:
         texts = [piece for text in texts for piece in split_text(text, piece_characters)]
     texts = [texts[index] for index in random.permutation(len(texts)) if texts[index]]
-    separator = first_token(tokenizer, "eos", "sep", "bos") if eos else None
+    separator = first_token(tokenizer, "eos", "sep", "bos")
     wanted = None if limit_tokens is None else limit_tokens // seq_len * seq_len
     total = 0
     task = None if progress is None else progress.add_task("Tokenising", total=wanted or len(texts))

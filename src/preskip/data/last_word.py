@@ -73,7 +73,6 @@ def build_items(
     documents: Sequence[Document],
     max_items: int | None = None,
     seed: int = 0,
-    max_per_document: int | None = None,
 ) -> list[LastWordItem]:
     """Build last-word items.
 
@@ -86,7 +85,6 @@ def build_items(
         documents: held-out documents, in any order.
         max_items: at most so many; None for all.
         seed: seed of the choice.
-        max_per_document: at most so many per document; None for no limit.
 
     Returns:
         Items sorted by document and position.
@@ -96,7 +94,7 @@ def build_items(
     """
     ranked: list[tuple[int, bytes, int, LastWordItem]] = []
     for document in documents:
-        for rank, (position, item) in enumerate(_document_items(document, seed)[:max_per_document]):
+        for rank, (position, item) in enumerate(_document_items(document, seed)):
             ranked.append((rank, _draw(seed, document.id), position, item))
     if not ranked:
         raise PreskipError(

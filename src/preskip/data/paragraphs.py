@@ -17,15 +17,14 @@ from preskip.errors import PreskipError
 LONGER_THAN = 50
 
 
-def paper_paragraphs(texts: Iterable[str], count: int | None = 2000, longer_than: int = LONGER_THAN) -> list[str]:
+def paper_paragraphs(texts: Iterable[str], count: int | None = 2000) -> list[str]:
     """The first paragraphs of some texts that are long enough, with their line ends; a paragraph is a line (WikiText).
 
     Args:
         texts: documents in the corpus's own order; read no further than needed.
         count: at most so many; None for all. Default 2,000 (the paper).
-        longer_than: a paragraph needs more characters than this.
     """
-    lines = (line for text in texts for line in re.findall(r"[^\n]+\n?", text) if len(line.strip()) > longer_than)
+    lines = (line for text in texts for line in re.findall(r"[^\n]+\n?", text) if len(line.strip()) > LONGER_THAN)
     return list(islice(lines, count))
 
 

@@ -321,8 +321,9 @@ def _arm_facts(arm: Arm, context: ArmContext, config: ProbeConfig, reuse: Reuse)
 
 
 @torch.inference_mode()
-def cache_bytes(model: nn.Module, tokens: int = 16) -> float | None:
-    """Bytes of the K/V cache per token that the model keeps after reading `tokens`; None where it keeps none."""
+def cache_bytes(model: nn.Module) -> float | None:
+    """Bytes of the K/V cache per token that the model keeps after reading 16; None where it keeps none."""
+    tokens = 16
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = (torch.arange(tokens, device=next(model.parameters()).device)[None] + 2) % rows
     cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)

@@ -25,12 +25,11 @@ from preskip.stats.tests import paired_accuracy_difference
 from preskip.stats.verdicts import ALPHA, margin_of
 
 
-def summarise(items: SeedItems, *, confidence: float = CONFIDENCE, notes: list[str] | None = None) -> Metrics:
+def summarise(items: SeedItems, *, notes: list[str] | None = None) -> Metrics:
     """The `metrics` of one arm in results.json, from its item records.
 
     Args:
         items: records (items.jsonl) by seed id, one list per seed, or one list for a single seed.
-        confidence: level, default 0.95.
         notes: where to note a metric that cannot be computed and is left out; None raises its error. A set of which
             every item has failed: see `preskip.stats.records.tables`.
 
@@ -50,18 +49,18 @@ def summarise(items: SeedItems, *, confidence: float = CONFIDENCE, notes: list[s
         for metric in ("bits_per_byte", "word_perplexity") if table.kind == "document" else table.scores:
             with noted(notes, f"{metric} of {table.name}"):
                 if table.kind == "item":
-                    own[metric] = _mean(table.column(metric), table, confidence)
+                    own[metric] = _mean(table.column(metric), table)
                 elif metric == "bits_per_byte":
-                    own[metric] = _nats(table, "bytes", 1 / math.log(2), confidence)
+                    own[metric] = _nats(table, "bytes", 1 / math.log(2))
                 elif (table.shared_column("words") > 0).all():
-                    own[metric] = _perplexity(_nats(table, "words", 1.0, confidence))
+                    own[metric] = _perplexity(_nats(table, "words", 1.0))
     return metrics
 
 
-def _nats(table: Table, size: str, scale: float, confidence: float) -> MetricValue:
+def _nats(table: Table, size: str, scale: float) -> MetricValue:
     """Nats over bytes or words, of all documents together."""
     sizes = table.shared_column(size)
-    return RatioDistribution(table.column("nll"), sizes, table.clusters, scale=scale).interval(confidence).as_dict()
+    return RatioDistribution(table.column("nll"), sizes, table.clusters, scale=scale).interval().as_dict()
 
 
 def compare(
@@ -313,12 +312,12 @@ def looks_without_seeds(items: Mapping[str, Mapping[int, Items]], family: Family
     return notes
 
 
-def _mean(values: Array, table: Table, confidence: float) -> MetricValue:
+def _mean(values: Array, table: Table) -> MetricValue:
     distribution = RatioDistribution(values, np.ones_like(values), table.clusters)
-    interval = distribution.interval(confidence).as_dict()
+    interval = distribution.interval().as_dict()
     if _is_right_or_wrong(values):
         if interval["value"] in (0.0, 1.0):  # no spread to resample: the exact binomial bound
-            bound = NothingDiffers(units=distribution.units, seeds=1).limit((1 - confidence) / 2, +1)
+            bound = NothingDiffers(units=distribution.units, seeds=1).limit((1 - CONFIDENCE) / 2, +1)
             interval |= {"low": 0.0, "high": bound} if interval["value"] == 0.0 else {"low": 1 - bound, "high": 1.0}
         interval["low"], interval["high"] = max(interval["low"], 0.0), min(interval["high"], 1.0)
     return interval

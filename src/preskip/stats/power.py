@@ -194,20 +194,18 @@ def discordant_deviation(discordant: float) -> float:
     return float(np.sqrt(discordant))
 
 
-def resolvable(design: Design, *, power: float = POWER, alpha: float = ALPHA, family: int = 1) -> float:
+def resolvable(design: Design, *, power: float = POWER, alpha: float = ALPHA) -> float:
     """The smallest true difference that the design finds, in the metric's unit.
 
     Args:
         design: the comparison.
         power: probability of finding it. Default 0.8.
-        alpha: two-sided level. Default 0.05.
-        family: comparisons in the declared family; the level is alpha / family, which Holm's correction never exceeds
-            in strictness. Default 1.
+        alpha: two-sided level of this comparison. Default 0.05.
 
     Raises:
-        PreskipError: power, alpha or family out of range.
+        PreskipError: power or alpha out of range.
     """
-    level = checked_level(power, alpha, family)
+    level = checked_level(power, alpha)
     error = design.standard_error
     if error == 0:
         return 0.0
@@ -220,15 +218,14 @@ def resolvable(design: Design, *, power: float = POWER, alpha: float = ALPHA, fa
     return high
 
 
-def needed(design: Design, difference: float, *, power: float = POWER, alpha: float = ALPHA, family: int = 1) -> Needed:
+def needed(design: Design, difference: float, *, power: float = POWER, alpha: float = ALPHA) -> Needed:
     """The fewest units (at the design's seeds) and the fewest seeds (at its units) that find `difference`.
 
     Args:
         design: the comparison; its own units and seeds are replaced in turn.
         difference: the true difference to find, in the metric's unit, not 0.
         power: probability of finding it. Default 0.8.
-        alpha: two-sided level. Default 0.05.
-        family: comparisons in the declared family. Default 1.
+        alpha: two-sided level of this comparison. Default 0.05.
 
     Returns:
         None for units when no number up to ten million is enough, because the seeds' part remains; None for seeds when
@@ -238,7 +235,7 @@ def needed(design: Design, difference: float, *, power: float = POWER, alpha: fl
     Raises:
         PreskipError: the difference is 0, or as `resolvable`.
     """
-    level = checked_level(power, alpha, family)
+    level = checked_level(power, alpha)
     if difference == 0 or not np.isfinite(difference):
         raise PreskipError(f"difference {difference!r}: give the true difference to find, not 0")
 
@@ -258,9 +255,7 @@ def needed(design: Design, difference: float, *, power: float = POWER, alpha: fl
     return Needed(units=units, seeds=seeds)
 
 
-def planned_power(
-    sets: Mapping[str, SetFacts], seeds: int, family: Family, *, power: float = POWER
-) -> list[PowerEntry]:
+def planned_power(sets: Mapping[str, SetFacts], seeds: int, family: Family) -> list[PowerEntry]:
     """The `power` entries of a run before it is trained, one per declared comparison, from assumed deviations.
 
     Assumed: the deviations of `preskip.metrics`, half of the variance over units shared by all seeds. A metric without
@@ -271,7 +266,6 @@ def planned_power(
             resampled in clusters; "unit_freedom" where sizes are known.
         seeds: training seeds.
         family: the declared family, which the levels are from (`levels_of`).
-        power: probability of finding the difference. Default 0.8.
 
     Returns:
         {"set", "metric", "arm", "reference", "units", "seeds", "resolvable", "basis": "assumed", "alpha", "power",
@@ -296,14 +290,14 @@ def planned_power(
         )
         design = replace(design, unit_freedom=sets[name].get("unit_freedom"))
         margin = margin_of(family.get("margins", DEFAULT_MARGINS), name, metric)
-        figures = _entry(entry, design, family, power, "assumed", margin)
+        figures = _entry(entry, design, family, "assumed", margin)
         if clusters == 1:
             figures |= {"units": 1, "decides_none": 0.0}
         entries.append(figures)
     return entries
 
 
-def measured_power(entries: Sequence[Comparison], family: Family, *, power: float = POWER) -> list[PowerEntry]:
+def measured_power(entries: Sequence[Comparison], family: Family) -> list[PowerEntry]:
     """The `power` entries of a run's results, one per comparison, from its measured variance components.
 
     Levels are those of `levels_of`, of secondary comparisons as if the primary one were decided. Where nothing differs
@@ -312,12 +306,11 @@ def measured_power(entries: Sequence[Comparison], family: Family, *, power: floa
     Args:
         entries: from `apply_family`.
         family: the declared family.
-        power: probability of finding the difference. Default 0.8.
     """
     result = []
     for entry in entries:
         design = measured_design(entry)
-        figures = _entry(entry, design, family, power, "measured", entry["margin"])
+        figures = _entry(entry, design, family, "measured", entry["margin"])
         if design.standard_error == 0:
             figures["resolvable"] = (entry["high"] - entry["low"]) / 2
             figures["decides_none"] = float(entry["verdict"] == "equivalent")
@@ -349,7 +342,6 @@ def _entry(
     comparison: Declared,
     design: Design,
     family: Family,
-    power: float,
     basis: Literal["assumed", "measured"],
     margin: float | None,
 ) -> PowerEntry:
@@ -361,18 +353,18 @@ def _entry(
         "reference": comparison["reference"],
         "units": design.units,
         "seeds": design.seeds,
-        "resolvable": resolvable(design, power=power, alpha=level),
-        "doubled": resolvable(doubled(design), power=power, alpha=level),
+        "resolvable": resolvable(design, alpha=level),
+        "doubled": resolvable(doubled(design), alpha=level),
         "decides_none": design.decides(0.0, margin, level, of_equivalence),
         "basis": basis,
         "alpha": family.get("alpha", ALPHA),
-        "power": power,
+        "power": POWER,
         "family": tests_beside(family, comparison),
         "design": cast(DesignFacts, asdict(design)),
     }
 
 
-def checked_level(power: float, alpha: float, family: int) -> float:
+def checked_level(power: float, alpha: float, family: int = 1) -> float:
     """alpha / family, where power, alpha and family are in range."""
     for name, value in (("power", power), ("alpha", alpha)):
         if not 0 < value < 1:

@@ -28,7 +28,6 @@ def planned_stops(
     *,
     alpha: float = ALPHA,
     experiments: int = 20_000,
-    seed: int = 0,
 ) -> list[Stop]:
     """The probability that a comparison is decided at each look, simulated.
 
@@ -38,9 +37,8 @@ def planned_stops(
         looks: numbers of seeds, ascending, the first at least 2.
         alpha: two-sided level of all looks together. Default 0.05.
         experiments: simulated. Default 20,000: a standard error of at most 0.4 points.
-        seed: of the simulation.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     unit_square = design.unit_deviation**2 / design.units
     own = np.sqrt(design.seed_deviation**2 + design.residual_deviation**2 / design.units)
     each = difference + own * generator.standard_normal((experiments, looks[-1]))

@@ -48,8 +48,6 @@ def arm_trends(
     ablation: Mapping[str, Rows] | None = None,
     nulls: Mapping[str, Rows] | None = None,
     equal_step: Mapping[str, Rows] | None = None,
-    *,
-    seed: int = 0,
 ) -> list[Trend]:
     """The `trend` of one arm in results.json.
 
@@ -58,7 +56,6 @@ def arm_trends(
         ablation: ablation rows by training seed (`preskip.analysis.ablation`), or None.
         nulls: {"noise": [{"seed", "layers"}], "shuffled": [...]}; without noise no verdict is given on the norm.
         equal_step: depth rows of the equal-step control by training seed, or None.
-        seed: of the bootstrap.
 
     Returns:
         A row for each measure that the arm has in all its layers and seeds; measures that are the same in all layers
@@ -71,13 +68,11 @@ def arm_trends(
         ("equal_step_skip_to_attention", equal_step or {}, "skip_to_attention"),
         ("ablation_skip", skip, "difference"),
     )
-    trends = (trend(measure, rows, key, nulls, seed=seed) for measure, rows, key in measured)
+    trends = (trend(measure, rows, key, nulls) for measure, rows, key in measured)
     return [row for row in trends if row is not None]
 
 
-def trend(
-    measure: str, rows: Mapping[str, Rows], key: str, nulls: Mapping[str, Rows] | None = None, *, seed: int = 0
-) -> Trend | None:
+def trend(measure: str, rows: Mapping[str, Rows], key: str, nulls: Mapping[str, Rows] | None = None) -> Trend | None:
     """The trend of one measure; see `arm_trends`.
 
     Args:
@@ -85,7 +80,6 @@ def trend(
         rows: rows by training seed.
         key: where a row holds the measure.
         nulls: see `arm_trends`; used for a measure that they hold.
-        seed: of the bootstrap.
 
     Returns:
         The row, or None where the measure is missing in some layer, the same in all, or there are fewer than 2 layers.
@@ -101,8 +95,8 @@ def trend(
     if np.ptp(mean) == 0:
         return None
     rho = float(_rho(mean[None])[0])
-    low, high, covers = _interval(rho, above, below, seed)
-    size = _size(mean, above, below, seed)
+    low, high, covers = _interval(rho, above, below)
+    size = _size(mean, above, below)
     correlation = autocorrelation(mean)
     # One standard error more: too low a guess makes the band too narrow, and trends out of wandering.
     careful = min(HIGHEST, round(correlation + math.sqrt((1 - correlation**2) / len(layers)), 2))
@@ -194,7 +188,7 @@ def _fisher(rho: Array | float, layers: int) -> Array:
     return np.arctanh(np.clip(rho, -largest, largest))
 
 
-def _interval(rho: float, above: Array, below: Array, seed: int) -> tuple[float, float, str]:
+def _interval(rho: float, above: Array, below: Array) -> tuple[float, float, str]:
     seeds, layers, documents = above.shape
     if layers < FEWEST_LAYERS:
         return -1.0, 1.0, "layers"
@@ -202,7 +196,7 @@ def _interval(rho: float, above: Array, below: Array, seed: int) -> tuple[float,
     if seeds == documents == 1:
         margin = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt((1 + rho**2 / 2) / (layers - 3))
         return math.tanh(centre - margin), math.tanh(centre + margin), "layers"
-    total, freedom = _spread(lambda profiles: _fisher(_rho(profiles), layers), above, below, seed)
+    total, freedom = _spread(lambda profiles: _fisher(_rho(profiles), layers), above, below)
     covers = " and ".join(name for name, count in (("seeds", seeds), ("documents", documents)) if count > 1)
     if total == 0:
         return rho, rho, covers
@@ -210,7 +204,7 @@ def _interval(rho: float, above: Array, below: Array, seed: int) -> tuple[float,
     return math.tanh(centre - margin), math.tanh(centre + margin), covers
 
 
-def _size(mean: Array, above: Array, below: Array, seed: int) -> dict[str, float | None]:
+def _size(mean: Array, above: Array, below: Array) -> dict[str, float | None]:
     """The later third of the layers over the rest, with its interval; None where a mean is not positive."""
     seeds, layers, documents = above.shape
     start = layers - max(1, layers // 3)
@@ -231,17 +225,17 @@ def _size(mean: Array, above: Array, below: Array, seed: int) -> dict[str, float
         total = sum(float(part.var(ddof=1)) / len(part) / part.mean() ** 2 if len(part) > 1 else 0.0 for part in parts)
         freedom: float = layers - 2
     else:
-        total, freedom = _spread(log_ratio, above, below, seed)
+        total, freedom = _spread(log_ratio, above, below)
     if not math.isfinite(total):
         return {"size": math.exp(value), **none}
     margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
     return {"size": math.exp(value), "size_low": math.exp(value - margin), "size_high": math.exp(value + margin)}
 
 
-def _spread(statistic: Callable[[Array], Array], above: Array, below: Array, seed: int) -> tuple[float, float]:
+def _spread(statistic: Callable[[Array], Array], above: Array, below: Array) -> tuple[float, float]:
     """Variance over seeds and documents of a statistic of profiles [B, layers], and its degrees of freedom."""
     seeds, _, documents = above.shape
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn_seeds, drawn_documents = _draws(generator, seeds), _draws(generator, documents)
 
     def variance(by_seed: bool, by_document: bool) -> float:
