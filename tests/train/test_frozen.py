@@ -68,6 +68,16 @@ def test_a_machine_with_several_gpus_trains_on_the_same_batches(tmp_path, monkey
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
 
 
+def test_the_launchers_mixed_precision_does_not_decide_the_dtype(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    peft_model, seen = model(), set()
+    peft_model.get_submodule("base_model.model.model.layers.0.mlp").register_forward_hook(
+        lambda module, given, output: seen.add(output.dtype)
+    )
+    train(peft_model, tmp_path, steps=2)
+    assert seen == {torch.float32}
+
+
 def test_trainer_equals_a_written_out_loop(tmp_path):
     """AdamW with warm-up and cosine on the frozen base, written out; the same batches, losses and weights."""
     steps, peak = 6, 1e-3

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import patch_environment
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 from transformers import TrainerCallback, TrainingArguments
@@ -141,27 +142,28 @@ def fit(
     """
     device = next(model.parameters()).device
     micro_batch, accumulation = share_batch(settings.batch_size, settings.micro_batch_size)
-    options = TrainingArguments(
-        output_dir=str(checkpoints),
-        max_steps=settings.steps,
-        per_device_train_batch_size=micro_batch,
-        per_device_eval_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        learning_rate=settings.learning_rate,
-        train_sampling_strategy="sequential",
-        logging_nan_inf_filter=False,
-        save_steps=settings.save_steps,
-        save_total_limit=settings.keep_checkpoints,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        **arguments,
-    )
+    with patch_environment(accelerate_mixed_precision="no"):  # --dtype decides, not the launcher
+        options = TrainingArguments(
+            output_dir=str(checkpoints),
+            max_steps=settings.steps,
+            per_device_train_batch_size=micro_batch,
+            per_device_eval_batch_size=micro_batch,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=settings.learning_rate,
+            train_sampling_strategy="sequential",
+            logging_nan_inf_filter=False,
+            save_steps=settings.save_steps,
+            save_total_limit=settings.keep_checkpoints,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            **arguments,
+        )
     if options.n_gpu > 1:
         options._n_gpu = 1  # without a launcher Trainer would multiply the batch by the machine's GPUs
     with shared_training(model) as trained:
