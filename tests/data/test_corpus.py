@@ -144,6 +144,18 @@ def test_folder(tmp_path):
     assert [(d.id, d.text) for d in load_corpus(str(tmp_path)).documents] == [("b.md", "B"), ("sub/a.txt", "A")]
 
 
+def test_a_run_inside_a_folder_is_no_text_of_it(tmp_path):
+    for place, text in {"b.md": "B", "sub/a.txt": "A"}.items():
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text(text)
+    before = load_corpus(str(tmp_path))
+    adapter = tmp_path / "runs" / "first" / "arms" / "lora" / "adapter"
+    adapter.mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "run.json").write_text("{}")
+    (adapter / "README.md").write_text("A model card.")
+    assert load_corpus(str(tmp_path)) == before
+
+
 def test_packed_texts_are_as_they_are_unpacked(tmp_path):
     for place, packs in (("plain", False), ("packed", True)):
         (tmp_path / place / "sub").mkdir(parents=True)

@@ -174,6 +174,18 @@ def test_a_folder_that_would_be_a_pattern(tmp_path):
             load_corpus(str(folder), progress=False)
 
 
+def test_a_run_inside_a_folder_of_tables_is_refused(tmp_path):
+    write(tmp_path / "a.parquet", pd.DataFrame({"text": ["one"]}))
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "runs" / "first" / "run.json").write_text("{}")
+    (tmp_path / "runs" / "first" / "train.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(PreskipError, match=r"has tables and the run .*runs/first: give another --out, or move that"):
+        load_corpus(str(tmp_path), progress=False)
+    (tmp_path / "a.parquet").unlink()
+    (tmp_path / "README.md").write_text("A text.")
+    assert found(tmp_path) == [("README.md", "A text.")]
+
+
 def test_a_shard_without_rows_is_passed_over(tmp_path):
     write(tmp_path / "a.parquet", FRAME[:0])
     with pytest.raises(PreskipError, match=r"a\.parquet is empty: give one with text"):

@@ -125,7 +125,7 @@ def read_folder(
     files are of the split `train`. A split of None takes what is scored: `test`, else `validation`, else `train`.
 
     Raises:
-        PreskipError: a file cannot be read, there is no such split, or the column is not clear.
+        PreskipError: a file cannot be read, a run lies in the folder, there is no such split, or the column is unclear.
     """
     import datasets
     from datasets.data_files import EmptyDatasetError
@@ -144,9 +144,12 @@ def read_folder(
                 yield from scan.texts(where, str(split), _numbered(saved))
 
         return _gather(name, rows(), scan, f"folder {path}, split {split}", limit, quiet)
-    place = str(path.resolve())
-    if re.search(r"[*?\[]", place) and tables_in(path):
+    if not tables_in(path):
+        return None
+    if re.search(r"[*?\[]", str(path.resolve())):
         raise PreskipError(f"{where}: tables in a folder with *, ? or [ in its name cannot be found: rename it")
+    if run := next(path.glob("*/**/run.json"), None):  # `datasets` would read its tables, too
+        raise PreskipError(f"{where} has tables and the run {run.parent}: give another --out, or move that run")
     with _quiet_libraries():
         try:
             found = datasets.load_dataset_builder(str(path)).config.data_files or {}
@@ -186,7 +189,10 @@ def tables_in(folder: Path) -> list[Path]:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files below a folder in the order of their names, links followed, but for hidden ones; none is read twice."""
+    """The files below a folder in the order of their names, links followed, but for hidden ones and those of runs.
+
+    None is read twice.
+    """
     found: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -195,6 +201,9 @@ def files_in(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
+        if "run.json" in names and Path(place) != folder:  # a run of ours, perhaps the one that reads this
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         found += [Path(place) / name for name in names if not name.startswith((".", "__"))]
     return sorted(file for file in found if file.is_file())
