@@ -40,6 +40,39 @@ def test_another_runs_record_gives_an_equal_config(tmp_path, kind):
     assert kind.from_options(options, {"seeds": "7"}).seeds == (7,)
 
 
+def of_run(folder, kind, stored, **given):
+    """The configuration that another run's record and options beside it give."""
+    record = {"schema_version": 2, "directory": str(folder), "config": stored.to_json(), "kind": kind.command}
+    (folder / "run.json").write_text(json.dumps(record))
+    options = load_options(folder / "run.json", kind, **given)
+    return kind.from_options(preset_options(kind, [options, given]), options, given)
+
+
+def test_a_rate_for_all_arms_of_another_run_is_one_for_all(tmp_path):
+    stored = ProbeConfig.from_options({"arms": "preskip,lora", "lr": ["1e-5"]})
+    assert of_run(tmp_path, ProbeConfig, stored) == stored
+    more = of_run(tmp_path, ProbeConfig, stored, arms="none,preskip,skip,lora")
+    assert more.learning_rates == {"preskip": 1e-5, "skip": 1e-5, "lora": 1e-5}
+    assert of_run(tmp_path, ProbeConfig, stored, arms="preskip").learning_rates == {"preskip": 1e-5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arms"), [(ProbeConfig, "none,preskip,lora,skip"), (PretrainConfig, "base,preskip,skip")]
+)
+def test_rates_of_arms_that_are_left_out_are_left_out(tmp_path, kind, arms):
+    stored = kind.from_options({"arms": arms, "lr": ["preskip=1e-3", "skip=2e-3"]})
+    less = of_run(tmp_path, kind, stored, arms=arms.removesuffix(",skip"))
+    assert less.learning_rates == {"preskip": 1e-3}
+
+
+def test_another_match_leaves_out_the_ranks_of_another_run(tmp_path):
+    layer = {"preset": "paper"}
+    stored = ProbeConfig.from_options(preset_options(ProbeConfig, [layer]), layer)
+    assert of_run(tmp_path, ProbeConfig, stored) == stored
+    other = of_run(tmp_path, ProbeConfig, stored, match="params")
+    assert (other.match, other.lora_ranks) == ("params", {})
+
+
 def test_paths_of_another_run_are_those_of_its_folder(tmp_path, monkeypatch):
     home = tmp_path / "home"
     (home / "run").mkdir(parents=True)

@@ -144,7 +144,7 @@ def make_run(
 
 def _asked(kind: type[ExperimentConfig], given: Mapping[str, Any], file: Path | None) -> Any:
     """Preset, file, command line: each overrides those before it."""
-    layers = [given] if file is None else [load_options(file, kind), given]
+    layers = [given] if file is None else [load_options(file, kind, **given), given]
     return kind.from_options(preset_options(kind, layers), *layers)
 
 

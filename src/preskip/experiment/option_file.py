@@ -11,16 +11,19 @@ from typing import Any, get_origin
 
 from preskip.errors import PreskipError, one_line
 from preskip.experiment.options import ExperimentConfig
+from preskip.experiment.parse import parse_names
 from preskip.fields import about, flags
 
 
-def load_options(path: Path, kind: type[ExperimentConfig]) -> dict[str, Any]:
+def load_options(path: Path, kind: type[ExperimentConfig], **given: Any) -> dict[str, Any]:
     """Options of a file, by the name of a flag or of a field, as `ExperimentConfig.from_options` takes them.
 
     Args:
         path: of a YAML or JSON file, or of another run's run.json: all its options are taken as they were resolved
             there, and a relative path that does not exist here means the folder in which that run was started.
         kind: whose options they are.
+        given: options of the command line, which override them: what another run has for arms or a match that these
+            leave out is left out, too.
 
     Raises:
         PreskipError: the file cannot be read, or names what is no option.
@@ -30,7 +33,8 @@ def load_options(path: Path, kind: type[ExperimentConfig]) -> dict[str, Any]:
         other = stored.get("kind", "probe")
         if other != kind.command:
             raise PreskipError(f"{path} is of `preskip {other}`, whose options are others than {kind.command}'s")
-        return _anchored(stored["config"], kind, path.parent / stored.get("directory", "."))
+        options = _anchored(stored["config"], kind, path.parent / stored.get("directory", "."))
+        return options | _refitted(kind.from_json(stored["config"]), given)
     known = {**flags(kind), **about(kind)}
     options = {str(name).replace("-", "_"): value for name, value in stored.items()}
     for name, value in options.items():
@@ -81,3 +85,14 @@ def _anchored(config: Mapping[str, Any], kind: type[ExperimentConfig], directory
         return locate(name, directory) + text[len(name) :]
 
     return {name: located(value) if known.get(name, {}).get("path") else value for name, value in config.items()}
+
+
+def _refitted(config: ExperimentConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of another run that are others beside those given: `--lr` for every arm stays one for every arm."""
+    options: dict[str, Any] = {"lora_ranks": {}} if given.get("match", "none") != "none" else {}
+    rates = config.learning_rates
+    is_for_all = len(set(rates.values())) == 1 and set(config.arms) - {"none"} == set(rates)
+    if getattr(config, "lr_mode", None) == "fixed" and is_for_all:
+        return options | {"lr": [*rates.values()][:1]}
+    arms = parse_names(given["arms"]) if "arms" in given else config.arms
+    return options | {"learning_rates": {arm: rate for arm, rate in rates.items() if arm in arms}}
