@@ -1,6 +1,7 @@
 """The command line itself: help, mistakes, files of options, time to answer."""
 
 import errno
+import inspect
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from commands import PROBE, preskip
 from preskip.branch_settings import BranchSettings
 from preskip.cli import main
 from preskip.errors import PreskipError
+from preskip.experiment.presets import preset_options
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.fields import flags
@@ -32,6 +34,12 @@ from tiny_model import save_tiny_llama, write_corpus
         (["explain", "x", "--words", "1"], "--words 1 is not possible: it must be at least 2"),
         (["pretrain", "--workers", "0"], "--workers 0 is not possible: it must be at least 1"),
         (["probe", "--workers", "0"], "--workers 0 is not possible: it must be at least 1"),
+        (
+            ["probe", "--eval-corpora", "a.txt", "--eval-corpora", "b.txt"],
+            "Parameter --eval-corpora specified multiple",
+        ),
+        (["eval", "m", "--tasks", "wikitext", "--tasks", "piqa"], "Parameter --tasks specified multiple times."),
+        (["compare", "x", "--arms", "lora", "--arms", "skip"], "Parameter --arms specified multiple times."),
         (["probe", "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
         (
             ["probe", "--resume", "x", "--config", "y"],
@@ -129,6 +137,16 @@ def test_help_shows_every_flag_in_its_group(command, kind, flag, capsys, monkeyp
     for name in ("gated", "preprojection"):
         assert f"--{name} --no-{name}" in shown
     assert "runs/<time>-" in shown
+
+
+def test_help_shows_the_defaults_of_a_run_without_options():
+    config = ProbeConfig.from_options(preset_options(ProbeConfig, []))
+    shown = inspect.signature(main.probe).parameters
+    for name, its in flags(ProbeConfig).items():
+        value = getattr(config, its.field)
+        value = getattr(value, its.part) if its.part else value
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        assert str(shown[name].default) == str(None if value in ("", {}) else value), name
 
 
 def test_every_command_is_listed_with_what_it_does(capsys, monkeypatch):

@@ -20,8 +20,9 @@ def preskip(*arguments) -> int:
 
 
 def make_run(folder: Path, *more) -> Path:
-    """Make FOLDER/model, FOLDER/corpus.jsonl and the finished run FOLDER/run of arms none, preskip and lora."""
+    """Make FOLDER/model, FOLDER/corpus.jsonl and FOLDER/run, finished, of arms none, preskip and lora by default."""
     save_tiny_llama(folder / "model")
-    options = ["--corpus", write_corpus(folder / "corpus.jsonl"), "--arms", "none,preskip,lora", *more]
+    arms = [] if "--arms" in more else ["--arms", "none,preskip,lora"]
+    options = ["--corpus", write_corpus(folder / "corpus.jsonl"), *arms, *more]
     assert preskip("probe", folder / "model", *PROBE, *options, "--out", folder / "run", "--json") == 0
     return folder

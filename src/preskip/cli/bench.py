@@ -30,19 +30,19 @@ def bench(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    rows: Annotated[str, flag(f"What to compare: {', '.join(ROWS)}; all.", "How much")] = _SHOWN,
-    work: Annotated[str, flag(f"What to time: {', '.join(WORK)}.", "How much")] = ",".join(WORK),
-    prompt: Annotated[str, flag("Tokens of a prefill.", "How much")] = "128,512,2048",
-    batch: Annotated[str, flag("Rows decoded at once.", "How much")] = "1,8,64",
-    cache: Annotated[str, flag(f"K/V caches: {', '.join(CACHES)}; all at the first batch.", "How much")] = ",".join(
-        CACHES
-    ),
+    rows: Annotated[str, flag(f"What to compare: {', '.join(ROWS)}; all.", "How much", is_list=True)] = _SHOWN,
+    work: Annotated[str, flag(f"What to time: {', '.join(WORK)}.", "How much", is_list=True)] = ",".join(WORK),
+    prompt: Annotated[str, flag("Tokens of a prefill.", "How much", is_list=True)] = "128,512,2048",
+    batch: Annotated[str, flag("Rows decoded at once.", "How much", is_list=True)] = "1,8,64",
+    cache: Annotated[
+        str, flag(f"K/V caches: {', '.join(CACHES)}; all at the first batch.", "How much", is_list=True)
+    ] = ",".join(CACHES),
     context: Annotated[int, flag("Tokens in the cache before decoding.", "How much", hint=int, least=1)] = 128,
     new_tokens: Annotated[int, flag("Decoding steps per measurement.", "How much", hint=int, least=1)] = 16,
     scoring: Annotated[str, flag("Batch scored, rows x tokens.", "How much")] = "4x256",
     training: Annotated[str, flag("Batch trained on, rows x tokens.", "How much")] = "8x128",
     compiled_work: Annotated[
-        str, flag("Work of compiled rows; each of its shapes takes minutes to compile.", "How much")
+        str, flag("Work of compiled rows; each of its shapes takes minutes to compile.", "How much", is_list=True)
     ] = "decode",
     rounds: Annotated[int, flag("Measurements of every row.", "How much", hint=int, least=2)] = 7,
     as_json: Json = False,

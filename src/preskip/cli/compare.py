@@ -26,9 +26,11 @@ DETAIL_NOTE = (
 def compare(
     runs: Annotated[list[Path], flag("Run directories; arms of several are named run:arm.")],
     *,
-    arms: Annotated[Optional[str], flag("Arms to compare, separated by commas. Default: all.")] = None,
+    arms: Annotated[Optional[str], flag("Arms to compare, separated by commas. Default: all.", is_list=True)] = None,
     reference: Annotated[Optional[str], flag("Compare every arm with this one only.")] = None,
-    sets: Annotated[Optional[str], flag("Evaluation sets, separated by commas. Default: all shared.")] = None,
+    sets: Annotated[
+        Optional[str], flag("Evaluation sets, separated by commas. Default: all shared.", is_list=True)
+    ] = None,
     margin: Annotated[
         Optional[list[str]], flag("Equivalence margin: acc=0.01, or lambada_openai.acc=0.02; repeatable.")
     ] = None,

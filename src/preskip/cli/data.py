@@ -11,7 +11,9 @@ from preskip.errors import PreskipError
 
 def data(
     *,
-    fetch: Annotated[Optional[str], flag("Names to fetch, separated by commas; all: every one that can be.")] = None,
+    fetch: Annotated[
+        Optional[str], flag("Names to fetch, separated by commas; all: every one that can be.", is_list=True)
+    ] = None,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:

@@ -44,7 +44,7 @@ def evaluate(
     model: Model,
     *,
     adapter: Annotated[Optional[Path], flag("Folder of a PEFT adapter of any type.", "What")] = None,
-    tasks: Annotated[str, flag("lm-eval tasks, separated by commas.", "What")] = "",
+    tasks: Annotated[str, flag("lm-eval tasks, separated by commas.", "What", is_list=True)] = "",
     corpus: Annotated[
         Optional[list[str]], flag("Text: wikitext2, sotu, a file or folder, a Hub id; repeatable.", "What")
     ] = None,

@@ -6,12 +6,13 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, Optional, TypeVar, cast, get_origin, get_type_hints
 
 from cyclopts import Group, Parameter
 
 from preskip.errors import PreskipError
 from preskip.experiment.options import ExperimentConfig
+from preskip.experiment.presets import preset_options
 from preskip.fields import Flag, about, allowed, flags, is_allowed
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -19,7 +20,15 @@ _HEADINGS = ("What", "Model", "Training", "Scoring", "How much", "A planned desi
 GROUPS = {heading: Group.create_ordered(heading) for heading in _HEADINGS}
 
 
-def flag(help: str = "", group: str = "", *, name: str | None = None, hint: type = str, **bounds: Any) -> Parameter:
+def flag(
+    help: str = "",
+    group: str = "",
+    *,
+    name: str | None = None,
+    hint: type = str,
+    is_list: bool = False,
+    **bounds: Any,
+) -> Parameter:
     """One flag of a command.
 
     Args:
@@ -27,6 +36,7 @@ def flag(help: str = "", group: str = "", *, name: str | None = None, hint: type
         group: heading that it stands under in `--help`.
         name: where it is not the parameter's.
         hint: type of the bounded value.
+        is_list: one text holds several values, so that a second one would lose those of the first: it is refused.
         bounds: see `preskip.fields.option`; without any, what holds of the value is checked elsewhere.
     """
     what = {"hint": hint, "optional": True, **bounds}
@@ -42,6 +52,7 @@ def flag(help: str = "", group: str = "", *, name: str | None = None, hint: type
         help=help,
         validator=validate if bounds else None,
         negative=() if name else None,
+        allow_repeating=not is_list,
         **more,
     )
 
@@ -80,7 +91,8 @@ def options_of(kind: type) -> Callable[[F], F]:
         hints = get_type_hints(command, include_extras=True)
         every = inspect.signature(command).parameters.values()
         own = [parameter for parameter in every if parameter.kind is not parameter.VAR_KEYWORD]
-        made = [_parameter(its) for its in flags(kind).values()]
+        preset = preset_options(kind, [])  # which always applies
+        made = [_parameter(its, preset.get(its.name, its.default)) for its in flags(kind).values()]
         signature = inspect.Signature(sorted((*made, *own), key=lambda parameter: parameter.kind))
 
         @wraps(command)
@@ -94,8 +106,8 @@ def options_of(kind: type) -> Callable[[F], F]:
     return decorate
 
 
-def _parameter(its: Flag) -> inspect.Parameter:
-    what, default = its.about, its.default
+def _parameter(its: Flag, default: Any) -> inspect.Parameter:
+    what = its.about
     hint: Any = str if "read" in what else what["hint"]
     if isinstance(default, tuple):
         default = ",".join(map(str, default)) or None
@@ -109,7 +121,8 @@ def _parameter(its: Flag) -> inspect.Parameter:
         inspect.Parameter.POSITIONAL_OR_KEYWORD if what.get("positional") else inspect.Parameter.KEYWORD_ONLY,
         default=default,
         annotation=Annotated[
-            Optional[list[str]] if what.get("many") else hint, flag(what["help"], what.get("group", ""))
+            Optional[list[str]] if what.get("many") else hint,
+            flag(what["help"], what.get("group", ""), is_list=get_origin(what["hint"]) is tuple),
         ],
     )
 

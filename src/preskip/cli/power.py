@@ -43,7 +43,8 @@ def power(
         Optional[float], flag("True difference to find: 0.01 is one point, or 0.005 bits per byte.")
     ] = None,
     looks: Annotated[
-        Optional[str], flag("Numbers of seeds at which a growing run is looked at, 3,5,8; needs --difference.", DESIGN)
+        Optional[str],
+        flag("Numbers of seeds at which a growing run is looked at, 3,5,8; needs --difference.", DESIGN, is_list=True),
     ] = None,
     wanted: Annotated[float, flag("Probability of finding it.", name="--power")] = 0.8,
     alpha: Annotated[float, flag("Level of the two-sided test.")] = 0.05,
