@@ -138,9 +138,10 @@ def bake_saved(
         raise PreskipError(f"the base of {first}, {base_name}, is not there any more: give it with --model")
     resolved = dtype if dtype != "auto" else "float32" if source.run is None else source.dtype
     with spinner(f"loading {base_name} ({resolved})", quiet=quiet):
-        base = load_model(base_name, dtype=getattr(torch, resolved), trust_remote_code=trust_remote_code)
+        place: Any = {"trust_remote_code": trust_remote_code, "revision": source.revision if model is None else None}
+        base = load_model(base_name, dtype=getattr(torch, resolved), **place)
         live = load_named(base, adapters) if others else load_adapter(base, first)
-        tokenizer = load_tokenizer_of(base_name, first, trust_remote_code)
+        tokenizer = load_tokenizer_of(base_name, first, **place)
     card = _card(source, out.name) if with_card and not others else None
     with spinner(f"writing {out}", quiet=quiet):
         names = list(adapters) if others else None

@@ -202,10 +202,11 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
     name = model or (source.base and locate(source.base, source.directory))
     if not name:
         raise PreskipError(f"{source.weights} does not say which base it was trained on: give it with --model")
-    live = load_model(name, getattr(torch, dtype), device, None, trust)
+    revision = source.revision if model is None else None
+    live = load_model(name, getattr(torch, dtype), device, None, trust, revision)
     if not source.is_checkpoint:
         live = load_adapter(live, source.weights)
-    tokenizer = load_tokenizer_of(name, None if source.is_checkpoint else source.weights, trust)
+    tokenizer = load_tokenizer_of(name, None if source.is_checkpoint else source.weights, trust, revision)
     check_vocabulary(live, tokenizer)
     check_causal(live)
     return live, tokenizer

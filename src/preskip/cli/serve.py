@@ -169,7 +169,8 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
     from preskip.data.splits import locate
 
     base = model or (found.base and locate(found.base, found.directory)) or ""
-    key = _key(found.weights, base, dtype if dtype != "auto" else found.dtype)
+    revision = found.revision if model is None else None
+    key = _key(found.weights, base, dtype if dtype != "auto" else found.dtype, revision)
     place = cache_dir() / "baked" / key
     if not place.is_dir():
         with workspace(f"baked-{key}") as work:
@@ -190,12 +191,12 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
     return place
 
 
-def _key(adapter: Path, base: str, dtype: str) -> str:
+def _key(adapter: Path, base: str, dtype: str, revision: str | None = None) -> str:
     """Names what a bake depends on: content of the adapter and of the base's small files, its weight files, the dtype.
 
-    A base on the Hub is its name alone.
+    A base on the Hub is its name and revision alone.
     """
-    digest = hashlib.sha256(f"{__version__}\0{dtype}\0{base}\0".encode())
+    digest = hashlib.sha256(f"{__version__}\0{dtype}\0{base}\0{revision or ''}\0".encode())
     place = Path(base)
     of_base = sorted(place.iterdir()) if base and place.is_dir() else [place] if place.is_file() else []
     for file in filter(Path.is_file, (*sorted(adapter.iterdir()), *of_base)):

@@ -58,8 +58,10 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> PreTraine
     )
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer: an embedded model's, a local folder, a `tokenizer.json`, or a Hub id.
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer: an embedded model's, a local folder, a `tokenizer.json`, or a Hub id, perhaps at a revision.
 
     A bare `tokenizer.json` names no special tokens; `<|endoftext|>` is its end token where it has one.
 
@@ -72,7 +74,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     if not is_file and not any((path / name).is_file() for name in own_files):
         from preskip.assets import load_tokenizer as load_any
 
-        return load_any(name, trust_remote_code=trust_remote_code)
+        return load_any(name, trust_remote_code=trust_remote_code, revision=revision)
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:

@@ -53,16 +53,19 @@ def load_adapter(base: nn.Module, folder: Path) -> Any:
     return model.eval()
 
 
-def load_tokenizer_of(name: str, folder: Path | None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer_of(
+    name: str, folder: Path | None, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
     """The tokenizer saved beside an adapter (with the tokens that were added for it), else the base's.
 
     Args:
         name: the base, see `preskip.data.tokenizer.load_tokenizer`.
         folder: of the adapter, or None.
         trust_remote_code: allow code from the checkpoint's repository to run.
+        revision: of the base, see `preskip.assets.resolve_model`.
     """
     has_own = folder is not None and (folder / "tokenizer.json").is_file()
-    return load_tokenizer(str(folder) if has_own else name, trust_remote_code=trust_remote_code)
+    return load_tokenizer(str(folder) if has_own else name, trust_remote_code=trust_remote_code, revision=revision)
 
 
 def _resize_embeddings(base: Any, weights: Path) -> None:

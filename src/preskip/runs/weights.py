@@ -91,6 +91,12 @@ class Source:
         return self.config.get("model") or _configs(self.weights)[0].get("base_model_name_or_path")
 
     @property
+    def revision(self) -> str | None:
+        """The base's, where it is a model on the Hub that a run has loaded."""
+        model: Any = (self.manifest or {}).get("model") or {}
+        return model.get("revision")
+
+    @property
     def others(self) -> list[str]:
         """PEFT types of the adapters that stay on beside the branch."""
         return [] if self.is_checkpoint else [kind for kind in _types(self.weights) if kind != PEFT_TYPE]
