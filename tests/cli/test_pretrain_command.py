@@ -19,10 +19,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from commands import preskip
 from conforming import run_faults
 from preskip.analysis.explain.texts import heldout_texts
 from preskip.cli.main import main
 from preskip.experiment.cell import opened, run_cell
+from preskip.experiment.pretrain_options import PretrainConfig
+from preskip.experiment.probe_options import ProbeConfig
+from preskip.experiment.run import start_run
 from preskip.report.words.claims import assess
 from preskip.runs.files import write_json, write_jsonl
 from preskip.runs.weights import find_source
@@ -409,13 +413,15 @@ def test_other_text_under_the_same_name_is_refused(again, corpus, tmp_path, caps
         assert {path: path.read_bytes() for path in before} == before  # still finished, its texts as they were
 
 
-def test_a_run_of_the_other_command_is_refused(again, capsys):
-    record = stored(again, "run.json")
-    del record["kind"]
-    (again / "run.json").write_text(json.dumps(record))
-    assert call("--resume", again) == 1
-    assert "resume it with `preskip probe --resume`" in capsys.readouterr().err
-    assert call("--resume", again, "--tokens", "5M") == 1
+@pytest.mark.parametrize(("kind", "other"), [(ProbeConfig, "pretrain"), (PretrainConfig, "probe")])
+def test_a_run_of_the_other_command_is_refused(kind, other, tmp_path, capsys):
+    start_run(kind(), tmp_path / "run", [])
+    assert preskip(other, "--resume", tmp_path / "run") == 1
+    assert f"resume it with `preskip {kind.command} --resume`" in capsys.readouterr().err
+
+
+def test_a_resume_takes_no_options(tmp_path, capsys):
+    assert call("--resume", tmp_path, "--tokens", "5M") == 1
     assert "leave out tokens" in capsys.readouterr().err
 
 

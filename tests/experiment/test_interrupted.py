@@ -1,7 +1,9 @@
-"""What an attempt that was interrupted leaves: the rates that were found, the seconds that it took."""
+"""What an attempt that was interrupted leaves: found rates and seconds; and where it cannot go on."""
 
 import pytest
+import torch
 
+from preskip.errors import PreskipError
 from preskip.experiment import frozen
 from preskip.experiment.run import finish_run, start_run
 from small_probe import small_probe
@@ -26,6 +28,14 @@ def test_rates_that_were_found_stay_where_a_later_search_is_interrupted(tmp_path
     assert after["arms"] == before["arms"]
     assert after["timings"]["total"] > before["timings"]["total"]
     assert after["timings"]["train"] == before["timings"]["train"]
+
+
+def test_a_run_of_a_gpu_is_refused_where_there_is_none(tmp_path, monkeypatch):
+    run = start_run(small_probe(tmp_path, **FAST), tmp_path / "run", ["test"])
+    run.update_manifest(config=run.manifest["config"] | {"device": "cuda"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(PreskipError, match=r"computed on cuda, and torch sees no CUDA device here: resume it where"):
+        finish_run(run, quiet=True)
 
 
 def test_steps_before_a_resume_count_in_the_seconds_of_a_training(tmp_path, monkeypatch):

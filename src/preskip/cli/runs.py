@@ -110,7 +110,7 @@ def make_run(
         places = [out] if out is not None else free_places(default_out(asked.subject, asked.corpus))
         check_place(places[0])
     with loading_libraries(quiet=as_json):
-        from preskip.experiment.run import finish_run, start_run
+        from preskip.experiment.run import check_command, finish_run, start_run
         from preskip.runs.directory import RunDirectory
         from preskip.runs.environment import resolve_dtype
     if asked is not None:
@@ -120,12 +120,12 @@ def make_run(
         run, reason = RunDirectory.open(resume), "as before"  # type: ignore[arg-type]
         if not run.manifest.get("config"):
             raise PreskipError(f"{run.path / 'run.json'} is damaged, it holds no options: begin a new run")
+        check_command(run, course.kind.command)
     for line in (*course.announce(run.manifest["config"], reason), f"run {run.path}"):
         say(line, quiet=as_json)
     with kept_for_resuming(run, course.kind.command, is_new=asked is not None):
         results = finish_run(
             run,
-            course.kind.command,
             seeds=parse_seeds(given["seeds"]) if resume is not None and "seeds" in given else (),
             quiet=as_json,
             workers=course.workers,

@@ -35,6 +35,7 @@ from preskip.progress import about, say, spinner
 from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
 from preskip.runs.declaration import declare, extension
 from preskip.runs.directory import RunDirectory
+from preskip.runs.environment import resolve_device
 from preskip.runs.files import write_json, write_jsonl
 from preskip.runs.schema import CellSummary, Facts, Results
 from preskip.stats import planned_power
@@ -72,9 +73,18 @@ def _check_launch(config: Config) -> None:
         check_sharding(equal_step=config.equal_step, keep=config.keep_weight > 0)
 
 
+def check_command(run: RunDirectory, command: str) -> None:
+    """Refuse a run that another command has made.
+
+    Raises:
+        PreskipError: it is not of this one, "probe" or "pretrain".
+    """
+    if (own := kind_of(run)) != command:
+        raise PreskipError(f"{run.path} is no run of `preskip {command}`: resume it with `preskip {own} --resume`")
+
+
 def finish_run(
     run: RunDirectory,
-    kind: str | None = None,
     *,
     seeds: Sequence[int] = (),
     quiet: bool = False,
@@ -87,7 +97,6 @@ def finish_run(
 
     Args:
         run: the run directory.
-        kind: "probe" or "pretrain", where only a run of that command is meant.
         seeds: all that the run is to have, where seeds are added to it.
         quiet: no progress.
         workers: processes of this machine that compute cells side by side.
@@ -103,8 +112,6 @@ def finish_run(
             "diverged", and can be resumed. Or another process is working on the run.
     """
     own = kind_of(run)
-    if kind not in (None, own):
-        raise PreskipError(f"{run.path} is no run of `preskip {kind}`: resume it with `preskip {own} --resume`")
     extended_seeds(run, seeds)
     with attempt(run) as now:
         with now.stage("load"):
@@ -113,6 +120,11 @@ def finish_run(
             stored = {**stored, "seeds": [*stored["seeds"], *added]}
             config = KINDS[own].options.from_json(stored)
             _check_launch(config)
+            if config.device == "cuda" and resolve_device("auto") != "cuda":
+                raise PreskipError(
+                    f"{run.path} is computed on cuda, and torch sees no CUDA device here: resume it where there is "
+                    f"one, or begin anew with --config {run.path / 'run.json'} --device cpu"
+                )
             crew = Crew(config.device)
             prepared, facts = KINDS[own].prepare(run, config, quiet, crew)
             is_complete = all(run.cell(arm.name, seed).is_done for arm, seed in _cells(prepared))
