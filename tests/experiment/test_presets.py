@@ -1,8 +1,12 @@
 """Every preset is a set of options that the command line and the configuration know."""
 
+import json
+
 import pytest
 
 from preskip.arms import ARMS
+from preskip.errors import PreskipError
+from preskip.experiment.option_file import load_options
 from preskip.experiment.parse import parse_extent
 from preskip.experiment.presets import PRESETS, preset_options
 from preskip.experiment.probe_options import ProbeConfig, parse_lora_ranks
@@ -16,6 +20,15 @@ def test_every_key_is_an_option(name):
     assert all(arm in ARMS for arm in options.get("arms", "none").split(","))
     for text in options.get("eval_corpora", "").split(","):
         assert not text or parse_extent(text, 2, 1)[1] >= 2
+
+
+def test_a_preset_beside_a_record_of_all_options_is_refused(tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"schema_version": 2, "config": ProbeConfig().to_json()}))
+    with pytest.raises(PreskipError, match=r"--preset paper: .*run.json has all options of its run: leave out one"):
+        load_options(path, ProbeConfig, preset="paper")
+    path.write_text('{"steps": 3}')
+    assert load_options(path, ProbeConfig, preset="paper") == {"steps": 3}
 
 
 def test_the_papers_protocol():

@@ -26,13 +26,15 @@ def load_options(path: Path, kind: type[ExperimentConfig], **given: Any) -> dict
             leave out is left out, too.
 
     Raises:
-        PreskipError: the file cannot be read, or names what is no option.
+        PreskipError: the file cannot be read, or names what is no option; or a preset is given beside a run's record.
     """
     stored = _read(path)
     if "config" in stored and "schema_version" in stored:
         other = stored.get("kind", "probe")
         if other != kind.command:
             raise PreskipError(f"{path} is of `preskip {other}`, whose options are others than {kind.command}'s")
+        if "preset" in given:
+            raise PreskipError(f"--preset {given['preset']}: {path} has all options of its run: leave out one of them")
         options = _anchored(stored["config"], kind, path.parent / stored.get("directory", "."))
         return options | _refitted(kind.from_json(stored["config"]), given)
     known = {**flags(kind), **about(kind)}
