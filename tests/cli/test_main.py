@@ -31,6 +31,8 @@ from tiny_model import save_tiny_llama, write_corpus
         (["probe", "a", "b"], "Unused Tokens: ['b']"),
         (["eval"], "--model requires an argument"),
         (["eval", "m", "--dtype", "int8"], "--dtype 'int8' is unknown: choose one of auto, float32, bfloat16, float16"),
+        (["eval", "m", "--sample-seed", "-1"], "--sample-seed -1 is not possible: it must be at least 0"),
+        (["audit", "m", "--sample-seed", "-1"], "--sample-seed -1 is not possible: it must be at least 0"),
         (["explain", "x", "--words", "1"], "--words 1 is not possible: it must be at least 2"),
         (["pretrain", "--workers", "0"], "--workers 0 is not possible: it must be at least 1"),
         (["probe", "--workers", "0"], "--workers 0 is not possible: it must be at least 1"),

@@ -135,7 +135,7 @@ CorpusSplit = Annotated[
     of_experiment("corpus_split", "What", "Split of a Hub data set or a folder of tables. Default: test, if any."),
 ]
 DataDir = Annotated[Optional[Path], of_experiment("data_dir", "What")]
-SampleSeed = Annotated[int, flag("Seed of the samples.", "What")]
+SampleSeed = Annotated[int, flag("Seed of the samples.", "What", hint=int, least=0)]
 Dtype = Annotated[str, of_experiment("dtype", "Scoring")]
 DtypeOfRun = Annotated[str, of_experiment("dtype", "Scoring", "Base weights: auto (the run's), float32, bfloat16, ...")]
 Device = Annotated[str, of_experiment("device", "Scoring")]
