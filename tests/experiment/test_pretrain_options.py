@@ -53,6 +53,14 @@ def test_steps_warm_up_and_rates():
     assert PretrainConfig(warmup_steps=7).warmup(1000) == 7
 
 
+def test_a_lone_step_that_would_train_nothing_is_refused():
+    lone = {"tokens": "5k"}
+    with pytest.raises(PreskipError, match=r"--tokens 5,000 is one step of 32 x 128, at the warm-up's rate of 0"):
+        PretrainConfig.from_options(lone)
+    assert PretrainConfig.from_options(lone, {"warmup_steps": 0}).steps == 1
+    assert PretrainConfig.from_json(PretrainConfig(tokens=5000).to_json()).steps == 1  # of a stored run
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -14,7 +14,7 @@ from tiny_model import save_tiny_llama, tiny_llama
 RUN = ["--batch-size", 2, "--seq-len", 8, "--eval-documents", 2, "--eval-words", 8, "--save-steps", 1, "--out", "out"]
 RUN += ["--heldout-fraction", "0.4", "--device", "cpu", "--dtype", "float32"]
 SMALL = ["--num-layers", 1, "--hidden-size", 8, "--heads", 1, "--kv-heads", 1, "--mlp-width", 8, "--eval-blocks", 1]
-SMALL += ["--report-to", "none", "--peak-flops", "1e9"]
+SMALL += ["--eval-steps", 1, "--report-to", "none", "--peak-flops", "1e9"]
 MORE = [f"{text} {text.replace('Record', 'Report')}" for text in PROSE] + [text.upper() for text in PROSE]
 TEXT_IDS = [f"a#{number:02d}" for number in range(len(MORE))]
 ALL = [odd for odd in every() if odd.options != ("accident",)][::3]  # all of them are read in test_reading.py
@@ -53,7 +53,7 @@ def command(name, places, corpus, *more):
         "audit": [model, "--lambada", 0, "--documents", 2, "--words", 5],
         "explain": [places / "adapter", "--documents", 2, "--words", 5, "--dtype", "float32", "--out", "out"],
         "probe": [model, "--arms", "none,preskip", "--last-word-items", 0, "--context-length", 32, "--steps", 2, *RUN],
-        "pretrain": ["--tokenizer", model, "--arms", "base", "--tokens", 16, "--eval-steps", 1, *SMALL, *RUN],
+        "pretrain": ["--tokenizer", model, "--arms", "base", "--tokens", 16, "--warmup-steps", 0, *SMALL, *RUN],
     }[name]
     own += ["--ablation-documents", 0, "--attention-documents", 0] if name == "explain" else []
     return [name, *own, "--corpus", corpus, *more, "--json"]

@@ -145,6 +145,11 @@ class PretrainConfig(ExperimentConfig):
         """See `ExperimentConfig._refuse_ignored`."""
         if self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise PreskipError(f"--warmup-steps {self.warmup_steps} is not below the {self.steps} steps: lower it")
+        if self.steps < 2 and self.warmup_steps != 0:
+            raise PreskipError(
+                f"--tokens {self.tokens:,} is one step of {self.batch_size} x {self.seq_len}, at the warm-up's rate of "
+                "0: raise it, or give --warmup-steps 0"
+            )
         if self.tokenizer is not None and self.vocab_size != PretrainConfig.vocab_size:
             raise PreskipError(
                 f"--vocab-size {self.vocab_size} is for a tokenizer that is trained: leave it or --tokenizer out"
