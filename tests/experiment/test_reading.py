@@ -1,4 +1,4 @@
-"""How much of a corpus a pretraining run reads: enough for its tokens, told and stored, the same when it is resumed."""
+"""How much of a corpus a run reads: from scratch enough for its tokens, told and stored, the same on a resume."""
 
 import itertools
 
@@ -6,13 +6,16 @@ import datasets
 import numpy as np
 import pytest
 
+from preskip.data.splits import load_splits
 from preskip.data.tokenizer import load_tokenizer
 from preskip.errors import PreskipError
+from preskip.experiment.frozen import Frozen
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.reading import reading_limit
 from preskip.experiment.run import start_run
 from preskip.experiment.scratch import Scratch, most_tokens, plan_arms
 from preskip.train.distributed import Crew
+from small_probe import small_probe
 from tiny_model import save_tiny_llama
 
 SIZES = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -143,3 +146,17 @@ def test_a_local_table_is_read_as_far_as_needed(tmp_path, capsys):
     assert facts["corpus"]["documents_read"] == 50  # for 5 held-out ones of a tenth
     assert list(facts["sets"]) == ["texts"]
     assert "texts.parquet: read the first 50 documents (" in capsys.readouterr().err
+
+
+def test_padding_of_paragraphs_is_no_training_text(tmp_path):
+    lines = [f"Ship {i} left the harbor in the morning and came back in the evening. " * (i % 4 + 1) for i in range(24)]
+    (tmp_path / "lines.txt").write_text("\f".join(lines))
+    options = {"packing": "paragraphs", "seq_len": 100, "last_word_items": 0, "lr_mode": "default"}
+    settings = small_probe(tmp_path, corpus=str(tmp_path / "lines.txt"), **options)
+    run = start_run(settings, tmp_path / "run", ["test"])
+    prepared, facts = Frozen.prepare(run, settings, True, Crew())
+    tokenizer, documents = prepared.tokenizer, load_splits(settings.corpus, heldout_fraction=0.4).training
+    lengths = [len(tokenizer(document.text)["input_ids"]) for document in documents]
+    assert min(lengths) < 100 < max(lengths)
+    assert facts["corpus"]["training_tokens"] == sum(min(length, 100) for length in lengths)
+    assert facts["corpus"]["training_passes"] == round(3 * 2 / len(documents), 2)

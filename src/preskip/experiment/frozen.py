@@ -126,8 +126,8 @@ class Frozen(Prepared):
             kept=kept,
             reuse=reuse,
         )
-        wanted = config.steps * config.batch_size * config.seq_len
-        tokens = int(blocks(config.seeds[0]).size)
+        first = blocks(config.seeds[0])
+        tokens, passes = int((first >= 0).sum()), config.steps * config.batch_size / len(first)  # padding is negative
         return prepared, {
             "model": {
                 "name": config.model,
@@ -146,7 +146,7 @@ class Frozen(Prepared):
                 "vocab_size": len(tokenizer),
                 "sha256": fingerprint(tokenizer, start_token(tokenizer)),
             },
-            **common_facts(config, splits, tokens=tokens, wanted=wanted, documents=len(splits.training)),
+            **common_facts(config, splits, tokens=tokens, passes=passes, documents=len(splits.training)),
             "arms": described,
             "sets": heldout.sets,
             "family": declare_family(arms, heldout.sets, config.primary, config.looks),

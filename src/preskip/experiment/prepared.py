@@ -137,14 +137,14 @@ def started_in(run: RunDirectory) -> Path:
     return Path(run.manifest.get("directory", "."))
 
 
-def common_facts(config: Config, splits: Any, *, tokens: int, wanted: int, documents: int) -> Facts:
+def common_facts(config: Config, splits: Any, *, tokens: int, passes: float, documents: int) -> Facts:
     """What run.json says of the training corpus, the environment and the seeds, whatever the kind.
 
     Args:
         config: every option.
         splits: the training corpus.
         tokens: to train on.
-        wanted: tokens that the longest training reads.
+        passes: how often the longest training reads them.
         documents: that the tokens come from.
     """
     return {
@@ -152,7 +152,7 @@ def common_facts(config: Config, splits: Any, *, tokens: int, wanted: int, docum
             "name": config.corpus,
             "training_documents": documents,
             "training_tokens": tokens,
-            "training_passes": round(wanted / tokens, 2),
+            "training_passes": round(passes, 2),
             "development_documents": len(splits.development),
             "heldout_documents": len(splits.heldout),
             "source": splits.source,

@@ -123,8 +123,8 @@ class Scratch(Prepared):
         ]
         write_json(data / "heldout.json", stored)
         plain = plans.get("base", first).config
-        wanted = max(plan.tokens for plan in plans.values())
-        facts = common_facts(config, splits, tokens=packed.tokens, wanted=wanted, documents=packed.documents)
+        passes = max(plan.tokens for plan in plans.values()) / packed.tokens
+        facts = common_facts(config, splits, tokens=packed.tokens, passes=passes, documents=packed.documents)
         facts["corpus"] |= amount_read(splits) | {"packed_sha256": packed.sha256}
         mark = fingerprint(tokenizer)
         own = {

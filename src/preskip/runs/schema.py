@@ -332,7 +332,7 @@ class StepRow(TypedDict):
     loss: float | None  # nats per token; None on gradients of noise
     learning_rate: float  # from scratch of all but the branch
     grad_norm: float  # before clipping
-    tokens: int
+    tokens: int  # with padding, where --packing paragraphs pads
     seconds: float
     step_ratio: NotRequired[dict[str, float]]  # equal steps: the common ‖ΔW‖ / ‖W‖ by part of the branch
     keep_kl: NotRequired[float]  # --keep-weight: KL(base ‖ arm) out of domain, nats per token, before the step
