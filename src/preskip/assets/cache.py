@@ -26,8 +26,9 @@ def cache_dir() -> Path:
 
 
 def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE keeps the Hub's client to its cache; read here, since importing the client takes long."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    """Whether the Hub's client keeps to its cache, decided as it does; read here, since importing it takes long."""
+    chosen = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE", "")
+    return chosen.upper() in ("1", "ON", "YES", "TRUE")
 
 
 def file_sha256(path: Path) -> str:

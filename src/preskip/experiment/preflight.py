@@ -1,17 +1,16 @@
-"""What can be refused at once: names, task data and the place of a run, looked at before torch is imported."""
+"""What can be refused at once: names, data and the place of a run, looked at before torch is imported."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from preskip.assets import check_model, is_offline
+from preskip.assets import check_model
 from preskip.data.corpus import check_corpus
-from preskip.data.local import LAYOUT, data_directory
+from preskip.data.local import data_directory
 from preskip.data.splits import PUBLISHED, missing_file, no_data_directory
 from preskip.errors import PreskipError
 from preskip.evaluate.task_names import check_tasks
@@ -51,11 +50,11 @@ def check_inputs(
         tasks: lm-eval tasks.
         data_dir: see `preskip.data.local.data_directory`.
         model: name of a model, or None.
-        include_path: folder of the user's own tasks, whose data nobody here knows, or None.
+        include_path: folder of the user's own tasks, or None.
         scored_only: nothing is trained on: of corpora only the held-out part is read.
 
     Raises:
-        PreskipError: a path that does not exist, an unknown name, or task data that cannot be had.
+        PreskipError: a path that does not exist, or an unknown name.
     """
     directory = data_directory(data_dir)
     if model is not None:
@@ -71,14 +70,6 @@ def check_inputs(
         raise PreskipError("tasks need lm-eval: pip install 'preskip[eval]'")
     if tasks:
         check_tasks(tasks, include_path)
-    for task in tasks if include_path is None and is_offline() and not _has_cached_data() else ():
-        layout = LAYOUT.get(task)
-        local = next(iter(layout.files.values())) if layout else None
-        if local is None or directory is None or not (directory / local).is_file():
-            raise PreskipError(
-                f"the data of task {task} are not in the data directory, and HF_HUB_OFFLINE is set: go online, or give "
-                "--data-dir"
-            )
 
 
 def check_place(out: Path) -> None:
@@ -111,11 +102,3 @@ def check_space(folder: Path, needed: float) -> None:
             f"the disk of {folder} has {free / 2**20:,.0f} MiB free, about {needed / 2**20:,.0f} MiB are needed: free "
             "some, or choose another --out"
         )
-
-
-def _has_cached_data() -> bool:
-    """Whether the Hub's cache holds any data set; which one a task reads, lm-eval alone knows."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface").expanduser()
-    data = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
-    return any(data.glob("*")) or any(hub.glob("datasets--*"))
