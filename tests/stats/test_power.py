@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from preskip.stats import (
     planned_power,
     resolvable,
 )
-from preskip.stats.power import checked_level, discordant_deviation, doubled
+from preskip.stats.power import checked_level, discordant_deviation, doubled, resolvable_if_doubled
 from stored_runs import make_items
 
 
@@ -192,6 +194,14 @@ def test_few_units_decide_nothing_and_doubled_seeds_resolve_less() -> None:
     design = Design(units=60, **options)
     assert resolvable(doubled(design)) == pytest.approx(2 * resolvable(design), rel=0.05)
     assert 0.3 < doubled(design).power(resolvable(design)) < 0.4
+
+
+def test_seeds_that_vary_more_never_resolve_more() -> None:
+    # Four unequal books: 1.6 degrees of freedom, to which the seeds' part adds its own.
+    design = Design(units=4, seeds=3, unit_deviation=0.03, seed_deviation=0.004, unit_freedom=1.6)
+    assert resolvable(doubled(design)) < resolvable(design) == resolvable_if_doubled(design)
+    many = replace(design, units=60, unit_freedom=None)
+    assert resolvable_if_doubled(many) == resolvable(doubled(many)) > resolvable(many)
 
 
 def test_bad_designs_are_refused_with_one_line() -> None:

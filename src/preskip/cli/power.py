@@ -182,7 +182,7 @@ def _row(
 
     from preskip.metrics import DEFAULT_MARGINS
     from preskip.stats import needed, resolvable
-    from preskip.stats.power import doubled
+    from preskip.stats.power import resolvable_if_doubled
     from preskip.stats.verdicts import FEWEST_UNITS
 
     options: dict[str, Any] = {"power": wanted, "alpha": levels[0]}
@@ -191,7 +191,7 @@ def _row(
         smallest = (facts["high"] - facts["low"]) / 2
     margin = facts.pop("margin", DEFAULT_MARGINS.get(facts["metric"]))
     row = {**facts, **asdict(design), "resolvable": smallest, "difference": difference}
-    row |= {"doubled": resolvable(doubled(design), **options), "margin": margin}
+    row |= {"doubled": resolvable_if_doubled(design, **options), "margin": margin}
     # What the run says anything at all with: better, worse or equivalent; of equal arms only the last.
     row["decides_none"] = design.decides(0.0, margin, *levels)
     row["decides"] = None if difference is None else design.decides(difference, margin, *levels)

@@ -338,6 +338,13 @@ def doubled(design: Design) -> Design:
     return replace(design, seed_deviation=2 * design.seed_deviation)
 
 
+def resolvable_if_doubled(design: Design, *, power: float = POWER, alpha: float = ALPHA) -> float:
+    """`resolvable` of `doubled`, at least that of the design itself: with hardly any degrees of freedom over units the
+    interval gains some by a part of the variance that has more of them.
+    """
+    return max(resolvable(each, power=power, alpha=alpha) for each in (design, doubled(design)))
+
+
 def _entry(
     comparison: Declared,
     design: Design,
@@ -354,7 +361,7 @@ def _entry(
         "units": design.units,
         "seeds": design.seeds,
         "resolvable": resolvable(design, alpha=level),
-        "doubled": resolvable(doubled(design), alpha=level),
+        "doubled": resolvable_if_doubled(design, alpha=level),
         "decides_none": design.decides(0.0, margin, level, of_equivalence),
         "basis": basis,
         "alpha": family.get("alpha", ALPHA),
