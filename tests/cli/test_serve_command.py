@@ -82,9 +82,9 @@ def test_the_base_of_a_run_is_looked_up_where_it_was_started(place, monkeypatch,
     config["config"]["model"], config["directory"] = "model", str(place)
     (place / "run" / "run.json").write_text(json.dumps(config))
     keys = []
-    monkeypatch.setattr(command, "_key", lambda adapter, base, dtype: keys.append((base, dtype)) or "key")
+    monkeypatch.setattr(command, "_key", lambda adapter, *of: keys.append(of) or "key")
     assert preskip("serve", place / "run", "--check", "--engine", "transformers") == 0
-    assert keys == [(str(place / "model"), "float32")]
+    assert keys == [(str(place / "model"), "float32", None)]
 
 
 def test_other_adapters_in_the_folder_are_named(place, capsys):

@@ -93,7 +93,7 @@ class Source:
     @property
     def revision(self) -> str | None:
         """The base's, where it is a model on the Hub that a run has loaded."""
-        model: Any = (self.manifest or {}).get("model") or {}
+        model: Any = self.manifest.get("model", {}) if self.manifest else {}
         return model.get("revision")
 
     @property
