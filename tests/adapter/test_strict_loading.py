@@ -170,6 +170,25 @@ def test_a_failed_load_leaves_no_copy_of_the_modules_that_it_saves(tmp_path: pat
     assert torch.equal(zoo.logits(loaded, "llama"), wanted)
 
 
+def test_a_failed_load_leaves_the_active_adapter_and_its_trained_head_active(tmp_path: pathlib.Path) -> None:
+    config = PreskipConfig(modules_to_save=["lm_head"])
+    whole = get_peft_model(zoo.build("llama"), config)
+    whole.save_pretrained(tmp_path / "whole")
+    broken = damaged(tmp_path / "whole", drop)
+    base = zoo.build("llama")
+    base.add_adapter(PreskipConfig(), "a")
+    base.add_adapter(config, "c")
+    zoo.randomise(base)
+    trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    before = zoo.logits(base, "llama")
+    for load in (base.load_adapter, lambda *args, **kwargs: PeftModel.from_pretrained(base, *args, **kwargs)):
+        with pytest.raises(PreskipError):
+            load(broken, adapter_name="x")
+        assert base.active_adapters() == ["c"]
+        assert torch.equal(zoo.logits(base, "llama"), before)
+        assert [name for name, parameter in base.named_parameters() if parameter.requires_grad] == trained
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_adapter_without_its_trained_head_is_refused(way: Callable, tmp_path: pathlib.Path) -> None:
     model = get_peft_model(zoo.build("llama"), PreskipConfig(modules_to_save=["lm_head"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,7 +63,7 @@ class PreskipModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         target_fields = ("target_modules", "layers_to_transform", "layers_pattern")
         config_before = {name: getattr(config, name) for name in target_fields}
-        trainable_before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        put_back = state_of(model)
         try:
             self._resolve_targets(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -72,8 +72,7 @@ class PreskipModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             for name, value in config_before.items():
                 setattr(config, name, value)
-            for parameter, requires_grad in trainable_before:
-                parameter.requires_grad_(requires_grad)
+            put_back()
             forget_first_adapter(model)
             raise
         self._watch_loading()
@@ -300,6 +299,25 @@ def remove_adapter(model: nn.Module, adapter_name: str) -> None:
                 layer.delete_adapter(adapter_name)
             if not layer.settings:
                 detach(module)
+
+
+def state_of(model: nn.Module) -> Callable[[], None]:
+    """What a refused adapter may have changed beside its own parts: which weights train, which adapters are active.
+
+    Returns:
+        A function that puts both back as they are now.
+    """
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    active = [(module, module._active_adapter) for module in model.modules() if isinstance(module, kinds)]
+
+    def put_back() -> None:
+        for module, names in active:
+            module._active_adapter = names
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+
+    return put_back
 
 
 def remove_copies(model: nn.Module, adapter_name: str) -> None:

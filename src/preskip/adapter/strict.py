@@ -19,7 +19,14 @@ from transformers.integrations.peft import PeftAdapterMixin
 
 from preskip.adapter.checkpoint import expected_tensors, missing_tensors, refuse
 from preskip.adapter.config import PreskipConfig
-from preskip.adapter.model import base_model, forget_first_adapter, remove_adapter, remove_copies, wrappers
+from preskip.adapter.model import (
+    base_model,
+    forget_first_adapter,
+    remove_adapter,
+    remove_copies,
+    state_of,
+    wrappers,
+)
 from preskip.errors import PreskipError
 
 # Settings of which a checkpoint's tensors show nothing.
@@ -148,11 +155,11 @@ def _preskip_adapters(model: Any) -> set[str]:
 
 
 class _Undo:
-    """Takes out the Preskip adapters that a model has got since this was made; weights train again as before."""
+    """Takes out the Preskip adapters that a model has got since this was made; others are as before (`state_of`)."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.before = model, _preskip_adapters(model)
-        self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self.put_back = state_of(model)
 
     def new(self) -> set[str]:
         return _preskip_adapters(self.model) - self.before
@@ -164,8 +171,7 @@ class _Undo:
             remove_copies(self.model, name)
             del self.model.peft_config[name]
         if new:
-            for parameter, requires_grad in self.trainable:
-                parameter.requires_grad_(requires_grad)
+            self.put_back()
         if new and not self.model.peft_config:
             del self.model.peft_config
             forget_first_adapter(self.model)
