@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import transformers
 from torch import nn
 
 import zoo
@@ -18,6 +20,31 @@ def test_of_a_vision_language_model_only_the_text_decoder_is_taken(name: str) ->
     towers = [key for key, _ in model.named_modules() if key.endswith("self_attn") and "vision" in key]
     assert len(towers) == 2
     assert not {site.name for site in find_sites(model).attentions} & set(towers)
+
+
+SMALL = {"num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "settings", "text"),
+    [
+        ("GitForCausalLM", "GitConfig", {"vision_config": {"num_hidden_layers": 4}}, "git.encoder.layer"),
+        ("IdeficsForVisionText2Text", "IdeficsConfig", {"vision_config": SMALL}, "model.layers"),
+        (
+            "Phi4MultimodalForCausalLM",
+            "Phi4MultimodalConfig",
+            {"vision_config": SMALL, "audio_config": {"num_blocks": 2}},
+            "model.layers",
+        ),
+    ],
+)
+def test_towers_of_models_that_name_no_text_decoder_are_left_alone(
+    model: str, config: str, settings: dict, text: str
+) -> None:
+    with torch.device("meta"):
+        whole = getattr(transformers, model)(getattr(transformers, config)(**SMALL, **settings))
+    assert {site.stack for site in find_sites(whole).attentions} == {text}
+    assert len(find_sites(whole).attentions) == 2
 
 
 def test_an_encoder_decoder_is_taken_whole() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,7 +80,8 @@ def text_decoder(model: nn.Module) -> nn.Module:
 def find_sites(model: nn.Module) -> Sites:
     """Find the self-attention of every block of the model's text decoder.
 
-    A stack is an `nn.ModuleList` in which at least one block has a child of a known attention name.
+    A stack is an `nn.ModuleList` in which at least one block has a child of a known attention name. Stacks of towers of
+    pictures or sound that `text_decoder` cannot tell apart are left out (`_of_text`).
 
     Raises:
         PreskipError: no block has one; the message lists the children of the model's stacks.
@@ -113,7 +115,26 @@ def find_sites(model: nn.Module) -> Sites:
             f"no self-attention found in {type(model).__name__} (looked for {names} in its "
             f"blocks{f'; found {found}' if found else ''}): name the modules with target_modules, if it has any"
         )
-    return Sites(attentions=tuple(sites), blocks_without=tuple(without))
+    kept = _of_text(model, decoder, {site.stack for site in sites})
+    return Sites(
+        attentions=tuple(site for site in sites if site.stack in kept),
+        blocks_without=tuple(block for block in without if block.rpartition(".")[0] in kept),
+    )
+
+
+def _of_text(model: nn.Module, decoder: nn.Module, stacks: set[str]) -> set[str]:
+    """The stacks whose innermost model has a config of the text's type; all, where none has or two sides read text."""
+    config = getattr(decoder, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "get_text_config"):
+        return stacks
+    wanted = type(config.get_text_config(decoder=True))  # type: ignore[union-attr]
+    return {stack for stack in stacks if type(_config_around(model, stack)) is wanted} or stacks
+
+
+def _config_around(model: nn.Module, path: str) -> Any:
+    while path and not hasattr(model.get_submodule(path), "config"):
+        path = path.rpartition(".")[0]
+    return getattr(model.get_submodule(path), "config", None)
 
 
 def site_of(model: nn.Module, name: str) -> AttentionSite:

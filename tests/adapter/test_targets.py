@@ -83,6 +83,18 @@ def test_a_vision_tower_can_be_named() -> None:
     assert {layer.width for layer in model.modules() if isinstance(layer, PreskipLayer)} == {24}
 
 
+def test_the_vision_encoder_of_git_gets_no_branch() -> None:
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    settings = {**zoo.FULL, "vision_config": {**vision, "image_size": zoo.IMAGE_SIZE, "patch_size": 8}}
+    model = transformers.GitForCausalLM(transformers.GitConfig(**settings)).eval()
+    before = zoo.logits(model, "llava")
+    with pytest.raises(PreskipError, match=r"layers_to_transform=\[3\] .* has attention in layers 0 to 1"):
+        get_peft_model(model, PreskipConfig(layers_to_transform=[3]))
+    wrapped = get_peft_model(model, PreskipConfig())
+    assert adapted(wrapped) == [f"git.encoder.layer.{layer}.attention.self" for layer in range(2)]
+    assert torch.equal(zoo.logits(wrapped, "llava"), before)
+
+
 def test_branches_have_the_width_of_their_own_attention() -> None:
     model = get_peft_model(zoo.build("llava"), PreskipConfig(target_modules=["self_attn"]))
     widths = {("vision" in path): m.width for path, m in model.named_modules() if isinstance(m, PreskipLayer)}
