@@ -208,6 +208,14 @@ def test_tasks_train_and_save_their_head(task: str, name: str, cls: str, head: s
     assert torch.equal(run(plain), run(reference))
 
 
+def test_a_head_of_another_name_than_peft_expects_is_asked_for() -> None:
+    build = lambda: zoo.build("bart", model="BartForSequenceClassification")  # noqa: E731
+    with pytest.raises(PreskipError, match=r"PEFT's names .* own head, e\.g\. .*=\['classification_head'\]"):
+        get_peft_model(build(), PreskipConfig(task_type="SEQ_CLS"))
+    model = get_peft_model(build(), PreskipConfig(task_type="SEQ_CLS", modules_to_save=["classification_head"]))
+    assert any("classification_head" in key and p.requires_grad for key, p in model.named_parameters())
+
+
 def test_modules_to_save() -> None:
     model = adapted(modules_to_save=["lm_head"])
     trained = [key for key, p in model.named_parameters() if p.requires_grad and ".preskip." not in key]

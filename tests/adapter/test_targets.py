@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 import zoo
@@ -93,6 +94,63 @@ def test_the_vision_encoder_of_git_gets_no_branch() -> None:
     wrapped = get_peft_model(model, PreskipConfig())
     assert adapted(wrapped) == [f"git.encoder.layer.{layer}.attention.self" for layer in range(2)]
     assert torch.equal(zoo.logits(wrapped, "llava"), before)
+
+
+def test_a_list_of_blocks_is_chosen_among_several_by_default_targets_too() -> None:
+    config = PreskipConfig(layers_to_transform=[0], layers_pattern="decoder.layers")
+    model = get_peft_model(zoo.build("bart"), config)
+    assert adapted(model) == ["model.decoder.layers.0.self_attn"]
+    both = PreskipConfig(layers_to_transform="attention", layers_pattern=["encoder.layers"])
+    model = get_peft_model(zoo.build("bart"), both)
+    assert adapted(model) == [f"model.encoder.layers.{layer}.self_attn" for layer in range(2)]
+    with pytest.raises(PreskipError, match="layers_pattern='blocks' is no list of blocks: choose among"):
+        get_peft_model(zoo.build("llama"), PreskipConfig(layers_to_transform=[0], layers_pattern="blocks"))
+
+
+def test_a_config_serves_several_models() -> None:
+    config = PreskipConfig(layers_to_transform="attention")
+    first = get_peft_model(zoo.build("lfm2"), config)
+    kinds = ["conv", *["full_attention"] * 3]
+    second = get_peft_model(zoo.build("lfm2", num_hidden_layers=4, layer_types=kinds), config)
+    assert adapted(first) == ["model.layers.1.self_attn"]
+    assert adapted(second) == [f"model.layers.{layer}.self_attn" for layer in (1, 2, 3)]
+    chosen = [model.peft_config["default"].layers_to_transform for model in (first, second)]
+    assert chosen == [[1], [1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"), [("SEQ_CLS", "ForSequenceClassification"), ("TOKEN_CLS", "ForTokenClassification")]
+)
+def test_a_config_of_a_task_serves_several_models(task: str, kind: str) -> None:
+    config = PreskipConfig(task_type=task)
+    bert = get_peft_model(zoo.build("bert", model=f"Bert{kind}"), config)
+    llama = get_peft_model(zoo.build("llama", model=f"Llama{kind}"), config)
+    assert [len(adapted(model)) for model in (bert, llama)] == [2, 2]
+    assert bert.peft_config["default"].target_modules == {"attention.self"}
+
+
+def test_a_router_of_the_name_of_a_part_of_the_branch_is_trained(tmp_path) -> None:
+    model = get_peft_model(zoo.build("mixtral"), PreskipConfig(gated=True, modules_to_save=["gate"]))
+    zoo.randomise(model)
+    trained = {key for key, p in model.named_parameters() if p.requires_grad and ".preskip." not in key}
+    assert trained == {f"base_model.model.model.layers.{i}.mlp.gate.modules_to_save.default.weight" for i in range(2)}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(zoo.build("mixtral"), tmp_path)
+    assert torch.equal(zoo.logits(loaded, "mixtral"), zoo.logits(model, "mixtral"))
+    assert PreskipConfig(modules_to_save="lm_head").modules_to_save == ["lm_head"]
+
+
+def test_no_trained_copy_is_left_where_the_next_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(wrapper) -> None:
+        if isinstance(wrapper.original_module, nn.Linear):
+            raise TypeError("not this one")
+
+    monkeypatch.setattr(ModulesToSaveWrapper, "check_module", refuse)
+    model = zoo.build("llama")
+    before = fingerprint(model)
+    with pytest.raises(TypeError, match="not this one"):
+        get_peft_model(model, PreskipConfig(modules_to_save=["embed_tokens", "lm_head"]))
+    assert fingerprint(model) == before
 
 
 def test_branches_have_the_width_of_their_own_attention() -> None:

@@ -102,6 +102,8 @@ class PreskipConfig(_BranchConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.modules_to_save, str):
+            self.modules_to_save = [self.modules_to_save]
         self.layers_to_transform = _plain(self.layers_to_transform)
         for name in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, name) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,21 +15,23 @@ from preskip.adapter.checkpoint import check_loaded, check_tensors, expected_ten
 from preskip.adapter.config import PreskipConfig
 from preskip.adapter.layer import CANNOT_MERGE, PreskipLayer
 from preskip.adapter.names import check_adapter_name
+from preskip.adapter.targets import (
+    FILLED_IN,
+    as_given,
+    check_is_attention,
+    filled_in,
+    layer_list,
+    listed_attentions,
+    of_pattern,
+    remember_given,
+    resolve_modules_to_save,
+    set_default_targets,
+)
 from preskip.attach import CHILD, attach, detach, remove_copied_taps, tap_of
 from preskip.errors import PreskipError
 from preskip.rows import check_names
 from preskip.site_check import check_role
-from preskip.sites import (
-    ATTENTION_NAMES,
-    INPUT_PROJECTIONS,
-    Sites,
-    choose_layers,
-    coverage,
-    find_sites,
-    input_width,
-    site_of,
-    text_decoder,
-)
+from preskip.sites import choose_layers, coverage, find_sites, input_width, site_of, text_decoder
 
 
 class PreskipModel(BaseTuner):
@@ -61,20 +62,23 @@ class PreskipModel(BaseTuner):
         """Resolve and check the targets, then inject; model and config are as before if anything fails."""
         self._check_name(model, adapter_name)
         config: Any = self.peft_config[adapter_name]
-        target_fields = ("target_modules", "layers_to_transform", "layers_pattern")
-        config_before = {name: getattr(config, name) for name in target_fields}
+        if filled_in(config):  # for another model, which keeps it
+            config = self.peft_config[adapter_name] = as_given(config)
+        before = {name: getattr(config, name) for name in (*FILLED_IN, "modules_to_save")}
         put_back = state_of(model)
         try:
             self._resolve_targets(model, config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             remove_adapter(model, adapter_name)
+            remove_copies(model, adapter_name)
             self.peft_config.pop(adapter_name, None)
-            for name, value in config_before.items():
+            for name, value in before.items():
                 setattr(config, name, value)
             put_back()
             forget_first_adapter(model)
             raise
+        remember_given(config, before)
         self._watch_loading()
 
     def _check_name(self, model: nn.Module, adapter_name: str) -> None:
@@ -87,10 +91,10 @@ class PreskipModel(BaseTuner):
 
     def _resolve_targets(self, model: nn.Module, config: PreskipConfig) -> None:
         """Fill in the default targets and refuse, before anything is changed, what cannot be adapted whole."""
-        sites = find_sites(model) if config.target_modules is None else None
+        sites = of_pattern(find_sites(model), config.layers_pattern) if config.target_modules is None else None
         if sites is not None and sites.blocks_without and config.layers_to_transform is None:
             _check_roles(model, [site.name for site in sites.attentions])  # before advice to choose among them
-        layers = _layer_list(config)
+        layers = layer_list(config)
         if layers == []:
             raise PreskipError("layers_to_transform=[] is not possible: name at least one layer, or None for all")
         if sites is not None or isinstance(layers, str):
@@ -98,17 +102,17 @@ class PreskipModel(BaseTuner):
         if isinstance(config.layers_to_transform, str):
             config.layers_to_transform = layers
         if sites is not None:
-            _set_default_targets(model, sites, config)
+            set_default_targets(model, sites, config)
         inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, PreskipLayer))
         keys = [key for key, _ in model.named_modules() if key and not f"{key}.".startswith(inside)]
         matched = [key for key in keys if check_target_module_exists(config, key)]
         if not matched:
             raise PreskipError(
                 f"target_modules={config.target_modules!r} match nothing in {type(model).__name__}"
-                f"{'' if layers is None else f' with layers_to_transform={layers}'}{_listed_attentions(model)}"
+                f"{'' if layers is None else f' with layers_to_transform={layers}'}{listed_attentions(model)}"
             )
         for key in matched:
-            _check_is_attention(key, model.get_submodule(key))
+            check_is_attention(key, model.get_submodule(key))
             site_of(model, key)
         nested = [key for key in matched if any(key.startswith(f"{other}.") for other in matched)]
         if nested:
@@ -123,9 +127,7 @@ class PreskipModel(BaseTuner):
                 raise PreskipError(f"layers_to_transform: layer {layer} gets no branch, only {', '.join(matched)}")
         for key in matched:
             self._placement(model, key, config)
-        wanted = config.modules_to_save or []
-        if wanted and not any(key.rpartition(".")[2] in wanted or key.endswith(tuple(wanted)) for key in keys):
-            raise PreskipError(f"modules_to_save={list(wanted)} match nothing in {type(model).__name__}")
+        resolve_modules_to_save(model, keys, config)
 
     def _placement(self, model: nn.Module, key: str, config: PreskipConfig) -> tuple[int, nn.Module | None]:
         """Width and tap of the branch at one attention, by its path in the model."""
@@ -349,50 +351,6 @@ def _has_tuner_layers(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def _layer_list(config: PreskipConfig) -> Any:
-    layers = config.layers_to_transform
-    return [layers] if isinstance(layers, int) else layers
-
-
-def _set_default_targets(model: nn.Module, sites: Sites, config: PreskipConfig) -> None:
-    """Fill `target_modules`: names where PEFT hits only the sites by them, else a regular expression.
-
-    Names are not enough where a vision tower has them too, or where the blocks lie at the root of the model.
-    """
-    layers = _layer_list(config)
-    targets = {site.target for site in sites.attentions}
-    expected = {site.name for site in sites.attentions if layers is None or site.layer in layers}
-    config.target_modules = targets  # type: ignore[assignment]
-    hits = {key for key, _ in model.named_modules() if key and check_target_module_exists(config, key)}
-    if hits == expected or (config.exclude_modules is not None and hits < expected):
-        return
-    stacks = "|".join(re.escape(stack) for stack in sorted({site.stack for site in sites.attentions}))
-    index = r"\d+" if layers is None else "|".join(map(str, layers))
-    config.target_modules = rf"({stacks})\.({index})\.({'|'.join(re.escape(target) for target in sorted(targets))})"
-    config.layers_to_transform = config.layers_pattern = None
-
-
-def _check_is_attention(key: str, module: Any) -> None:
-    inner = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    children = dict(module.named_children())
-    mend = "target the module that holds the q/k/v projections, e.g. self_attn"
-    if {"self", "output"} <= children.keys():
-        raise PreskipError(f"{key} holds its attention and the sum behind it: target {key.rpartition('.')[2]}.self")
-    is_linear = hasattr(inner, "in_features") or isinstance(inner, (nn.Embedding, nn.ModuleList, nn.ModuleDict))
-    is_named_so = key.endswith(ATTENTION_NAMES) or type(inner).__name__.endswith(("Attention", "Attn"))
-    holds_projections = any(name in INPUT_PROJECTIONS for name in children)
-    if is_linear or not children or not (is_named_so or holds_projections):
-        raise PreskipError(f"{key} ({type(inner).__name__}) is not an attention module: {mend}")
-
-
 def _check_roles(model: nn.Module, paths: list[str]) -> None:
     """`check_role` of the attentions that have no branch yet."""
     check_role(model, [path for path in paths if not hasattr(model.get_submodule(path), CHILD)])
-
-
-def _listed_attentions(model: nn.Module) -> str:
-    try:
-        sites = find_sites(model)
-    except PreskipError:
-        return ""
-    return f"; its attentions are called {', '.join(sorted({site.target for site in sites.attentions}))}"
