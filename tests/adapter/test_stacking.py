@@ -204,6 +204,38 @@ def test_a_branch_whose_trained_head_went_with_lora_is_not_saved_without_it(tmp_
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_branch_is_saved_and_loaded_beside_tokens_that_lora_trains(tmp_path) -> None:
+    branch = get_peft_model(zoo.build("llama"), PreskipConfig(), adapter_name="branch")
+    zoo.randomise(branch)
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    lora = get_peft_model(branch.get_base_model(), config, adapter_name="lora").eval()
+    branch.save_pretrained(tmp_path, selected_adapters=["branch"])
+    lora.save_pretrained(tmp_path, selected_adapters=["lora"])
+    tensors = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("branch", "lora")}
+    assert all(".preskip." in key for key in tensors["branch"])
+    assert sum("trainable_tokens" in key for key in tensors["lora"]) == 1
+    below = PeftModel.from_pretrained(zoo.build("llama"), tmp_path / "lora", adapter_name="lora")
+    both = PeftModel.from_pretrained(below.get_base_model(), tmp_path / "branch", adapter_name="branch").eval()
+    assert torch.equal(zoo.logits(both, "llama"), zoo.logits(lora, "llama"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_rows_of_a_mixed_batch_need_a_base_without_other_adapters() -> None:
+    _, branch, _, both = stack("llama", False)
+    names = {"adapter_names": ["branch", "__base__"]}
+    with pytest.raises(PreskipError, match="adapter_names does not reach adapters of another kind on this base"):
+        branch(**zoo.inputs("llama"), **names)
+    assert torch.equal(zoo.logits(branch, "llama"), both)
+    for module in branch.modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, PreskipLayer):
+            module.enable_adapters(False)
+    with torch.no_grad():
+        mixed = branch(**zoo.inputs("llama"), **names).logits
+    assert zoo.difference(mixed[0], zoo.logits(branch, "llama")[0]) < 1e-5
+    assert zoo.difference(mixed[1], zoo.logits(zoo.build("llama"), "llama")[1]) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("head", [None, ["lm_head"]])
 def test_the_heads_that_lora_has_trained_stay_when_the_branch_is_unloaded(head, tmp_path) -> None:
     branch = get_peft_model(zoo.build("llama"), PreskipConfig(modules_to_save=head), adapter_name="branch")

@@ -228,6 +228,11 @@ class PreskipModel(BaseTuner):
         names = check_names(names, sorted({name for layer in layers for name in layer.settings}))
         if any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.modules()):
             raise PreskipError("adapter_names does not reach modules_to_save: use one adapter at a time")
+        if _others_compute(self.model):
+            raise PreskipError(
+                "adapter_names does not reach adapters of another kind on this base: merge or unload them before the "
+                "branch is added"
+            )
         try:
             for layer in layers:
                 layer.row_names = names
@@ -345,6 +350,16 @@ def forget_first_adapter(model: nn.Module) -> None:
     """transformers' add_adapter marks the model before it injects, and would take the next try for a second adapter."""
     if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
         model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def _others_compute(model: nn.Module) -> bool:
+    """Whether an adapter of another kind takes part, outside the branches."""
+    branches = [module for module in model.modules() if isinstance(module, PreskipLayer)]
+    inside = {id(module) for branch in branches for module in branch.modules()}
+    others = (module for module in model.modules() if isinstance(module, BaseTunerLayer) and id(module) not in inside)
+    return any(
+        not layer.disable_adapters and set(layer.active_adapters) & layer._get_available_adapters() for layer in others
+    )
 
 
 def _has_tuner_layers(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 transformers' own `model.load_adapter` is made as strict as PEFT's loading, too: left alone it logs a missing tensor,
 fills it with noise and goes on. Both run through no class of ours, so their methods are wrapped; other adapter types
-pass through untouched.
+pass through untouched. So are the methods of PEFT's trained tokens, which fail when another adapter is saved or loaded.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
+from peft.utils.other import TrainableTokensWrapper
 from transformers.integrations.peft import PeftAdapterMixin
 
 from preskip.adapter.checkpoint import expected_tensors, missing_tensors, refuse
@@ -59,6 +60,19 @@ def make_load_adapter_strict() -> None:
 
     peft_model.from_pretrained = classmethod(from_pretrained_whole)
     peft_model.load_adapter = load_another_whole
+    tokens: Any = TrainableTokensWrapper
+    for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
+        setattr(tokens, name, _of_its_own(getattr(tokens, name)))
+
+
+def _of_its_own(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """PEFT looks in every wrapper for the adapter it saves or loads: trained tokens of another adapter have nothing."""
+
+    @wraps(method)
+    def tensors(wrapper: Any, adapter_name: str, *args: Any) -> dict[str, Any]:
+        return method(wrapper, adapter_name, *args) if adapter_name in wrapper._get_available_adapters() else {}
+
+    return tensors
 
 
 def _check_settings(model: Any, source: Any, name: str, kwargs: dict[str, Any]) -> None:
