@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import IA3Config, PeftModel, get_peft_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 import zoo
 from preskip import PreskipConfig, PreskipError
@@ -265,6 +265,32 @@ def test_whole_models_and_base_checkpoints_load_as_ever(folder: pathlib.Path) ->
     del state[f"{PREFIX}.0.self_attn.preskip.skip.default.weight"]
     with pytest.raises(PreskipError, match=r"lacks \S*layers\.0\.self_attn\.preskip\.skip"):
         other.load_state_dict(state, strict=False)
+
+
+def test_a_whole_model_of_tied_embeddings_loads(tmp_path: pathlib.Path) -> None:
+    """safetensors keeps one of two tied tensors, and not always the one that torch names first."""
+    models = [get_peft_model(zoo.build("gpt2"), PreskipConfig()) for _ in range(2)]
+    zoo.randomise(models[0])
+    save_model(models[0], tmp_path / "model.safetensors")
+    assert load_model(models[1], tmp_path / "model.safetensors") == (set(), [])
+    assert torch.equal(*(zoo.logits(model, "gpt2") for model in models))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_was_trained_beside_a_branch_loads_with_it() -> None:
+    models = [get_peft_model(zoo.build("llama"), PreskipConfig(), adapter_name="branch") for _ in range(2)]
+    config = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    for model in models:
+        get_peft_model(model.get_base_model(), config, adapter_name="ia3").requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".preskip." in name or "norm" in name)
+    zoo.randomise(models[0])
+    state = {key: tensor for key, tensor in models[0].named_parameters() if tensor.requires_grad or "ia3_l" in key}
+    models[1].load_state_dict(state, strict=False)
+    assert torch.equal(*(zoo.logits(model, "llama") for model in models))
+    models[1].requires_grad_(False)
+    with pytest.raises(PreskipError, match=r"no place for: \S*norm\.weight"):
+        models[1].load_state_dict(state, strict=False)
 
 
 def test_other_methods_load_through_transformers_untouched(tmp_path: pathlib.Path) -> None:

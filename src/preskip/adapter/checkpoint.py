@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from preskip.adapter.layer import PreskipLayer
@@ -120,16 +123,20 @@ def check_loaded(tuner: nn.Module, state_dict: dict[str, torch.Tensor], prefix: 
 def _stray_base_tensors(tuner: nn.Module, found: set[str]) -> list[str]:
     """Tensors of the base model in an adapter's checkpoint, which would overwrite the base; [] for a whole model's.
 
-    Heads of `modules_to_save` and resized embeddings have their place in an adapter's checkpoint.
+    What is trained, other adapters' weights and resized embeddings have their place beside a branch.
     """
-    base = {key for key, _ in tuner.named_parameters() if f".{CHILD}." not in key}
-    if base <= found:
+    tensors = dict(tuner.named_parameters(remove_duplicate=False))
+    # Tied tensors are one under several names, of which a file holds one at least.
+    held = {id(tensors[key]) for key in found & tensors.keys()}
+    if all(id(tensor) in held for key, tensor in tensors.items() if f".{CHILD}." not in key):
         return []
     embeddings = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(AttributeError, NotImplementedError):  # models of two towers have none of their own
             embeddings.append(getattr(tuner, name)())
-    allowed = {id(p) for module in embeddings if isinstance(module, nn.Module) for p in module.parameters()}
-    tensors = dict(tuner.named_parameters(remove_duplicate=False))
+    holders = [module for module in tuner.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    adapters = [attrgetter(name)(holder) for holder in holders for name in holder.adapter_layer_names]
+    parts = [part for part in (*embeddings, *adapters) if isinstance(part, nn.Module)]
+    allowed = {id(parameter) for part in parts for parameter in part.parameters()}
     strays = (key for key in found & tensors.keys() if id(tensors[key]) not in allowed)
-    return sorted(key for key in strays if "modules_to_save" not in key and "lora_" not in key)
+    return sorted(key for key in strays if not tensors[key].requires_grad)
