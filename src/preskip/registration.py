@@ -57,7 +57,10 @@ class _AfterImport(MetaPathFinder):
 
 
 def install() -> None:
-    """Hook into PEFT and transformers; at once where they are loaded already."""
+    """Hook into PEFT and transformers; at once where they are loaded already. A second call does nothing."""
+    # By its name: a reloaded module has a class of its own. Two would ask each other for PEFT without end.
+    if any(type(finder).__name__ == _AfterImport.__name__ for finder in sys.meta_path):
+        return
     waiting = {"peft": _extend_peft, "transformers.models.auto.configuration_auto": _extend_auto_config}
     for name, call in waiting.items():
         if name in sys.modules:

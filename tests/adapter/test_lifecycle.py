@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import sys
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import preskip
 import zoo
 from preskip import PreskipConfig, PreskipError
 from preskip.adapter import PreskipLayer
@@ -291,6 +294,13 @@ def test_unloading_leaves_the_base_free_for_another_method() -> None:
     base = model.unload()
     again = get_peft_model(base, PreskipConfig()).eval()
     assert torch.equal(zoo.logits(again, "llama"), zoo.logits(zoo.build("llama"), "llama"))
+
+
+def test_a_second_import_leaves_peft_to_be_found() -> None:
+    before = list(sys.meta_path)
+    importlib.reload(preskip)
+    assert sys.meta_path == before
+    assert importlib.util.find_spec("peft") is not None
 
 
 def test_dropout_without_a_preprojection_is_harmless() -> None:
