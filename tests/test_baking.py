@@ -169,6 +169,8 @@ def test_one_of_several_adapters(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "default").eval()), first)
     with pytest.raises(PreskipError, match="no Preskip adapter 'third'"):
         bake(model, tmp_path / "third", adapter="third")
+    with pytest.raises(PreskipError, match=r"adapter=\[\] names none: give a name, several, or None"):
+        bake(model, tmp_path / "none", adapter=[])
 
 
 def test_lora_stacked_on_the_adapter_can_be_merged_and_baked_with_it(tmp_path):

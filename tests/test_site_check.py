@@ -75,6 +75,18 @@ def test_cross_attention_is_refused_before_anything_runs(name: str, target: str)
         get_peft_model(zoo.build(name), PreskipConfig(target_modules=target))
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        ("IBert", TINY, "its output is tuple, its input"),
+        ("Luke", {**TINY, "entity_vocab_size": 8, "entity_emb_size": 32}, "it reads entity_hidden_states, too"),
+    ],
+)
+def test_attention_of_more_than_one_tensor_is_refused(name: str, settings: dict, why: str) -> None:
+    with pytest.raises(PreskipError, match=why):
+        get_peft_model(build(name, **settings), PreskipConfig())
+
+
 class Bare(nn.Module):
     """A model of one block whose attention reads a second tensor, made of the tokens (and of nothing else)."""
 

@@ -76,6 +76,8 @@ def bake(
         raise PreskipError("give either keep_float32 or quantize: int8 weights cannot be trained further")
     base = base_model(model)
     names = [adapter] if adapter is None or isinstance(adapter, str) else list(dict.fromkeys(adapter))
+    if not names:
+        raise PreskipError(f"adapter={adapter!r} names none: give a name, several, or None for the active one")
     found = [_find(model, base, name) for name in names]
     family = architecture(base.config.model_type) if base.config.model_type in TYPES else None
     if family is None:

@@ -185,6 +185,8 @@ def _problem(attention: nn.Module, call: Call, other: Call, implementation: str 
     args, kwargs = call
     if any(kwargs.get(name) is not None for name in ELSEWHERE):
         return "it runs as cross-attention"
+    if "entity_hidden_states" in inspect.signature(attention.forward).parameters:
+        return "it reads entity_hidden_states, too, which a branch would not enrich"
     hidden_states = hidden_states_of(args, kwargs)
     others = dict(_tensors(*other))
     for name, value in _tensors(args, kwargs):
@@ -241,5 +243,5 @@ def is_linear(module: nn.Module) -> bool:
     return (hasattr(module, "in_features") and hasattr(module, "out_features")) or type(module).__name__ == "Conv1D"
 
 
-def _nothing(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(output)
+def _nothing(module: nn.Module, args: tuple, output: Any) -> Any:
+    return torch.zeros_like(output) if isinstance(output, torch.Tensor) else output
