@@ -47,6 +47,16 @@ def test_towers_of_models_that_name_no_text_decoder_are_left_alone(
     assert len(find_sites(whole).attentions) == 2
 
 
+def test_of_an_encoder_decoder_that_sees_both_texts_are_taken() -> None:
+    config = transformers.T5Gemma2Config()
+    config.encoder.text_config.num_hidden_layers = config.encoder.vision_config.num_hidden_layers = 2
+    config.decoder.num_hidden_layers = 2
+    with torch.device("meta"):
+        model = transformers.T5Gemma2ForConditionalGeneration(config)
+    stacks = {site.stack for site in find_sites(model).attentions}
+    assert stacks == {"model.encoder.text_model.layers", "model.decoder.layers"}
+
+
 def test_an_encoder_decoder_is_taken_whole() -> None:
     model = zoo.build("bart")
     assert text_decoder(model) is model

@@ -122,13 +122,15 @@ def find_sites(model: nn.Module) -> Sites:
     )
 
 
-def _of_text(model: nn.Module, decoder: nn.Module, stacks: set[str]) -> set[str]:
-    """The stacks whose innermost model has a config of the text's type; all, where none has or two sides read text."""
-    config = getattr(decoder, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or not hasattr(config, "get_text_config"):
+def _of_text(model: Any, decoder: Any, stacks: set[str]) -> set[str]:
+    """The stacks whose innermost model has a config of the text's type (of either side's); all, where no type tells."""
+    try:
+        sides = [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else [decoder]
+        wanted = {type(side.config.get_text_config()) for side in sides}
+    except (AttributeError, ValueError):  # no config, or one of two texts
         return stacks
-    wanted = type(config.get_text_config(decoder=True))  # type: ignore[union-attr]
-    return {stack for stack in stacks if type(_config_around(model, stack)) is wanted} or stacks
+    found = {stack: type(_config_around(model, stack)) for stack in stacks}
+    return {stack for stack, kind in found.items() if kind in wanted} if wanted <= set(found.values()) else stacks
 
 
 def _config_around(model: nn.Module, path: str) -> Any:
