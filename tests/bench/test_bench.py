@@ -269,7 +269,7 @@ def test_attention_beside_mamba_is_measured_without_lora():
 
 
 TINY = [
-    "bench", "--model-shape", "pythia-14m", "--num-layers", "1", "--dtype", "float32", "--rows", "base,adapter,lora",
+    "bench", "--model-shape", "pythia-14m", "--num-layers", "1", "--dtype", "float32",
     "--prompt", "5", "--batch", "1", "--context", "5", "--new-tokens", "2", "--scoring", "1x5", "--training", "1x5",
     "--rounds", "2",
 ]  # fmt: skip
@@ -277,11 +277,11 @@ TINY = [
 
 def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
-    assert preskip(*TINY, "--json") == 0
+    assert preskip(*TINY, "--rows", "base,adapter,lora", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["layers"] == {"measured": 1, "of": 6}
     assert [work["work"] for work in printed["work"]] == ["prefill", *3 * ["decode"], "scoring", "training"]
-    assert preskip(*TINY) == 0
+    assert preskip(*TINY, "--rows", "base,adapter,lora") == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("scaled to all of them" in line for line in lines)
     assert max(len(line) for line in lines if "wrong" not in line) <= 80
@@ -299,8 +299,8 @@ def short(tmp_path_factory):
 def test_work_beyond_the_models_positions_is_left_out_and_said(short, monkeypatch, capsys):
     monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
     more = ["--dtype", "float32", "--rows", "base,adapter", "--cache", "dynamic", "--batch", "1", "--rounds", "2"]
-    more += ["--work", "prefill,decode", "--prompt", "8,32,33", "--new-tokens", "4"]
-    assert preskip("bench", short, *more, "--context", "28", "--json") == 0
+    more += ["--work", "prefill,decode", "--new-tokens", "4"]
+    assert preskip("bench", short, *more, "--prompt", "8,32,33", "--context", "28", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert [(work["work"], work["tokens"]) for work in printed["work"]] == [
         ("prefill", 8),
@@ -308,7 +308,7 @@ def test_work_beyond_the_models_positions_is_left_out_and_said(short, monkeypatc
         ("decode", 28),
     ]
     assert printed["left_out"] == {"prefill, 1 x 33 tokens": "the model reads at most 32"}
-    assert preskip("bench", short, *more, "--context", "29") == 0
+    assert preskip("bench", short, *more, "--prompt", "8", "--context", "29") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "decode per token, batch 1, dynamic cache of 29 tokens: the model reads at most 32" in out
     assert preskip("bench", short, *more, "--prompt", "33", "--context", "29") == 1

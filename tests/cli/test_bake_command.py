@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import PROBE, make_run, preskip
 from preskip.cli.bake import bake_saved
+from preskip.report.words.verdicts import difference_text, interval_text
 from tiny_model import save_tiny_llama
 
 
@@ -38,13 +39,15 @@ def test_an_adapter_of_a_run(place, tmp_path, capsys):
     value = results["arms"]["preskip"]["metrics"]["corpus"]["bits_per_byte"]
     assert (tmp_path / "out" / "depth.png").is_file()
     card = (tmp_path / "out" / "README.md").read_text().replace("\\", "")
-    assert f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]" in card
+    shown = interval_text("bits_per_byte", value)
+    assert f"{shown['value']} {shown['interval']}" in card
     difference = next(
         row
         for row in results["comparisons"]
         if (row["arm"], row["reference"], row["set"]) == ("preskip", "none", "corpus")
     )
-    assert f"{difference['difference']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]" in card
+    shown = difference_text(difference)
+    assert f"{shown['value']} {shown['interval']}" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
 
 
