@@ -15,6 +15,7 @@ import yaml
 
 import preskip
 import preskip.architecture
+from preskip.arms import ARMS, SCRATCH_ARMS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,6 +52,12 @@ def test_every_stored_file_is_described():
     assert "| `nll` | float \\| null | nats, summed over the scored tokens; None where it has failed |" in page
     names = re.findall(r"^## (\w+)$", page, re.MULTILINE)
     assert all(target in {name.lower() for name in names} for target in re.findall(r"\]\(#(\w+)\)", page))
+
+
+@pytest.mark.parametrize(("name", "arms"), [("arms", ARMS), ("pretraining", SCRATCH_ARMS)])
+def test_every_arm_is_explained(name, arms):
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert [arm for arm in arms if f"`{arm}`" not in page] == []
 
 
 def test_every_public_name_has_its_reference():

@@ -138,7 +138,7 @@ def check_corpus(name: str) -> None:
         raise PreskipError(f"corpus {name} does not exist: check the path")
     raise PreskipError(
         f"unknown corpus {name!r}: embedded are {', '.join(EMBEDDED_CORPORA)}, of the data directory books, "
-        f"wikitext2; or give a text file, a folder of .txt or .md files, a .jsonl file, a table (.parquet, .csv, ...), "
+        f"books24, wikitext2; or give a text file, a folder of .txt or .md files, a .jsonl file, a table (.parquet, .csv, ...), "
         f"or a Hub data set owner/name"
     )
 

@@ -151,7 +151,7 @@ def _checked(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[P
                 raise PreskipError(f"{path}, line {number}: not valid JSON ({error}): get the file again") from error
             except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
                 raise PreskipError(
-                    f"{path}, item {len(rows) + 1}: not in the documented form ({error!r}): see docs/evaluation.md"
+                    f"{path}, item {len(rows) + 1}: not in the documented form ({error!r}): get the file again"
                 ) from error
         if not rows:
             raise PreskipError(f"{path} is empty: get the file again")

@@ -163,7 +163,7 @@ def _read_part(name: str, part: str, data_dir: Path | None) -> list[Document]:
 def no_data_directory(name: str) -> PreskipError:
     """What to say of a corpus with published parts where there is no data directory."""
     return PreskipError(
-        f"corpus {name} is read from the data directory: give --data-dir, or set PRESKIP_DATA (docs/evaluation.md)"
+        f"corpus {name} is read from the data directory: give --data-dir, or see `preskip data` for how to get it"
     )
 
 

@@ -37,7 +37,10 @@ class ExperimentConfig:
     rates: ClassVar[tuple[str, ...]]  # fields that `--lr` stands for
 
     corpus: str = option(
-        "sotu", "sotu, pydoc, wikitext2 or books (--data-dir), a text file, table or folder, a Hub id.", WHAT, path=True
+        "sotu",
+        "sotu, pydoc; wikitext2, books, books24 (--data-dir); a text file, table or folder, a Hub id.",
+        WHAT,
+        path=True,
     )
     data_dir: str | None = option(
         None, "Folder of local data. Default: $PRESKIP_DATA, else ~/.local/share/preskip.", WHAT, path=True
@@ -50,7 +53,8 @@ class ExperimentConfig:
     )
     primary: tuple[str, ...] = option(
         (),
-        "Primary comparison, e.g. content:lora. Default: preskip:lora; from scratch preskip:base-wide.",
+        "Primary comparison, e.g. content:lora. Default: preskip against the first of lora, lora-attention, parallel; "
+        "from scratch of base-wide, base-flops, base-deep, parallel.",
         WHAT,
         read=parse_primary,
     )
@@ -76,14 +80,16 @@ class ExperimentConfig:
     skip_position: str = option(
         "attention", "attention or residual (behind a norm of its output).", BRANCH, choices=SKIP_POSITIONS
     )
-    heldout_fraction: float = option(0.2, "Share of documents held out.", EVALUATION, above=0, below=1)
+    heldout_fraction: float = option(
+        0.2, "Share of documents held out; not of corpora with published parts.", EVALUATION, above=0, below=1
+    )
     split_seed: int = option(0, "Seed of that choice, the same for all --seeds.", EVALUATION, least=0)
     # Two documents are the fewest that give an interval.
     eval_documents: int = option(50, "Held-out documents to score.", EVALUATION, least=2)
     eval_words: int = option(140, "Words scored per document, from its beginning.", EVALUATION, least=1)
     eval_corpora: tuple[str, ...] = option(
         (),
-        "Texts no arm trains on, separated by commas: books,wikitext2:62x850.",
+        "Other texts to score, of each its held-out part: books:40x250 (documents x words), ...",
         EVALUATION,
         read=parse_corpora,
         path=True,

@@ -44,7 +44,7 @@ class ProbeConfig(ExperimentConfig):
 
     model: str = option("smollm2", "smollm2 (embedded), a Hub id, a folder, a GGUF file.", positional=True, path=True)
     preset: str = option("quick", "quick, standard, confirmatory or paper: where the other options start from.", WHAT)
-    arms: tuple[str, ...] = ("none", "preskip", "lora")
+    arms: tuple[str, ...] = option(("none", "preskip", "lora"), f"{', '.join(ARMS)}.")
     seeds: tuple[int, ...] = (42,)
     match: str = option(
         "params",
