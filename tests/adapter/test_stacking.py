@@ -221,8 +221,11 @@ def test_a_branch_is_saved_and_loaded_beside_tokens_that_lora_trains(tmp_path) -
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_rows_of_a_mixed_batch_need_a_base_without_other_adapters() -> None:
-    _, branch, _, both = stack("llama", False)
     names = {"adapter_names": ["branch", "__base__"]}
+    branch, *_ = stack("llama", True)
+    with pytest.raises(PreskipError, match="unload them, or take them in with merge_and_unload"):
+        branch(**zoo.inputs("llama"), **names)
+    _, branch, _, both = stack("llama", False)
     with pytest.raises(PreskipError, match="adapter_names does not reach adapters of another kind on this base"):
         branch(**zoo.inputs("llama"), **names)
     assert torch.equal(zoo.logits(branch, "llama"), both)

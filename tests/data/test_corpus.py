@@ -144,16 +144,19 @@ def test_folder(tmp_path):
     assert [(d.id, d.text) for d in load_corpus(str(tmp_path)).documents] == [("b.md", "B"), ("sub/a.txt", "A")]
 
 
-def test_a_run_inside_a_folder_is_no_text_of_it(tmp_path):
+def test_a_run_inside_a_folder_is_no_text_of_it(tmp_path, capsys):
     for place, text in {"b.md": "B", "sub/a.txt": "A"}.items():
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_text(text)
+    (tmp_path / "sub" / "run.json").write_text('{"schema_version": 1}')  # another program's
     before = load_corpus(str(tmp_path))
+    assert len(before.documents) == 2
     adapter = tmp_path / "runs" / "first" / "arms" / "lora" / "adapter"
     adapter.mkdir(parents=True)
-    (tmp_path / "runs" / "first" / "run.json").write_text("{}")
+    (tmp_path / "runs" / "first" / "run.json").write_text('{"schema_version": 1, "config": {}}')
     (adapter / "README.md").write_text("A model card.")
     assert load_corpus(str(tmp_path)) == before
+    assert "1 run(s) in it are left out, e.g. runs/first" in capsys.readouterr().err
 
 
 def test_packed_texts_are_as_they_are_unpacked(tmp_path):

@@ -177,7 +177,7 @@ def test_a_folder_that_would_be_a_pattern(tmp_path):
 def test_a_run_inside_a_folder_of_tables_is_refused(tmp_path):
     write(tmp_path / "a.parquet", pd.DataFrame({"text": ["one"]}))
     (tmp_path / "runs" / "first").mkdir(parents=True)
-    (tmp_path / "runs" / "first" / "run.json").write_text("{}")
+    (tmp_path / "runs" / "first" / "run.json").write_text('{"schema_version": 1, "config": {}}')
     (tmp_path / "runs" / "first" / "train.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(PreskipError, match=r"has tables and the run .*runs/first: give another --out, or move that"):
         load_corpus(str(tmp_path), progress=False)

@@ -1,13 +1,16 @@
 """A probe as tasks of a Ray cluster, also when a worker is lost, and under a launcher: the results of one process."""
 
 import os
+import pickle
 import signal
 import sys
+from contextlib import contextmanager
 
 import pytest
 
 from preskip.cli.main import main
 from preskip.errors import PreskipError
+from preskip.experiment import execute
 from preskip.experiment import run as experiment
 from preskip.experiment.run import finish_run, start_run
 from preskip.runs import environment
@@ -27,6 +30,27 @@ def local_probe(tmp_path_factory):
     config = small_probe(folder)
     finish_run(start_run(config, folder / "run", ["test"]), quiet=True)
     return config, folder / "run"
+
+
+def test_searches_and_cells_can_be_handed_to_other_processes(local_probe, tmp_path, monkeypatch, capsys):
+    """By reference, as spawned processes take them, and results as they give them; here in this process."""
+
+    @contextmanager
+    def handed_over(count):
+        def outcomes(function, calls, names):
+            for index, call in enumerate(calls):
+                taken, arguments = pickle.loads(pickle.dumps((function, call)))
+                yield index, pickle.loads(pickle.dumps(taken(*arguments)))
+
+        yield outcomes
+
+    config, local_run = local_probe
+    monkeypatch.setattr(execute, "processes", handed_over)
+    finish_run(start_run(config, tmp_path / "run", ["test"]), workers=2)
+    assert stored(tmp_path / "run") == stored(local_run)
+    told = capsys.readouterr().err
+    assert "search 1 of 1 done: preskip" in told
+    assert "cell 2 of 2 done" in told or "cell 3 of 3 done" in told
 
 
 @pytest.mark.slow

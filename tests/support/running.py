@@ -24,6 +24,7 @@ def run_notebook(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.chdir(place)
 
     cells = json.loads((FOLDER / name).read_text())["cells"]
+    assert any(cell.get("outputs") for cell in cells), "stored without outputs"
     scope: dict = {}
     with redirect_stdout(io.StringIO()) as printed:
         for cell in cells:

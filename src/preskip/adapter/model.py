@@ -230,8 +230,8 @@ class PreskipModel(BaseTuner):
             raise PreskipError("adapter_names does not reach modules_to_save: use one adapter at a time")
         if _others_compute(self.model):
             raise PreskipError(
-                "adapter_names does not reach adapters of another kind on this base: merge or unload them before the "
-                "branch is added"
+                "adapter_names does not reach adapters of another kind on this base: unload them, or take them in with "
+                "merge_and_unload()"
             )
         try:
             for layer in layers:

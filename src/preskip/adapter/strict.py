@@ -2,7 +2,8 @@
 
 transformers' own `model.load_adapter` is made as strict as PEFT's loading, too: left alone it logs a missing tensor,
 fills it with noise and goes on. Both run through no class of ours, so their methods are wrapped; other adapter types
-pass through untouched. So are the methods of PEFT's trained tokens, which fail when another adapter is saved or loaded.
+pass through untouched. Wrapped, too, and for all adapter types, are two methods of PEFT's trained tokens, which fail
+when another adapter is saved or loaded.
 """
 
 from __future__ import annotations

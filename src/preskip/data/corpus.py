@@ -138,8 +138,8 @@ def check_corpus(name: str) -> None:
         raise PreskipError(f"corpus {name} does not exist: check the path")
     raise PreskipError(
         f"unknown corpus {name!r}: embedded are {', '.join(EMBEDDED_CORPORA)}, of the data directory books, "
-        f"books24, wikitext2; or give a text file, a folder of .txt or .md files, a .jsonl file, a table (.parquet, .csv, ...), "
-        f"or a Hub data set owner/name"
+        f"books24, wikitext2; or give a text file, a folder of .txt or .md files, a .jsonl file, a table (.parquet, "
+        f".csv, ...), or a Hub data set owner/name"
     )
 
 
@@ -324,6 +324,9 @@ def _load_folder(
     if left := tables.tables_in(path):
         some = left[0].relative_to(path).as_posix()
         say(f"corpus folder {path}: {len(left):,} table(s) beside its texts are left out, e.g. {some}", quiet=quiet)
+    if runs := tables.runs_in(path):
+        some = runs[0].relative_to(path).as_posix()
+        say(f"corpus folder {path}: {len(runs):,} run(s) in it are left out, e.g. {some}", quiet=quiet)
     names = [file.relative_to(path).as_posix() for file in files]
     unpacked = [name[:-3] if name.lower().endswith(".gz") else name for name in names]
     ids = [short if unpacked.count(short) == 1 else name for name, short in zip(names, unpacked, strict=True)]

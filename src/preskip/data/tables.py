@@ -8,6 +8,7 @@ name without its form, or the split, and the row's number from 1; so one content
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import re
@@ -148,8 +149,8 @@ def read_folder(
         return None
     if re.search(r"[*?\[]", str(path.resolve())):
         raise PreskipError(f"{where}: tables in a folder with *, ? or [ in its name cannot be found: rename it")
-    if run := next(path.glob("*/**/run.json"), None):  # `datasets` would read its tables, too
-        raise PreskipError(f"{where} has tables and the run {run.parent}: give another --out, or move that run")
+    if runs := runs_in(path):  # `datasets` would read their tables, too
+        raise PreskipError(f"{where} has tables and the run {runs[0]}: give another --out, or move that run")
     with _quiet_libraries():
         try:
             found = datasets.load_dataset_builder(str(path)).config.data_files or {}
@@ -201,12 +202,29 @@ def files_in(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        if "run.json" in names and Path(place) != folder:  # a run of ours, perhaps the one that reads this
+        if Path(place) != folder and _is_run(place, names):  # perhaps the one that reads this
             folders.clear()
             continue
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         found += [Path(place) / name for name in names if not name.startswith((".", "__"))]
     return sorted(file for file in found if file.is_file())
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs of preskip below a folder."""
+    places = os.walk(folder, followlinks=False)
+    return [Path(place) for place, _, names in places if Path(place) != folder and _is_run(place, names)]
+
+
+def _is_run(place: str, names: list[str]) -> bool:
+    """Whether a folder, of which these files are known, is a run of preskip; others may have a run.json, too."""
+    if "run.json" not in names:
+        return False
+    try:
+        record = json.loads(Path(place, "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"schema_version", "config"} <= record.keys()
 
 
 def choose_split(where: str, parts: Iterable[str], split: str | None, *, quiet: bool) -> str:
