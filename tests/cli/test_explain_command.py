@@ -176,7 +176,7 @@ def test_a_run_from_scratch(tmp_path, capsys):
     """The layout of `preskip pretrain`: a model per cell, held-out documents in the run."""
     run = tmp_path / "run"
     corpus = [json.loads(line) for line in write_corpus(tmp_path / "c.jsonl", 4).read_text().splitlines()]
-    config = {"arch": "llama-tiny", "dtype": "float32", "corpus": "c.jsonl", "split_seed": 0}
+    config = {"arch": "llama-tiny", "dtype": "float32", "corpus": "c.jsonl", "split_seed": 0, "seq_len": 16}
     manifest = {"schema_version": 2, "kind": "pretrain", "config": config, "arms": {"base": {}, "preskip": {}}}
     for arm, kind in (("base", "llama"), ("preskip", "preskip_llama")):
         cell = run / "arms" / arm / "seed-1"
@@ -189,10 +189,11 @@ def test_a_run_from_scratch(tmp_path, capsys):
     (run / "data").mkdir()
     (run / "data" / "heldout.json").write_text(json.dumps([{"name": "c", "documents": corpus}]))
     (run / "run.json").write_text(json.dumps(manifest))
-    assert preskip("explain", run, *FEW, "--json") == 0
+    assert preskip("explain", run, *FEW[:-2], "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["source"] == {"kind": "run", "name": "run", "arm": "preskip", "seed": 1}
     assert found["model"]["name"] == "llama-tiny"
+    assert found["method"]["context_length"] == 16  # as it was trained, of 64 positions
     assert {text["id"] for text in found["texts"]} == {entry["id"] for entry in corpus}
     assert preskip("explain", run, "--arm", "base", *FEW) == 1
     assert "arm base of" in capsys.readouterr().err

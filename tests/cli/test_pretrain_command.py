@@ -29,7 +29,7 @@ from preskip.experiment.probe_options import ProbeConfig
 from preskip.experiment.run import start_run
 from preskip.report.words.claims import assess
 from preskip.runs.files import write_json, write_jsonl
-from preskip.runs.weights import find_source
+from preskip.runs.weights import find_source, trained_context
 from tiny_model import write_corpus
 
 TINY = ["--num-layers", "1", "--hidden-size", "32", "--heads", "2", "--kv-heads", "2", "--mlp-width", "64"]
@@ -475,7 +475,22 @@ def test_a_terminated_run_ends_its_workers_and_is_finished_by_others(finished, c
 
 def test_the_saved_model_generates_with_its_cache(finished):
     folder = finished / "arms" / "preskip" / "seed-1" / "model"
-    assert json.loads((folder / "config.json").read_text())["use_cache"] is True
+    config = json.loads((folder / "config.json").read_text())
+    assert config["use_cache"] is True
+    # With trust_remote_code it is opened where nothing has imported preskip, as a baked one is.
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_preskip.PreskipLlamaForCausalLM"
+    assert "import PreskipLlamaConfig" in (folder / "modeling_preskip.py").read_text()
+    assert not (finished / "arms" / "base" / "seed-1" / "model" / "modeling_preskip.py").exists()
+
+
+def test_a_saved_model_is_scored_with_the_context_that_it_was_trained_on(finished, corpus, capsys):
+    folder = finished / "arms" / "preskip" / "seed-1" / "model"
+    assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] > 16
+    capsys.readouterr()
+    assert preskip("eval", folder, "--corpus", corpus, "--limit", "2", "--device", "cpu", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["context_length"] == 16
+    assert trained_context(folder) == 16
+    assert trained_context(folder.parent) is None
 
 
 def test_the_saved_model_has_a_card(finished):

@@ -20,7 +20,7 @@ import zoo
 from ports import free_port
 from preskip import PreskipConfig, bake
 from preskip.architecture import TYPES, architecture
-from preskip.serve.transformers_server import put_classes_on
+from preskip.serve.transformers_server import put_classes_on, serve_here_as
 from served import first_document
 from tiny_model import tiny_llama
 from tiny_text import tiny_tokenizer
@@ -34,6 +34,27 @@ def test_the_classes_are_where_the_server_looks_for_them():
     for base_type in TYPES:
         model = architecture(base_type).causal_lm
         assert getattr(module, model.__name__) is model
+
+
+@pytest.mark.parametrize("name", ["plain", "a@b", "law@main"])
+def test_a_name_with_an_at_is_a_name(name):
+    """transformers writes @main behind a name that has no @."""
+    refused = pytest.importorskip("fastapi").HTTPException
+    loaded = []
+
+    class Manager:
+        def __init__(self):
+            pass
+
+        def load_model_and_processor(self, model):
+            loaded.append(model)
+            return None, None
+
+    serve_here_as(Manager, name)
+    Manager().load_model_and_processor(name if "@" in name else f"{name}@main")
+    assert loaded == [".@main"] * 2
+    with pytest.raises(refused, match="there is no model 'other' here"):
+        Manager().load_model_and_processor("other@main")
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def evaluate(
     ] = "0,1234,1234,1234",
     batch_size: Annotated[int, flag("Texts that are generated at once.", "Scoring", hint=int, least=1)] = 8,
     context_length: Annotated[
-        Optional[int], flag("Most tokens read at once. Default: as the model, at most 2048.", "Scoring")
+        Optional[int], flag("Most tokens read at once. Default: as the model, at most 2048, or its run.", "Scoring")
     ] = None,
     stride: Annotated[
         Optional[int], flag("Tokens scored per window of a text. Default: --context-length.", "Scoring")
@@ -110,6 +110,7 @@ def evaluate(
         from preskip.evaluate.texts import TextSuite
         from preskip.runs import environment
         from preskip.runs.stored import failed_notes
+        from preskip.runs.weights import trained_context
         from preskip.stats import summarise
     device = environment.resolve_device(device)
     dtype, reason = environment.resolve_dtype(dtype, device)
@@ -119,7 +120,7 @@ def evaluate(
     check_causal(live)
     config: Any = live.config
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = chosen_context(context_length, own, LONGEST_CONTEXT)
+    length = chosen_context(context_length, own, trained_context(Path(model)) or LONGEST_CONTEXT)
     text_suite = TextSuite(
         texts,
         tokenizer,

@@ -52,7 +52,7 @@ def explain(
     documents: Annotated[int, flag("Held-out documents to read.", "How much", hint=int, least=2)] = 50,
     words: Annotated[int, flag("Words of each.", "How much", hint=int, least=2)] = 300,
     context_length: Annotated[
-        Optional[int], flag("Most tokens read at once. Default: as the model, at most 512.", "How much")
+        Optional[int], flag("Most tokens read at once. Default: as the model, or its run, at most 512.", "How much")
     ] = None,
     ablation_documents: Annotated[int, flag("Documents on which parts are switched off; 0: none.", "How much")] = 8,
     ablation_words: Annotated[int, flag("Words of each.", "How much")] = 40,
@@ -86,7 +86,7 @@ def explain(
         from preskip.runs import environment
         from preskip.runs.explain_schema import EXPLAIN_VERSION, Explain
         from preskip.runs.files import clear_disk_errors, read_json, write_json
-        from preskip.runs.weights import find_source
+        from preskip.runs.weights import find_source, trained_context
     found = find_source(source, arm=arm, seed=seed)
     if found.is_checkpoint and (several := read_json(found.weights / "config.json").get("preskip_adapters")):
         raise PreskipError(
@@ -117,7 +117,7 @@ def explain(
         live, tokenizer = _load(found, model, resolved, device, trust_remote_code)
     own = getattr(base_model(live).config.get_text_config(), "max_position_embeddings", None)
     extent = Extent(
-        context_length=chosen_context(context_length, own, 512),
+        context_length=chosen_context(context_length, own, min(512, trained_context(found.weights) or 512)),
         batch_tokens=batch_tokens,
         ablation_documents=ablation_documents,
         ablation_words=ablation_words,

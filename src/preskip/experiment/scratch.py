@@ -26,7 +26,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from preskip.analysis.depth import text_profile
+from preskip.architecture.models import architecture
 from preskip.architecture.shapes import SHAPES
+from preskip.architecture.stub import auto_map
 from preskip.arms import SCRATCH_ARMS, resolve_arms
 from preskip.arms.insert import Inserted
 from preskip.arms.plan import Plan, Planner, on_meta
@@ -44,6 +46,7 @@ from preskip.experiment.measured import finite, measured
 from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.reading import CHARACTERS_PER_TOKEN, amount_read, reading_limit
+from preskip.model_types import PREFIX
 from preskip.progress import progress_bar, spinner
 from preskip.runs.attempt import check_same_inputs
 from preskip.runs.directory import Cell, RunDirectory
@@ -239,7 +242,11 @@ class Scratch(Prepared):
         """See `Prepared.save`: the whole model, with its tokenizer."""
         model: Any = built.model
         with clear_disk_errors(cell.folder):
-            model.config.use_cache = True  # Trainer has turned it off
+            config = model.config
+            config.use_cache = True  # Trainer has turned it off
+            if config.model_type.startswith(PREFIX):
+                family = architecture(config.model_type)
+                config.auto_map = auto_map(family.config, family.model, family.causal_lm)
             model.save_pretrained(cell.folder / "model")
             self.tokenizer.save_pretrained(cell.folder / "model")
             sync_tree(cell.folder / "model")

@@ -136,6 +136,20 @@ def find_source(path: Path, *, arm: str | None = None, seed: int | None = None) 
     )
 
 
+def trained_context(folder: Path) -> int | None:
+    """The tokens at once with which a run from scratch scored its own model, RUN/arms/ARM/seed-N/model; None of others.
+
+    What its config calls its positions may be many times what it was trained on.
+    """
+    place = folder.expanduser().resolve()
+    record = place.parents[min(3, len(place.parents) - 1)] / "run.json"
+    if place.name != "model" or not record.is_file():
+        return None
+    manifest = read_json(record)
+    config = manifest.get("config") or {}
+    return config.get("context_length") or config.get("seq_len") if manifest.get("kind") == "pretrain" else None
+
+
 def _in_run(path: Path, arm: str | None, seed: int | None) -> Source:
     run = RunDirectory.open(path)
     manifest = run.manifest

@@ -84,7 +84,8 @@ def serve_here_as(manager: Any, name: str, adapters: Sequence[str] = ()) -> None
     names = [*adapters, BASE] if adapters else [name]
 
     def load_by_name(self: Any, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
-        asked = model_id_and_revision.partition("@")[0]
+        # transformers adds @main where a name has no @.
+        asked = model_id_and_revision if model_id_and_revision in names else model_id_and_revision.removesuffix("@main")
         if asked not in names:
             from fastapi import HTTPException
 
