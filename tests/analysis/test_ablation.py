@@ -16,7 +16,7 @@ from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import score_sequences
 from preskip.stats import paired_ratio_difference
-from tiny_explain import adapted
+from tiny_explain import adapted, crossed_llama
 
 WINDOWS = [
     Window(np.random.default_rng(i).integers(8, zoo.VOCABULARY, size).tolist(), 1 + i % 3)
@@ -104,6 +104,21 @@ def test_every_family_and_position(name, position):
     assert torch.equal(zoo.logits(model, name), on)
 
 
+@pytest.mark.parametrize("peer", ["canon-a", "canon", "gated-attention", "value-residual"])
+@torch.no_grad()
+def test_without_the_enrichment_a_peer_stays_and_reads_what_attention_reads(peer):
+    model = crossed_llama(peer)
+    on = zoo.logits(model, "llama")
+    for branch in live_branches(model):
+        with switched_off(branch, "enrichment"):
+            off = zoo.logits(model, "llama")
+        settings = branch.module.settings
+        branch.module.settings = replace(settings, enrich_attention=False)
+        assert zoo.difference(off, zoo.logits(model, "llama")) <= 1e-6
+        assert zoo.difference(off, on) > 1e-4
+        branch.module.settings = settings
+
+
 @pytest.mark.parametrize("name", TEXT)
 def test_kept_blocks_change_no_bit(name):
     model = adapted(name)
@@ -145,7 +160,8 @@ def test_the_model_is_as_it_was():
 
     def wiring():
         modules = list(model.modules())
-        return [(len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in m.__dict__) for m in modules]
+        own = ("forward", "enrich", "content")
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks), [n in vars(m) for n in own]) for m in modules]
 
     before = wiring()
     ablate(model, WINDOWS, OWNERS, SIZES)

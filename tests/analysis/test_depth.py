@@ -10,6 +10,7 @@ from preskip.data.blocks import Window
 from preskip.data.corpus import Document
 from preskip.evaluate.texts import TextSet
 from preskip.stats import bootstrap_ratio
+from tiny_explain import crossed_llama
 from tiny_model import tiny_llama
 
 
@@ -50,6 +51,23 @@ def test_profile_equals_an_independent_computation():
     assert len(rows) == 2
 
 
+@pytest.mark.parametrize("peer", ["canon-a", "canon"])
+def test_enrichment_is_of_what_canon_gives(peer):
+    model, ids = crossed_llama(peer), [5, 6, 7, 8]
+    rows = depth_profile(model, [ids])
+    seen = {}
+    for index, block in enumerate(model.model.layers):
+        modules = {"x": block.peers[peer.replace("-", "_")]["a"], "feature": block.self_attn.preskip.down}
+        for name, module in modules.items():
+            module.register_forward_hook(
+                lambda m, a, out, key=(index, name): seen.update({key: out.norm(dim=-1).sum()})
+            )
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]))
+    expected = [(seen[index, "feature"] / seen[index, "x"]).item() for index in range(3)]
+    assert [row["enrichment"] for row in rows] == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_text_is_profiled_over_its_groups():
     """Eight of ten documents, five of each group; those of a group are summed before they are drawn."""
     documents = [Document(f"{place}", "", "long" if place < 5 else "short") for place in range(10)]
@@ -82,6 +100,7 @@ def test_profile_leaves_the_model_as_it_was():
     attention = model.model.layers[0].self_attn
     hooks = [dict(attention._forward_hooks), dict(attention._forward_pre_hooks)]
     depth_profile(model, [[3, 4, 5]])
+    assert "enrich" not in vars(attention.preskip)
     assert [dict(attention._forward_hooks), dict(attention._forward_pre_hooks)] == hooks
     assert model.training
 

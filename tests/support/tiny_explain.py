@@ -1,7 +1,9 @@
 """A tiny adapted model, texts and their tokens for the tests of explain."""
 
 from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import preskip.architecture  # noqa: F401
 import zoo
 from preskip import PreskipConfig
 from preskip.analysis.explain import Text
@@ -23,6 +25,15 @@ def adapted_llama(std: float = 0.1, **settings):
     model = get_peft_model(model, PreskipConfig(**settings))
     zoo.randomise(model, std=std)
     return model.eval()
+
+
+def crossed_llama(peer: str, **settings):
+    """A random 3-layer Llama with branches of its own and a peer in every block."""
+    plain = {k: v for k, v in tiny_llama(num_hidden_layers=3).config.to_dict().items() if k != "model_type"}
+    config = AutoConfig.for_model("preskip_llama", **plain, preskip_peers={peer: settings})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    zoo.randomise(model, std=0.3)
+    return model
 
 
 def adapted(name: str, **settings):

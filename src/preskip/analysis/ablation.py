@@ -18,11 +18,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from preskip.adapter import base_model
-from preskip.analysis.branches import PARTS, LiveBranch, live_branches
-from preskip.attach import hidden_states_of, with_hidden_states
+from preskip.analysis.branches import PARTS, LiveBranch, live_branches, replaced
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import batches, default_batch_tokens, score_sequences
@@ -130,28 +130,19 @@ def switched_off(branch: LiveBranch, part: str) -> Iterator[None]:
     """Switch one of `PARTS` off in one layer while the block runs; weights, hooks and outputs are then as before."""
     if part not in PARTS:
         raise PreskipError(f"part {part!r} cannot be switched off: choose {' or '.join(PARTS)}")
-    attention = branch.attention
-    with ExitStack() as stack:
-        if part == "skip":
-            module: Any = branch.module
-            module.content = lambda attention_input: None  # in place of its method
-            stack.callback(delattr, module, "content")
-        else:
-            # The branch's hooks, before and behind, both see x̃; only the attention itself is given x̂.
-            plain: list[Any] = []
+    if part == "skip":
+        with replaced(branch, content=lambda attention_input: None):
+            yield
+        return
+    enrich, content = branch.module.enrich, branch.module.content
+    kept: list[torch.Tensor] = []
 
-            def remember(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-                plain.append(hidden_states_of(args, kwargs))
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[:] = [enrich(x)]
+        return x
 
-            forward = attention.forward
-
-            def on_plain(*args: Any, **kwargs: Any) -> Any:
-                args, kwargs = with_hidden_states(args, kwargs, plain.pop())
-                return forward(*args, **kwargs)
-
-            handle = attention.register_forward_pre_hook(remember, prepend=True, with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.enter_context(forward_replaced(attention, on_plain))
+    # Attention, and what a peer puts into it, is given x̂; the skip still carries x̃.
+    with replaced(branch, enrich=keep, content=lambda attention_input: content(kept[0])):
         yield
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,6 +95,33 @@ def live_branches(model: nn.Module) -> list[LiveBranch]:
         block = base.get_submodule(f"{site.stack}.{site.layer}")
         found.append(LiveBranch(site=site, attention=attention, block=block, module=module, tap=tap))
     return found
+
+
+@contextmanager
+def replaced(branch: LiveBranch, **methods: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """Give a branch another `enrich` or `content` while the context lasts."""
+    own = vars(branch.module)
+    before = {name: own[name] for name in methods if name in own}
+    own.update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            del own[name]
+        own.update(before)
+
+
+@contextmanager
+def observed(branch: LiveBranch, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """While the context lasts, `see` is called with x̂ as the branch reads it, behind what a peer makes of it."""
+    enrich = branch.module.enrich
+
+    def enrich_seen(x: torch.Tensor) -> torch.Tensor:
+        see(x)
+        return enrich(x)
+
+    with replaced(branch, enrich=enrich_seen):
+        yield
 
 
 def parts_of(module: Branch) -> list[str]:

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from preskip.analysis.branches import LiveBranch, live_branches, skip_weight
+from preskip.analysis.branches import LiveBranch, live_branches, observed, skip_weight
 from preskip.attach import hidden_states_of
 from preskip.data.corpus import clusters, evenly
 from preskip.evaluate.texts import TextSet
@@ -115,19 +114,20 @@ def _observers(branches: Sequence[LiveBranch], sums: Sequence[Sums]) -> Iterator
     """Observe every branch while the context lasts."""
     with ExitStack() as stack:
         for branch, own in zip(branches, sums, strict=True):
-            for handle in _observe(branch, own):
-                stack.callback(handle.remove)
+            stack.enter_context(_observe(branch, own))
         yield
 
 
-def _observe(branch: LiveBranch, sums: Sums) -> list[RemovableHandle]:
-    """Hooks that run before the branch's own, so that they see x̂ and what the skip will be added to."""
+@contextmanager
+def _observe(branch: LiveBranch, sums: Sums) -> Iterator[None]:
+    """See x̂ and what the skip will be added to, the latter by hooks that run before the branch's own."""
     module, attention = branch.module, branch.attention
+    enrich = module.enrich
     skips: list[torch.Tensor | None] = []
 
-    def before(_, args, kwargs):
-        x = hidden_states_of(args, kwargs).float()
-        sums["enrichment"].append((_length(module.enrich(x) - x), _length(x)))
+    def compare_inputs(x):
+        wide = x.float()
+        sums["enrichment"].append((_length(enrich(wide) - wide), _length(wide)))
 
     def keep(_, args, kwargs, output):
         skips.append(module.content(hidden_states_of(args, kwargs)))
@@ -139,11 +139,12 @@ def _observe(branch: LiveBranch, sums: Sums) -> list[RemovableHandle]:
             sums["skip_to_attention"].append((_length(skip), _length(joined)))
 
     # Prepended in reverse: on one module `keep` runs before `compare`.
-    return [
+    with (
+        observed(branch, compare_inputs),
         (branch.tap or attention).register_forward_hook(compare, prepend=True),
         attention.register_forward_hook(keep, with_kwargs=True, prepend=True),
-        attention.register_forward_pre_hook(before, with_kwargs=True, prepend=True),
-    ]
+    ):
+        yield
 
 
 def _length(x: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from preskip.analysis.depth import depth_profile
 from preskip.analysis.explain.forward import MEASURES, Chunk, Recorder, measure
 from preskip.analysis.explain.sums import SIZES
 from preskip.errors import PreskipError
-from tiny_explain import adapted
+from tiny_explain import adapted, crossed_llama
 
 TEXT = [name for name, family in zoo.FAMILIES.items() if family.causal and family.kind == "text"]
 IDS = [np.random.default_rng(i).integers(8, zoo.VOCABULARY, size).tolist() for i, size in enumerate((9, 12, 7, 12))]
@@ -111,6 +111,22 @@ def test_every_family_as_its_depth_profile(name, position):
     assert all(np.isfinite(value[measure]).all() for value in values for measure in measures)
     assert all(np.isfinite(value["mlp_cosine"]).all() == has_mlp for value in values)
     assert all(np.abs(value["mlp_cosine"]).max() > 1e-3 for value in values if has_mlp)
+
+
+@pytest.mark.parametrize("peer", ["canon-a", "canon"])
+@torch.no_grad()
+def test_the_input_is_what_canon_gives(peer):
+    model = crossed_llama(peer)
+    values, _, _ = measured(model, IDS[:1])
+    norms = []
+    for block in model.model.layers:
+        mix = block.peers[peer.replace("-", "_")]["a"]
+        mix.register_forward_hook(lambda module, args, output: norms.append(output[0].norm(dim=-1)))
+    model(torch.tensor(IDS[:1]))
+    np.testing.assert_allclose(values[0]["input"], torch.stack(norms), rtol=1e-4)
+    for row, depth in enumerate(depth_profile(model, IDS[:1])):
+        ratio = values[0]["change"][row].sum() / values[0]["input"][row].sum()
+        assert ratio == pytest.approx(depth["enrichment"], rel=1e-4)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Spectrum against numpy, promoted tokens against matrix products, attention patterns against a softmax by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from preskip.analysis.branches import live_branches, skip_weight
 from preskip.analysis.explain.attention import attention_changes, describe
 from preskip.analysis.explain.spectrum import spectrum
 from preskip.analysis.explain.unembed import promoted_tokens
-from tiny_explain import adapted, adapted_llama
+from tiny_explain import adapted, adapted_llama, crossed_llama
 from tiny_text import tiny_tokenizer
 
 TEXT = [name for name, family in zoo.FAMILIES.items() if family.causal and family.kind == "text"]
@@ -88,6 +89,27 @@ def pattern(x, s, p, scale):
     scores = (q @ k.transpose(-1, -2) * scale)[0]
     length = scores.shape[-1]
     return scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf).softmax(-1)
+
+
+@pytest.mark.parametrize("peer", ["canon-a", "canon"])
+@torch.no_grad()
+def test_attention_changes_beside_a_peer_are_those_of_two_passes(peer):
+    """A pattern depends on this layer and those below, so the whole model without the enrichment says the same."""
+    model = crossed_llama(peer)
+    ids = np.random.default_rng(4).integers(8, zoo.VOCABULARY, 9).tolist()
+    sums = attention_changes(model, live_branches(model), [ids])
+    model.set_attn_implementation("eager")
+
+    def described(layer):
+        return np.array(describe(model(torch.tensor([ids]), output_attentions=True).attentions[layer]))
+
+    for branch in live_branches(model):
+        on, settings = described(branch.layer), branch.module.settings
+        branch.module.settings = replace(settings, enrich_attention=False)
+        off = described(branch.layer)
+        branch.module.settings = settings
+        np.testing.assert_allclose(sums[branch.layer, 0], [*(on - off), 8], atol=1e-5)
+        assert np.abs(on - off).min() > 1e-4
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from preskip.adapter import base_model
-from preskip.analysis.branches import LiveBranch
-from preskip.attach import hidden_states_of, with_hidden_states
+from preskip.analysis.branches import LiveBranch, observed
+from preskip.attach import with_hidden_states
 from preskip.evaluate.likelihood import head_only_at
 from preskip.progress import Advance, no_progress
 
@@ -59,9 +59,6 @@ def attention_changes(
 def _compared(branch: LiveBranch, index: int, found: dict[int, NDArray[np.float64]]) -> Iterator[None]:
     plain: list[torch.Tensor] = []
 
-    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        plain.append(hidden_states_of(args, kwargs))
-
     def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         x = plain.pop()
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
@@ -72,9 +69,10 @@ def _compared(branch: LiveBranch, index: int, found: dict[int, NDArray[np.float6
         (entropy_on, sink_on), (entropy_off, sink_off) = describe(weights), describe(off[1])
         found[index] = np.array([entropy_on - entropy_off, sink_on - sink_off, weights.shape[2] - 1])
 
-    with ExitStack() as stack:
-        stack.callback(branch.attention.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
-        stack.callback(branch.attention.register_forward_hook(after, prepend=True, with_kwargs=True).remove)
+    with (
+        observed(branch, plain.append),
+        branch.attention.register_forward_hook(after, prepend=True, with_kwargs=True),
+    ):
         yield
 
 

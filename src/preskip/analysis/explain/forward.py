@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
-from preskip.analysis.branches import LiveBranch
-from preskip.attach import hidden_states_of
+from preskip.analysis.branches import LiveBranch, observed
 from preskip.evaluate.likelihood import batches, token_scores
 
 # What is measured per layer and token: norms of the skip's output, of what it joins, of x̃ - x̂ and of x̂; cosines of the
@@ -94,14 +93,12 @@ class Recorder:
                     sources.append(("skip", linears["skip"] if "skip" in linears else linears["skip_up"]))
                 if (mlp := mlp_of(branch.block)) is not None:
                     sources.append(("mlp", mlp))
-                keep_input, reduce = partial(_keep_input, held), partial(self._reduce, index, held)
-                attention = branch.attention
-                stack.callback(attention.register_forward_pre_hook(keep_input, with_kwargs=True, prepend=True).remove)
+                stack.enter_context(observed(branch, partial(held.__setitem__, "input")))
                 # Prepended: attention's output is seen before the branch's own hook adds the skip.
                 for name, module in sources:
                     keep_output = partial(_keep_output, held, name)
                     stack.callback(module.register_forward_hook(keep_output, prepend=True).remove)
-                stack.callback(branch.block.register_forward_hook(reduce).remove)
+                stack.callback(branch.block.register_forward_hook(partial(self._reduce, index, held)).remove)
             yield
 
     def _reduce(self, index: int, held: dict[str, torch.Tensor], block: nn.Module, args: tuple, output: Any) -> None:
@@ -180,10 +177,6 @@ def mlp_of(block: nn.Module) -> nn.Module | None:
         return block.get_submodule(inner)
     children = dict(block.named_children())
     return next((children[name] for name in MLP_NAMES if name in children), None)
-
-
-def _keep_input(held: dict[str, torch.Tensor], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    held["input"] = hidden_states_of(args, kwargs)
 
 
 def _keep_output(held: dict[str, torch.Tensor], name: str, module: nn.Module, args: tuple, output: Any) -> None:
