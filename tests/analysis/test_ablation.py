@@ -119,9 +119,10 @@ def test_without_the_enrichment_a_peer_stays_and_reads_what_attention_reads(peer
         branch.module.settings = settings
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", [*TEXT, "preskip+canon", "preskip+gated-attention", "preskip+value-residual"])
 def test_kept_blocks_change_no_bit(name):
-    model = adapted(name)
+    _, _, peer = name.partition("+")
+    model = crossed_llama(peer) if peer else adapted(name)
     rows = ablate(model, WINDOWS, OWNERS, SIZES)
     on = [score.nll for score in score_sequences(model, WINDOWS)]
     expected = []

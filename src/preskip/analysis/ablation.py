@@ -27,6 +27,7 @@ from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import batches, default_batch_tokens, score_sequences
 from preskip.forwards import forward_replaced
+from preskip.peers.value_residual import ValueResidual
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import AblationRow
 from preskip.sites import AttentionSite
@@ -153,8 +154,9 @@ class _KeptBlocks:
         self.blocks = {stack: list(base.get_submodule(stack)) for stack in stacks}  # type: ignore[call-overload]
         self.outputs: dict[nn.Module, list[Any]] = defaultdict(list)
         config = getattr(base, "config", None)
-        # Blocks that read an earlier block's keys and values need that block to run.
-        self.is_usable = not getattr(config.get_text_config() if config else None, "num_kv_shared_layers", 0)
+        # Blocks that read an earlier block's keys or values need that block to run.
+        shares = getattr(config.get_text_config() if config else None, "num_kv_shared_layers", 0)
+        self.is_usable = not (shares or any(isinstance(module, ValueResidual) for module in base.modules()))
 
     @contextmanager
     def recorded(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ from preskip.data.corpus import Document
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_windows, score_sequences
 from preskip.stats import bootstrap_ratio
-from tiny_explain import adapted, adapted_llama, texts
+from tiny_explain import adapted, adapted_llama, crossed_llama, texts
 from tiny_model import tiny_llama
 from tiny_text import tiny_tokenizer
 
@@ -294,6 +294,24 @@ def test_arms_without_a_part_have_null_there(settings, skip, enrichment, tokeniz
     assert found["method"]["attention_documents"] == (3 if enrichment else 0)
     assert (layer["skip_norm"] is not None) == settings.get("content_skip", True)
     assert (layer["up_norm"] is not None) == settings.get("preprojection", True)
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings"),
+    [
+        ("canon", {}),
+        ("gated-attention", {}),
+        ("nonlinear-q", {}),
+        ("value-residual", {}),
+        ("value-embed", {"layers": [0]}),
+    ],
+)
+def test_a_branch_crossed_with_a_peer_has_every_entry(peer, settings, tokenizer):
+    found = explain(crossed_llama(peer, **settings), tokenizer, texts(3), EXTENT)
+    json.dumps(found, allow_nan=False)
+    for layer in found["layers"]:
+        assert all(layer[key] for key in ("skip_to_attention", "enrichment", "entropy_change", "sink_change"))
+        assert all(layer["ablation"][part] for part in ("skip", "enrichment", "both"))
 
 
 def test_texts_are_streamed_and_the_map_is_cut(tokenizer):

@@ -91,7 +91,7 @@ def pattern(x, s, p, scale):
     return scores.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf).softmax(-1)
 
 
-@pytest.mark.parametrize("peer", ["canon-a", "canon"])
+@pytest.mark.parametrize("peer", ["canon-a", "canon", "gated-attention", "value-residual"])
 @torch.no_grad()
 def test_attention_changes_beside_a_peer_are_those_of_two_passes(peer):
     """A pattern depends on this layer and those below, so the whole model without the enrichment says the same."""

@@ -19,6 +19,8 @@ from preskip.adapter import base_model
 from preskip.analysis.branches import LiveBranch, observed
 from preskip.attach import with_hidden_states
 from preskip.evaluate.likelihood import head_only_at
+from preskip.peers.gated_attention import HeadGate
+from preskip.peers.value_residual import ValueResidual
 from preskip.progress import Advance, no_progress
 
 
@@ -65,7 +67,8 @@ def _compared(branch: LiveBranch, index: int, found: dict[int, NDArray[np.float6
         if not isinstance(weights, torch.Tensor) or weights.dim() != 4:
             return
         args, kwargs = with_hidden_states(args, kwargs, x)
-        off = module.forward(*args, **kwargs)
+        with _run_again(branch.block, x):
+            off = module.forward(*args, **kwargs)
         (entropy_on, sink_on), (entropy_off, sink_off) = describe(weights), describe(off[1])
         found[index] = np.array([entropy_on - entropy_off, sink_on - sink_off, weights.shape[2] - 1])
 
@@ -74,6 +77,20 @@ def _compared(branch: LiveBranch, index: int, found: dict[int, NDArray[np.float6
         branch.attention.register_forward_hook(after, prepend=True, with_kwargs=True),
     ):
         yield
+
+
+@contextmanager
+def _run_again(block: nn.Module, x: torch.Tensor) -> Iterator[None]:
+    """Let attention run once more on x: a gate needs its input anew, later layers the values of the first run."""
+    before = []
+    for peer in block.modules():
+        if isinstance(peer, HeadGate):
+            peer.read = x
+        elif isinstance(peer, ValueResidual):
+            before.append((peer.tokens, peer.tokens.first_value))
+    yield
+    for tokens, value in before:
+        tokens.first_value = value
 
 
 def describe(weights: torch.Tensor) -> tuple[float, float]:
