@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from commands import preskip
 from conforming import run_faults
@@ -27,10 +27,13 @@ from preskip.experiment.cell import opened, run_cell
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.experiment.run import start_run
+from preskip.experiment.scratch import Scratch
 from preskip.report.words.claims import assess
 from preskip.runs.files import write_json, write_jsonl
 from preskip.runs.weights import find_source, trained_context
+from preskip.train.distributed import Crew
 from tiny_model import write_corpus
+from tiny_text import PROSE, tiny_tokenizer
 
 TINY = ["--num-layers", "1", "--hidden-size", "32", "--heads", "2", "--kv-heads", "2", "--mlp-width", "64"]
 TINY += ["--vocab-size", "300", "--seq-len", "16", "--batch-size", "4", "--tokens", "768", "--eval-steps", "4"]
@@ -205,6 +208,67 @@ def test_no_held_out_document_is_trained_on(finished):
     assert heldout
     for document in heldout:
         assert document["text"].split(".")[0] + "." not in text  # "This is record 7."
+
+
+@pytest.mark.parametrize(
+    ("special", "opening", "closing"),
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, [0], [1]),
+        ({"eos_token": "</s>"}, [], [1]),
+        ({"cls_token": "<s>", "sep_token": "</s>"}, [], [0]),
+    ],
+)
+def test_training_and_development_text_have_the_same_marks(tmp_path, special, opening, closing):
+    """Around every document, however long, as it will be scored; never within one."""
+    rows = [json.loads(line) for line in write_corpus(tmp_path / "rows.jsonl", documents=100).open()]
+    long = [{**row, "text": "\n\n".join([row["text"], *[PROSE.strip()] * (4 + n % 3)])} for n, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    backend = tiny_tokenizer().backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path / "tokenizer")
+    config = PretrainConfig(
+        corpus=str(tmp_path / "rows.jsonl"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        overrides={"num_hidden_layers": 1},
+        arms=("base",),
+        tokens=4096,
+        batch_size=4,
+        eval_blocks=9999,
+        eval_documents=5,
+        device="cpu",
+        dtype="float32",
+        report_to=("none",),
+        peak_flops=1e9,
+    )
+    run = start_run(config, tmp_path / "run", [])
+    prepared, _ = Scratch.prepare(run, config, True, Crew())
+    between = [*closing, *opening]
+    for part, blocks in (("training", prepared.blocks), ("development", prepared.development)):
+        found = 0
+        for block in blocks.tolist():
+            marks = [place for place, token in enumerate(block) if token in (0, 1)]
+            assert {block[place] for place in marks} <= set(between), part
+            for place in (place for place in marks if block[place] == closing[0] and place < len(block) - 20):
+                assert block[place : place + len(between)] == between, part
+                behind = prepared.tokenizer.decode(block[place + len(between) :])
+                assert behind.startswith("This is record "), part
+                found += 1
+        assert found, part
+
+
+def test_a_resumed_run_keeps_its_development_text_and_is_refused_other_tokens(again, capsys):
+    """What an earlier preskip packed otherwise stays; made anew, it would not be what the finished cells read."""
+    shutil.rmtree(again / "arms" / "base" / "seed-1")
+    kept = again / "data" / "development.npy"
+    np.save(kept, np.load(kept)[::-1].copy())
+    before = kept.read_bytes()
+    record = stored(again, "run.json")
+    other = {**record, "corpus": {**record["corpus"], "packed_sha256": "0" * 64}}
+    (again / "run.json").write_text(json.dumps(other))
+    assert call("--resume", again) == 1
+    assert "the training text now becomes other tokens than when this run began" in capsys.readouterr().err
+    (again / "run.json").write_text(json.dumps(record))
+    assert call("--resume", again, "--json") == 0
+    assert kept.read_bytes() == before
 
 
 def test_what_is_missing_is_computed_again_with_the_same_result(again, finished, capsys):

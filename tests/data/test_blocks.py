@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from preskip.data.blocks import heldout_windows, pack_blocks, scored_size, text_ids, token_stream
+from preskip.data.blocks import Marks, heldout_windows, pack_blocks, scored_size, text_ids, token_stream
 from preskip.data.corpus import Document, split_text
 from preskip.errors import PreskipError
 from tiny_text import PROSE, tiny_tokenizer
@@ -14,6 +14,7 @@ from tiny_text import PROSE, tiny_tokenizer
 TOKENIZER = tiny_tokenizer()
 DOCUMENTS = [Document(f"d{i}", f"Document number {i}. " + PROSE, f"d{i}") for i in range(6)]
 EOS = TOKENIZER.eos_token_id
+END = Marks(start=None, end=EOS)
 
 
 def test_one_document_is_its_tokens_in_order():
@@ -125,11 +126,11 @@ class Recording:
 
 def test_batches_of_texts_are_bounded_and_whole():
     tokenizer = Recording()
-    stream = list(token_stream(["ab", "c", "", "defghi", "j", "k"], tokenizer, EOS, 3))
+    stream = list(token_stream(["ab", "c", "", "defghi", "j", "k"], tokenizer, END, 3))
     assert tokenizer.calls == [["ab", "c", ""], ["defghi"], ["j", "k"]]
     assert [done for done, _ in stream] == [3, 4, 6]
     assert stream[0][1] == [*text_ids("ab", TOKENIZER), EOS, *text_ids("c", TOKENIZER), EOS, EOS]
-    assert list(token_stream([], tokenizer, EOS, 3)) == []
+    assert list(token_stream([], tokenizer, END, 3)) == []
 
 
 def test_a_long_text_is_tokenised_in_parts(monkeypatch):
@@ -137,7 +138,7 @@ def test_a_long_text_is_tokenised_in_parts(monkeypatch):
     monkeypatch.setattr("preskip.data.blocks.LONGEST_TEXT", 100)
     long = PROSE * 5
     tokenizer = Recording()
-    stream = list(token_stream(["Short.", long, "Short."], tokenizer, EOS, 250))
+    stream = list(token_stream(["Short.", long, "Short."], tokenizer, END, 250))
     parts = [text for call in tokenizer.calls for text in call]
     assert "".join(parts) == f"Short.{long}Short."
     assert max(map(len, parts)) <= 100
@@ -151,7 +152,7 @@ def test_a_long_text_is_tokenised_in_parts(monkeypatch):
 def test_a_long_text_without_spaces_is_cut_all_the_same(monkeypatch):
     monkeypatch.setattr("preskip.data.blocks.LONGEST_TEXT", 100)
     tokenizer = Recording()
-    (_, ids), *more = token_stream(["abcdefghij" * 25], tokenizer, None, 1000)
+    (_, ids), *more = token_stream(["abcdefghij" * 25], tokenizer, Marks(None, None), 1000)
     assert [[len(part) for part in call] for call in tokenizer.calls] == [[100, 100, 50]]
     assert not more
     assert TOKENIZER.decode(ids) == "abcdefghij" * 25

@@ -1,13 +1,16 @@
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from preskip.data.blocks import document_marks, start_token, token_stream
 from preskip.data.corpus import Document
 from preskip.data.packed import open_blocks, read_record, write_packed
 from preskip.errors import PreskipError
 from tiny_text import PROSE, tiny_tokenizer
 
+BOS, EOS = 0, 1  # of the tiny tokenizer
 DOCUMENTS = [Document(f"d{i}", f"Record {i}. {PROSE}", f"d{i}") for i in range(5)]
 
 
@@ -20,7 +23,7 @@ def test_the_file_does_not_depend_on_how_many_texts_are_tokenised_at_once(tokeni
     done = []
     record = write_packed(tmp_path, LONG, tokenizer, seed=1, advance=lambda count, note: done.append(count))
     order = np.random.default_rng(1).permutation(len(LONG))
-    expected = [id for i in order for id in [*tokenizer(LONG[i].text)["input_ids"], tokenizer.eos_token_id]]
+    expected = [id for i in order for id in [BOS, *tokenizer(LONG[i].text)["input_ids"], EOS]]
     assert np.fromfile(tmp_path / "tokens.bin", dtype="<u2").tolist() == expected
     assert record.tokens == len(expected)
     assert done[-1] == len(LONG)
@@ -32,14 +35,44 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def test_the_file_is_the_documents_in_a_seeded_order_each_with_its_end(tokenizer, tmp_path):
+def test_the_file_is_the_documents_in_a_seeded_order_each_between_its_marks(tokenizer, tmp_path):
     record = write_packed(tmp_path, DOCUMENTS[::-1], tokenizer, seed=3)
     order = np.random.default_rng(3).permutation(5)
-    expected = [id for i in order for id in [*tokenizer(DOCUMENTS[i].text)["input_ids"], tokenizer.eos_token_id]]
+    expected = [id for i in order for id in [BOS, *tokenizer(DOCUMENTS[i].text)["input_ids"], EOS]]
     stored = np.fromfile(tmp_path / "tokens.bin", dtype="<u2")
     assert stored.tolist() == expected
     assert (record.tokens, record.documents, record.dtype) == (len(expected), 5, "<u2")
     assert record.sha256 == hashlib.sha256((tmp_path / "tokens.bin").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("special", "opening", "closing"),
+    [
+        ({"bos": BOS, "eos": EOS}, [BOS], [EOS]),
+        ({"bos": EOS, "eos": EOS}, [], [EOS]),
+        ({"eos": EOS}, [], [EOS]),
+        ({"bos": BOS}, [], [BOS]),
+        ({"cls": BOS, "sep": EOS}, [], [BOS]),
+        ({}, [], []),
+    ],
+)
+def test_documents_open_as_they_are_scored(tokenizer, tmp_path, special, opening, closing):
+    """In training the token in front of a document's text is that of scoring: its own, or the end of the one before."""
+    given = SimpleNamespace(**{f"{kind}_token_id": special.get(kind) for kind in ("bos", "eos", "cls", "sep")})
+    marks = document_marks(given)
+    assert [token for token in marks if token is not None] == [*opening, *closing]
+    (_, stream), *_ = token_stream(["One.", "Two."], tokenizer, marks, 1000)
+    texts = [tokenizer(text)["input_ids"] for text in ("One.", "Two.")]
+    assert stream == [*opening, *texts[0], *closing, *opening, *texts[1], *closing]
+    before = stream[: len(stream) - len(texts[1]) - len(closing)][-1]
+    assert start_token(given) in (before, None)
+
+
+def test_a_document_in_parts_has_one_start_and_one_end(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("preskip.data.blocks.LONGEST_TEXT", 100)
+    write_packed(tmp_path, DOCUMENTS[:1], tokenizer)
+    stored = np.fromfile(tmp_path / "tokens.bin", dtype="<u2").tolist()
+    assert stored == [BOS, *tokenizer(DOCUMENTS[0].text)["input_ids"], EOS]
 
 
 def test_blocks_are_mapped_and_the_rest_is_left_out(tokenizer, tmp_path):
@@ -55,7 +88,7 @@ def test_a_large_vocabulary_takes_four_bytes(tokenizer, tmp_path):
     class Large:
         """The tiny tokenizer with ids that two bytes cannot hold."""
 
-        eos_token_id = 70_000
+        bos_token_id = eos_token_id = 70_000
 
         def __len__(self):
             return 70_001

@@ -39,6 +39,13 @@ class Window(NamedTuple):
     scored_from: int
 
 
+class Marks(NamedTuple):
+    """The tokens in front of a document and behind it; None where there is none."""
+
+    start: int | None
+    end: int | None
+
+
 class TextSize(NamedTuple):
     """Bytes (UTF-8) and words of the scored text of a document; 0 words where it has none (`preskip.data.words`)."""
 
@@ -53,6 +60,7 @@ def pack_blocks(
     limit_tokens: int | None = None,
     seed: int = 0,
     *,
+    marks: Marks | None = None,
     piece_characters: int | None = None,
     min_blocks: int = 1,
     progress: "Progress | None" = None,
@@ -64,12 +72,13 @@ def pack_blocks(
 
     Args:
         documents: what to train on.
-        tokenizer: a Hugging Face tokenizer; no special token is added but its end-of-sequence token behind every
-            document (for want of one: the separator or start token).
+        tokenizer: a Hugging Face tokenizer; no special token is added but `marks`.
         seq_len: tokens per block.
         limit_tokens: at most so many tokens, rounded down to whole blocks; no more is tokenised than needed. None
             takes all.
         seed: seed of the order of documents and of blocks.
+        marks: the tokens around every document. None: its end-of-sequence token (for want of one: the separator or
+            start token) behind it.
         piece_characters: cut documents at paragraph borders into pieces of about this length and shuffle those
             instead, so that a small `limit_tokens` draws on many documents. None keeps documents whole.
         min_blocks: fewer blocks than this are an error (one batch).
@@ -92,14 +101,14 @@ def pack_blocks(
     if piece_characters is not None:
         texts = [piece for text in texts for piece in split_text(text, piece_characters)]
     texts = [texts[index] for index in random.permutation(len(texts)) if texts[index]]
-    separator = first_token(tokenizer, "eos", "sep", "bos")
+    marks = marks or Marks(start=None, end=first_token(tokenizer, "eos", "sep", "bos"))
     wanted = None if limit_tokens is None else limit_tokens // seq_len * seq_len
     total = 0
     task = None if progress is None else progress.add_task("Tokenising", total=wanted or len(texts))
     with clear_disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as stream:
         # A token is seldom less than one character, so that little is tokenised that is not wanted.
         most = BATCH_CHARACTERS if wanted is None else min(BATCH_CHARACTERS, wanted)
-        for done, ids in token_stream(texts, tokenizer, separator, most):
+        for done, ids in token_stream(texts, tokenizer, marks, most):
             stream.write(np.asarray(ids, dtype=np.int32).tobytes())
             total += len(ids)
             if progress is not None and task is not None:
@@ -117,14 +126,14 @@ def pack_blocks(
 
 
 def token_stream(
-    texts: Iterable[str], tokenizer: Any, end: int | None, characters: int
+    texts: Iterable[str], tokenizer: Any, marks: Marks, characters: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """Tokenise texts in their order without special tokens, `end` behind each; so memory does not grow with them.
+    """Tokenise texts in their order, with no special tokens but `marks`; so memory does not grow with them.
 
     Args:
         texts: to tokenise; one of more than `LONGEST_TEXT` characters is cut.
         tokenizer: a Hugging Face tokenizer; a fast one spreads what it gets at once over its threads.
-        end: a token, or None.
+        marks: the tokens around every text.
         characters: that the tokenizer gets at once, unless a single text has more.
 
     Yields:
@@ -135,17 +144,20 @@ def token_stream(
         every = tokenizer([part.text for part in batch], add_special_tokens=False, verbose=False)["input_ids"]
         stream: list[int] = []
         for part, ids in zip(batch, every, strict=True):
+            if part.is_first and marks.start is not None:
+                stream.append(marks.start)
             stream += ids
-            if part.is_last and end is not None:
-                stream.append(end)
+            if part.is_last and marks.end is not None:
+                stream.append(marks.end)
             done += part.is_last
         yield done, stream
 
 
 class _Part(NamedTuple):
-    """A stretch of a text, and whether the text ends with it."""
+    """A stretch of a text, and whether the text begins or ends with it."""
 
     text: str
+    is_first: bool
     is_last: bool
 
 
@@ -155,9 +167,9 @@ def _parts(text: str) -> Iterator[_Part]:
         stop = start + LONGEST_TEXT
         words = [found.end() for found in _WORD_END.finditer(text, max(start, stop - _LONGEST_WORD), stop)]
         stop = words[-1] if words else stop
-        yield _Part(text[start:stop], is_last=False)
+        yield _Part(text[start:stop], is_first=start == 0, is_last=False)
         start = stop
-    yield _Part(text[start:] if start else text, is_last=True)
+    yield _Part(text[start:] if start else text, is_first=start == 0, is_last=True)
 
 
 def _batches(parts: Iterable[_Part], characters: int) -> Iterator[list[_Part]]:
@@ -286,6 +298,16 @@ def text_ids(text: str, tokenizer: Any) -> list[int]:
 def start_token(tokenizer: Any) -> int | None:
     """Return the token that opens a text: start, end or classification token, the first that the tokenizer has."""
     return first_token(tokenizer, "bos", "eos", "cls")
+
+
+def document_marks(tokenizer: Any) -> Marks:
+    """The tokens around a document when a model is trained from scratch, which knows no others.
+
+    A document opens as it is scored (`heldout_windows`): with the start token, or with the end token that closes the
+    document before it where that is the same.
+    """
+    start, end = start_token(tokenizer), first_token(tokenizer, "eos", "bos", "cls")
+    return Marks(start=None if start == end else start, end=end)
 
 
 def first_token(tokenizer: Any, *kinds: str) -> int | None:

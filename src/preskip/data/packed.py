@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from preskip.assets import file_sha256
-from preskip.data.blocks import BATCH_CHARACTERS, first_token, token_stream
+from preskip.data.blocks import BATCH_CHARACTERS, document_marks, token_stream
 from preskip.data.corpus import Document, by_id
 from preskip.data.tokenizer import fingerprint
 from preskip.errors import PreskipError
@@ -53,7 +53,7 @@ class PackedText:
 def write_packed(
     folder: Path, documents: Sequence[Document], tokenizer: Any, *, seed: int = 0, advance: Advance = no_progress
 ) -> PackedText:
-    """Write documents as tokens, each followed by the end token, in an order drawn from the seed.
+    """Write documents as tokens, each between its `document_marks`, in an order drawn from the seed.
 
     What is there already is kept where it was made from the same texts with the same tokenizer, and is whole.
 
@@ -79,14 +79,14 @@ def write_packed(
         if (found.texts, found.tokenizer) == (texts, kind) and _is_whole(folder / TOKENS, found):
             return found
     dtype = "<u2" if max(len(tokenizer) - 1, *tokenizer.get_vocab().values()) < 2**16 else "<u4"  # ids may have gaps
-    end = first_token(tokenizer, "eos", "bos", "cls")
+    marks = document_marks(tokenizer)
     digest, count = hashlib.sha256(), 0
     temporary = folder / f".{TOKENS}"
     with clear_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
         with temporary.open("wb") as file:
-            for done, ids in token_stream((document.text for document in ordered), tokenizer, end, BATCH_CHARACTERS):
+            for done, ids in token_stream((document.text for document in ordered), tokenizer, marks, BATCH_CHARACTERS):
                 content = np.asarray(ids, dtype=dtype).tobytes()
                 digest.update(content)
                 count += len(content)

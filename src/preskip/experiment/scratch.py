@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from preskip.arms import SCRATCH_ARMS, resolve_arms
 from preskip.arms.insert import Inserted
 from preskip.arms.plan import Plan, Planner, on_meta
 from preskip.arms.shape import config_file, tokenizer_fields
-from preskip.data.blocks import check_rows, pack_blocks
+from preskip.data.blocks import check_rows, document_marks, pack_blocks
 from preskip.data.corpus import Document
 from preskip.data.packed import PackedText, open_blocks, write_packed
 from preskip.data.splits import Splits, locate
@@ -43,7 +43,7 @@ from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import HeldOut, load_corpora, prepare_documents, require
 from preskip.experiment.measured import finite, measured
-from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
+from preskip.experiment.prepared import Prepared, common_facts, started_in
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.reading import CHARACTERS_PER_TOKEN, amount_read, reading_limit
 from preskip.model_types import PREFIX
@@ -98,28 +98,29 @@ class Scratch(Prepared):
                 f"--set max_position_embeddings={longest}"
             )
         with spinner("preparing the held-out texts", quiet=quiet):
-            development = pack_blocks(
-                splits.development,
-                tokenizer,
-                config.seq_len,
-                limit_tokens=config.eval_blocks * config.seq_len,
-                seed=config.split_seed,
-                piece_characters=PIECE_CHARACTERS,
-            )
+            development = _development(run, config, splits, tokenizer)
             heldout = prepare_documents(config, corpora, tokenizer, config.scoring_context)
         # Before what the cells share is written: a finished run must stay as it is.
         given: Any = {"corpus": {"name": config.corpus, "sha256": splits.sha256}, "sets": heldout.sets}
         cells = [run.cell(arm, seed) for arm in config.arms for seed in config.seeds]
-        check_same_inputs(run, given, is_complete=all(cell.is_done for cell in cells))
+        is_complete = all(cell.is_done for cell in cells)
+        check_same_inputs(run, given, is_complete=is_complete)
         file = config_file(arch)
         if file is not None and "model" not in run.manifest:  # a run that an earlier preskip began has no copy
             write_json(_arch_copy(run), read_json(file))
         data = run.path / "data"
         with progress_bar("tokenise training text", len(splits.training), quiet=quiet) as advance:
             packed = write_packed(data, splits.training, tokenizer, seed=config.split_seed, advance=advance)
+        if not is_complete and run.manifest.get("corpus", {}).get("packed_sha256", packed.sha256) != packed.sha256:
+            raise PreskipError(
+                f"{data / 'tokens.bin'} was missing or damaged, and the training text now becomes other tokens than "
+                "when this run began: start a new run"
+            )
         _check_enough(config, plans, packed, splits)
         with clear_disk_errors(run.path):
-            np.save(data / "development.npy", development)
+            temporary = data / ".development.npy"
+            np.save(temporary, development)
+            temporary.replace(data / "development.npy")
         stored: list[HeldOutSet] = [
             {"name": text.name, "documents": [{"id": d.id, "text": d.text, "group": d.group} for d in text.documents]}
             for text in heldout.texts
@@ -366,6 +367,19 @@ def _tokenizer(run: RunDirectory, config: PretrainConfig, splits: Splits, quiet:
             sync_tree(temporary)
             temporary.rename(folder)
     return load_tokenizer(str(folder), trust_remote_code=config.trust_remote_code)
+
+
+def _development(run: RunDirectory, config: PretrainConfig, splits: Splits, tokenizer: Any) -> np.ndarray:
+    """Blocks of development text, made as those of the training text are.
+
+    A run that goes on keeps its own, so that its losses can be compared, whatever preskip began it.
+    """
+    if "corpus" in run.manifest:
+        with suppress(OSError, ValueError, EOFError):
+            return np.load(run.path / "data" / "development.npy")
+    marks = document_marks(tokenizer)
+    blocks = pack_blocks(splits.development, tokenizer, config.seq_len, seed=config.split_seed, marks=marks)
+    return blocks[: config.eval_blocks]
 
 
 def _check_enough(config: PretrainConfig, plans: dict[str, Plan], packed: PackedText, splits: Splits) -> None:
