@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -383,9 +384,14 @@ def test_mistakes_are_one_line_and_leave_nothing(refused, options, message, monk
     monkeypatch.setattr("preskip.train.scratch.find_spec", lambda name: None)
     if "cuda" in options and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    import re
-
     assert re.search(message, refused(*options))
+
+
+def test_too_little_development_text_is_not_called_training_text(refused, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"Row {number} is short."}) + "\n" for number in range(20)))
+    error = refused("--vocab-size", "260", "--seq-len", "64", corpus=rows)
+    assert re.search(r"\b\d\d? development tokens do not fill one block of 64; .* or lower the sequence length$", error)
 
 
 def test_layers_are_those_that_get_a_branch_and_the_depth_has_another_name(corpus, tmp_path, capsys):

@@ -179,7 +179,7 @@ def test_progress_reaches_its_total():
 def test_too_small():
     with pytest.raises(PreskipError, match=r"do not fill one batch of 8 × 1000"):
         pack_blocks(DOCUMENTS, TOKENIZER, 1000, min_blocks=8)
-    with pytest.raises(PreskipError, match=r"corpus too small: 0 training tokens"):
+    with pytest.raises(PreskipError, match=r"too small: 0 training tokens do not fill one block of 16; .* the seq"):
         pack_blocks([], TOKENIZER, 16)
     with pytest.raises(PreskipError, match="limit of 10 tokens"):
         pack_blocks(DOCUMENTS, TOKENIZER, 16, limit_tokens=10)

@@ -63,6 +63,7 @@ def pack_blocks(
     marks: Marks | None = None,
     piece_characters: int | None = None,
     min_blocks: int = 1,
+    part: str = "training",
     progress: "Progress | None" = None,
 ) -> NDArray[np.int32]:
     """Join shuffled documents and cut them into full blocks, in an order drawn from the seed.
@@ -82,6 +83,7 @@ def pack_blocks(
         piece_characters: cut documents at paragraph borders into pieces of about this length and shuffle those
             instead, so that a small `limit_tokens` draws on many documents. None keeps documents whole.
         min_blocks: fewer blocks than this are an error (one batch).
+        part: of the corpus that the documents are, for the error where there are too few.
         progress: a live rich progress display to add a task to.
 
     Returns:
@@ -117,9 +119,11 @@ def pack_blocks(
                 break
         blocks = (total if wanted is None else min(total, wanted)) // seq_len
         if blocks < max(1, min_blocks):
+            unit, cure = f"block of {seq_len}", "the sequence length"
+            if min_blocks > 1:
+                unit, cure = f"batch of {min_blocks} × {seq_len}", "the batch size or sequence length"
             raise PreskipError(
-                f"corpus too small: {total} training tokens do not fill one batch of {max(1, min_blocks)} × {seq_len}; "
-                f"give more text, or lower the batch size or sequence length"
+                f"corpus too small: {total} {part} tokens do not fill one {unit}; give more text, or lower {cure}"
             )
         # Otherwise a batch would hold neighbouring blocks of one document.
         return _reordered(stream, random.permutation(blocks), seq_len)

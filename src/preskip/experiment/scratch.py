@@ -377,8 +377,14 @@ def _development(run: RunDirectory, config: PretrainConfig, splits: Splits, toke
     if "corpus" in run.manifest:
         with suppress(OSError, ValueError, EOFError):
             return np.load(run.path / "data" / "development.npy")
-    marks = document_marks(tokenizer)
-    blocks = pack_blocks(splits.development, tokenizer, config.seq_len, seed=config.split_seed, marks=marks)
+    blocks = pack_blocks(
+        splits.development,
+        tokenizer,
+        config.seq_len,
+        seed=config.split_seed,
+        marks=document_marks(tokenizer),
+        part="development",
+    )
     return blocks[: config.eval_blocks]
 
 
