@@ -1,10 +1,11 @@
 """The controls: what is matched, held against counts of built models and against equations."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from preskip.architecture import TYPES
 from preskip.arms import SCRATCH_ARMS
@@ -140,6 +141,18 @@ def test_a_table_that_the_branch_cannot_pay_for_is_refused():
         plan_arms(config(overrides={"vocab_size": 50_304}, arms=("value-embed",)), TOKENIZER)
 
 
+def test_a_vocabulary_with_gaps_reaches_to_its_highest_id(tmp_path):
+    stored = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    before, after = stored["model"]["merges"][-1]
+    stored["model"]["vocab"]["".join((before, after))] = 450
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert (len(tokenizer), max(tokenizer.get_vocab().values())) == (400, 450)
+    assert plan_arms(config(arms=("base",)), tokenizer)["base"].config.vocab_size == 451
+    with pytest.raises(PreskipError, match="whose ids go up to 450: raise it to 451, or leave it out"):
+        plan_arms(config(overrides={"vocab_size": 450}, arms=("base",)), tokenizer)
+
+
 def test_every_arm_trains_on_the_asked_tokens_but_the_iso_flop_one(plans):
     assert {plan.tokens for name, plan in plans.items() if name != "base-flops"} == {98 * 4096}
 
@@ -247,7 +260,10 @@ def test_base_and_preskip_begin_with_the_same_weights():
         ({"arch": "nowhere/config.json"}, "does not exist"),
         ({"overrides": {"hidden_size": 130}}, "cannot be shared by 4 heads"),
         ({"overrides": {"num_key_value_heads": 3}}, "4 heads cannot share 3 key-value heads"),
-        ({"overrides": {"vocab_size": 300}}, "vocab_size 300 is too small for the tokenizer, which has 400 tokens"),
+        (
+            {"overrides": {"vocab_size": 300}},
+            "vocab_size 300 is too small .*, whose ids go up to 399: raise it to 400",
+        ),
         ({"overrides": {"colour": 3}}, "colour is no field"),
         ({"overrides": {"num_hidden_layers": "many"}}, "num_hidden_layers"),
     ],

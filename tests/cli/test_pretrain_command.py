@@ -369,7 +369,7 @@ def test_a_tokenizer_that_exists_is_taken(finished, corpus, tmp_path):
         (["--arch", "llama-2m"], "did you mean llama-"),
         (["--set", "colour"], "not FIELD=VALUE"),
         (["--vocab-size", "60000"], "gives only .* tokens"),
-        (["--set", "vocab_size=299"], "too small for the tokenizer, which has 300"),
+        (["--set", "vocab_size=299"], "too small for .*, whose ids go up to 299: raise it to 300"),
         (["--tokenizer", "nowhere/tokenizer", "--vocab-size", "2048"], "nowhere"),
         (["--report-to", "tensorboard"], "pip install tensorboard"),
         (["--report-to", "wanbd"], "wanbd is unknown to transformers"),

@@ -19,11 +19,12 @@ from preskip.runs.files import read_json
 def tokenizer_fields(tokenizer: Any) -> dict[str, Any]:
     """What a model's config takes from its tokenizer.
 
-    A padding token that is also start or end is left out: transformers never trains the embedding of the padding token.
+    Its ids may have gaps: the vocabulary reaches to the highest. A padding token that is also start or end is left out:
+    transformers never trains the embedding of the padding token.
     """
     start, end, padding = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     return {
-        "vocab_size": len(tokenizer),
+        "vocab_size": max(len(tokenizer), 1 + max(tokenizer.get_vocab().values())),
         "bos_token_id": start,
         "eos_token_id": end,
         "pad_token_id": None if padding in (start, end) else padding,
@@ -49,8 +50,8 @@ def plain_config(
     values = {**tokenizer, **overrides}
     if values["vocab_size"] < needed:
         raise PreskipError(
-            f"vocab_size {values['vocab_size']} is too small for the tokenizer, which has {needed} tokens: raise it, "
-            "or leave it out"
+            f"vocab_size {values['vocab_size']} is too small for the tokenizer, whose ids go up to {needed - 1}: raise "
+            f"it to {needed}, or leave it out"
         )
     if arch in SHAPES:
         _check_heads({**SHAPES[arch].settings, **values}.get)

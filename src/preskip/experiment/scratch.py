@@ -33,7 +33,7 @@ from preskip.arms import SCRATCH_ARMS, resolve_arms
 from preskip.arms.insert import Inserted
 from preskip.arms.plan import Plan, Planner, on_meta
 from preskip.arms.shape import config_file, tokenizer_fields
-from preskip.data.blocks import check_rows, document_marks, pack_blocks
+from preskip.data.blocks import document_marks, pack_blocks
 from preskip.data.corpus import Document
 from preskip.data.packed import PackedText, open_blocks, write_packed
 from preskip.data.splits import Splits, locate
@@ -86,7 +86,6 @@ class Scratch(Prepared):
         arch = _arch(run, config)
         plans = plan_arms(config, tokenizer, arch)
         first = plans[config.arms[0]]
-        check_rows(first.config.vocab_size, tokenizer)
         with explained(lambda error: _attention_fault(config, error)):
             meta: Any = on_meta(first.config, **_attention(config))
         attention = config.attn_implementation or meta.config._attn_implementation
