@@ -56,6 +56,9 @@ from preskip.train.distributed import Crew
 from preskip.train.scratch import ScratchSettings, train_scratch
 from preskip.train.speed import measured_peak
 
+# Blocks of whole development documents that are tokenised for each one that is evaluated, so that many documents count.
+DRAWN_FROM = 16
+
 
 @dataclass(kw_only=True)
 class Scratch(Prepared):
@@ -380,6 +383,7 @@ def _development(run: RunDirectory, config: PretrainConfig, splits: Splits, toke
         splits.development,
         tokenizer,
         config.seq_len,
+        limit_tokens=DRAWN_FROM * config.eval_blocks * config.seq_len,
         seed=config.split_seed,
         marks=document_marks(tokenizer),
         part="development",
