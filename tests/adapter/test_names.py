@@ -88,7 +88,7 @@ def test_every_way_of_giving_a_name_refuses_it_and_changes_nothing(tmp_path) -> 
     assert model.active_adapters() == ["mine"]
 
 
-@pytest.mark.skipif(zoo.PEFT_VERSION < (0, 21), reason="earlier versions do not ask the method what it saves")
+@zoo.asks_what_to_save
 def test_saving_refuses_to_leave_tensors_out(tmp_path) -> None:
     branch = get_peft_model(zoo.build("llama"), PreskipConfig())
     # PEFT gives other methods' adapters any name, and its filter then takes our tensors for theirs.
@@ -98,7 +98,7 @@ def test_saving_refuses_to_leave_tensors_out(tmp_path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-@pytest.mark.skipif(zoo.PEFT_VERSION < (0, 21), reason="earlier versions do not ask the method what it saves")
+@zoo.asks_what_to_save
 def test_saving_refuses_an_adapter_that_was_unloaded(tmp_path) -> None:
     model = get_peft_model(zoo.build("llama"), PreskipConfig())
     model.save_pretrained(tmp_path)

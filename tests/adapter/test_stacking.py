@@ -192,7 +192,7 @@ def test_a_trained_copy_of_the_projection_that_the_skip_follows_keeps_the_skip()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.skipif(zoo.PEFT_VERSION < (0, 21), reason="earlier versions do not ask the method what it saves")
+@zoo.asks_what_to_save
 def test_a_branch_whose_trained_head_went_with_lora_is_not_saved_without_it(tmp_path) -> None:
     branch = get_peft_model(zoo.build("llama"), PreskipConfig(modules_to_save=["lm_head"]), adapter_name="branch")
     lora = get_peft_model(branch.get_base_model(), LoraConfig(target_modules=["q_proj"]), adapter_name="lora")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from nested import assert_close
 from preskip.cli.main import main
 from preskip.errors import PreskipError
 from preskip.experiment import execute
@@ -16,7 +17,7 @@ from preskip.experiment.run import finish_run, start_run
 from preskip.runs import environment
 from preskip.runs.environment import processor_name
 from preskip.train.cluster import check_executor
-from small_probe import assert_close, small_probe, stored
+from small_probe import OTHER_ORDER, small_probe, stored
 from two_processes import ROOT, launch
 
 FSDP2 = ("accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "fsdp2.yaml"))
@@ -101,7 +102,7 @@ def test_a_probe_under_accelerate_with_fsdp2_equals_one_process(local_probe, tmp
         "arms/preskip/seed-2/cell.json",
         "search/preskip/seed-1/search.json",
     ):
-        assert_close(sharded[part], whole[part], part)
+        assert_close(sharded[part], whole[part], part, **OTHER_ORDER)
 
 
 def test_what_cannot_be_executed_is_refused_in_one_line(monkeypatch):

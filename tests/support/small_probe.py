@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from preskip.experiment.probe_options import ProbeConfig
 from tiny_model import save_tiny_llama, write_corpus
 
+OTHER_ORDER = {"rel": 1e-4, "abs": 1e-5}  # what another order of adding moves
 MEASURED = {"seconds", "seconds_per_step", "train_seconds", "evaluate_seconds", "peak_memory_bytes"}
 
 
@@ -45,22 +44,6 @@ def stored(run: Path) -> dict[str, Any]:
         else _unmeasured(json.loads(path.read_text()))
         for path in files
     }
-
-
-def assert_close(value, expected, path=""):
-    """Assert that stored values are equal, figures but for what another order of adding moves."""
-    if isinstance(expected, dict):
-        assert value.keys() == expected.keys(), path
-        for key in expected:
-            assert_close(value[key], expected[key], f"{path}/{key}")
-    elif isinstance(expected, list):
-        assert len(value) == len(expected), path
-        for index, (own, other) in enumerate(zip(value, expected, strict=True)):
-            assert_close(own, other, f"{path}/{index}")
-    elif isinstance(expected, float):
-        assert value == pytest.approx(expected, rel=1e-4, abs=1e-5), path
-    else:
-        assert value == expected, path
 
 
 def _unmeasured(value: Any) -> Any:

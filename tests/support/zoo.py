@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 
 PEFT_VERSION = tuple(int(part) for part in peft.__version__.split(".")[:2])
+asks_what_to_save = pytest.mark.skipif(
+    PEFT_VERSION < (0, 21), reason="earlier versions do not ask the method what it saves"
+)
 WIDTH, LAYERS, VOCABULARY = 32, 2, 128
 IMAGE_TOKEN, IMAGE_SIZE, PATCHES = 7, 16, 4
 MEL_BINS = 8
