@@ -21,7 +21,6 @@ from transformers import GenerationConfig
 from preskip.adapter import base_model
 from preskip.architecture.config import branch_settings, with_branch
 from preskip.architecture.models import Architecture, architecture
-from preskip.architecture.stub import auto_map
 from preskip.attach import CHILD
 from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError
@@ -89,7 +88,7 @@ def bake(
     baked = _rebuild(base, found, family, keep_float32, quantize)
     recorded = getattr(model, "peft_config", {}).get(found[0].name)
     source = base_name or getattr(recorded, "base_model_name_or_path", None) or base.config.name_or_path
-    baked.config.auto_map = auto_map(family.config, family.model, family.causal_lm)
+    baked.config.auto_map = family.auto_map
     with clear_disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         # Written beside its place and renamed: what is at `out` is whole.

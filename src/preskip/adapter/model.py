@@ -19,7 +19,6 @@ from preskip.adapter.targets import (
     FILLED_IN,
     as_given,
     check_is_attention,
-    filled_in,
     layer_list,
     listed_attentions,
     of_pattern,
@@ -61,9 +60,8 @@ class PreskipModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         """Resolve and check the targets, then inject; model and config are as before if anything fails."""
         self._check_name(model, adapter_name)
-        config: Any = self.peft_config[adapter_name]
-        if filled_in(config):  # for another model, which keeps it
-            config = self.peft_config[adapter_name] = as_given(config)
+        config: Any = as_given(self.peft_config[adapter_name])
+        self.peft_config[adapter_name] = config
         before = {name: getattr(config, name) for name in (*FILLED_IN, "modules_to_save")}
         put_back = state_of(model)
         try:

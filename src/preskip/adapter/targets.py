@@ -25,13 +25,10 @@ def remember_given(config: Any, given: dict[str, Any]) -> None:
     config._filled_in = {name: (given[name], getattr(config, name)) for name in FILLED_IN}
 
 
-def filled_in(config: Any) -> bool:
-    """Whether a config belongs to a model already."""
-    return hasattr(config, "_filled_in")
-
-
 def as_given(config: Any) -> Any:
-    """A copy of a config for another model, without what was filled in for the first: it has other layers and names."""
+    """The config; of one that a model has already a copy, without what was filled in for that model's layers."""
+    if not hasattr(config, "_filled_in"):
+        return config
     other = copy.deepcopy(config)
     for name, (given, resolved) in config._filled_in.items():
         if getattr(config, name) == resolved:

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 
 from preskip.architecture.config import adapter_settings, branch_settings, config_class
 from preskip.architecture.several import PicksByName, SeveralBranches
+from preskip.architecture.stub import auto_map
 from preskip.attach import CHILD, attach, tap_of
 from preskip.branch import BranchSettings, PreskipBranch, initialise
 from preskip.errors import PreskipError
@@ -58,6 +59,11 @@ class Architecture:
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     causal_lm: type[PreTrainedModel]
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """What the config of a stored model says, so that it opens where nothing has imported preskip."""
+        return auto_map(self.config, self.model, self.causal_lm)
 
 
 class BranchMixin:

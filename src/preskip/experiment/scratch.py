@@ -28,7 +28,6 @@ from transformers import AutoModelForCausalLM, set_seed
 from preskip.analysis.depth import text_profile
 from preskip.architecture.models import architecture
 from preskip.architecture.shapes import SHAPES
-from preskip.architecture.stub import auto_map
 from preskip.arms import SCRATCH_ARMS, resolve_arms
 from preskip.arms.insert import Inserted
 from preskip.arms.plan import Plan, Planner, on_meta
@@ -248,8 +247,7 @@ class Scratch(Prepared):
             config = model.config
             config.use_cache = True  # Trainer has turned it off
             if config.model_type.startswith(PREFIX):
-                family = architecture(config.model_type)
-                config.auto_map = auto_map(family.config, family.model, family.causal_lm)
+                config.auto_map = architecture(config.model_type).auto_map
             model.save_pretrained(cell.folder / "model")
             self.tokenizer.save_pretrained(cell.folder / "model")
             sync_tree(cell.folder / "model")

@@ -125,8 +125,7 @@ def combine_comparisons(
     Returns:
         Those that two runs or more hold, `role` being "in", "out", or the name of a set that no run describes. A run
         of which no item differs has the standard error of its limits; one whose difference has no width is named in
-        `left_out`. `margin` is the narrowest of the runs', None where one
-        has none.
+        `left_out`. `margin` is the narrowest of the runs', None where one has none.
     """
     groups: dict[tuple[str, str, str, str], dict[str, list[Comparison]]] = {}
     directions: dict[frozenset[str], tuple[str, str]] = {}
