@@ -21,7 +21,8 @@ from preskip.experiment.execute import processes
 from preskip.experiment.parse import parse_tokens
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.run import start_run
-from preskip.experiment.scratch import Scratch, plan_arms
+from preskip.experiment.scratch import Scratch
+from preskip.experiment.scratch_inputs import plan_arms
 from preskip.runs.directory import RunDirectory
 from preskip.runs.environment import describe
 from preskip.runs.files import write_json

@@ -14,7 +14,8 @@ from preskip.arms.shape import tokenizer_fields
 from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 from preskip.experiment.pretrain_options import PretrainConfig
-from preskip.experiment.scratch import build_model, plan_arms
+from preskip.experiment.scratch import build_model
+from preskip.experiment.scratch_inputs import plan_arms
 from tiny_text import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

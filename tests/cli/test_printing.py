@@ -87,7 +87,7 @@ def explain_content(token: str = " the") -> dict:
 
 def plans() -> dict:
     from preskip.experiment.pretrain_options import PretrainConfig
-    from preskip.experiment.scratch import plan_arms
+    from preskip.experiment.scratch_inputs import plan_arms
 
     return plan_arms(PretrainConfig(), None)
 

@@ -13,7 +13,8 @@ from preskip.experiment.frozen import Frozen
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.reading import reading_limit
 from preskip.experiment.run import start_run
-from preskip.experiment.scratch import Scratch, most_tokens, plan_arms
+from preskip.experiment.scratch import Scratch
+from preskip.experiment.scratch_inputs import most_tokens, plan_arms
 from preskip.train.distributed import Crew
 from small_probe import small_probe
 from tiny_model import save_tiny_llama
