@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 from cyclopts import Parameter
 
+from preskip.cli.base import base_of
 from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import PreskipError
@@ -126,19 +127,14 @@ def bake_saved(
 
         from preskip.assets import load_model
         from preskip.baking import bake as bake_checkpoint
-        from preskip.data.splits import locate
         from preskip.evaluate.adapters import load_adapter, load_named, load_tokenizer_of
         from preskip.runs.weights import find_source
     first, *others = adapters.values()
     source = find_source(first)
-    base_name = model or (source.base and locate(source.base, source.directory))
-    if not base_name:
-        raise PreskipError(f"{first} does not say which base it was trained on: give it with --model")
-    if model is None and Path(base_name).is_absolute() and not Path(base_name).exists():
-        raise PreskipError(f"the base of {first}, {base_name}, is not there any more: give it with --model")
+    base_name, revision = base_of(source, model)
     resolved = dtype if dtype != "auto" else "float32" if source.run is None else source.dtype
     with spinner(f"loading {base_name} ({resolved})", quiet=quiet):
-        place: Any = {"trust_remote_code": trust_remote_code, "revision": source.revision if model is None else None}
+        place: Any = {"trust_remote_code": trust_remote_code, "revision": revision}
         base = load_model(base_name, dtype=getattr(torch, resolved), **place)
         live = load_named(base, adapters) if others else load_adapter(base, first)
         tokenizer = load_tokenizer_of(base_name, first, **place)

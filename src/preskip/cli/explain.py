@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
+from preskip.cli.base import base_of
 from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import (
     Base,
@@ -193,16 +194,12 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
 
     from preskip.assets import load_model
     from preskip.data.blocks import check_vocabulary
-    from preskip.data.splits import locate
     from preskip.evaluate.adapters import load_adapter, load_tokenizer_of
     from preskip.evaluate.likelihood import check_causal
 
     if source.is_checkpoint and model is not None:
         raise PreskipError("--model names the base of an adapter, and this is a whole checkpoint: leave it out")
-    name = model or (source.base and locate(source.base, source.directory))
-    if not name:
-        raise PreskipError(f"{source.weights} does not say which base it was trained on: give it with --model")
-    revision = source.revision if model is None else None
+    name, revision = base_of(source, model)
     live = load_model(name, getattr(torch, dtype), device, None, trust, revision)
     if not source.is_checkpoint:
         live = load_adapter(live, source.weights)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 from cyclopts import Parameter
 
 from preskip.cli.bake import bake_saved
+from preskip.cli.base import base_of
 from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
 from preskip.errors import AfterOutputError, PreskipError
 from preskip.model_types import PREFIX
@@ -166,10 +167,8 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
     if inner and found.run is None:
         say(f"{source} also holds {', '.join(inner)}: for another give its folder, for all bake them", quiet=quiet)
     from preskip.assets.cache import cache_dir, workspace
-    from preskip.data.splits import locate
 
-    base = model or (found.base and locate(found.base, found.directory)) or ""
-    revision = found.revision if model is None else None
+    base, revision = base_of(found, model)
     key = _key(found.weights, base, dtype if dtype != "auto" else found.dtype, revision)
     place = cache_dir() / "baked" / key
     if not place.is_dir():
