@@ -29,7 +29,7 @@ def test_a_base_that_is_gone_or_unknown_is_one_line(tmp_path):
         base_of(gone, None)
     (tmp_path / "base").mkdir()
     assert base_of(gone, None) == (str(tmp_path / "base"), None)
-    with pytest.raises(PreskipError, match="does not say which base it was trained on: give it with --model$"):
+    with pytest.raises(PreskipError, match=r"does not say which base it was trained on: give it with --model$"):
         base_of(adapter(tmp_path / "unknown", None), None)
     assert base_of(adapter(tmp_path / "unknown-too", ""), "other") == ("other", None)
 
