@@ -230,7 +230,8 @@ def _plan(branch: Any, dtype: torch.dtype | None) -> _Plan:
         if isinstance(linear, Int8Linear) and dtype in (torch.bfloat16, torch.float32):
             # The inner width may stay padded: every activation of 0 is 0.
             wide = part in ("up", "gate")
-            products[part] = PaddedInt8(linear, wide=wide) if dtype == torch.bfloat16 else linear
+            has_kernel = dtype == torch.bfloat16 and linear.weight.device.type == "cpu"
+            products[part] = PaddedInt8(linear, wide=wide) if has_kernel else linear
         elif (
             type(linear) is not nn.Linear
             or linear._forward_hooks

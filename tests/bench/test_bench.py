@@ -7,13 +7,15 @@ import pytest
 import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
+from transformers.cache_utils import StaticLayer
 
 from commands import preskip
 from preskip import PreskipConfig, PreskipError, optimizing
 from preskip.bench import models, run
-from preskip.bench.counts import Limits
-from preskip.bench.models import random_base
+from preskip.bench.counts import Limits, free_memory
+from preskip.bench.models import Row, random_base
 from preskip.bench.run import bench
+from preskip.bench.runners import Runner
 from preskip.bench.settings import COMPILED, ROWS, BenchSettings, Work
 
 SIZES = {
@@ -148,6 +150,19 @@ def test_a_row_that_does_not_compile_is_left_out_and_the_others_are_kept(monkeyp
     assert "\n" not in told
 
 
+def test_a_compiled_row_is_captured_before_it_is_timed_on_cuda():
+    def runs(name, device):
+        done = []
+        row = models.Row(name=name, model=None, forward=done.append, kind="base", held_against="base")
+        ids = SimpleNamespace(device=torch.device(device))
+        steps = {"before": lambda: done.append("before"), "run": lambda: done.append("run")}
+        run._warm_up(SimpleNamespace(row=row, ids=ids, **steps))
+        return done
+
+    assert runs("base", "cuda") == runs("base-compiled", "cpu") == ["before", "run"]
+    assert runs("base-compiled", "cuda") == 3 * ["before", "run"]
+
+
 @pytest.mark.parametrize(
     ("name", "error"), [("base", RuntimeError("why")), ("base-compiled", torch.OutOfMemoryError("why"))]
 )
@@ -157,7 +172,7 @@ def test_what_else_fails_in_a_first_run_is_not_said_of_compiling(name, error):
 
     row = models.Row(name=name, model=None, forward=fails, kind="base", held_against="base")
     with pytest.raises(type(error), match="why"):
-        run._warm_up(SimpleNamespace(row=row, run=fails))
+        run._warm_up(SimpleNamespace(row=row, ids=torch.zeros(1, 1), before=lambda: None, run=fails))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -206,6 +221,34 @@ def test_training_a_loaded_adapter_owes_what_a_random_one_does(tmp_path):
     )
     (ours,), (theirs,) = ([work["rows"]["adapter"] for work in found["work"]] for found in (loaded, random))
     assert ours["flops"] == theirs["flops"]
+
+
+def test_a_static_cache_that_was_copied_to_its_device_is_set_back(monkeypatch):
+    """On CUDA `.to` copies its counts, in inference mode, where a clone stands for it here."""
+    plain = StaticLayer.lazy_initialization
+
+    def as_on_cuda(layer, *states):
+        plain(layer, *states)
+        layer.cumulative_length = layer.cumulative_length.clone()
+
+    monkeypatch.setattr(StaticLayer, "lazy_initialization", as_on_cuda)
+    (work,) = bench(base(), settings("base", "adapter", work=WORK[2:3]), LIMITS)["work"]
+    assert set(work["rows"]) == {"base", "adapter"}
+
+
+@pytest.mark.parametrize("work", [*WORK[:3], *WORK[4:]], ids=lambda work: work.title)
+def test_no_row_keeps_the_logits_of_every_position(work):
+    row = Row(name="base", model=base(), forward=base(), kind="base", held_against="base")
+    runner = Runner(row, work, torch.arange(work.batch * 10).view(work.batch, 10) % 96)
+    runner.before()
+    runner.run()
+    assert runner.logits.untyped_storage().nbytes() == 96 * 2
+
+
+def test_memory_that_torch_holds_for_later_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (5, 9)), ("memory_reserved", 4), ("memory_allocated", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == 5 + 4 - 1
 
 
 def test_a_shape_too_large_for_this_machine_is_refused_before_it_is_made(monkeypatch, capsys):
@@ -269,7 +312,7 @@ def test_attention_beside_mamba_is_measured_without_lora():
 
 
 TINY = [
-    "bench", "--model-shape", "pythia-14m", "--num-layers", "1", "--dtype", "float32",
+    "bench", "--device", "cpu", "--model-shape", "pythia-14m", "--num-layers", "1", "--dtype", "float32",
     "--prompt", "5", "--batch", "1", "--context", "5", "--new-tokens", "2", "--scoring", "1x5", "--training", "1x5",
     "--rounds", "2",
 ]  # fmt: skip
@@ -298,7 +341,20 @@ def short(tmp_path_factory):
 
 def test_work_beyond_the_models_positions_is_left_out_and_said(short, monkeypatch, capsys):
     monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
-    more = ["--dtype", "float32", "--rows", "base,adapter", "--cache", "dynamic", "--batch", "1", "--rounds", "2"]
+    more = [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--rows",
+        "base,adapter",
+        "--cache",
+        "dynamic",
+        "--batch",
+        "1",
+        "--rounds",
+        "2",
+    ]
     more += ["--work", "prefill,decode", "--new-tokens", "4"]
     assert preskip("bench", short, *more, "--prompt", "8,32,33", "--context", "28", "--json") == 0
     printed = json.loads(capsys.readouterr().out)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 import preskip
 from preskip import BranchSettings, PreskipBranch
 from preskip.attach import CHILD, attach
+from preskip.optimizing import copies
 from preskip.quantizing import quantize_layers
 
 D = 64
@@ -82,3 +83,11 @@ def test_a_weight_left_on_the_cpu_is_found():
         getattr(attention, CHILD).skip.weight = nn.Parameter(torch.empty(D, D))
         with pytest.raises(RuntimeError, match="device"):
             check(attention, torch.bfloat16)
+
+
+def test_int8_weights_have_no_copy_where_no_kernel_reads_one():
+    with FakeTensorMode(), torch.no_grad():
+        attention = build(torch.bfloat16, torch.bfloat16, int8=True, skip_rank=4)
+        with preskip.optimize(attention):
+            attention(hidden_states=torch.empty(2, 7, D, dtype=torch.bfloat16, device="cuda"))
+            assert not [copy for copy in copies(attention) if copy.dtype == torch.int8]

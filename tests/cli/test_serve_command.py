@@ -176,6 +176,8 @@ def test_memory_is_checked_in_the_dtype_that_is_served(place, capsys, monkeypatc
     free = SimpleNamespace(available=size * 3 // 4)
     monkeypatch.setattr(server, "SPARE", 0)
     monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    # With a GPU at hand, too: what the check has computed by transformers stays on the CPU.
+    monkeypatch.setattr("preskip.runs.environment.resolve_device", lambda name: "cuda")
     more = ["--check", "--engine", "transformers"]
     assert preskip("serve", place / "baked", *more) == 1
     assert "of cpu memory are free: free some, or give --dtype bfloat16" in " ".join(capsys.readouterr().err.split())

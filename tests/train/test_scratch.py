@@ -226,6 +226,22 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path, monkeypatch):
         train(model(), tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiling_does_not_leave_tf32_on(tmp_path, monkeypatch, dtype):
+    """Transformers switches it on for the whole process, where a GPU has it; what is scored afterwards is float32."""
+    switched = []
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+    monkeypatch.setattr("transformers.training_args.enable_tf32", switched.append)
+    monkeypatch.setattr("preskip.train.scratch.ScratchTrainer", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(model(), tmp_path, compile=True, dtype=dtype)
+    assert switched[-1] is False
+    switched.clear()
+    with pytest.raises(ZeroDivisionError):
+        train(model(), tmp_path, dtype=dtype)
+    assert switched == []
+
+
 def test_trackers(monkeypatch):
     monkeypatch.setattr("preskip.train.scratch.find_spec", lambda name: None)
     assert trackers(("auto",)) == trackers(("none",)) == ()

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import psutil
 import torch
 
 from preskip.arms.flops import active_weights, cache_width, experts_of, head_width, looked_up, matrix_weights
@@ -160,7 +161,7 @@ def measure_limits(
 
 def _copy_rate(device: torch.device, seconds: float, size: int | None) -> float:
     """Bytes per second of a copy, read and written ones; the quickest counts, as in `measured_peak`."""
-    numbers = size**2 if size else (2**24 if device.type == "cpu" else 2**30)
+    numbers = size**2 if size else 2**24 if device.type == "cpu" else min(2**30, free_memory(device) // 16)
     source = torch.ones(numbers, dtype=torch.float32, device=device)
     target = source.clone()
     best, started = 0.0, time.perf_counter()
@@ -171,6 +172,13 @@ def _copy_rate(device: torch.device, seconds: float, size: int | None) -> float:
         synchronise(device)
         best = max(best, 2 * 4 * numbers / (time.perf_counter() - begin))
     return best
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated, those that torch holds on a GPU for later included."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def synchronise(device: torch.device) -> None:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
 from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters
 from preskip.attach import CHILD
 from preskip.baking import bake
+from preskip.bench.counts import free_memory
 from preskip.bench.settings import CHEAP
 from preskip.branch_settings import BranchSettings
 from preskip.errors import PreskipError, explained, one_line
@@ -49,11 +49,6 @@ class Row:
     kind: str
     held_against: str
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that may still be allocated."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def random_base(config: Any, dtype: torch.dtype, device: torch.device, rows: int) -> tuple[Any, int]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from preskip.bench.counts import Counts, Limits, bytes_moved, count, flops, synchronise
-from preskip.bench.models import Row, Rows, free_memory
+from preskip.bench.counts import Counts, Limits, bytes_moved, count, flops, free_memory, synchronise
+from preskip.bench.models import Row, Rows
 from preskip.bench.observe import observe
 from preskip.bench.runners import NotPossible, Runner, cache_bytes
 from preskip.bench.settings import COMPILED, BenchSettings, Work
@@ -165,7 +165,6 @@ def _measure(
             if need > 0.8 * free_memory(ids.device):
                 raise NotPossible(f"needs {need / 2**30:.1f} GiB, more than is free")
             runner = Runner(row, work, _ids(ids, work))
-            runner.before()
             _warm_up(runner)
             _check(runner, wanted[row.kind, _position(work)])
             entry = _counted(runner, counts[name], limits, factor)
@@ -205,17 +204,20 @@ def _leave_out(row: Row, error: Exception, left_out: dict[str, str]) -> None:
 
 
 def _warm_up(runner: Runner) -> None:
-    """Run once; a compiled row compiles then.
+    """Run once; a compiled row compiles then, and on CUDA its graph is captured in the second run.
 
     Raises:
         NotPossible: it does not compile here (no compiler, a graph break in the base).
     """
+    is_compiled = runner.row.name in COMPILED
     try:
-        runner.run()
+        for _ in range(3 if is_compiled and runner.ids.device.type == "cuda" else 1):
+            runner.before()
+            runner.run()
     except PreskipError:
         raise
     except Exception as error:
-        if runner.row.name not in COMPILED or is_out_of_memory(error):
+        if not is_compiled or is_out_of_memory(error):
             raise
         raise NotPossible(f"does not compile: {one_line(error, 200) or type(error).__name__}") from error
 

@@ -37,18 +37,21 @@ class Runner:
 
     def _prepare_prefill(self) -> Callable[[], None]:
         is_compiled = self.row.name in COMPILED
+        if is_compiled:  # its graph writes into a static cache, whose tensors are not to be made inside of it
+            self.cache = new_cache("static", self.row.model, self.work.tokens)
+            with torch.inference_mode():
+                self.row.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
 
-        def before() -> None:  # a compiled graph writes into a static cache
-            kind = "static" if is_compiled else "dynamic"
-            if self.cache is None or not is_compiled:
-                self.cache = new_cache(kind, self.row.model, self.work.tokens)
-            else:
+        def before() -> None:
+            if is_compiled:
                 self._rewind(0)
+            else:
+                self.cache = new_cache("dynamic", self.row.model, self.work.tokens)
 
         @torch.inference_mode()
         def run() -> None:
             out = self.row.forward(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.logits = out.logits[0, -1]
+            self.logits = out.logits[0, -1].clone()
 
         self.before = before
         return run
@@ -86,7 +89,7 @@ class Runner:
         @torch.inference_mode()
         def run() -> None:
             logits = self.row.forward(input_ids=self.ids, use_cache=False).logits
-            self.logits = logits[0, -1]
+            self.logits = logits[0, -1].clone()  # a view would keep all of them
             for row, ids in zip(logits, self.ids, strict=True):
                 F.cross_entropy(row[:-1].float(), ids[1:], reduction="sum")
 
@@ -99,7 +102,7 @@ class Runner:
         drops = has_dropout(model)
         if drops:  # what a training step computes cannot be checked then
             with torch.inference_mode():
-                self.logits = model(input_ids=self.ids, use_cache=False).logits[0, -1]
+                self.logits = model(input_ids=self.ids, use_cache=False).logits[0, -1].clone()
 
         def run() -> None:
             model.train()
@@ -108,11 +111,12 @@ class Runner:
             optimizer.step()
             optimizer.zero_grad()
             if not drops:
-                self.logits = out.logits[0, -1].detach()
+                self.logits = out.logits[0, -1].detach().clone()
             model.eval()
 
         return run
 
+    @torch.inference_mode()  # in which the counts were moved to the device; they may be written nowhere else then
     def _rewind(self, tokens: int) -> None:
         for layer in self.cache.layers:
             if not isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):

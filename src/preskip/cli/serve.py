@@ -95,11 +95,12 @@ def serve(
         raise PreskipError(
             f"{CONTINUOUS} answers all of {', '.join(several)} as {several[0]}: leave it out, or serve one adapter"
         )
-    check_memory(facts.weight_bytes_in(computed), device, chosen, more)
+    is_on_cpu = check and chosen == "transformers"  # what the check has computed by transformers stays on the CPU
+    check_memory(facts.weight_bytes_in(computed), "cpu" if is_on_cpu else device, chosen, more)
     if check:
         from preskip.cli.serve_check import run_check
 
-        run_check(facts, chosen, computed, eager=device == "cpu", as_json=as_json)
+        run_check(facts, chosen, computed, device=device, as_json=as_json)
         return
     say(_described(facts, chosen, computed), quiet=as_json)
     models = [*several, BASE] if several else [name or source.resolve().name]

@@ -10,18 +10,18 @@ from preskip.serve.check import Checked, check
 from preskip.serve.checkpoint import Facts
 
 
-def run_check(facts: Facts, engine: str, dtype: str, *, eager: bool, as_json: bool) -> None:
+def run_check(facts: Facts, engine: str, dtype: str, *, device: str, as_json: bool) -> None:
     """Check, show, and end the process with 1 where the check fails.
 
     Args:
         facts: of the checkpoint.
         engine: see `preskip.serve.check.check`.
         dtype: see `preskip.serve.check.check`.
-        eager: let vLLM compile nothing.
+        device: see `preskip.serve.check.check`; on a CPU vLLM compiles nothing.
         as_json: print one JSON document.
     """
     with spinner("checking", quiet=as_json) as note:
-        found = check(facts, engine, dtype, options={"enforce_eager": eager}, note=note)
+        found = check(facts, engine, dtype, device=device, options={"enforce_eager": device == "cpu"}, note=note)
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:

@@ -93,8 +93,8 @@ def resolve_dtype(name: str, device: str) -> tuple[str, str]:
     if name != "auto":
         return name, "as asked"
     if computes_in_bfloat16(device):
-        return "bfloat16", "the processor computes in bfloat16"
-    return "float32", "the processor has no bfloat16 instructions"
+        return "bfloat16", "the device computes in bfloat16"
+    return "float32", "the device has no bfloat16 instructions"
 
 
 def describe(device: str) -> Environment:

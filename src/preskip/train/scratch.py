@@ -187,6 +187,7 @@ def train_scratch(
         optim="adamw_torch_fused",
         bf16=settings.dtype == "bfloat16",
         torch_compile=settings.compile,
+        tf32=False if settings.compile else None,  # else compiling puts all float32 products of the process into TF32
         logging_steps=settings.log_steps,
         eval_strategy="no" if held is None else "steps",
         eval_steps=None if held is None else settings.eval_steps,
