@@ -1,14 +1,18 @@
 """The study from scratch: the published changes of a block beside preskip, each at its own rate, loss against cost.
 
-    python benchmarks/scratch_study.py --out runs/scratch --archs llama-1m,llama-3m --corpus books --tokens 10M
+    python benchmarks/scratch_study.py --out runs/scratch --archs llama-1m,llama-3m --corpus books --tokens 10.01M
     python benchmarks/scratch_study.py --minutes 9         # the same command goes on where it was
     python benchmarks/scratch_study.py -- --workers 2      # what follows -- goes to every preskip pretrain
 
 For each architecture `OUT/ARCH/rate-R` trains arms at one rate, seed 0, on a share of the tokens. The rates are 3e-3,
 its halves and doubles; an arm whose best has no worse one on either side is trained at the next beyond, too. Then
-`OUT/ARCH/study` trains all arms on all tokens, each at its best rate, and `OUT/ARCH/loss.svg` draws the loss against
-weights, training FLOPs and, without --workers, time. A rate that diverges is the worst one; an arm that diverges at
-every rate is left out, and a line says so. `OUT/ARCH/rates.json` has the loss at each rate.
+`OUT/ARCH/study` trains all arms on all tokens, each at its best rate, and `OUT/ARCH/speed` some steps of each, alone
+and in turns, whatever --workers says: the study's times are its tokens over that speed. `OUT/ARCH/loss.svg` draws the
+loss against weights, training FLOPs and time. A rate that diverges is the worst one; an arm that diverges at every rate
+is left out, and a line says so. `OUT/ARCH/rates.json` has the loss at each rate, null where it diverged.
+
+What is scored and declared (--eval-corpora, --primary, --looks ...) is the study's alone. Seeds that a finished study
+lacks are added to it; any other option than it was begun with is refused.
 
 Exit code: 0 when all is done, 3 when something is left to do, else that of the run that failed.
 """
@@ -22,11 +26,10 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import altair as alt
-from study import LEFT_TO_DO, interruptible, is_finished
+from study import LEFT_TO_DO, interruptible, left_to_do
 
 from preskip.experiment.parse import parse_tokens
 from preskip.report.load import load_json
@@ -37,14 +40,24 @@ from preskip.runs.files import write_json
 from preskip.runs.schema import MetricValue, Results
 
 ARMS = "base,base-wide,base-flops,canon-a,canon,value-residual,value-embed,nonlinear-q,gated-attention,preskip"
-ARMS += ",preskip+canon-a,base-wide+canon-a"
+ARMS += ",base-wide+canon-a,preskip+canon-a,preskip+canon,preskip+value-residual,preskip+value-embed"
+ARMS += ",preskip+nonlinear-q,preskip+gated-attention"
 CENTRE = 3e-3
 # Doubles of the centre that are tried on either side at most.
 FARTHEST = 4
 # Of every training: a development loss of 256 sequences, four checkpoints of the shortest one, short logs.
 EACH = {"--eval-blocks": "256", "--eval-steps": "100", "--log-steps": "10", "--save-steps": "100"}
+# Of the trainings that choose a rate or measure the speed, which are not scored for a result.
+UNSCORED = ["--eval-documents", "2"]
+# What says how a run is executed and nothing of what it computes: a resume has to be told again.
+EXECUTION = ("--workers", "--executor", "--ray-address")
+# What is scored and declared.
+SCORING = ("--eval-corpora", "--eval-documents", "--eval-words", "--primary", "--looks")
+# Of the speed: tokens of a training, and seeds; for each all arms are trained in turn.
+SPEED_TOKENS, SPEED_SEEDS = 131_072, "1,2,3"
 # Of the study: text of more than six speakers beside the few books, and `base-flops` may read on where the text ends.
 STUDY = {"--eval-documents": "100", "--eval-words": "1000", "--eval-corpora": "sotu:50x400"}
+LEGEND_COLUMNS = 6
 COSTS = {
     "parameters": "Weights",
     "training_flops": "Training FLOPs",
@@ -59,7 +72,7 @@ def main() -> int:
     parser.add_argument("--archs", default="llama-1m,llama-3m")
     parser.add_argument("--arms", default=ARMS)
     parser.add_argument("--corpus", default="books")
-    parser.add_argument("--tokens", default="10M")
+    parser.add_argument("--tokens", default="10.01M", help="rounded to whole steps; these are at least 10M then")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--search", type=float, default=0.2, help="share of the tokens that a rate is chosen on")
     parser.add_argument("--minutes", type=float, help="stop after so many; default: when all is done")
@@ -76,45 +89,76 @@ def main() -> int:
 def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float | None) -> int:
     """The search and the study of one architecture; gives the exit code."""
     arms, tokens = options.arms.split(","), parse_tokens(options.tokens)
-    same = ["--arch", arch, "--corpus", options.corpus, *unless_given(EACH, options.more), *options.more]
+    execution, more = split(options.more, EXECUTION)
+    scoring, more = split(more, SCORING)
+    same = ["--arch", arch, "--corpus", options.corpus, *unless_given(EACH, more), *more]
+    few = [*same, *UNSCORED, "--tokens", str(round(options.search * tokens)), "--seeds", "0"]
     losses: dict[str, dict[int, float]] = {arm: {} for arm in arms}
     for power in sorted(range(-FARTHEST, FARTHEST + 1), key=abs):
         waiting = [arm for arm in arms if is_open(losses[arm], power)]
         if not waiting:
             continue
         run, rate = folder / f"rate-{rate_of(power):g}", f"{rate_of(power):g}"
-        few = ["--tokens", str(round(options.search * tokens)), "--seeds", "0", "--eval-documents", "2"]
-        given = [*same, *few, "--arms", ",".join(waiting), "--lr", rate]
-        check_asked(run, given)
-        if not has_diverged(run) and (code := train(run, given, deadline)) and not has_diverged(run):
+        given = [*few, "--arms", ",".join(waiting), "--lr", rate]
+        if (code := train(run, given, deadline, execution=execution)) and not has_diverged(run):
             return code
         found = {} if has_diverged(run) else load_json(run / "results.json")["arms"]
         for arm in waiting:
             losses[arm][power] = found[arm]["final_eval_loss"] if arm in found else math.inf
+    write_json(folder / "rates.json", {
+        arm: {f"{rate_of(power):g}": loss if math.isfinite(loss) else None for power, loss in sorted(found.items())}
+        for arm, found in losses.items()
+    })  # fmt: skip
     for arm in [arm for arm in arms if math.isinf(losses[arm][best(losses[arm])])]:
         print(f"{arch}: {arm} is left out, it diverged at every rate that was tried: {tried(losses[arm])}", flush=True)
         arms.remove(arm)
     if not arms:
         return 1
-    rates = [part for arm in arms for part in ("--lr", f"{arm}={rate_of(best(losses[arm])):g}")]
-    write_json(folder / "rates.json", {arm: {f"{rate_of(power):g}": loss for power, loss in sorted(found.items())
-                                             if math.isfinite(loss)} for arm, found in losses.items()})  # fmt: skip
-    whole = ["--tokens", str(tokens), "--seeds", options.seeds, "--arms", ",".join(arms), *rates]
-    whole += unless_given(STUDY, options.more)
-    if "--repeat" not in options.more:
+    chosen = ["--arms", ",".join(arms)]
+    chosen += [part for arm in arms for part in ("--lr", f"{arm}={rate_of(best(losses[arm])):g}")]
+    whole = [*same, "--tokens", str(tokens), *chosen, *unless_given(STUDY, scoring), *scoring]
+    if "--repeat" not in more:
         whole.append("--repeat")
-    if {"preskip", "base-wide"} <= set(arms) and not {"--primary", "--eval-corpora"} & flags(options.more):
+    if {"preskip", "base-wide"} <= set(arms) and "--primary" not in flags(scoring) and scores_sotu(whole):
         whole += ["--primary", "preskip:base-wide:sotu"]  # the held-out books are too few for a verdict
-    check_asked(folder / "study", [*same, *whole])
-    if code := train(folder / "study", [*same, *whole], deadline):
+    if code := train(folder / "study", whole, deadline, execution=execution, seeds=["--seeds", options.seeds]):
         return code
-    results = load_json(folder / "study" / "results.json")
-    alone = "--workers" not in flags(options.more)
-    (folder / "loss.svg").write_text(draw(results, timed=alone), encoding="utf-8")
-    print(f"{arch}, {folder / 'loss.svg'}\n\n{table(results, losses, timed=alone)}\n", flush=True)
+    speed = [*same, *UNSCORED, "--tokens", str(min(tokens, SPEED_TOKENS)), "--seeds", SPEED_SEEDS, *chosen]
+    if code := train(folder / "speed", speed, deadline):
+        return code
+    results, alone = (load_json(folder / name / "results.json") for name in ("study", "speed"))
+    rows = records(results, alone)
+    (folder / "loss.svg").write_text(draw(rows), encoding="utf-8")
+    print(f"{arch}, {folder / 'loss.svg'}\n\n{table(rows, results, losses)}\n", flush=True)
     for note in results.get("notes", ()):
         print(note, flush=True)
     return 0
+
+
+def parsed(given: Sequence[str]) -> list[tuple[str, ...]]:
+    """The options of a command line, each with its value where it has one: `--name value` and `--name=value`."""
+    found: list[tuple[str, ...]] = []
+    for word in given:
+        if word.startswith("--"):
+            found.append(tuple(word.split("=", 1)))
+        elif found and len(found[-1]) == 1:
+            found[-1] += (word,)
+    return found
+
+
+def split(given: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options of these names, and the others."""
+    options = parsed(given)
+    return (
+        [word for option in options if option[0] in names for word in option],
+        [word for option in options if option[0] not in names for word in option],
+    )
+
+
+def scores_sotu(given: Sequence[str]) -> bool:
+    """Whether the speeches are among the corpora that are scored."""
+    corpora = [corpus for name, *value in parsed(given) if name == "--eval-corpora" for corpus in value[0].split(",")]
+    return any(corpus.partition(":")[0] == "sotu" for corpus in corpora)
 
 
 def unless_given(defaults: Mapping[str, str], given: Sequence[str]) -> list[str]:
@@ -123,8 +167,8 @@ def unless_given(defaults: Mapping[str, str], given: Sequence[str]) -> list[str]
 
 
 def flags(given: Sequence[str]) -> set[str]:
-    """The names in `--name value` and `--name=value`."""
-    return {word.partition("=")[0] for word in given}
+    """The names of the options."""
+    return {name for name, *_ in parsed(given)}
 
 
 def rate_of(power: int) -> float:
@@ -154,42 +198,79 @@ def has_diverged(run: Path) -> bool:
     return (run / "run.json").is_file() and RunDirectory.open(run).manifest.get("status") == "diverged"
 
 
-def check_asked(run: Path, options: Sequence[str]) -> None:
-    """Refuse a run that was begun with other arms, tokens or text: an arm that is not in it has not diverged there."""
+def check_asked(run: Path, given: Sequence[str], free: Sequence[str]) -> None:
+    """Refuse a run that was begun with other options: an arm that is not in it has not diverged there.
+
+    Args:
+        run: its directory.
+        given: the options that it is to have.
+        free: names of options that may be others.
+    """
     if not (run / "run.json").is_file():
         return
-    config, value = RunDirectory.open(run).manifest["config"], dict(pairwise(options))
-    for name in ("arms", "tokens", "corpus"):
-        begun = ",".join(config["arms"]) if name == "arms" else str(config[name])
-        asked = value[f"--{name}"]
-        if sorted(begun.split(",")) != sorted(asked.split(",")):
-            raise SystemExit(f"{run} was begun with --{name} {begun}, not {asked}: give another --out, or delete it")
+    begun, asked = (values(split(every, free)[1]) for every in (RunDirectory.open(run).manifest["command"], given))
+    for name in (*asked, *begun):
+        if begun.get(name) != asked.get(name):
+            had, wanted = (
+                f"{name} {','.join(its[name])}".strip() if name in its else f"no {name}" for its in (begun, asked)
+            )
+            raise SystemExit(f"{run} was begun with {had}, not {wanted}: give another --out, or delete it")
 
 
-def train(run: Path, options: Sequence[str], deadline: float | None) -> int:
-    """Begin a run or go on with it, unless it is finished; gives the exit code."""
-    if is_finished(run):
-        return 0
-    begun = (run / "run.json").is_file()
-    code = interruptible(["pretrain", *(["--resume", run] if begun else [*options, "--out", run])], deadline)
-    if code is None:
-        print(f"stopped; {run} and what follows it go on with the same command", flush=True)
-        return LEFT_TO_DO
-    return code
+def values(given: Sequence[str]) -> dict[str, list[str]]:
+    """What every option is given, in any order."""
+    found: dict[str, list[str]] = {}
+    for name, *value in parsed(given):
+        found[name] = sorted([*found.get(name, []), *(part for one in value for part in one.split(","))])
+    return found
 
 
-def records(results: Results) -> list[Record]:
-    """An arm each: its costs, and its loss on development documents over the seeds."""
+def train(
+    run: Path, given: Sequence[str], deadline: float | None, *, execution: Sequence[str] = (), seeds: Sequence[str] = ()
+) -> int:
+    """Begin a run or go on with it, unless it is finished; gives the exit code.
+
+    Args:
+        run: its directory.
+        given: its options, of which a run that was begun must have the same.
+        deadline: when to interrupt it.
+        execution: options that a resume takes, too.
+        seeds: `--seeds` and their list, where more may be added to a finished run.
+    """
+    if has_diverged(run):
+        check_asked(run, given, ["--out", *EXECUTION])
+        return 1
+    check_asked(run, given, ["--out", *EXECUTION, *seeds[:1]])
+    for _ in range(2):  # a run that was begun is finished with the seeds that it has before any are added
+        if (what := left_to_do(run, [*given, *seeds, "--out", str(run)], seeds)) is None:
+            return 0
+        code = interruptible(["pretrain", *what, *execution], deadline)
+        if code is None:
+            print(f"stopped; {run} and what follows it go on with the same command", flush=True)
+            return LEFT_TO_DO
+        if code:
+            return code
+    return 0
+
+
+def records(results: Results, alone: Results) -> list[Record]:
+    """An arm each: its costs, and its loss on development documents over the seeds.
+
+    Args:
+        results: of the study.
+        alone: of the trainings that measure the speed.
+    """
     rows = []
     for arm, summary in results["arms"].items():
         curves = results["curves"][arm].values()
         losses = [points[-1]["eval_loss"] for points in curves]
-        speed = summary["tokens_per_second"]
+        speed = alone["arms"][arm]["tokens_per_second"]
+        assert speed  # every arm is trained
         rows.append(
             {
                 "arm": arm,
                 **{key: summary[key] for key in ("parameters", "training_flops", "learning_rate")},
-                "seconds": None if speed is None else summary["tokens"] / speed,
+                "seconds": summary["tokens"] / speed,
                 "loss": statistics.fmean(losses),
                 "low": min(losses),
                 "high": max(losses),
@@ -198,37 +279,37 @@ def records(results: Results) -> list[Record]:
     return rows
 
 
-def draw(results: Results, *, timed: bool) -> str:
-    """Loss against weights, FLOPs and, where it was measured alone, time: means over seeds, lines from the lowest to
-    the highest.
-    """
-    rows, arms = records(results), list(results["arms"])
+def draw(rows: Sequence[Record]) -> str:
+    """Loss against weights, FLOPs and time: means over seeds, lines from the lowest to the highest."""
+    arms = [row["arm"] for row in rows]
     figures = []
-    for key, title in list(COSTS.items())[: 3 if timed else 2]:
+    for key, title in COSTS.items():
         x = alt.X(
             f"{key}:Q", title=title, scale=alt.Scale(zero=False, padding=12), axis=alt.Axis(format="~s", tickCount=5)
         )
-        base = chart(rows).encode(x=x, color=colour(arms, shown_arms(arms, rows, 110)))
+        legend = shown_arms(arms, rows, 110)
+        legend.columns = LEGEND_COLUMNS
+        base = chart(rows).encode(x=x, color=colour(arms, legend))
         loss, low = (value_axis(field, "Development loss, nats per token", zero=False) for field in ("loss", "low"))
-        marks = base.mark_point(size=160, **POINT).encode(y=loss, shape=shape(arms, shown_arms(arms, rows, 110)))
+        marks = base.mark_point(size=160, **POINT).encode(y=loss, shape=shape(arms, legend))
         layers = [base.mark_rule(strokeWidth=2).encode(y=low, y2="high:Q"), marks]
         figures.append({"title": title, "spec": specification(layers, height=320)})
     return picture(figures, columns=len(figures), shared=True)
 
 
-def table(results: Results, losses: Mapping[str, Mapping[int, float]], *, timed: bool) -> str:
+def table(rows: Sequence[Record], results: Results, losses: Mapping[str, Mapping[int, float]]) -> str:
     """The same in Markdown, the lowest loss first, with the rates that were tried and what held-out text takes."""
     sets = [name for name, described in results["sets"].items() if described["kind"] == "document"]
     headings = ["arm", "lr, of those tried", "weights", "PFLOP", "seconds", "loss, lowest to highest"]
     headings += [f"{name}, bits per byte [95 %]" for name in sets]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for row in sorted(records(results), key=lambda row: row["loss"]):
+    for row in sorted(rows, key=lambda row: row["loss"]):
         cells = (
             f"`{row['arm']}`",
             f"{row['learning_rate']:g} of {tried(losses[row['arm']])}",
             f"{row['parameters']:,}",
             f"{row['training_flops'] / 1e15:.3g}",
-            f"{row['seconds']:.0f}" if timed and row["seconds"] is not None else "–",
+            f"{row['seconds']:.0f}",
             f"{row['loss']:.4f}, {row['low']:.4f} to {row['high']:.4f}",
             *map(limits, (results["arms"][row["arm"]]["metrics"][name].get("bits_per_byte") for name in sets)),
         )

@@ -33,41 +33,69 @@ def diverging():
 
 
 @pytest.fixture
-def commands(script, monkeypatch, diverging):
+def killed():
+    """Names of runs that are interrupted the first time."""
+    return []
+
+
+@pytest.fixture
+def commands(script, monkeypatch, diverging, killed):
     """What would be run; in place of training each run gets losses that rise with the distance from the best rate."""
     given = []
+
+    def begin(arguments):
+        value = {name: arguments[arguments.index(name) + 1] for name in FLAGS}
+        folder = Path(value["--out"])
+        folder.mkdir(parents=True)
+        manifest = {"schema_version": 2, "status": "interrupted", "command": ["preskip", *arguments]}
+        write_json(folder / "run.json", {**manifest, "seeds": list(map(int, value["--seeds"].split(",")))})
+        return folder
 
     def finish(arguments, deadline):
         if deadline is not None:
             return None
         arguments = list(map(str, arguments))
         given.append(arguments)
-        value = {name: arguments[arguments.index(name) + 1] for name in FLAGS}
-        rates = [arguments[place + 1] for place, word in enumerate(arguments) if word == "--lr"]
-        own = dict(rate.split("=") for rate in rates) if "=" in rates[0] else {}
+        is_resumed = "--resume" in arguments
+        folder = Path(arguments[arguments.index("--resume") + 1]) if is_resumed else begin(arguments)
+        if folder.name in killed:
+            killed.remove(folder.name)
+            return None
+        manifest = read_json(folder / "run.json")
+        if is_resumed and "--seeds" in arguments:
+            manifest["seeds"] = list(map(int, arguments[arguments.index("--seeds") + 1].split(",")))
+        own = options(manifest["command"])
+        rates = dict(rate.split("=") for rate in own["--lr"]) if "=" in own["--lr"][0] else {}
         found = {"schema_version": 2, "arms": {}, "curves": {}, "sets": {"sotu": {"kind": "document"}}}
-        for number, arm in enumerate(value["--arms"].split(",")):
-            rate = float(own.get(arm, rates[0]))
+        for number, arm in enumerate(own["--arms"][0].split(",")):
+            rate = float(rates.get(arm, own["--lr"][0]))
             if rate >= diverging.get(arm, 1):
                 continue
             loss = abs(rate / script.rate_of(BEST[arm]) - 1)
             found["arms"][arm] = {"final_eval_loss": loss, "learning_rate": rate, "tokens": 1000}
             found["arms"][arm] |= {"metrics": {"sotu": {"bits_per_byte": {"value": 2, "low": 1.5, "high": 2.25}}}}
-            found["arms"][arm] |= {"parameters": 10 + number, "training_flops": 1e9, "tokens_per_second": 100.0}
-            points = {seed: [{"eval_loss": loss + number + float(seed)}] for seed in value["--seeds"].split(",")}
-            found["curves"][arm] = points
-        Path(value["--out"]).mkdir(parents=True)
+            # Beside another worker each has half of its speed.
+            speed = 50.0 if "--workers" in arguments else 100.0
+            found["arms"][arm] |= {"parameters": 10 + number, "training_flops": 1e9, "tokens_per_second": speed}
+            found["curves"][arm] = {str(n): [{"eval_loss": loss + number + n}] for n in manifest["seeds"]}
         status = "finished" if found["arms"] else "diverged"
-        config = {"arms": value["--arms"].split(","), "tokens": int(value["--tokens"]), "corpus": value["--corpus"]}
-        write_json(Path(value["--out"]) / "run.json", {"schema_version": 2, "status": status, "config": config})
+        write_json(folder / "run.json", {**manifest, "status": status})
         if not found["arms"]:
             return 1
-        write_json(Path(value["--out"]) / "results.json", found)
+        write_json(folder / "results.json", found)
         return 0
 
     monkeypatch.setattr(script, "interruptible", finish)
-    monkeypatch.setattr(script, "is_finished", lambda run: (run / "results.json").is_file())
     return given
+
+
+def options(command):
+    """The values of every option of a command, in order."""
+    found = {}
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word.startswith("--"):
+            found.setdefault(word, []).append(following)
+    return found
 
 
 def run(script, monkeypatch, *arguments):
@@ -77,28 +105,31 @@ def run(script, monkeypatch, *arguments):
 
 def test_every_arm_is_tried_beyond_its_best_and_trained_at_it(script, commands, tmp_path, monkeypatch, capsys):
     pytest.importorskip("vl_convert")
-    options = ("--out", tmp_path, "--archs", "tiny", "--arms", ",".join(BEST), "--seeds", "1,2", "--", "--workers", "2",
+    given = ("--out", tmp_path, "--archs", "tiny", "--arms", ",".join(BEST), "--seeds", "1,2", "--", "--workers", "2",
                "--eval-blocks=512", "--repeat")  # fmt: skip
-    assert run(script, monkeypatch, *options) == 0
-    *searches, study = commands
+    assert run(script, monkeypatch, *given) == 0
+    *searches, study, speed = commands
     tried = {}
     for command in searches:
         assert command[:5] == ["pretrain", "--arch", "tiny", "--corpus", "books"]
         assert command[command.index("--workers") + 1] == "2"
-        assert [word for word in command if word.startswith("--eval-blocks")] == ["--eval-blocks=512"]
+        assert options(command)["--eval-blocks"] == ["512"]
         rate = float(command[command.index("--lr") + 1])
         for arm in command[command.index("--arms") + 1].split(","):
             tried.setdefault(arm, set()).add(rate)
-        assert command[command.index("--tokens") + 1] == "2000000"
+        assert command[command.index("--tokens") + 1] == "2002000"
     assert tried == {arm: {script.rate_of(power) for power in powers} for arm, powers in {
         "base": (-1, 0, 1), "canon": (-1, 0, 1, 2, 3, 4), "preskip": (-2, -1, 0, 1)}.items()}  # fmt: skip
-    given = [study[place + 1] for place, word in enumerate(study) if word == "--lr"]
-    assert given == ["base=0.003", "canon=0.024", "preskip=0.0015"]
-    assert study[study.index("--tokens") + 1] == "10000000"
+    chosen = options(study)["--lr"]
+    assert chosen == ["base=0.003", "canon=0.024", "preskip=0.0015"]
+    assert study[study.index("--tokens") + 1] == "10010000"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in lines] == ["base", "canon", "preskip"]
-    # Beside another worker no time is a training's own.
-    assert lines[1].endswith("| 0.024 of 0.0015, 0.003, 0.006, 0.012, 0.024, 0.048 | 11 | 1e-06 | – | "
+    # Beside another worker no time is a training's own: it is that of a run alone, of all arms at their rates.
+    assert "--workers" not in speed
+    assert options(speed)["--lr"] == chosen
+    assert (options(speed)["--tokens"], options(speed)["--seeds"]) == (["131072"], ["1,2,3"])
+    assert lines[1].endswith("| 0.024 of 0.0015, 0.003, 0.006, 0.012, 0.024, 0.048 | 11 | 1e-06 | 10 | "
                              "2.5000, 2.0000 to 3.0000 | 2.000 [1.500, 2.250] |")  # fmt: skip
     assert study[study.index("--eval-corpora") + 1] == "sotu:50x400"
     assert study.count("--repeat") == 1
@@ -107,7 +138,7 @@ def test_every_arm_is_tried_beyond_its_best_and_trained_at_it(script, commands, 
         "0.00075": 0.5, "0.0015": 0.0, "0.003": 1.0, "0.006": 3.0}  # fmt: skip
     assert "<svg" in (tmp_path / "tiny" / "loss.svg").read_text()
     before = len(commands)
-    assert run(script, monkeypatch, *options) == 0
+    assert run(script, monkeypatch, *given) == 0
     assert len(commands) == before  # all is done
 
 
@@ -115,34 +146,43 @@ def test_a_rate_that_diverges_is_the_worst(script, commands, diverging, tmp_path
     pytest.importorskip("vl_convert")
     # canon alone at 0.024, where it diverges; preskip beside others; base at every rate.
     diverging |= {"base": 0.0, "canon": 0.024, "preskip": 0.003}
-    options = ("--out", tmp_path, "--archs", "tiny", "--arms", ",".join(BEST), "--seeds", "1")
-    assert run(script, monkeypatch, *options) == 0
-    assert [word for word in commands[-1] if "=" in word] == ["canon=0.012", "preskip=0.0015"]
-    assert commands[-1][commands[-1].index("--arms") + 1] == "canon,preskip"
+    given = ("--out", tmp_path, "--archs", "tiny", "--arms", ",".join(BEST), "--seeds", "1")
+    assert run(script, monkeypatch, *given) == 0
+    for command in commands[-2:]:
+        assert options(command)["--lr"] == ["canon=0.012", "preskip=0.0015"]
+        assert options(command)["--arms"] == ["canon,preskip"]
+    rates = read_json(tmp_path / "tiny" / "rates.json")
+    assert rates["preskip"] == {"0.00075": 0.5, "0.0015": 0.0, "0.003": None, "0.006": None}
+    assert set(rates["base"].values()) == {None}
     out = capsys.readouterr().out
     rates = ", ".join(f"{script.rate_of(power):g} (diverged)" for power in range(-4, 2))
     assert f"tiny: base is left out, it diverged at every rate that was tried: {rates}\n" in out
     assert "| 0.0015 of 0.00075, 0.0015, 0.003 (diverged), 0.006 (diverged) | " in out
     before = len(commands)
-    assert run(script, monkeypatch, *options) == 0
+    assert run(script, monkeypatch, *given) == 0
     assert len(commands) == before  # what diverged is not trained again
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--arms", "base,canon,preskip"], "rate-0.003 was begun with --arms base,canon, not base,canon,preskip: give"),
-        (["--tokens", "5M"], "rate-0.003 was begun with --tokens 2000000, not 1000000: give another --out"),
-        (["--corpus", "sotu"], "rate-0.003 was begun with --corpus books, not sotu: give another --out"),
+        (
+            ["--arms", "base,canon,preskip"],
+            "rate-0.003 was begun with --arms base,canon, not --arms base,canon,preskip: give",
+        ),
+        (["--tokens", "5M"], "rate-0.003 was begun with --tokens 2002000, not --tokens 1000000: give another --out"),
+        (["--corpus", "sotu"], "rate-0.003 was begun with --corpus books, not --corpus sotu: give another --out"),
+        (["--", "--dtype", "float32"], "rate-0.003 was begun with no --dtype, not --dtype float32: give another --out"),
+        (["--", "--looks", "1,3"], "study was begun with no --looks, not --looks 1,3: give another --out"),
     ],
 )
 def test_another_study_in_the_same_folder_is_refused(script, commands, tmp_path, monkeypatch, more, message):
     pytest.importorskip("vl_convert")
-    options = ("--out", tmp_path, "--archs", "tiny", "--arms", "base,canon", "--seeds", "1")
-    assert run(script, monkeypatch, *options) == 0
+    given = ("--out", tmp_path, "--archs", "tiny", "--arms", "base,canon", "--seeds", "1")
+    assert run(script, monkeypatch, *given) == 0
     before = len(commands)
     with pytest.raises(SystemExit, match=message):
-        run(script, monkeypatch, *options, *more)
+        run(script, monkeypatch, *given, *more)
     assert len(commands) == before
 
 
@@ -162,8 +202,53 @@ def test_the_deadline_leaves_the_rest_for_the_next_call(script, commands, tmp_pa
 def test_the_primary_comparison_is_on_text_of_enough_speakers(script, commands, tmp_path, monkeypatch):
     pytest.importorskip("vl_convert")
     monkeypatch.setitem(BEST, "base-wide", 0)
-    options = ("--out", tmp_path, "--archs", "tiny", "--seeds", "1", "--arms", "base-wide,preskip")
-    assert run(script, monkeypatch, *options) == 0
-    *searches, study = commands
+    given = ("--out", tmp_path, "--archs", "tiny", "--seeds", "1", "--arms", "base-wide,preskip")
+    assert run(script, monkeypatch, *given) == 0
+    *searches, study, speed = commands
     assert study[study.index("--primary") + 1] == "preskip:base-wide:sotu"
-    assert not any("--primary" in command for command in searches)  # some of them train other arms alone
+    assert not any("--primary" in command for command in (*searches, speed))  # some of them train other arms alone
+
+
+@pytest.mark.parametrize(
+    ("more", "corpora", "primary"),
+    [
+        (["--eval-corpora", "sotu:150x400"], "sotu:150x400", ["preskip:base-wide:sotu"]),
+        (["--eval-corpora=wikitext2"], "wikitext2", None),
+        (["--primary", "canon:base-wide:sotu"], "sotu:50x400", ["canon:base-wide:sotu"]),
+    ],
+)
+def test_what_is_scored_and_declared_is_the_studys_alone(
+    script, commands, tmp_path, monkeypatch, more, corpora, primary
+):
+    pytest.importorskip("vl_convert")
+    monkeypatch.setitem(BEST, "base-wide", 0)
+    given = ("--out", tmp_path, "--archs", "tiny", "--seeds", "1", "--arms", "base-wide,canon,preskip")
+    assert run(script, monkeypatch, *given, "--", *more) == 0
+    *others, study, speed = commands
+    assert any(corpora in word for word in study)
+    assert options(study).get("--primary") == primary
+    assert not any(word.startswith(("--primary", "--eval-corpora")) for each in (*others, speed) for word in each)
+
+
+@pytest.mark.parametrize("name", ["rate-0.006", "study"])
+def test_what_was_interrupted_goes_on_as_it_was_begun(script, commands, killed, tmp_path, monkeypatch, name):
+    pytest.importorskip("vl_convert")
+    killed.append(name)
+    given = ("--out", tmp_path, "--archs", "tiny", "--seeds", "1", "--arms", "base,preskip", "--", "--workers=2")
+    assert run(script, monkeypatch, *given) == script.LEFT_TO_DO
+    before = len(commands)
+    assert run(script, monkeypatch, *given) == 0
+    assert commands[before] == ["pretrain", "--resume", str(tmp_path / "tiny" / name), "--workers", "2"]
+
+
+def test_seeds_are_added_to_a_finished_study(script, commands, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("vl_convert")
+    given = ("--out", tmp_path, "--archs", "tiny", "--arms", "base,preskip")
+    assert run(script, monkeypatch, *given, "--seeds", "1,2") == 0
+    before = len(commands)
+    assert run(script, monkeypatch, *given, "--seeds", "1,2,3") == 0
+    resumed = ["pretrain", "--resume", str(tmp_path / "tiny" / "study"), "--seeds", "1,2,3"]
+    assert commands[before:] == [resumed]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `base`")]
+    assert "1.5000, 1.0000 to 2.0000" in lines[0]
+    assert "2.0000, 1.0000 to 3.0000" in lines[1]

@@ -20,7 +20,7 @@ class SweepRow(TypedDict):
     width: int
     learning_rate: float
     arm: str
-    development_loss: float
+    development_loss: float | None  # null where it diverged
 
 
 class Sweep(TypedDict):
