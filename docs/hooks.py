@@ -31,7 +31,7 @@ alone and the exit code is 1.
 | `preskip compare --combine` | `notes`, `combined`: of each pair and metric the estimate over runs and its `parts` |
 | `preskip power` | `power`, `alpha`, `designs`: of each `metric`, `units`, `seeds`, `resolvable` and what it needs |
 | `preskip report` | `report`: the page's path |
-| `preskip bake` | `out`, `base`, `dtype`, `model_type`, `bytes`, `logits_difference` |
+| `preskip bake` | `out`, `base`, `dtype`, `model_type`, `bytes`, `logits_difference`, `quantize` |
 | `preskip bench` | `rows`, `left_out`, `layers`, `limits`, `rounds`, `work` and where it ran |
 | `preskip data` | `directory`, `sets`, `remarks` |
 | `preskip serve` | once it answers `url`, `model`, `models`, `engine`, `checkpoint`, `pid`, `log` |

@@ -136,7 +136,7 @@ def test_a_value_of_another_type_is_read_or_refused(kind, tmp_path):
         ("layers: 0.5", "--layers 0.5 is not a list of layers"),
         ("primary: 5", "--primary 5 is not ARM:REFERENCE"),
         ("include_path: true", "--include-path True is not possible: it must be a text"),
-        ("learning_rates: {preskip: [1]}", r"--lr preskip=\[1\] is not possible"),
+        ("learning_rates: {preskip: [1]}", r"--lr 'preskip=\[1\]' is not a number"),
         ("steps: 1" + "0" * 400, "it must be at least 2"),
     ],
 )

@@ -126,6 +126,8 @@ def test_preset_below_file_below_option():
         ([{"lr": ["1e-4"]}], "fixed", {"preskip": 1e-4, "lora": 1e-4}),
         ([{"lr": 1e-4}], "fixed", {"preskip": 1e-4, "lora": 1e-4}),
         ([{"lr": ["1e-4", "lora=1e-3"]}], "fixed", {"preskip": 1e-4, "lora": 1e-3}),
+        ([{"lr": {"preskip": "1e-4", "lora": 1e-3}}], "fixed", {"preskip": 1e-4, "lora": 1e-3}),  # YAML's 1e-4
+        ([{"learning_rates": {"preskip": "1e-4"}}], "default", {"preskip": 1e-4}),
         ([{"lr": ["tune", "lora=1e-3"]}], "tune", {"lora": 1e-3}),
         ([{"lr": "tune"}, {"lr": ["lora=1e-3"]}], "fixed", {"lora": 1e-3}),
         ([{"lr": "tune"}, {"lr_mode": "default", "learning_rates": {}}], "default", {}),
@@ -174,6 +176,8 @@ def test_rates_of_a_pretraining():
         (PretrainConfig, {"layers": "attention"}, "--layers attention is for models with other layers, too"),
         (PretrainConfig, {"max_grad_norm": float("inf")}, "--max-grad-norm inf is not possible: it must be > 0"),
         (ProbeConfig, {"lr": ["tune", "1e-3"]}, "--lr tune has nothing to tune, every arm has a rate"),
+        (ProbeConfig, {"lr": "tune", "lr_harm": "0.002"}, "--lr-harm is for --lr-rule frontier: in-domain knows no"),
+        (ProbeConfig, {"tune_seed": "3"}, "--tune-seed is for --lr tune: give that, too, or leave it out"),
         (ProbeConfig, {"lora_rank": "8"}, "--lora-rank is for --match none: with params the budget gives the ranks"),
         (PretrainConfig, {"warmup_steps": 24, "tokens": 24 * 4096}, "--warmup-steps 24 is not below the 24 steps"),
         (PretrainConfig, {"tokenizer": "x", "vocab_size": 300}, "--vocab-size 300 is for a tokenizer that is trained"),

@@ -156,7 +156,8 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
 
     found = find_source(source)
     if found.run is not None:
-        say(f"arm {found.arm}, seed {found.seed}; another one is {found.run}/arms/ARM/seed-N/adapter", quiet=quiet)
+        another = f"{found.run}/arms/ARM/seed-N/{found.weights.name}"
+        say(f"arm {found.arm}, seed {found.seed}; another one is {another}", quiet=quiet)
     if found.is_checkpoint:
         for option, given in (("--model", model is not None), ("--trust-remote-code", trust_remote_code)):
             if given:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar, get_origin
 from preskip.branch_settings import BRANCH, SKIP_POSITIONS, BranchSettings
 from preskip.errors import PreskipError
 from preskip.experiment.parse import (
+    parse_by_arm,
     parse_corpora,
     parse_extent,
     parse_layers,
@@ -211,6 +212,8 @@ class ExperimentConfig:
             value = None if given is None else what["read"](given)
         elif what["hint"] in (int, float):
             value = parse_number(given, what["hint"])
+        elif field == "learning_rates":
+            _, value = parse_by_arm(given)  # YAML reads 3e-4 as a text
         if "parts" not in about(cls)[field]:
             values[field] = value
         else:

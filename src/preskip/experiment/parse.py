@@ -143,8 +143,7 @@ def parse_by_arm(
     """
     everyone: float | None = None
     by_arm: dict[str, float] = {}
-    texts = [f"{arm}={value}" for arm, value in given.items()] if isinstance(given, Mapping) else listed(given)
-    for text in map(str, texts):
+    for text in map(str, by_arm_texts(given)):
         arm, _, number = text.rpartition("=")
         try:
             value = float(number)
@@ -155,6 +154,11 @@ def parse_by_arm(
         else:
             everyone = value
     return everyone, by_arm
+
+
+def by_arm_texts(given: Any) -> Sequence[Any]:
+    """The values of a repeatable option of numbers; a mapping, as a file may give it, as arm=number."""
+    return [f"{arm}={value}" for arm, value in given.items()] if isinstance(given, Mapping) else listed(given)
 
 
 def parse_tokens(text: str | int) -> int:

@@ -13,7 +13,7 @@ from preskip.arms.catalogue import LORA_ARMS, resolve_arms
 from preskip.errors import PreskipError
 from preskip.evaluate.task_settings import TaskSettings
 from preskip.experiment.options import EVALUATION, TRAINING, WHAT, ExperimentConfig
-from preskip.experiment.parse import listed, parse_by_arm, parse_names
+from preskip.experiment.parse import by_arm_texts, parse_by_arm, parse_names
 from preskip.fields import option
 
 LR_MODES = ("default", "fixed", "tune")
@@ -108,7 +108,7 @@ class ProbeConfig(ExperimentConfig):
         allowed="an interval takes at least 2 items",
     )
     task_settings: TaskSettings = option(TaskSettings(), parts=TaskSettings)
-    nulls: tuple[str, ...] = option((), "Controls of the depth picture: noise,shuffled.", EVALUATION, read=parse_names)
+    nulls: tuple[str, ...] = option((), "Depth controls: noise,shuffled (of one arm).", EVALUATION, read=parse_names)
     equal_step: bool = option(False, "Train preskip once more with equal steps per layer.", EVALUATION)
     dtype_audit: bool = option(False, "Score the untouched base in fp32 and bf16, too.", EVALUATION)
     ablation_documents: int = option(
@@ -159,6 +159,10 @@ class ProbeConfig(ExperimentConfig):
         """See `ExperimentConfig._refuse_ignored`."""
         if self.lr_mode == "tune" and self.learning_rates and not any(map(self.is_tuned, self.arms)):
             raise PreskipError("--lr tune has nothing to tune, every arm has a rate: leave out tune, or those rates")
+        if self.lr_rule != "frontier" and self.lr_harm != type(self).lr_harm:
+            raise PreskipError(f"--lr-harm is for --lr-rule frontier: {self.lr_rule} knows no limit; give that, too")
+        if self.lr_mode != "tune" and self.tune_seed != type(self).tune_seed:
+            raise PreskipError("--tune-seed is for --lr tune: give that, too, or leave it out")
         if self.lora_ranks and self.match != "none":
             raise PreskipError(
                 f"--lora-rank is for --match none: with {self.match} the budget gives the ranks; leave one of them out"
@@ -171,7 +175,7 @@ class ProbeConfig(ExperimentConfig):
         if arms and "none" not in arms:
             values["arms"] = ("none", *arms)
         if "lr" in values:
-            texts = listed(values.pop("lr"))
+            texts = by_arm_texts(values.pop("lr"))
             rates = [text for text in texts if text != "tune"]
             everyone, by_arm = parse_by_arm(rates)
             values["lr_mode"] = "tune" if len(rates) < len(texts) else "fixed" if rates else "default"
