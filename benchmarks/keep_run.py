@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from preskip.errors import PreskipError
 from preskip.runs.directory import RunDirectory
@@ -75,7 +77,10 @@ def _done(folder: Path) -> set[Path]:
 def _write(run: RunDirectory, target: Path) -> None:
     """Write the copy beside its place, then put it there."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    manifest = run.manifest
+    manifest: Any = run.manifest
+    for part in ("model", "tokenizer"):
+        if source := manifest.get(part, {}).get("source"):
+            manifest[part]["source"] = re.sub(r"^(GGUF file|local folder) .*/(?=.)", r"\1 ", source)
     command = list(manifest["command"])
     if "--out" in command:
         command[command.index("--out") + 1] = f"runs/{target.name}"

@@ -253,7 +253,9 @@ def test_a_copy_without_weights_says_the_same(extended, keep, folder):
     }
     assert run_faults(kept) == []
     assert invoke_app("compare", kept, "--json") == invoke_app("compare", extended.path, "--json")
-    assert RunDirectory.open(kept).manifest["directory"] == "."
+    manifest = RunDirectory.open(kept).manifest
+    assert manifest["directory"] == "."
+    assert manifest["model"]["source"] == "local folder " + Path(extended.manifest["model"]["source"]).name
     for place in (extended.path, folder):  # nothing else is replaced
         with pytest.raises(PreskipError, match="is the run itself" if place == extended.path else "is no such copy"):
             keep(extended, place)
