@@ -2,8 +2,8 @@
 
     python benchmarks/results_figure.py docs/standard-runs.svg results/standard-{wikitext2,books}
 
-From results.json alone. Every mark is an arm against the untouched model, with its 95 % intervals; the untouched model
-stands where the lines cross. Up and right is better.
+From results.json, and run.json for the model's name. Every mark is an arm against the untouched model, with its 95 %
+intervals; the untouched model stands where the lines cross. Up and right is better.
 """
 
 from __future__ import annotations
@@ -32,14 +32,20 @@ def _tested(results: Results, home: str, abroad: str) -> list[dict]:
     return [row for row in plane_records(results, home, abroad) if row["part"] == "test"]
 
 
-def draw(runs: Sequence[Results]) -> str:
-    """The figure as SVG: a row of panels for each run's results.json, or one row where each run has one panel."""
+def draw(runs: Sequence[Results], models: Sequence[str]) -> str:
+    """The figure as SVG: a row of panels for each run's results.json, or one row where each run has one panel.
+
+    Args:
+        runs: the results.
+        models: what each was trained on top of; where they differ, panels name them.
+    """
+    of = [f"{model}, " if len(set(models)) > 1 else "" for model in models]
     figures = [
         {
-            "title": f"trained on {set_label(results['sets'], home)}",
+            "title": f"{model}trained on {set_label(results['sets'], home)}",
             "spec": plane(_tested(results, home, abroad), results, home, abroad),
         }
-        for results in runs
+        for model, results in zip(of, runs, strict=True)
         for home, abroad in planes(results)
     ]
     columns = len(planes(runs[0]))
@@ -52,7 +58,9 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     options = parser.parse_args()
-    options.picture.write_text(draw([load_json(run / "results.json") for run in options.runs]), encoding="utf-8")
+    models = [load_json(run / "run.json")["model"]["name"].removesuffix(".gguf") for run in options.runs]
+    results = [load_json(run / "results.json") for run in options.runs]
+    options.picture.write_text(draw(results, models), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ PAGES = {
     "standard-books": "standard-runs.md",
     "confirmatory-smollm2-wikitext2": "confirmatory.md",
     "confirmatory-smollm2-books24": "confirmatory-books.md",
+    "confirmatory-gemma-3-270m-wikitext2": "confirmatory-gemma.md",
 }
 
 
@@ -47,16 +48,17 @@ def stored(name):
 
 def test_harm_is_what_the_stored_runs_say():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    names = {"lora-attention": "LoRA on attention"}
-    for corpus, name in (("WikiText", "wikitext2"), ("books", "books24")):
-        results = stored(f"confirmatory-smollm2-{name}")
+    names = {"lora-attention": "LoRA on attention", "lora": "LoRA"}
+    runs = {"after WikiText": "smollm2-wikitext2", "after books": "smollm2-books24"}
+    for words, name in (runs | {"of Gemma": "gemma-3-270m-wikitext2"}).items():
+        results = stored(f"confirmatory-{name}")
         highest = {
             entry["high"]: names.get(entry["arm"], f"`{entry['arm']}`")
             for entry in results["comparisons"]
             if entry["reference"] == "none" and results["sets"][entry["set"]]["domain"] == "out"
         }
         least, most = min(highest), max(highest)
-        assert f"{least:+.3f} ({highest[least]}) to {most:+.3f} ({highest[most]}) after {corpus}" in page
+        assert f"{least:+.3f} ({highest[least]}) to {most:+.3f} ({highest[most]}) {words}" in page
 
 
 def test_how_near_the_limit_on_harm_the_rates_came_is_what_the_search_says():
@@ -80,13 +82,19 @@ def test_the_picture_is_that_of_the_stored_results():
     pytest.importorskip("vl_convert")
     runs = [json.loads((ROOT / f"results/standard-{name}/results.json").read_text()) for name in ("wikitext2", "books")]
     figure = script("results_figure")
-    marks, words = drawn(figure.draw(runs))
+    marks, words = drawn(figure.draw(runs, ["smollm2", "smollm2"]))
     stored_marks, stored_words = drawn((ROOT / "docs" / "standard-runs.svg").read_text(encoding="utf-8"))
     assert words == stored_words
     assert {"preskip", "lora", "trained on books", "Out-of-domain: points of accuracy gained → better"} <= set(words)
     assert marks == pytest.approx(stored_marks, abs=0.5)
     # Seven arms in four panels, and in the legend; better is up and right.
     assert len(marks) == 2 * (4 * 7 + 7)
+    # Two models are named.
+    names = [name for name, page in PAGES.items() if name.startswith("confirmatory")]
+    three = figure.draw([stored(name) for name in names], ["smollm2", "smollm2", "gemma-3-270m"])
+    kept = (ROOT / "docs" / "results.svg").read_text(encoding="utf-8")
+    assert drawn(three)[1] == drawn(kept)[1]
+    assert "gemma-3-270m, trained on wikitext2" in drawn(kept)[1]
     found = figure.differences(runs[1], "preskip", "books", "lambada_openai")
     assert found["books"] == pytest.approx((0.0489, 0.0323, 0.0655), abs=1e-4)
     assert found["lambada_openai"] == pytest.approx((-0.96, -6.8, 4.9), abs=0.1)

@@ -16,7 +16,7 @@ from preskip.stats.trends import arm_trends
 
 RESULTS = Path(__file__).parents[2] / "results"
 NAMES = ["standard-wikitext2", "standard-books", "scratch-books"]
-NAMES += ["confirmatory-smollm2-wikitext2", "confirmatory-smollm2-books24"]
+NAMES += ["confirmatory-smollm2-wikitext2", "confirmatory-smollm2-books24", "confirmatory-gemma-3-270m-wikitext2"]
 
 
 # Older runs lack what was added since.
