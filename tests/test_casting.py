@@ -192,6 +192,16 @@ def test_writes_through_data_are_seen_after_forget() -> None:
     assert torch.equal(product(x, module.up), before * 2)
 
 
+def test_other_storage_is_seen_where_it_has_the_address_of_the_last() -> None:
+    """As in searches that set weights, score them and put them back: what is freed leaves its address to the next."""
+    module, x = branch(), some_input()
+    weight, home = module.up.weight, module.up.weight.data
+    for scale in range(1, 21):
+        weight.data = home * scale
+        assert torch.equal(product(x, module.up), nn.functional.linear(x, (home * scale).bfloat16()))
+        weight.data = home
+
+
 def test_gradients_against_float64_and_added_up_in_float32() -> None:
     module, x = branch(), some_input()
     exact = copy.deepcopy(module).double()

@@ -183,6 +183,20 @@ def test_weights_that_change_without_a_new_version_are_seen(change, dtype):
         assert (found - before).abs().max() > 10 * tolerance * wanted.abs().max()
 
 
+def test_other_storage_is_seen_where_it_has_the_address_of_the_last(tmp_path):
+    preskip.bake(adapted(torch.bfloat16), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    own = [parameter for name, parameter in model.named_parameters() if ".preskip." in name]
+    home = parameters_to_vector(own)
+    with preskip.optimize(model), torch.no_grad():
+        for scale in range(1, 11):
+            vector_to_parameters(home * scale, own)
+            found = model(IDS).logits
+            casting.forget()
+            assert torch.equal(found, model(IDS).logits)
+            vector_to_parameters(home, own)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_int8_weights_that_are_loaded_meanwhile_are_seen(rows, tmp_path):
     preskip.bake(adapted(torch.bfloat16), tmp_path / "out", quantize="int8")

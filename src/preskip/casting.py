@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -22,10 +23,11 @@ _steps = 0
 
 
 def forget() -> None:
-    """Cast and pack every weight of a branch anew at its next use; to be called after writes through `.data`.
+    """Cast and pack every weight of a branch anew at its next use; to be called after writes that torch does not count.
 
-    torch counts `weight.copy_(average)` but not `weight.data.copy_(average)`. Every optimiser's step calls this itself,
-    and so does `load_state_dict` where there is a branch.
+    torch counts `weight.copy_(average)`, but not writes through `.data` (`weight.data.copy_(average)`) or through a
+    NumPy view, nor what a collective of `torch.distributed` puts into a weight (`broadcast(weight, 0)`). Every
+    optimiser's step calls this itself, and so does `load_state_dict` where there is a branch.
     """
     global _steps
     _steps += 1
@@ -127,5 +129,8 @@ def cast_of(linear: nn.Module) -> torch.Tensor | None:
 
 
 def version_of(weight: torch.Tensor) -> tuple[Any, ...]:
-    """What tells a weight from itself before it was changed, moved or given other storage, but for `forget`'s case."""
-    return weight.data_ptr(), weight.device, weight._version, _steps
+    """What tells a weight from itself before it was changed, moved or given other storage, but for `forget`'s cases.
+
+    After `weight.data = other` the next storage may get the address of the last: the weak reference keeps them apart.
+    """
+    return StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), weight.device, weight._version, _steps

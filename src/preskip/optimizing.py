@@ -71,8 +71,8 @@ def optimize(model: nn.Module) -> Optimized:
     is left to change.
 
     Args:
-        model: is changed in place. Compile it afterwards, and anew when its weights have changed. Where these are
-            written through `.data`, call `preskip.casting.forget` then.
+        model: is changed in place. Compile it afterwards, and anew when its weights have changed. After writes
+            that torch does not count (through `.data`, say), call `preskip.casting.forget`.
 
     Returns:
         A handle; `with preskip.optimize(model): ...` or `.remove()` undoes it.
