@@ -202,6 +202,18 @@ def test_other_storage_is_seen_where_it_has_the_address_of_the_last() -> None:
         weight.data = home
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("trainable", [True, False])
+@torch.no_grad()
+def test_a_trace_keeps_the_weights_themselves(trainable: bool) -> None:
+    module, x = branch().requires_grad_(trainable), some_input()
+    module(x)
+    traced = torch.jit.trace(module, (x,), check_trace=False)
+    assert all(map(torch.equal, traced(x), module(x)))
+    module.up.weight.mul_(2)
+    assert all(map(torch.equal, traced(x), module(x)))
+
+
 def test_gradients_against_float64_and_added_up_in_float32() -> None:
     module, x = branch(), some_input()
     exact = copy.deepcopy(module).double()

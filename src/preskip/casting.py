@@ -82,7 +82,9 @@ def product(x: torch.Tensor, linear: nn.Module) -> torch.Tensor:
         return linear(x.to(weight.dtype))
     if weight.is_meta and not x.is_meta:  # offloaded: accelerate fetches it for the layer's own forward alone
         return linear(x.to(weight.dtype)).to(x.dtype)
-    cast = weight.to(x.dtype) if torch.compiler.is_compiling() else cast_once(linear, weight, x.dtype)
+    # A kept copy would be a constant in a graph or trace, cut off from its weight.
+    is_recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    cast = weight.to(x.dtype) if is_recorded else cast_once(linear, weight, x.dtype)
     observers = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
     if any(observers):  # whoever observes the layer sees what is computed
         return torch.func.functional_call(linear, {"weight": cast}, (x,))
