@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -30,9 +31,7 @@ def by_row(
         PreskipError: the batch cannot be divided among the names.
     """
     if x.shape[0] % len(names):
-        raise PreskipError(
-            f"{len(names)} adapter names do not fit a batch of {x.shape[0]} rows: give one name per row of the input"
-        )
+        raise _misfit(names, x)
     each = x.shape[0] // len(names)
     for name in dict.fromkeys(names):
         if name == BASE:
@@ -57,3 +56,29 @@ def check_names(names: Sequence[str], known: Collection[str]) -> list[str]:
             f"adapter_names={names!r} is not possible: give one name per row, out of {', '.join([*known, BASE])}"
         )
     return list(names)
+
+
+def check_rows(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse names that are neither one per row of a caller's inputs nor one for all.
+
+    Only `generate` may have several rows per name, and makes these itself (`by_row`).
+
+    Args:
+        names: the checked names.
+        args: what a model's forward or `generate` is called with.
+        kwargs: the same, by name.
+
+    Raises:
+        PreskipError: another number of names.
+    """
+    named = [kwargs[key] for key in ("input_ids", "inputs", "inputs_embeds") if kwargs.get(key) is not None]
+    for inputs in (*args[:1], *named):
+        if isinstance(inputs, torch.Tensor) and len(names) not in (1, inputs.shape[0]):
+            raise _misfit(names, inputs)
+
+
+def _misfit(names: Sequence[str], batch: torch.Tensor) -> PreskipError:
+    return PreskipError(
+        f"{len(names)} adapter names do not fit a batch of {batch.shape[0]} rows: give one name per row of the input, "
+        "or one for all"
+    )

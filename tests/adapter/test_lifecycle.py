@@ -266,6 +266,30 @@ def test_each_row_of_a_mixed_batch_is_as_with_its_adapter_alone() -> None:
         assert torch.equal(both[row], model.generate(input_ids=ids[row : row + 1], **beams)[0])
 
 
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@torch.no_grad()
+def test_a_name_is_for_one_row_or_for_all(task_type) -> None:
+    model = adapted(task_type=task_type)
+    model.add_adapter("second", PreskipConfig(init_weights="paper", init_std=0.3))
+    ids = zoo.inputs("llama", batch=4)["input_ids"]
+    embedded = model.get_input_embeddings()(ids)
+    two = {"adapter_names": ["default", "second"]}
+    calls = (
+        lambda: model(input_ids=ids, **two),
+        lambda: model(ids, **two),
+        lambda: model(inputs_embeds=embedded, **two),
+        lambda: model.generate(input_ids=ids, max_new_tokens=1, **two),
+        lambda: model.generate(inputs=ids, max_new_tokens=1, **two),
+        lambda: model.generate(inputs_embeds=embedded, max_new_tokens=1, **two),
+    )
+    for call in calls:
+        with pytest.raises(PreskipError, match="2 adapter names do not fit a batch of 4 rows: give one name per row"):
+            call()
+    for_all = model(input_ids=ids, adapter_names=["second"]).logits
+    model.set_adapter("second")
+    assert torch.equal(for_all, model(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("names", [["default", "fourth"], [], ["default", "default", "default"]])
 def test_names_that_do_not_fit_a_batch_are_refused(names) -> None:
     model = adapted()

@@ -65,6 +65,15 @@ def test_generation_picks_per_prompt(baked):
     assert torch.equal(twice[2:], alone)
 
 
+def test_too_few_names_are_refused(baked):
+    model, _, _ = baked
+    ids = zoo.inputs("llama", batch=4)["input_ids"]
+    two = {"adapter_names": ["first", "second"]}
+    for call in (lambda: model(input_ids=ids, **two), lambda: model.generate(ids, max_new_tokens=1, **two)):
+        with pytest.raises(PreskipError, match="2 adapter names do not fit a batch of 4 rows: give one name per row"):
+            call()
+
+
 def test_the_bases_weights_are_held_once(baked):
     model, _, place = baked
     base = sum(p.numel() for p in zoo.build("llama").parameters())

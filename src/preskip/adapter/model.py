@@ -28,7 +28,7 @@ from preskip.adapter.targets import (
 )
 from preskip.attach import CHILD, attach, detach, remove_copied_taps, tap_of
 from preskip.errors import PreskipError
-from preskip.rows import check_names
+from preskip.rows import check_names, check_rows
 from preskip.site_check import check_role
 from preskip.sites import choose_layers, coverage, find_sites, input_width, site_of, text_decoder
 
@@ -47,6 +47,7 @@ class PreskipModel(BaseTuner):
     prefix = f"{CHILD}."
     tuner_layer_cls = PreskipLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+    _row_names: list[str] | None = None
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT would overwrite the other adapter's entry, and that adapter could not be saved any more.
@@ -215,7 +216,7 @@ class PreskipModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
-        """PEFT's mixed batches: with `adapter_names`, one per row, each row has the branch of its own adapter."""
+        """PEFT's mixed batches: with `adapter_names`, one per row or one for all, each row has its adapter's branch."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -231,13 +232,22 @@ class PreskipModel(BaseTuner):
                 "adapter_names does not reach adapters of another kind on this base: unload them, or take them in with "
                 "merge_and_unload()"
             )
+        check_rows(names, args, kwargs)
         try:
+            self._row_names = names
             for layer in layers:
                 layer.row_names = names
             yield
         finally:
+            self._row_names = None
             for layer in layers:
                 layer.row_names = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base's; here PEFT's classes per task show the inputs, which they keep from the method above."""
+        if self._row_names is not None:
+            check_rows(self._row_names, args, kwargs)
+        return super().forward(*args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: a weighted sum of weights is no weighted sum of branches.

@@ -11,7 +11,7 @@ from torch import nn
 
 from preskip.branch import BranchSettings, PreskipBranch
 from preskip.errors import PreskipError
-from preskip.rows import by_row, check_names
+from preskip.rows import by_row, check_names, check_rows
 
 
 class SeveralBranches(nn.ModuleDict):
@@ -44,20 +44,22 @@ class SeveralBranches(nn.ModuleDict):
 
 
 class PicksByName:
-    """Calls and `generate` of a causal model with several adapters take `adapter_names`, one per row."""
+    """Calls and `generate` of a causal model with several adapters take `adapter_names`, one per row or one for all."""
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """As the model's `forward`."""
         if adapter_names is None:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with picked(self, adapter_names):  # type: ignore[arg-type]
+            check_rows(adapter_names, args, kwargs)
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """As transformers' `generate`; `adapter_names` has one name per prompt."""
+        """As transformers' `generate`; `adapter_names` has one name per prompt, or one for all."""
         if adapter_names is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         with picked(self, adapter_names):  # type: ignore[arg-type]
+            check_rows(adapter_names, args, kwargs)
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
 
