@@ -356,6 +356,28 @@ def test_gradients_by_torch_func_are_those_with_hooks():
         loss(weights).backward()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@torch.no_grad()
+def test_a_trace_has_the_weights_themselves():
+    class Logits(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    model = adapted(torch.bfloat16)
+    with preskip.optimize(model):
+        model(IDS)
+        traced = torch.jit.trace(Logits(model), (IDS,), check_trace=False)
+    before = model(IDS).logits
+    assert torch.equal(traced(IDS), before)
+    next(weight for name, weight in model.named_parameters() if "preskip.down" in name).mul_(2)
+    assert torch.equal(traced(IDS), model(IDS).logits)
+    assert not torch.equal(traced(IDS), before)
+
+
 def test_a_different_adapter_per_row():
     model = adapted()
     torch.manual_seed(1)

@@ -266,7 +266,7 @@ def _with_branch(kind: Any) -> Any:
         branch: Any = self._modules[CHILD]
         x = hidden_states_of(args, kwargs)
         plan = self.__dict__[_PLAN]
-        if not torch.compiler.is_compiling() and is_transformed():
+        if not torch.compiler.is_compiling() and (is_transformed() or torch.jit.is_tracing()):
             plan = _Plan()
         elif not plan.holds(branch, x):
             plan = _plan(branch, x.dtype)
