@@ -226,6 +226,19 @@ def test_peak_memory_sees_what_is_gone_before_the_block_ends(monkeypatch):
 
 
 @pytest.mark.parametrize("micro_batch", [4, 2])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_loss_is_the_mean_over_the_tokens_that_are_predicted(tmp_path, family, micro_batch):
+    """A block's first token is none, whatever the model's class is called."""
+    dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if family == "gpt2" else {}
+    peft_model = get_peft_model(zoo.build(family, vocab_size=400, **dropout), PreskipConfig())
+    ids = torch.stack([BlockDataset(BLOCKS, 4, 1)[i]["input_ids"] for i in range(4)])
+    with torch.no_grad():
+        mean = peft_model(input_ids=ids, labels=ids).loss.item()
+    (row,) = train(peft_model, tmp_path, steps=1, micro_batch_size=micro_batch)
+    assert row["loss"] == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
 def test_the_routers_term_of_a_mixture_of_experts_is_trained_on_and_not_reported(tmp_path, micro_batch):
     """The log holds the next-token loss alone, computed here from the logits; the weights follow the whole loss."""
     rows, moved, trained = {}, {}, {}

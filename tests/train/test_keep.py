@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import zoo
 from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters
 from preskip.arms.insert import insert
 from preskip.branch_settings import BranchSettings
@@ -14,6 +15,7 @@ from preskip.runs.files import read_jsonl
 from preskip.train.frozen import train_frozen
 from preskip.train.keep import Keep, KeepDataset, KeepTrainer, divergence
 from preskip.train.settings import TrainingSettings
+from preskip.train.steps import BlockDataset
 from tiny_model import tiny_llama
 
 RANDOM = np.random.default_rng(0)
@@ -150,6 +152,20 @@ def test_trainer_equals_a_written_out_loop(tmp_path, arm):
         assert torch.allclose(found, weights(built), atol=2e-5)
     assert rows[-1]["keep_kl"] > 1e-4
     assert read_jsonl(tmp_path / "train.jsonl") == rows
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_language_models_part_is_the_mean_over_the_tokens_that_are_predicted(tmp_path, family, micro_batch):
+    """So that a weight means the same on every model."""
+    dropout = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if family == "gpt2" else {}
+    base = zoo.build(family, vocab_size=400, **dropout)
+    ids = torch.stack([BlockDataset(BLOCKS, 4, 1)[i]["input_ids"] for i in range(4)])
+    with torch.no_grad():
+        mean = base(input_ids=ids, labels=ids).loss.item()
+    with insert(ARMS["preskip"], context(base), seed=1) as built:
+        row, *_ = train(built, tmp_path, 20.0, steps=1, micro_batch_size=micro_batch)
+    assert row["loss"] == pytest.approx(mean, abs=1e-5)
 
 
 def test_micro_batches_add_up_and_a_weight_keeps_the_model_nearer(tmp_path):

@@ -140,6 +140,21 @@ def test_evaluation_while_training_is_the_mean_loss_of_those_blocks(tmp_path):
     assert rows[-1]["eval_loss"] == pytest.approx(loss.item(), rel=2e-3)
 
 
+@pytest.mark.parametrize("micro_batch", [4, 2])
+@pytest.mark.parametrize("kind", ["gpt2", "preskip_gpt2", "llama", "preskip_llama"])
+def test_losses_are_means_over_the_tokens_that_are_predicted(tmp_path, kind, micro_batch):
+    """A block's first token is none, whatever the model's class is called; step 1 has no learning rate yet."""
+    net = model(kind, **({"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if "gpt2" in kind else {}))
+    data = BlockDataset(BLOCKS, 4, seed=1)
+    seen = torch.stack([data[i]["input_ids"] for i in range(4)])
+    held = torch.from_numpy(BLOCKS[:4].astype(np.int64))
+    with torch.no_grad():
+        trained, evaluated = (net(input_ids=ids, labels=ids).loss.item() for ids in (seen, held))
+    (row,) = train(net, tmp_path, steps=1, micro_batch_size=micro_batch, evaluation=BLOCKS[:4], eval_steps=1)
+    assert row["loss"] == pytest.approx(trained, abs=2e-5)
+    assert row["eval_loss"] == pytest.approx(evaluated, abs=2e-5)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock by which a forward pass takes a second and a checkpoint 100; the pass that `stop` counts to fails."""

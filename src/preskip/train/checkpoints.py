@@ -42,6 +42,8 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Trainer knows by a class's name that labels are shifted, and takes GPT-2 to predict first tokens, too.
+        self._loss_shifts_labels = True
         self.resumed_from: Path | None = None
         self.add_callback(_Restore(self))
 
