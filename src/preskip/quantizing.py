@@ -99,6 +99,12 @@ def quantize(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     return rounded.to(torch.int8), scale
 
 
+def float_weight(linear: nn.Linear | Int8Linear) -> torch.Tensor:
+    """The matrix [out, in] that a layer multiplies by, in float32."""
+    weight = linear.weight.detach().float()
+    return weight * linear.scale.float()[:, None] if isinstance(linear, Int8Linear) else weight
+
+
 def quantize_layers(branch: Any) -> None:
     """Put int8 layers of the same sizes in place of a branch's matrices; their weights come from a checkpoint."""
     for part, linear in branch.linears.items():

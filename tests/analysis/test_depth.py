@@ -195,3 +195,14 @@ def test_a_model_with_branches_of_its_own_has_the_profile_of_the_adapter_it_was_
     assert rows == depth_profile(model.get_base_model(), texts, owners=[0, 1])
     assert rows[0]["skip_to_attention"] > 0
     assert depth_profile(tiny_llama(), texts) == []
+
+
+@pytest.mark.parametrize("skip_rank", [None, 3])
+def test_int8_branches_have_the_profile_of_the_unquantised(tmp_path, skip_rank):
+    model = get_peft_model(tiny_llama(), PreskipConfig(init_weights="paper", skip_rank=skip_rank))
+    zoo.randomise(model)
+    bake(model, tmp_path / "int8", quantize="int8")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.float32)
+    texts = [[5, 6, 7, 8], [9, 10, 11]]
+    for row, wanted in zip(depth_profile(baked, texts), depth_profile(model, texts), strict=True):
+        assert row == pytest.approx(wanted, rel=0.02)

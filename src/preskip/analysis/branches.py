@@ -16,6 +16,7 @@ from preskip.attach import CHILD, POST_ATTENTION_NORMS, tap_of
 from preskip.branch import BranchSettings, PreskipBranch
 from preskip.errors import PreskipError
 from preskip.optimizing import is_optimized
+from preskip.quantizing import float_weight
 from preskip.sites import AttentionSite, site_of
 
 PARTS = ("skip", "enrichment")
@@ -141,7 +142,7 @@ def parts_of(module: Branch) -> list[str]:
 def skip_weight(linears: dict[str, nn.Linear]) -> torch.Tensor | None:
     """W_skip [d, d] of a branch's matrices, the product of a low-rank one, or None."""
     if "skip" in linears:
-        return linears["skip"].weight.detach().float()
+        return float_weight(linears["skip"])
     if "skip_up" in linears:
-        return linears["skip_up"].weight.detach().float() @ linears["skip_down"].weight.detach().float()
+        return float_weight(linears["skip_up"]) @ float_weight(linears["skip_down"])
     return None

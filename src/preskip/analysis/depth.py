@@ -20,6 +20,7 @@ from preskip.analysis.branches import LiveBranch, live_branches, observed, skip_
 from preskip.attach import hidden_states_of
 from preskip.data.corpus import clusters, evenly
 from preskip.evaluate.texts import TextSet
+from preskip.quantizing import float_weight
 from preskip.runs.schema import DepthRow
 from preskip.stats import bootstrap_ratio
 
@@ -69,7 +70,7 @@ def depth_profile(
 
 
 def _norm(linear: nn.Linear | None) -> float:
-    return linear.weight.detach().norm().item() if linear is not None else 0.0
+    return float_weight(linear).norm().item() if linear is not None else 0.0
 
 
 # For each size, a numerator and a denominator per sequence.

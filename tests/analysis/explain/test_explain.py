@@ -243,6 +243,17 @@ def test_a_baked_checkpoint_says_the_same(place, tokenizer, tmp_path):
     assert json.dumps({**again, "timings": 0}) == json.dumps({**found, "timings": 0})
 
 
+def test_int8_branches_have_the_weights_of_the_unquantised(place, tokenizer, tmp_path):
+    model, read, found, _ = place
+    bake(model, tmp_path / "int8", quantize="int8")
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "int8", dtype=torch.float32)
+    again = explain(baked, tokenizer, read, EXTENT)
+    for layer, wanted in zip(again["layers"], found["layers"], strict=True):
+        for name in ("up_norm", "down_norm", "skip_norm", "effective_rank", "stable_rank"):
+            assert layer[name] == pytest.approx(wanted[name], rel=0.02), name
+        assert layer["spectrum"] == pytest.approx(wanted["spectrum"], abs=0.02 * wanted["spectrum"][0])
+
+
 def test_a_baked_checkpoint_with_the_skip_behind_a_norm(tokenizer, tmp_path):
     model = adapted("gemma2", skip_position="residual", layers_to_transform=[1])
     bake(model, tmp_path / "baked")

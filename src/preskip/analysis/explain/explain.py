@@ -30,6 +30,7 @@ from preskip.data.words import beginning
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import default_batch_tokens, document_windows
 from preskip.progress import Advance, no_progress
+from preskip.quantizing import float_weight
 from preskip.runs.explain_schema import (
     AttentionChanges,
     ExplainedLayer,
@@ -258,9 +259,7 @@ def _weights(branch: LiveBranch) -> LayerWeights:
     """Norms and spectrum of one layer's matrices; None for those it lacks."""
     ((_, linears),) = branch.active()
     skip = skip_weight(linears)
-    up, down = (
-        linears[part].weight.detach().float().norm().item() if part in linears else None for part in ("up", "down")
-    )
+    up, down = (float_weight(linears[part]).norm().item() if part in linears else None for part in ("up", "down"))
     return {
         "layer": branch.layer,
         "up_norm": up,
