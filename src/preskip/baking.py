@@ -199,8 +199,8 @@ def _rebuild(
     elif base.dtype == torch.bfloat16 and not keep_float32:  # float16 branches compute in float32 (`preskip.casting`)
         tensors = {key: value.to(base.dtype) if f".{CHILD}." in key else value for key, value in tensors.items()}
     baked.load_state_dict(tensors, strict=True, assign=True)
-    # Buffers that no state dict holds (rotary frequencies) are the base's, too.
-    buffers = dict(base.named_buffers())
+    # Buffers that no state dict holds (rotary frequencies, Gemma's scale of embeddings) are the base's, too.
+    buffers = _plain_keys(dict(base.named_buffers()), adapter.name)
     for name, buffer in list(baked.named_buffers()):
         if buffer.is_meta:
             path, _, leaf = name.rpartition(".")

@@ -41,8 +41,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_added_tokens_are_trained_saved_loaded_on_the_plain_base_and_baked(tied: bool, tmp_path) -> None:
-    base = zoo.build("llama", tie_word_embeddings=tied)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_added_tokens_are_trained_saved_loaded_on_the_plain_base_and_baked(family: str, tied: bool, tmp_path) -> None:
+    base = zoo.build(family, tie_word_embeddings=tied)
     base.resize_token_embeddings(140, mean_resizing=False)
     parts = ["embed_tokens", "lm_head"]
     model = get_peft_model(base, PreskipConfig(modules_to_save=parts, init_weights="paper"))
@@ -56,7 +57,7 @@ def test_added_tokens_are_trained_saved_loaded_on_the_plain_base_and_baked(tied:
     wanted = logits(model)
     model.save_pretrained(tmp_path / "adapter")
     # As `preskip eval` and `preskip bake` load it: the base has 128 tokens, the adapter brings 140.
-    loaded = load_adapter(zoo.build("llama", tie_word_embeddings=tied), tmp_path / "adapter")
+    loaded = load_adapter(zoo.build(family, tie_word_embeddings=tied), tmp_path / "adapter")
     assert zoo.difference(logits(loaded), wanted) == 0.0
     for number, one in enumerate((model, loaded)):
         bake(one, tmp_path / f"baked-{number}")
