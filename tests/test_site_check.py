@@ -162,6 +162,15 @@ def test_a_model_that_cannot_be_run_is_refused() -> None:
         check_role(model, sites(model))
 
 
+def test_a_block_sparse_big_bird_is_refused_before_it_makes_itself_another_model() -> None:
+    settings = {**TINY, "max_position_embeddings": 64, "block_size": 2, "num_random_blocks": 1, "sep_token_id": 2}
+    model = build("BigBird", **settings, attention_type="block_sparse")
+    with pytest.raises(PreskipError, match='load the model with attention_type="original_full"'):
+        get_peft_model(model, PreskipConfig())
+    assert model.attention_type == "block_sparse"
+    check_role(build("BigBird", **settings, attention_type="original_full"), ["encoder.layer.0.attention.self"])
+
+
 def test_a_model_that_reads_something_else_is_refused() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
