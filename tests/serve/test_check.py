@@ -149,7 +149,7 @@ def test_an_engine_that_dies_says_why_and_leaves_no_process(folder, tmp_path, mo
 
 
 def test_the_whole_check_with_transformers_as_the_engine(folder):
-    found = check(examine(folder), "transformers", "float32", device="cpu", options={}, note=lambda words: None)
+    found = check(examine(folder), "transformers", "float32", device="cpu", note=lambda words: None)
     assert (found.problem, found.largest, found.blocks) == (None, 0.0, None)
     assert found.without_mean > 0.1
     assert json.loads(json.dumps(found.to_json()))["cache_bytes"] == examine(folder).cache_bytes

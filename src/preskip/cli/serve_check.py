@@ -17,11 +17,11 @@ def run_check(facts: Facts, engine: str, dtype: str, *, device: str, as_json: bo
         facts: of the checkpoint.
         engine: see `preskip.serve.check.check`.
         dtype: see `preskip.serve.check.check`.
-        device: see `preskip.serve.check.check`; on a CPU vLLM compiles nothing.
+        device: see `preskip.serve.check.check`.
         as_json: print one JSON document.
     """
     with spinner("checking", quiet=as_json) as note:
-        found = check(facts, engine, dtype, device=device, options={"enforce_eager": device == "cpu"}, note=note)
+        found = check(facts, engine, dtype, device=device, note=note)
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:

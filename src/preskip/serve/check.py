@@ -84,17 +84,14 @@ class Checked:
         return asdict(self)
 
 
-def check(
-    facts: Facts, engine: str, dtype: str, *, device: str, options: dict[str, Any], note: Callable[[str], None]
-) -> Checked:
+def check(facts: Facts, engine: str, dtype: str, *, device: str, note: Callable[[str], None]) -> Checked:
     """Run the check.
 
     Args:
         facts: of the checkpoint.
         engine: "vllm" or "transformers".
         dtype: in which both compute.
-        device: "cpu" or "cuda", of the engine.
-        options: further arguments of vLLM's `LLM`.
+        device: "cpu" or "cuda", of the engine; on a CPU vLLM compiles nothing.
         note: told what is being done.
 
     Raises:
@@ -104,6 +101,7 @@ def check(
 
     prompts, adapters = _prompts(facts), list(adapter_settings(facts.config))
     as_often = prompts * max(1, len(adapters))
+    options = {"enforce_eager": device == "cpu"}
     with tempfile.TemporaryDirectory(prefix="preskip-check-") as place:
         base = without_branch(facts.folder, Path(place) / "base")
         note(f"{engine} with the branch")

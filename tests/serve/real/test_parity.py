@@ -47,7 +47,7 @@ def test_int8_branches(checkpoints, tmp_path):
 
 def test_the_check_of_several_adapters_scores_each_of_them(tmp_path):
     folder = save_several(tmp_path, ["zeal", "ash", "moss"])
-    found = check(examine(folder), "vllm", "float32", device="cpu", options=EAGER, note=lambda words: None)
+    found = check(examine(folder), "vllm", "float32", device="cpu", note=lambda words: None)
     print(f"\n3 adapters, checked: {json.dumps(found.to_json())}", flush=True)
     all_equal(found)
     assert found.greedy == 3 * 4 * 32
