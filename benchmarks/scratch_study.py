@@ -57,7 +57,6 @@ SCORING = ("--eval-corpora", "--eval-documents", "--eval-words", "--primary", "-
 SPEED_TOKENS, SPEED_SEEDS = 131_072, "1,2,3"
 # Of the study: text of more than six speakers beside the few books, and `base-flops` may read on where the text ends.
 STUDY = {"--eval-documents": "100", "--eval-words": "1000", "--eval-corpora": "sotu:50x400"}
-LEGEND_COLUMNS = 6
 COSTS = {
     "parameters": "Weights",
     "training_flops": "Training FLOPs",
@@ -237,10 +236,9 @@ def train(
         execution: options that a resume takes, too.
         seeds: `--seeds` and their list, where more may be added to a finished run.
     """
-    if has_diverged(run):
-        check_asked(run, given, ["--out", *EXECUTION])
-        return 1
     check_asked(run, given, ["--out", *EXECUTION, *seeds[:1]])
+    if has_diverged(run):
+        return 1
     for _ in range(2):  # a run that was begun is finished with the seeds that it has before any are added
         if (what := left_to_do(run, [*given, *seeds, "--out", str(run)], seeds)) is None:
             return 0
@@ -288,7 +286,7 @@ def draw(rows: Sequence[Record]) -> str:
             f"{key}:Q", title=title, scale=alt.Scale(zero=False, padding=12), axis=alt.Axis(format="~s", tickCount=5)
         )
         legend = shown_arms(arms, rows, 110)
-        legend.columns = LEGEND_COLUMNS
+        legend.columns = 6  # 17 arms in one row are twice as wide as the panels
         base = chart(rows).encode(x=x, color=colour(arms, legend))
         loss, low = (value_axis(field, "Development loss, nats per token", zero=False) for field in ("loss", "low"))
         marks = base.mark_point(size=160, **POINT).encode(y=loss, shape=shape(arms, legend))

@@ -342,20 +342,9 @@ def short(tmp_path_factory):
 def test_work_beyond_the_models_positions_is_left_out_and_said(short, monkeypatch, capsys):
     monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
     more = [
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--rows",
-        "base,adapter",
-        "--cache",
-        "dynamic",
-        "--batch",
-        "1",
-        "--rounds",
-        "2",
-    ]
-    more += ["--work", "prefill,decode", "--new-tokens", "4"]
+        "--device", "cpu", "--dtype", "float32", "--rows", "base,adapter", "--cache", "dynamic", "--batch", "1",
+        "--rounds", "2", "--work", "prefill,decode", "--new-tokens", "4",
+    ]  # fmt: skip
     assert preskip("bench", short, *more, "--prompt", "8,32,33", "--context", "28", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert [(work["work"], work["tokens"]) for work in printed["work"]] == [

@@ -166,10 +166,7 @@ def test_a_rate_that_diverges_is_the_worst(script, commands, diverging, tmp_path
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (
-            ["--arms", "base,canon,preskip"],
-            "rate-0.003 was begun with --arms base,canon, not --arms base,canon,preskip: give",
-        ),
+        (["--arms", "base,preskip"], "rate-0.003 was begun with --arms base,canon, not --arms base,preskip: give"),
         (["--tokens", "5M"], "rate-0.003 was begun with --tokens 2002000, not --tokens 1000000: give another --out"),
         (["--corpus", "sotu"], "rate-0.003 was begun with --corpus books, not --corpus sotu: give another --out"),
         (["--", "--dtype", "float32"], "rate-0.003 was begun with no --dtype, not --dtype float32: give another --out"),
