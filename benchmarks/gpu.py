@@ -102,6 +102,7 @@ def adapter(device: torch.device, tiny: bool) -> dict[str, Any]:
     from transformers import StaticCache
 
     import preskip
+    from preskip.bench.runners import with_cache
 
     model, ids = adapted(torch.bfloat16, device), tokens(device)
     require({p.device.type for p in model.parameters()} == {device.type}, "a weight is elsewhere")
@@ -123,7 +124,7 @@ def adapter(device: torch.device, tiny: bool) -> dict[str, Any]:
             optimised = distance(model(input_ids=ids).logits, wanted)
             require(optimised <= (0 if device.type == "cuda" else 2e-2), f"optimised: off by {optimised:.2g}")
             cache = StaticCache(config=model.config, max_cache_len=64)
-            model(input_ids=ids[:, :40], past_key_values=cache, use_cache=True)
+            model(input_ids=ids[:, :40], **with_cache(cache))
             torch.compiler.reset()
             options = {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": "eager"}
             step = torch.compile(model.get_base_model(), fullgraph=True, dynamic=False, **options)
@@ -131,7 +132,7 @@ def adapter(device: torch.device, tiny: bool) -> dict[str, Any]:
             errors, graphs = [], None
             for place in range(40, 60):
                 torch.compiler.cudagraph_mark_step_begin()
-                logits = step(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits
+                logits = step(input_ids=ids[:, place : place + 1], **with_cache(cache)).logits
                 errors.append(distance(logits[:, 0], wanted[:, place]))
                 graphs = counters["unique_graphs"] if graphs is None else graphs
             require(max(errors) <= 5e-2, f"decoding compiled: off by {max(errors):.2g}")
@@ -144,7 +145,7 @@ def architecture(device: torch.device, tiny: bool) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from preskip import bake
-    from preskip.bench.runners import cache_bytes, new_cache
+    from preskip.bench.runners import cache_bytes, new_cache, with_cache
 
     found: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -161,7 +162,7 @@ def architecture(device: torch.device, tiny: bool) -> dict[str, Any]:
             sizes = []
             for each in (base(dtype, device), baked):
                 cache = new_cache("dynamic", each, 63)
-                each(input_ids=ids, past_key_values=cache, use_cache=True)
+                each(input_ids=ids, **with_cache(cache))
                 sizes.append(cache_bytes(cache))
             require(sizes[0] == sizes[1], f"the caches have {sizes} bytes")
     return found

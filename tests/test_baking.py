@@ -181,6 +181,7 @@ def test_lora_stacked_on_the_adapter_can_be_merged_and_baked_with_it(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), logits(merged))
 
 
+@zoo.takes_this_peft
 def test_an_adapter_added_through_transformers(tmp_path):
     base = zoo.build("llama")
     base.add_adapter(PreskipConfig())

@@ -30,6 +30,7 @@ POST_ATTENTION_NORMS = {
     "AfmoeDecoderLayer": "post_attention_layernorm",
     "DiffusionGemmaDecoderTextLayer": "post_attention_layernorm",
     "DiffusionGemmaEncoderTextLayer": "post_attention_layernorm",
+    "DoryDecoderLayer": "post_attention_layernorm",
     "EmbeddingGemma2EncoderLayer": "post_attention_layernorm",
     "Exaone4_5_DecoderLayer": "post_attention_layernorm",
     "Exaone4DecoderLayer": "post_attention_layernorm",

@@ -91,6 +91,7 @@ def test_low_cpu_mem_usage_loads_weights_of_16_bits_in_float32(tmp_path) -> None
     assert torch.equal(*(zoo.logits(model.eval(), "llama") for model in loaded))
 
 
+@zoo.takes_this_peft
 def test_transformers_own_adapter_methods(tmp_path) -> None:
     model = zoo.build("llama")
     untouched = zoo.logits(model, "llama")

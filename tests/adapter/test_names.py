@@ -69,6 +69,7 @@ def test_other_names_save_all_of_both_adapters(name: str, tmp_path) -> None:
         assert len(load_file(folder / "adapter_model.safetensors")) == 6
 
 
+@zoo.takes_this_peft
 def test_every_way_of_giving_a_name_refuses_it_and_changes_nothing(tmp_path) -> None:
     get_peft_model(zoo.build("llama"), PreskipConfig()).save_pretrained(tmp_path)
     model = zoo.build("llama")

@@ -170,6 +170,7 @@ def test_a_failed_load_leaves_no_copy_of_the_modules_that_it_saves(tmp_path: pat
     assert torch.equal(zoo.logits(loaded, "llama"), wanted)
 
 
+@zoo.takes_this_peft
 def test_a_failed_load_leaves_the_active_adapter_and_its_trained_head_active(tmp_path: pathlib.Path) -> None:
     config = PreskipConfig(modules_to_save=["lm_head"])
     whole = get_peft_model(zoo.build("llama"), config)

@@ -221,10 +221,19 @@ def test_refusals_leave_model_and_config_as_they_were(case: str) -> None:
     assert "\n" not in str(caught.value)
     assert fingerprint(model) == before
     assert config.target_modules == targets
+    # The model is as usable as before.
+    assert len(adapted(get_peft_model(model, PreskipConfig()))) == 2
+
+
+@zoo.takes_this_peft
+@pytest.mark.parametrize("case", REFUSED)
+def test_so_do_those_through_transformers(case: str) -> None:
+    name, settings, message = REFUSED[case]
+    model = zoo.build(name)
+    before = fingerprint(model)
     with pytest.raises(PreskipError, match=message):
         model.add_adapter(PreskipConfig(**settings))
     assert fingerprint(model) == before
-    # The model is as usable as before.
     model.add_adapter(PreskipConfig())
     assert len(adapted(model)) == 2
 

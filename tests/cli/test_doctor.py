@@ -29,6 +29,18 @@ def test_doctor_names_what_is_missing_and_fails_on_a_required_one(capsys, monkey
     assert "99.0 or newer is needed" in " ".join(out.split())
 
 
+def test_doctor_says_where_transformers_refuses_this_peft(capsys, monkeypatch):
+    from transformers.integrations import peft as integration
+
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.1")
+    assert doctor.adapter_methods_note() is None
+    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "99.0")
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor"])
+    assert stop.value.code == 0
+    assert "model.load_adapter with peft 99.0 or newer" in " ".join(capsys.readouterr().out.split())
+
+
 def test_unknown_command_and_version(capsys):
     from preskip import __version__
 

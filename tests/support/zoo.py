@@ -9,10 +9,15 @@ import peft
 import pytest
 import torch
 import transformers
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 PEFT_VERSION = tuple(int(part) for part in peft.__version__.split(".")[:2])
 asks_what_to_save = pytest.mark.skipif(
     PEFT_VERSION < (0, 21), reason="earlier versions do not ask the method what it saves"
+)
+takes_this_peft = pytest.mark.skipif(
+    tuple(int(part) for part in MIN_PEFT_VERSION.split(".")[:2]) > PEFT_VERSION,
+    reason=f"transformers' own methods for adapters need peft {MIN_PEFT_VERSION}",
 )
 WIDTH, LAYERS, VOCABULARY = 32, 2, 128
 IMAGE_TOKEN, IMAGE_SIZE, PATCHES = 7, 16, 4

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from preskip.bench.models import Row
 from preskip.bench.settings import COMPILED, Work
 from preskip.errors import PreskipError, one_line
+from preskip.kv_cache import cache_name
 
 
 class NotPossible(PreskipError):
@@ -40,7 +41,7 @@ class Runner:
         if is_compiled:  # its graph writes into a static cache, whose tensors are not to be made inside of it
             self.cache = new_cache("static", self.row.model, self.work.tokens)
             with torch.inference_mode():
-                self.row.model(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                self.row.model(input_ids=self.ids, **with_cache(self.cache), logits_to_keep=1)
 
         def before() -> None:
             if is_compiled:
@@ -50,7 +51,7 @@ class Runner:
 
         @torch.inference_mode()
         def run() -> None:
-            out = self.row.forward(input_ids=self.ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            out = self.row.forward(input_ids=self.ids, **with_cache(self.cache), logits_to_keep=1)
             self.logits = out.logits[0, -1].clone()
 
         self.before = before
@@ -60,7 +61,7 @@ class Runner:
         context, steps = self.work.tokens, self.work.new_tokens
         started = new_cache(self.work.cache, self.row.model, context + steps)
         with torch.inference_mode():
-            self.row.model(input_ids=self.ids[:, :context], past_key_values=started, use_cache=True, logits_to_keep=1)
+            self.row.model(input_ids=self.ids[:, :context], **with_cache(started), logits_to_keep=1)
         is_static = self.work.cache == "static"
         self.cache = started
         is_cuda = self.ids.device.type == "cuda"
@@ -77,7 +78,7 @@ class Runner:
             for step in range(steps):
                 if is_cuda:
                     torch.compiler.cudagraph_mark_step_begin()
-                logits = self.row.forward(input_ids=token, past_key_values=self.cache, use_cache=True).logits
+                logits = self.row.forward(input_ids=token, **with_cache(self.cache)).logits
                 if step == 0:
                     self.logits = logits[0, -1].clone()
                 token = logits[:, -1:].argmax(-1)
@@ -130,6 +131,11 @@ def has_dropout(model: Any) -> bool:
     return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()) or any(
         "drop" in key and isinstance(value, float) and value > 0 for key, value in config.items()
     )
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """The arguments of a pass that reads a cache and goes on with it."""
+    return {cache_name(): cache, "use_cache": True}
 
 
 def new_cache(kind: str, model: Any, tokens: int) -> Any:

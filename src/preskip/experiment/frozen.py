@@ -33,6 +33,7 @@ from preskip.experiment.measured import finite, measured
 from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.experiment.reuse import Reuse
+from preskip.kv_cache import cache_name
 from preskip.peers.tokens import Tails
 from preskip.progress import progress_bar, progress_display, spinner
 from preskip.runs.directory import Cell, RunDirectory
@@ -326,7 +327,7 @@ def cache_bytes(model: nn.Module) -> float | None:
     tokens = 16
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     ids = (torch.arange(tokens, device=next(model.parameters()).device)[None] + 2) % rows
-    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    cache = getattr(model(input_ids=ids, use_cache=True), cache_name(), None)
     layers = [layer for layer in getattr(cache, "layers", None) or () if not isinstance(layer, Tails)]
     if not layers or any(getattr(layer, "keys", None) is None for layer in layers):
         return None

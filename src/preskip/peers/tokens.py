@@ -15,6 +15,7 @@ from torch import nn
 
 from preskip.casting import is_transformed
 from preskip.errors import PreskipError
+from preskip.kv_cache import cache_name, given_cache
 
 # How many earlier tokens a token may be mixed with.
 REACH = 3
@@ -102,6 +103,7 @@ class Tokens:
         self.first_has_graph = False
         self.handles: list[Any] = []
         self._names = ["input_ids"]  # of the decoder's arguments, for those that are given by their place
+        self._cache_name = cache_name()
         self._given: tuple[Any, Any, int, torch.device] = (None, None, 0, torch.device("cpu"))
         self._reach: torch.Tensor | None = None
         self._past: Tails | None = None
@@ -134,7 +136,7 @@ class Tokens:
             raise PreskipError("the decoder was called without input_ids and inputs_embeds")
         self._given = (given.get("attention_mask"), given.get("position_ids"), source.shape[1], source.device)
         self._reach = self.first_value = self._past = self._kept = None
-        cache, use_cache = given.get("past_key_values"), given.get("use_cache")
+        cache, use_cache = given_cache(given), given.get("use_cache")
         if cache is not None and cache.get_seq_length() > 0:
             self._past = next((layer for layer in cache.layers if isinstance(layer, Tails)), None)
         if cache is not None or (self.config.use_cache if use_cache is None else use_cache):
@@ -148,7 +150,7 @@ class Tokens:
             of_this_pass = {name: getattr(self, name) for name in _OF_A_PASS}
             hidden.register_hook(lambda gradient: self.__dict__.update(of_this_pass))
         kept, self._kept, self._past = self._kept, None, None
-        cache = getattr(output, "past_key_values", None)
+        cache = getattr(output, self._cache_name, None)
         if kept is None or not kept.inputs or cache is None:
             return
         kept.run = self._run
