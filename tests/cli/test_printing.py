@@ -222,10 +222,11 @@ def test_text_that_is_not_ours_is_printed_as_it_stands(capsys, monkeypatch) -> N
             "cache": {"path": ODD},
             "missing": {"report": {"modules": ["altair"], "mend": ODD}},
             "problems": [ODD],
+            "notes": [ODD],
             "serving_problem": ODD,
         }
     )
-    assert found().count(ODD) == 6
+    assert found().count(ODD) == 7
 
 
 def test_a_terminal_shows_text_as_it_stands_too(monkeypatch) -> None:
