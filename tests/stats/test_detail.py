@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from preskip.stats import compare
-from preskip.stats.detail import new_seed, sign_flip, variance_shares
+from preskip.stats.detail import detail_of, new_seed, sign_flip, variance_shares
 from stored_runs import make_items
 
 
@@ -41,6 +41,20 @@ def test_a_new_seed_lies_in_its_prediction_interval_as_often_as_it_says() -> Non
     values = np.random.default_rng(0).standard_normal((4_000, 4))
     inside = [low <= later <= high for *seeds, later in values for low, high in [new_seed(np.array(seeds))]]
     assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_seeds_that_agree_by_chance_leave_room_for_the_next(seeds: int) -> None:
+    generator, sizes, inside = np.random.default_rng(seeds), np.ones(100), []
+    for _ in range(3_000):
+        a, b = (generator.random((2, seeds + 1, 100)) < 0.3).astype(float)
+        low, high = detail_of(a[:-1], b[:-1], sizes)["new_seed"]
+        assert high - low > 0.03
+        inside.append(low <= (a[-1] - b[-1]).mean() <= high)
+    assert 0.945 <= np.mean(inside) <= 0.98
+    # Answers that all seeds share leave nothing that the next could differ by.
+    same = np.repeat((generator.random((1, 100)) < 0.3).astype(float), seeds, axis=0)
+    assert detail_of(same, same[::-1] * 0, sizes)["new_seed"] == pytest.approx([same.mean()] * 2)
 
 
 def test_sign_flip_against_all_patterns_and_scipy() -> None:

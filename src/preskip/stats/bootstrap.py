@@ -47,7 +47,7 @@ from preskip.stats.intervals import CONFIDENCE, SMALLEST_TAIL, Distribution, Int
 RESAMPLES = 9_999
 _CELLS_PER_CHUNK = 4_000_000  # counts held at once: 32 MB as floats
 _EDGE = 10  # resamples in a tail below which a percentile is not trusted
-_LEAST = 0.5  # of the half width from the residual alone, which no interval over seeds is narrower than
+LEAST = 0.5  # of the half width from the residual alone, which no interval over seeds is narrower than
 _FEW = 20  # degrees of freedom of the units below which their resamples have too little shape
 
 
@@ -93,7 +93,7 @@ class RatioDistribution(Distribution):
         residual = (above - self.value * below) / below.sum()  # first-order influence of each cell on the ratio
         by_unit = residual.sum(0)
         self._unit_freedom, self._stretch = of_unequal_sizes(below.sum(0) / below.sum())
-        self._seed_square, self._unit_square, self._residual_square = _mean_squares(residual)
+        self._seed_square, self._unit_square, self._residual_square = mean_squares(residual)
         self._unit_square *= self._stretch
         tiny = (1e-13 * max(1.0, abs(self.value))) ** 2
         self.is_constant = self._seed_square + self._unit_square + self._residual_square <= tiny
@@ -157,7 +157,7 @@ class RatioDistribution(Distribution):
                 )
             )
             t_rest = -float(special.stdtrit((self.seeds - 1) * (self.units - 1), tail))
-            reach = max(reach, _LEAST * t_rest * math.sqrt(self._residual_square))
+            reach = max(reach, LEAST * t_rest * math.sqrt(self._residual_square))
         return self.value + side * (reach if math.isfinite(reach) else math.inf)
 
     def _one_sided(self, t_units: float, side: int) -> float:
@@ -234,7 +234,7 @@ def bootstrap_ratio(
     return RatioDistribution(numerator, denominator, scale=scale, resamples=resamples, seed=seed).interval(confidence)
 
 
-def _mean_squares(residual: Array) -> tuple[float, float, float]:
+def mean_squares(residual: Array) -> tuple[float, float, float]:
     """Mean squares of seeds, units and residual over seeds · units, from influences that sum to 0; [seeds, units]."""
     seeds, units = residual.shape
     by_seed, by_unit = residual.sum(1), residual.sum(0)

@@ -9,6 +9,7 @@ import numpy as np
 from scipy import special
 
 from preskip.runs.schema import Detail, Deviations
+from preskip.stats.bootstrap import LEAST, mean_squares
 from preskip.stats.inputs import Array, Labels, ratio_inputs
 from preskip.stats.intervals import CONFIDENCE
 
@@ -42,10 +43,10 @@ def detail_of(
     by_seed = scale * (a - b).sum(1) / sizes.sum()
     scores = [scale * table.sum(1) / sizes.sum() for table in (a, b)]
     signs = np.sign(scores[0][:, None] - scores[1][None])
-    above, _ = ratio_inputs(a - b, sizes, clusters)
+    above, below = ratio_inputs(a - b, sizes, clusters)
     return {
         "by_seed": by_seed.tolist(),
-        "new_seed": new_seed(by_seed, confidence),
+        "new_seed": new_seed(by_seed, confidence, least=_least(scale * above, below, confidence)),
         "probability_higher": float((1 + signs.mean()) / 2),
         "p_sign_flip": sign_flip(above.sum(0)) if above.shape[1] <= MOST_FLIPPED else None,
         "unit_freedom": unit_freedom,
@@ -59,16 +60,33 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple
     return mean - reach, mean + reach
 
 
-def new_seed(by_seed: Array, confidence: float = CONFIDENCE) -> list[float] | None:
+def new_seed(by_seed: Array, confidence: float = CONFIDENCE, *, least: float = 0.0) -> list[float] | None:
     """Student's prediction interval for the difference that one more training seed would show on the same units:
     mean ± t · s · √(1 + 1 / seeds); None with one seed.
+
+    Args:
+        by_seed: the difference of each seed.
+        confidence: of the interval.
+        least: half width below which it does not go. Default 0.
     """
     seeds = len(by_seed)
     if seeds < 2:
         return None
     t = -float(special.stdtrit(seeds - 1, (1 - confidence) / 2))
-    reach = t * float(by_seed.std(ddof=1)) * math.sqrt(1 + 1 / seeds)
+    reach = max(least, t * float(by_seed.std(ddof=1)) * math.sqrt(1 + 1 / seeds))
     return [float(by_seed.mean()) - reach, float(by_seed.mean()) + reach]
+
+
+def _least(above: Array, below: Array, confidence: float) -> float:
+    """Half of the half width that the residual alone leaves, as of the interval over seeds: seeds that gain and lose
+    different items in equal numbers agree by chance.
+    """
+    seeds, units = above.shape
+    if seeds < 2:
+        return 0.0
+    residual = mean_squares((above - above.sum() / below.sum() * below) / below.sum())[2]
+    t = -float(special.stdtrit((seeds - 1) * (units - 1), (1 - confidence) / 2))
+    return LEAST * t * math.sqrt((seeds + 1) * residual)
 
 
 def sign_flip(totals: Array) -> float:
