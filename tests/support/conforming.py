@@ -6,9 +6,9 @@ import types
 from collections.abc import Hashable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NotRequired, Union, get_args, get_origin
 
-from typing_extensions import NotRequired, get_type_hints, is_typeddict
+from typing_extensions import get_type_hints, is_typeddict
 
 from preskip.runs import explain_schema, schema
 from preskip.runs.files import read_json, read_jsonl

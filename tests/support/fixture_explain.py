@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,7 @@ def explain(layers: int, documents: int, tokens: int, skip: bool, enrichment: bo
         pieces = _tokens(text, tokens)
         if strange and index == 0:
             pieces = [*STRANGE, *pieces][:tokens]
-        shown.append(_document(f"doc-{index}", f"Python, “{topic}”", pieces, layers, skip, enrichment, generator))
+        shown.append(_document(f"doc-{index}", f"Licence, “{topic}”", pieces, layers, skip, enrichment, generator))
     texts = [
         {"id": entry["id"], "title": entry["title"], "set": "held-out", "tokens": len(entry["tokens"]), "shown": True}
         for entry in shown
@@ -128,8 +127,11 @@ def wide(value: float, half: float, count: int) -> dict[str, float]:
 
 
 def _texts(count: int) -> list[tuple[str, str]]:
-    long = [(name, text) for name, text in sorted(topics.topics.items()) if len(text) > 6_000]
-    return [(name, re.sub(r"[*`]", "", text)) for name, text in long[:count]]
+    """Titles and texts: the licence, from its first sections on and in turn, which no version of Python changes."""
+    text = (Path(__file__).parents[2] / "LICENSE").read_text()
+    sections = re.findall(r"^   \d+\. ([^.\n]+)\.(.*?)(?=^   \d+\. |\Z)", text, re.M | re.S)
+    turned = (sections[index:] + sections[:index] for index in range(count))
+    return [(each[0][0], "".join(body for _, body in each)) for each in turned]
 
 
 def _tokens(text: str, count: int) -> list[str]:

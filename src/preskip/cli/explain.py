@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -243,7 +243,7 @@ def _facts(source: Source, live: Any, model: str | None) -> ExplainFacts:
     return {
         "kind": "explain",
         "preskip_version": __version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ["preskip", *sys.argv[1:]],
         "source": {"kind": source.kind, "name": source.name, "arm": source.arm, "seed": source.seed},
         "model": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from preskip.runs.schema import Declaration, Extension, Facts, Family, Manifest
@@ -109,4 +109,4 @@ def _declared_margin(declared: Mapping[str, float], name: str) -> float | None:
 
 def now() -> str:
     """The time, ISO 8601, UTC."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

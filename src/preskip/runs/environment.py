@@ -112,5 +112,6 @@ def describe(device: str) -> Environment:
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "preskip": __version__,
         **{package: version_of(package) for package in PACKAGES},
+        "torch": str(torch.__version__),  # with its build, which the package's own version can lack
     }
     return facts

@@ -1,8 +1,8 @@
 """What explain.json holds, key by key, and its version; conventions as in `preskip.runs.schema`."""
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NotRequired, TypeAlias
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from preskip.runs.schema import Environment, Limits, MetricValue
 

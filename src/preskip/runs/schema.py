@@ -5,9 +5,9 @@ not apply, or in files older than the key.
 """
 
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NotRequired, TypeAlias
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from preskip.errors import PreskipError
 from preskip.version import __version__

@@ -224,18 +224,18 @@ def test_texts_and_sentences_switch(page: Any, built: tuple[Path, dict[str, Any]
 
 def test_search_finds_across_tokens_and_texts(page: Any, built: tuple[Path, dict[str, Any]]) -> None:
     texts = ["".join(document["tokens"]) for document in built[1]["documents"]]
-    count = sum(len(re.findall(r"expression", text, re.IGNORECASE)) for text in texts)
-    page.locator("#map-search").fill("Expression")
+    count = sum(len(re.findall(r"contribution", text, re.IGNORECASE)) for text in texts)
+    page.locator("#map-search").fill("Contribution")
     found = page.locator("#map-search-found")
     assert found.inner_text() == f"1 of {count}"
     marked = "".join(page.locator("#map-text .current").all_inner_texts()).lower()
-    assert "expression" in marked
+    assert "contribution" in marked
     page.keyboard.press("Enter")
     assert found.inner_text() == f"2 of {count}"
     page.locator("#map-search-back").click()
     page.locator("#map-search-back").click()
     assert found.inner_text() == f"{count} of {count}"
-    last = max(i for i, text in enumerate(texts) if "expression" in text.lower())
+    last = max(i for i, text in enumerate(texts) if "contribution" in text.lower())
     assert page.locator("#map-document").input_value() == str(last)
     page.locator("#map-search").fill("zyzzyva")
     assert found.inner_text() == "not found"
