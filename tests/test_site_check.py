@@ -123,6 +123,23 @@ def test_a_second_argument_made_of_the_tokens_is_refused_and_one_that_is_not_is_
     check_role(Bare(torch.zeros_like), ["layers.0.self_attn"])
 
 
+def test_one_class_of_attention_is_checked_in_every_class_of_block() -> None:
+    class Twice(Bare):
+        """Its second block calls the attention that the first one gives the tokens alone in another way."""
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            x = self.layers[0].self_attn(x, torch.zeros_like(x))
+            return self.layers[1].self_attn(x, 2 * x)
+
+    model = Twice(None)
+    model.layers.append(nn.Sequential())
+    model.layers[1].self_attn = TwoReader()
+    check_role(model, ["layers.0.self_attn"])
+    with pytest.raises(PreskipError, match=r"layers\.1\.self_attn .*its argument 2 depends on the tokens, too"):
+        check_role(model, ["layers.0.self_attn", "layers.1.self_attn"])
+
+
 def test_a_class_of_a_tested_name_from_elsewhere_is_checked() -> None:
     model = Bare(lambda x: 2 * x)
     model.layers[0].self_attn.__class__ = type("LlamaAttention", (TwoReader,), {})

@@ -61,13 +61,14 @@ def check_role(model: nn.Module, paths: Sequence[str]) -> None:
         known = {site.name for site in find_sites(model).attentions}
     except PreskipError:
         known = set()
-    chosen: dict[tuple[str, str], str] = {}
+    chosen: dict[tuple[str, str, str], str] = {}  # by class and name of the attention, and the class of its block
     for path in paths:
         kind = type(model.get_submodule(path))
         is_tested = kind.__name__ in TESTED and kind.__module__.startswith("transformers.")
         if not (is_tested and path in known):
-            chosen.setdefault((kind.__name__, path.rpartition(".")[2]), path)
-    for (name, _), path in chosen.items():
+            block, _, last = path.rpartition(".")
+            chosen.setdefault((kind.__name__, last, type(model.get_submodule(block)).__name__), path)
+    for (name, *_), path in chosen.items():
         implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
         if problem := _problem(model.get_submodule(path), *_calls(model, name, path), implementation):
             raise PreskipError(

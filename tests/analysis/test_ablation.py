@@ -119,10 +119,15 @@ def test_without_the_enrichment_a_peer_stays_and_reads_what_attention_reads(peer
         branch.module.settings = settings
 
 
-@pytest.mark.parametrize("name", [*TEXT, "preskip+canon", "preskip+gated-attention", "preskip+value-residual"])
+@pytest.mark.parametrize(
+    "name", [*TEXT, "preskip+canon", "preskip+gated-attention", "preskip+value-residual", "looped"]
+)
 def test_kept_blocks_change_no_bit(name):
     _, _, peer = name.partition("+")
-    model = crossed_llama(peer) if peer else adapted(name)
+    model = crossed_llama(peer) if peer else adapted("llama" if name == "looped" else name)
+    if name == "looped":
+        decoder = model.get_base_model().model
+        decoder.layers = zoo.Looped(decoder.layers)
     rows = ablate(model, WINDOWS, OWNERS, SIZES)
     on = [score.nll for score in score_sequences(model, WINDOWS)]
     expected = []

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 from transformers.cache_utils import StaticLayer
 
+import zoo
 from commands import preskip
 from preskip import PreskipConfig, PreskipError, optimizing
 from preskip.bench import models, run
@@ -234,6 +235,23 @@ def test_a_static_cache_that_was_copied_to_its_device_is_set_back(monkeypatch):
     monkeypatch.setattr(StaticLayer, "lazy_initialization", as_on_cuda)
     (work,) = bench(base(), settings("base", "adapter", work=WORK[2:3]), LIMITS)["work"]
     assert set(work["rows"]) == {"base", "adapter"}
+
+
+@pytest.mark.parametrize("steps", [2, 6])
+def test_a_static_cache_with_a_sliding_window_is_set_back(steps):
+    """Also where the steps before have passed the window, which then holds later tokens."""
+    model = zoo.build("mistral", sliding_window=8).eval()
+    row = Row(name="base", model=model, forward=model, kind="base", held_against="base")
+    ids = torch.arange(2, 2 + 5 + steps)[None]
+    runner = Runner(row, Work(kind="decode", batch=1, tokens=5, new_tokens=steps, cache="static"), ids)
+    step, found = model.forward, []
+    row.forward = lambda **given: found.append(step(**given)) or found[-1]
+    for _ in range(3):
+        runner.before()
+        runner.run()
+    logits = torch.stack([out.logits[0, -1] for out in found]).view(3, steps, -1)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
 
 
 @pytest.mark.parametrize("work", [*WORK[:3], *WORK[4:]], ids=lambda work: work.title)

@@ -164,6 +164,15 @@ def test_a_cache_without_the_last_tokens_is_refused():
                 model.model(ids, **{name: cache})
 
 
+def test_layers_that_run_twice_in_a_pass_have_no_cache_of_their_tokens():
+    model, ids = mixing(), torch.arange(10, 16)[None]
+    model.model.layers = zoo.Looped(model.model.layers)
+    with torch.no_grad():
+        filled = model(ids, use_cache=True)
+        with pytest.raises(PreskipError, match="the cache lacks the last tokens"):
+            model(ids, **{cache_name(): filled[cache_name()]})
+
+
 def test_generation_that_cuts_the_cache_back_or_prepares_masks_is_refused():
     model, ids = mixing(), torch.tensor([[11, 12, 13, 14, 11, 12, 13, 14, 11, 12]])
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +55,8 @@ def test_a_name_with_an_at_is_a_name(name):
     serve_here_as(Manager, name)
     Manager().load_model_and_processor(name if "@" in name else f"{name}@main")
     assert loaded == [".@main"] * 2
+    for listed in (Manager.get_gen_models(), Manager().list_models()):
+        assert [model["id"] for model in listed] == [name]
     with pytest.raises(refused, match="there is no model 'other' here"):
         Manager().load_model_and_processor("other@main")
 
@@ -68,6 +72,15 @@ def place(tmp_path_factory):
         model.set_adapter(name)
         zoo.randomise(model, std=0.3, seed=seed)
     return bake(model, folder / "baked", adapter=["red", "blue"], tokenizer=tiny_tokenizer())
+
+
+def test_the_running_transformers_lists_its_models_by_one_of_these_names():
+    pytest.importorskip("fastapi")
+    from transformers.cli.serving import server
+    from transformers.cli.serving.model_manager import ModelManager
+
+    (asked,) = re.findall(r"model_manager\.(list_models|get_gen_models)\(\)", inspect.getsource(server))
+    assert hasattr(ModelManager, asked)
 
 
 def ask(url, model):

@@ -25,6 +25,14 @@ IMAGE_TOKEN, IMAGE_SIZE, PATCHES = 7, 16, 4
 MEL_BINS = 8
 
 
+class Looped(torch.nn.ModuleList):
+    """Layers that a model runs twice in a pass, one round after the other; Llama takes its layers as a slice."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return [*found, *found] if isinstance(index, slice) else found
+
+
 @dataclass(frozen=True)
 class Family:
     """One row: transformers' classes, the settings of a tiny instance, and where its attention modules lie.

@@ -275,6 +275,16 @@ def test_later_layers_that_read_more_than_the_states_are_found(training):
     assert fault("gemma3n", training, **shared) is not None  # keys and values of an earlier layer
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_run_again_after_later_ones_are_found(training):
+    """While the adapter is the identity, what is read back equals what is computed; once it is trained it does not."""
+    model, prefix = late("llama")
+    decoder = model.get_base_model().model
+    decoder.layers = zoo.Looped(decoder.layers)
+    found = prefix.fault(model, FIRST, training=training)
+    assert found == "layers run several times in a pass, and read what later ones gave"
+
+
 def test_a_routers_term_over_all_layers_is_found():
     model, prefix = late("mixtral", output_router_logits=True, router_aux_loss_coef=5.0)
     assert prefix.fault(model, FIRST, training=True) is not None

@@ -152,6 +152,7 @@ class _KeptBlocks:
 
     def __init__(self, base: nn.Module, stacks: set[str]) -> None:
         self.blocks = {stack: list(base.get_submodule(stack)) for stack in stacks}  # type: ignore[call-overload]
+        self.decoders = {stack: base.get_submodule(stack.rpartition(".")[0]) for stack in stacks}
         self.outputs: dict[nn.Module, list[Any]] = defaultdict(list)
         config = getattr(base, "config", None)
         # Blocks that read an earlier block's keys or values need that block to run.
@@ -160,15 +161,29 @@ class _KeptBlocks:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Keep what every block gives while the context lasts."""
+        """Keep what every block gives while the context lasts.
+
+        A block that runs several times in a pass reads what later blocks gave: then nothing can be replayed.
+        """
+        passes: dict[nn.Module, int] = defaultdict(int)
 
         def keep(block: nn.Module, args: tuple, output: Any) -> None:
             self.outputs[block].append(output)
 
+        def count(decoder: nn.Module, args: tuple, output: Any) -> None:
+            passes[decoder] += 1
+
         with ExitStack() as stack:
-            for block in (block for blocks in self.blocks.values() for block in blocks):
-                stack.callback(block.register_forward_hook(keep).remove)
+            for name, blocks in self.blocks.items():
+                stack.callback(self.decoders[name].register_forward_hook(count).remove)
+                for block in blocks:
+                    stack.callback(block.register_forward_hook(keep).remove)
             yield
+        self.is_usable &= all(
+            len(self.outputs[block]) == passes[self.decoders[name]]
+            for name, blocks in self.blocks.items()
+            for block in blocks
+        )
 
     @contextmanager
     def replayed_below(self, site: AttentionSite) -> Iterator[None]:

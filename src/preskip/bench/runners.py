@@ -119,10 +119,20 @@ class Runner:
 
     @torch.inference_mode()  # in which the counts were moved to the device; they may be written nowhere else then
     def _rewind(self, tokens: int) -> None:
-        for layer in self.cache.layers:
-            if not isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
-                raise NotPossible("this model's static cache cannot be set back to a length")
+        layers = self.cache.layers
+        if any(not isinstance(getattr(layer, "cumulative_length", None), torch.Tensor) for layer in layers):
+            raise NotPossible("this model's static cache cannot be set back to a length")
+        # A sliding window counts once more, in Python, and has shifted what it holds once that exceeds its length.
+        windows = [layer for layer in layers if hasattr(layer, "cumulative_length_int")]
+        if any(layer.cumulative_length_int > layer.max_cache_len for layer in windows):
+            self.cache.reset()
+            if tokens:
+                self.row.model(input_ids=self.ids[:, :tokens], **with_cache(self.cache), logits_to_keep=1)
+            return
+        for layer in layers:
             layer.cumulative_length.fill_(tokens)
+        for layer in windows:
+            layer.cumulative_length_int = tokens
 
 
 def has_dropout(model: Any) -> bool:

@@ -171,7 +171,9 @@ class Tokens:
             raise PreskipError("the cache lacks the last tokens that this model mixes: fill it with the model itself")
         tail = x.new_zeros(x.shape[0], REACH, x.shape[2]) if self._past is None else self._past.inputs[name].to(x.dtype)
         whole = torch.cat((tail, x), dim=1)
-        if self._kept is not None:
+        if self._kept is not None and name in self._kept.inputs:
+            self._kept = None  # the layer runs several times in a pass: a cache with its tokens would mix the runs
+        elif self._kept is not None:
             self._kept.inputs[name] = whole[:, -REACH:].clone()
         return whole
 

@@ -98,7 +98,9 @@ def serve_here_as(manager: Any, name: str, adapters: Sequence[str] = ()) -> None
         self.load_model_and_processor(names[0])
 
     manager.load_model_and_processor, manager.__init__ = load_by_name, begin_and_load
-    manager.get_gen_models = staticmethod(lambda cache_dir=None: [{"id": name, "object": "model"} for name in names])
+    shown = [{"id": name, "object": "model"} for name in names]
+    manager.get_gen_models = staticmethod(lambda cache_dir=None: shown)
+    manager.list_models = lambda self, cache_dir=None: shown  # its name since transformers 5.24
 
 
 if __name__ == "__main__":
