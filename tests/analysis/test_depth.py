@@ -165,6 +165,34 @@ def test_intervals_over_documents():
         assert singles[0][f"{size}_low"] is None  # one document
 
 
+def test_a_layer_that_runs_twice_in_a_pass_has_the_sums_over_both():
+    model, texts = adapted(), [[5, 6, 7, 8], [9, 10, 11]]
+    model.model.layers = zoo.Looped(model.model.layers)
+    found = {"before": [], "after": []}
+    attention = model.model.layers[1].self_attn
+    hooks = [
+        attention.register_forward_pre_hook(
+            lambda module, args, kwargs, name=name: found[name].append(kwargs["hidden_states"]),
+            with_kwargs=True,
+            prepend=name == "before",
+        )
+        for name in found
+    ]
+    with torch.no_grad():
+        for text in texts:
+            model(torch.tensor([text]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    above = [(b - a).norm(dim=-1).sum().item() for a, b in zip(*found.values(), strict=True)]
+    below = [a.norm(dim=-1).sum().item() for a in found["before"]]
+    assert len(above) == 4
+    row = depth_profile(model, texts, owners=[0, 1])[1]
+    assert row["enrichment"] == pytest.approx(sum(above) / sum(below), rel=1e-5)
+    assert row["documents"]["enrichment"]["above"] == pytest.approx(
+        [above[0] + above[1], above[2] + above[3]], rel=1e-5
+    )
+
+
 def test_attention_that_gives_nothing_does_not_blow_up_the_ratio():
     model = adapted()
     block = model.model.layers[0].self_attn

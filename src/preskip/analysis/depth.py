@@ -104,8 +104,12 @@ def _sums(model: nn.Module, branches: Sequence[LiveBranch], sequences: Sequence[
     was_training = model.training
     model.eval()
     with _observers(branches, sums):
-        for ids in sequences:
+        for number, ids in enumerate(sequences):
             model(input_ids=torch.tensor([list(ids)], device=next(model.parameters()).device), use_cache=False)
+            for pairs in (pairs for layer in sums for pairs in layer.values()):
+                if len(pairs) > number + 1:  # the layer ran several times in the pass
+                    above, below = zip(*pairs[number:], strict=True)
+                    pairs[number:] = [(sum(above), sum(below))]
     model.train(was_training)
     return sums
 

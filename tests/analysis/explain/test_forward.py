@@ -186,6 +186,14 @@ def test_a_loss_that_is_not_finite_is_an_error():
         measured(model)
 
 
+def test_layers_that_run_several_times_in_a_pass_are_refused():
+    model = adapted("llama")
+    decoder = model.get_base_model().model
+    decoder.layers = zoo.Looped(decoder.layers)
+    with pytest.raises(PreskipError, match="layer 0 runs several times in a pass"):
+        measured(model)
+
+
 def test_memory_holds_one_batch_at_a_time():
     """Live tensors while the thousandth text is read are as many as at the tenth, and texts are taken as needed."""
     import gc

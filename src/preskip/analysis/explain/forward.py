@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from preskip.analysis.branches import LiveBranch, observed
+from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import batches, token_scores
 
 # What is measured per layer and token: norms of the skip's output, of what it joins, of x̃ - x̂ and of x̂; cosines of the
@@ -102,7 +103,15 @@ class Recorder:
             yield
 
     def _reduce(self, index: int, held: dict[str, torch.Tensor], block: nn.Module, args: tuple, output: Any) -> None:
-        """Vectors of one layer become numbers per token."""
+        """Vectors of one layer become numbers per token.
+
+        Raises:
+            PreskipError: the layer runs several times in a pass.
+        """
+        if self.rows[index]:
+            raise PreskipError(
+                f"layer {self.branches[index].layer} runs several times in a pass: explain knows layers that run once"
+            )
         ((settings, _),) = self.branches[index].active()
         values = {name: tensor.float() for name, tensor in held.items()}
         held.clear()
