@@ -1,10 +1,11 @@
-"""Another `forward` of a module for a while."""
+"""The `forward` of modules for a while: another one, or how often each runs."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,19 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         del module.forward
         if own is not None:
             module.forward = own
+
+
+@contextmanager
+def forwards_counted(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """How often each of some modules runs while the context lasts.
+
+    A layer that runs several times in a pass of its decoder reads what later layers gave.
+    """
+    calls = Counter[nn.Module]()
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(lambda own, *_: calls.update([own])).remove)
+        yield calls
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from preskip.analysis.branches import PARTS, LiveBranch, live_branches, replaced
 from preskip.data.blocks import Window
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import batches, default_batch_tokens, score_sequences
-from preskip.forwards import forward_replaced
+from preskip.forwards import forward_replaced, forwards_counted
 from preskip.peers.value_residual import ValueResidual
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import AblationRow
@@ -165,25 +165,16 @@ class _KeptBlocks:
 
         A block that runs several times in a pass reads what later blocks gave: then nothing can be replayed.
         """
-        passes: dict[nn.Module, int] = defaultdict(int)
 
         def keep(block: nn.Module, args: tuple, output: Any) -> None:
             self.outputs[block].append(output)
 
-        def count(decoder: nn.Module, args: tuple, output: Any) -> None:
-            passes[decoder] += 1
-
-        with ExitStack() as stack:
-            for name, blocks in self.blocks.items():
-                stack.callback(self.decoders[name].register_forward_hook(count).remove)
-                for block in blocks:
-                    stack.callback(block.register_forward_hook(keep).remove)
+        with ExitStack() as stack, forwards_counted(self.decoders.values()) as passes:
+            for block in (block for blocks in self.blocks.values() for block in blocks):
+                stack.callback(block.register_forward_hook(keep).remove)
             yield
-        self.is_usable &= all(
-            len(self.outputs[block]) == passes[self.decoders[name]]
-            for name, blocks in self.blocks.items()
-            for block in blocks
-        )
+        for name, blocks in self.blocks.items():
+            self.is_usable &= {len(self.outputs[block]) for block in blocks} == {passes[self.decoders[name]]}
 
     @contextmanager
     def replayed_below(self, site: AttentionSite) -> Iterator[None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def _sums(model: nn.Module, branches: Sequence[LiveBranch], sequences: Sequence[
     with _observers(branches, sums):
         for number, ids in enumerate(sequences):
             model(input_ids=torch.tensor([list(ids)], device=next(model.parameters()).device), use_cache=False)
-            for pairs in (pairs for layer in sums for pairs in layer.values()):
+            for pairs in chain.from_iterable(layer.values() for layer in sums):
                 if len(pairs) > number + 1:  # the layer ran several times in the pass
                     above, below = zip(*pairs[number:], strict=True)
                     pairs[number:] = [(sum(above), sum(below))]

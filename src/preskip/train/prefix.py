@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from preskip.errors import PreskipError, one_line
-from preskip.forwards import forward_replaced
+from preskip.forwards import forward_replaced, forwards_counted
 from preskip.sites import find_sites, text_decoder
 from preskip.train.kept_states import KeptStates
 
@@ -176,7 +175,6 @@ class FrozenPrefix:
             layers: number of first layers.
             training: in training mode, with gradients; else in evaluation mode.
         """
-        calls = Counter[nn.Module]()
         device = next(model.parameters()).device
         ids = torch.arange(32, device=device).view(2, 16) % model.get_input_embeddings().weight.shape[0]  # type: ignore
         was_training = model.training
@@ -185,9 +183,7 @@ class FrozenPrefix:
             with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices):
                 first, second = (KeptStates(Path(folder) / name, quiet=True, reserve=0) for name in ("first", "second"))
                 model.eval()  # gradient checkpointing would run them twice
-                with ExitStack() as stack:
-                    for module in (self.decoder, *self.blocks):
-                        stack.callback(module.register_forward_hook(lambda own, *_: calls.update([own])).remove)
+                with forwards_counted((self.decoder, *self.blocks)) as calls:
                     _pass(model, ids, seed=1)
                 if set(calls.values()) != {1}:  # an adapter that changes nothing yet would hide it
                     return "layers run several times in a pass, and read what later ones gave"
