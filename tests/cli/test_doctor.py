@@ -20,7 +20,7 @@ def test_doctor_json(capsys, tmp_path, monkeypatch):
 
 def test_doctor_names_what_is_missing_and_fails_on_a_required_one(capsys, monkeypatch):
     monkeypatch.setitem(doctor.EXTRAS, "imaginary", (("no_such_module",), "pip install it"))
-    monkeypatch.setitem(doctor.OLDEST, "torch", (99, 0))
+    monkeypatch.setitem(doctor.OLDEST, "torch", "99.0")
     with pytest.raises(SystemExit) as stop:
         main(["doctor"])
     out = capsys.readouterr().out
@@ -33,7 +33,7 @@ def test_doctor_says_where_transformers_refuses_this_peft(capsys, monkeypatch):
     from transformers.integrations import peft as integration
 
     monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.1")
-    assert doctor.adapter_methods_note() is None
+    assert doctor.adapter_problem() is None
     monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "99.0")
     with pytest.raises(SystemExit) as stop:
         main(["doctor"])

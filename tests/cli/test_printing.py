@@ -222,7 +222,7 @@ def test_text_that_is_not_ours_is_printed_as_it_stands(capsys, monkeypatch) -> N
             "cache": {"path": ODD},
             "missing": {"report": {"modules": ["altair"], "mend": ODD}},
             "problems": [ODD],
-            "notes": [ODD],
+            "adapter_problem": ODD,
             "serving_problem": ODD,
         }
     )

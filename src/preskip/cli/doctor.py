@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+from packaging.version import Version
+
 from preskip.cli.options import Json
 from preskip.serve.versions import serving_problem
 from preskip.version import __version__
@@ -22,7 +24,7 @@ EXTRAS = {
     "serve without vLLM": (("fastapi", "openai", "uvicorn"), "pip install 'preskip[serve]'"),
     "quantised bases": (("bitsandbytes",), "pip install 'preskip[quantized]'"),
 }
-OLDEST = {"torch": (2, 6), "transformers": (5, 17), "peft": (0, 20)}
+OLDEST = {"torch": "2.6", "transformers": "5.17", "peft": "0.20"}
 
 
 def doctor(*, as_json: Json = False) -> None:
@@ -47,11 +49,12 @@ def examine() -> dict[str, Any]:
     problems = [f"{name} is not installed" for name in PACKAGES if name not in optional and version_of(name) is None]
     for name, oldest in OLDEST.items():
         version = version_of(name)
-        if version and _release(version) < oldest:
-            problems.append(f"{name} {version} is too old: {'.'.join(map(str, oldest))} or newer is needed")
-    facts: dict[str, Any] = {"preskip": __version__, "executable": sys.executable, "problems": problems, "notes": []}
+        if version and Version(version) < Version(oldest):
+            problems.append(f"{name} {version} is too old: {oldest} or newer is needed")
+    facts: dict[str, Any] = {"preskip": __version__, "executable": sys.executable, "problems": problems}
+    facts |= {"serving_problem": None, "adapter_problem": None}
     if version_of("torch") is None:
-        return facts | {"environment": None, "devices": [], "cache": None, "missing": {}, "serving_problem": None}
+        return facts | {"environment": None, "devices": [], "cache": None, "missing": {}}
     import torch
 
     from preskip import assets
@@ -69,11 +72,11 @@ def examine() -> dict[str, Any]:
         "cache": assets.status(),
         "missing": {command: entry for command, entry in missing.items() if entry["modules"]},
         "serving_problem": serving_problem(),
-        "notes": [note for note in (adapter_methods_note(),) if note],
+        "adapter_problem": adapter_problem(),
     }
 
 
-def adapter_methods_note() -> str | None:
+def adapter_problem() -> str | None:
     """Why transformers' own methods for adapters refuse the installed PEFT, or None where they take it."""
     from preskip.runs.environment import version_of
 
@@ -82,16 +85,12 @@ def adapter_methods_note() -> str | None:
         return None
     from transformers.integrations.peft import MIN_PEFT_VERSION
 
-    if _release(peft) >= _release(MIN_PEFT_VERSION):
+    if Version(peft) >= Version(MIN_PEFT_VERSION):
         return None
     return (
         f"transformers {transformers} takes model.add_adapter and model.load_adapter with peft {MIN_PEFT_VERSION} or "
         f"newer, and peft {peft} is here: use get_peft_model and PeftModel.from_pretrained, or an older transformers"
     )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def extra_for(module: str | None) -> str | None:
@@ -124,8 +123,8 @@ def _print(facts: dict[str, Any]) -> None:
         out.print(Text.assemble((f"optional, missing for {command}:", "yellow"), text), soft_wrap=True)
     for problem in facts["problems"]:
         out.print(Text.assemble(("problem:", "red"), f" {problem}"), soft_wrap=True)
-    for note in facts["notes"]:
-        out.print(Text.assemble(("note:", "yellow"), f" {note}"), soft_wrap=True)
+    if facts["adapter_problem"]:
+        out.print(Text.assemble(("note:", "yellow"), f" {facts['adapter_problem']}"), soft_wrap=True)
     if facts["serving_problem"]:
         text = f" {facts['serving_problem']}"
         out.print(Text.assemble(("preskip serve falls back to transformers:", "yellow"), text), soft_wrap=True)

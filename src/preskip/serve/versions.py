@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from packaging.specifiers import SpecifierSet
+
 from preskip.runs.environment import version_of
 
 # Tested with these; the plug-in overrides two methods of vLLM's Transformers backend, which changes between versions.
-VLLM = ((0, 32), (0, 33))
-TRANSFORMERS = ((5, 17), (5, 20))
+VLLM = ">=0.32,<0.33"
+TRANSFORMERS = ">=5.17,<5.20"
 # vLLM's Transformers backend does not load these, with a branch or without: "weights were not initialized".
 NOT_IN_VLLM = ("gpt2",)
 
@@ -25,14 +27,6 @@ def serving_problem() -> str | None:
         ("vLLM", vllm, VLLM),
         ("transformers", version_of("transformers") or "0", TRANSFORMERS),
     ):
-        oldest, beyond = range_
-        if not oldest <= tuple(int(part) for part in version.split(".")[:2]) < beyond:
-            return (
-                f"{name} {version} is not supported for serving: install {name.lower()}>={_dotted(oldest)},"
-                f"<{_dotted(beyond)}"
-            )
+        if not SpecifierSet(range_).contains(version, prereleases=True):
+            return f"{name} {version} is not supported for serving: install {name.lower()}{range_}"
     return None
-
-
-def _dotted(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
