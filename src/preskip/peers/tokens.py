@@ -103,7 +103,7 @@ class Tokens:
         self.first_has_graph = False
         self.handles: list[Any] = []
         self._names = ["input_ids"]  # of the decoder's arguments, for those that are given by their place
-        self._cache_name = cache_name()
+        self._cache_name = cache_name()  # asked here: in a compiled pass it would be traced
         self._given: tuple[Any, Any, int, torch.device] = (None, None, 0, torch.device("cpu"))
         self._reach: torch.Tensor | None = None
         self._past: Tails | None = None

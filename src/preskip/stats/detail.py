@@ -65,7 +65,7 @@ def new_seed(by_seed: Array, confidence: float = CONFIDENCE, *, least: float = 0
     mean ± t · s · √(1 + 1 / seeds); None with one seed.
 
     Args:
-        by_seed: the difference of each seed.
+        by_seed: the difference of each seed, [seeds].
         confidence: of the interval.
         least: half width below which it does not go. Default 0.
     """
@@ -78,8 +78,15 @@ def new_seed(by_seed: Array, confidence: float = CONFIDENCE, *, least: float = 0
 
 
 def _least(above: Array, below: Array, confidence: float) -> float:
-    """Half of the half width that the residual alone leaves, as of the interval over seeds: seeds that gain and lose
-    different items in equal numbers agree by chance.
+    """Half of the half width that seed by unit alone leaves to one more seed, as of the interval over seeds: seeds that
+    gain and lose different items in equal numbers agree by chance.
+
+    LEAST · t · √((seeds + 1) · MS(residual)), since one seed's deviation is at least √(seeds · MS(residual)).
+
+    Args:
+        above: numerators of the difference, [seeds, units].
+        below: denominators, [seeds, units].
+        confidence: of the prediction interval.
     """
     seeds, units = above.shape
     if seeds < 2:
