@@ -90,6 +90,23 @@ def test_the_frontier_rule_takes_the_best_that_does_no_more_harm_than_allowed(ch
     assert "within_harm" not in found
 
 
+def test_the_frontier_rule_goes_down_until_a_rate_keeps_the_limit(chosen):
+    """The least harm of the grid lies between two rates that do more, as of a gate that starts closed."""
+
+    def harm(power):
+        return 0.14 + 0.01 * abs(power) if power > -5 else 0.002 * (power + 8)
+
+    found, tried = chosen(lambda rung, power: -power, harm=harm, lr_rule="frontier")
+    assert [power for rung, power in tried if rung == 1] == [-7, -6, -5, -4, -2, -1, 0, 1, 2]
+    assert (found["chosen"], found["within_harm"]) == (float(f"{1e-3 * 10**-1.25:.3g}"), True)
+    # Where none keeps it down to the farthest, the one of the least harm is kept, and the search says so.
+    found, tried = chosen(lambda rung, power: -power, harm=lambda power: 0.1 + abs(power), lr_rule="frontier")
+    assert [power for rung, power in tried if rung == 1] == [-8, -6, -4, -2, -1, 0, 1, 2]
+    assert (found["chosen"], found["within_harm"]) == (1e-3, False)
+    found, tried = chosen(lambda rung, power: -power, start=1e-3, harm=harm, lr_rule="frontier")
+    assert found["within_harm"]  # a later seed's, too
+
+
 def test_the_frontier_rule_ends_at_the_limit_and_not_at_a_step_of_the_grid(chosen):
     """Harm of 0.004 and 0.016 at two steps of the grid: half-way 0.009, below their chord as of any convex curve."""
     found, tried = chosen(lambda rung, power: -power, harm=lambda power: 0.001 * power**2 * 4, lr_rule="frontier")

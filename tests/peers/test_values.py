@@ -203,3 +203,8 @@ def test_what_cannot_have_them_is_refused():
         attach_peers(tiny_llama(), {"value-embed": {"layers": [1]}}, identity=True)
     with pytest.raises(PreskipError, match="not known where FalconAttention makes its values"):
         attach_peers(zoo.build("falcon"), {"value-residual": {}}, identity=True)
+    model = tiny_llama(num_hidden_layers=3)
+    attach_peers(model, {"value-residual": {}})
+    model.model.layers = zoo.Looped(model.model.layers)
+    with pytest.raises(PreskipError, match="run several times in a pass"):
+        model(IDS)

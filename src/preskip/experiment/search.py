@@ -8,7 +8,8 @@ steps, and it moves until it is better than both. The search of a later seed is 
 rate that the first one found. Where the best is at the grid's edge, the next rate beyond is tried, too, and the arm is
 marked as extended. With `--lr-rule frontier` one more rate is trained where the next above the best does too much harm:
 the one between them at which the harm should reach the limit, so that arms are compared at one harm and not at what
-the grid's steps leave of it; where it passes the limit, a second one below it. All arms share the data order.
+the grid's steps leave of it; where it passes the limit, a second one below it. Where no rate keeps the limit, lower
+ones are tried, half decades apart, until one does. All arms share the data order.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from preskip.stats.equal_harm import worst_harm
 
 # Rates are counted in quarter decades from the arm's default; the first three are half decades apart.
 STEPS_PER_DECADE = 4
-GRID = (-2, 0, 2)
+HALF_DECADE = 2
+GRID = (-HALF_DECADE, 0, HALF_DECADE)
 RUNGS = (1 / 4, 1 / 2)
 # The first step warms up from a rate of 0: after it alone all rates would tie.
 LEAST_STEPS = 2
@@ -49,7 +51,7 @@ LEAST_STEP = 0.1
 MOST_OF_THE_WAY = 0.9
 TRIES = 2
 # Counted up with every change of this file by which a search may find another rate; 0 in files that lack it.
-RULE = 2
+RULE = 3
 
 
 def tune(prepared: Frozen, execute: Execute) -> dict[tuple[str, int], str]:
@@ -152,6 +154,7 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
     if math.isinf(loss(1, best)[0]):
         raise DivergedError("training diverged at its best learning rate: give a fixed --lr")
     if config.lr_rule == "frontier":
+        best = _within_limit(loss, best)
         best = _near_limit(loss, trials, best, config.lr_harm)
     trials[1, best]["kept"] = True
     found: Search = {
@@ -169,7 +172,6 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
 
 def _first_rung(loss: Callable[[int, float], tuple[float, float]]) -> list[int]:
     """The better half of the grid, which grows for as long as its best rate is at its edge."""
-    between = GRID[1] - GRID[0]
 
     def ranked(powers: Sequence[int]) -> list[int]:
         return sorted(powers, key=lambda power: (loss(0, power), abs(power)))
@@ -179,7 +181,7 @@ def _first_rung(loss: Callable[[int, float], tuple[float, float]]) -> list[int]:
         best = powers[0]
         if min(powers) < best < max(powers):
             break
-        beyond = best - between if best == min(powers) else best + between
+        beyond = best - HALF_DECADE if best == min(powers) else best + HALF_DECADE
         if abs(beyond) > FARTHEST:
             break
         powers = ranked([*powers, beyond])
@@ -194,6 +196,18 @@ def _bracketed(loss: Callable[[int, float], tuple[float, float]], best: int) -> 
         if better == best:
             return best
         best = better
+
+
+def _within_limit(loss: Callable[[int, float], tuple[float, float]], best: int) -> int:
+    """The best rate of the last rung, from one beyond the limit on harm: lower ones, until one keeps the limit.
+
+    Harm need not grow with the rate everywhere: the least of it may lie between two rates that do more.
+    """
+    lower = best
+    while loss(1, best)[0] > 0 and lower - HALF_DECADE >= -FARTHEST:
+        lower -= HALF_DECADE
+        best = min(best, lower, key=lambda power: loss(1, power))
+    return _bracketed(loss, best)
 
 
 def _near_limit(

@@ -21,7 +21,7 @@ from preskip.kv_cache import cache_name, given_cache
 REACH = 3
 
 # What gradient checkpointing asks for again in the backward pass; other passes may have run meanwhile.
-_OF_A_PASS = ("ids", "first_value", "first_has_graph", "_given", "_reach", "_length")
+_OF_A_PASS = ("ids", "first_value", "first_has_graph", "is_running", "_given", "_reach", "_length")
 
 
 class Tails:
@@ -94,6 +94,7 @@ class Tokens:
         ids: token ids [B, T], or None where the pass was given embeddings.
         first_value: the values of the first layer [B, T, W], for `preskip.peers.value_residual`.
         first_has_graph: whether gradients were recorded when they were computed.
+        is_running: whether the pass has not ended; False while a part of it is recomputed.
     """
 
     def __init__(self, config: Any) -> None:
@@ -101,6 +102,7 @@ class Tokens:
         self.ids: torch.Tensor | None = None
         self.first_value: torch.Tensor | None = None
         self.first_has_graph = False
+        self.is_running = False
         self.handles: list[Any] = []
         self._names = ["input_ids"]  # of the decoder's arguments, for those that are given by their place
         self._cache_name = cache_name()  # asked here: in a compiled pass it would be traced
@@ -136,6 +138,7 @@ class Tokens:
             raise PreskipError("the decoder was called without input_ids and inputs_embeds")
         self._given = (given.get("attention_mask"), given.get("position_ids"), source.shape[1], source.device)
         self._reach = self.first_value = self._past = self._kept = None
+        self.is_running = True
         cache, use_cache = given_cache(given), given.get("use_cache")
         if cache is not None and cache.get_seq_length() > 0:
             self._past = next((layer for layer in cache.layers if isinstance(layer, Tails)), None)
@@ -145,6 +148,7 @@ class Tokens:
 
     def finish(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the decoder: the tails go with the cache, and a backward pass finds its own tokens again."""
+        self.is_running = False
         hidden = output[0]
         if hidden.requires_grad and not (torch.compiler.is_compiling() or is_transformed()):
             of_this_pass = {name: getattr(self, name) for name in _OF_A_PASS}

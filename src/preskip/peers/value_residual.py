@@ -65,9 +65,15 @@ class ValueResidual(PeerModule):
         return 0.5 * first + 0.5 * own if self.weight is None else self.weight[0] * first + self.weight[1] * own
 
     def on_output(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        """Forward hook of the projection."""
+        """Forward hook of the projection.
+
+        Raises:
+            PreskipError: the first layer runs a second time in a pass.
+        """
         own = self.values.read(output)
         if self.is_first:
+            if self.tokens.is_running and self.tokens.first_value is not None:
+                raise PreskipError("the layers run several times in a pass, so no values are the first: leave it out")
             self.tokens.first_value, self.tokens.first_has_graph = own, torch.is_grad_enabled()
             return output
         return self.values.write(output, self(own))
