@@ -11,6 +11,9 @@ from preskip.errors import PreskipError
 
 # PEFT's name for a row that no adapter changes.
 BASE = "__base__"
+# Inputs that have one entry per row; the others only where there is no text, which may have several pictures a row.
+_TEXT = ("input_ids", "inputs", "inputs_embeds")
+_OTHER = ("pixel_values", "input_features", "input_values")
 
 
 def by_row(
@@ -71,8 +74,9 @@ def check_rows(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, A
     Raises:
         PreskipError: another number of names.
     """
-    named = [kwargs[key] for key in ("input_ids", "inputs", "inputs_embeds") if kwargs.get(key) is not None]
-    for inputs in (*args[:1], *named):
+    named = [kwargs[key] for key in _TEXT if kwargs.get(key) is not None]
+    others = [kwargs[key] for key in _OTHER if kwargs.get(key) is not None]
+    for inputs in [*args[:1], *named] or others:
         if isinstance(inputs, torch.Tensor) and len(names) not in (1, inputs.shape[0]):
             raise _misfit(names, inputs)
 

@@ -291,6 +291,18 @@ def test_a_name_is_for_one_row_or_for_all(task_type) -> None:
     assert torch.equal(for_all, model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("name", ["vit", "whisper"])
+def test_names_that_do_not_fit_pictures_or_sound_are_refused(name) -> None:
+    model = adapted(name)
+    values = zoo.inputs(name, batch=4)
+    if name == "whisper":
+        del values["decoder_input_ids"]
+    with pytest.raises(PreskipError, match="2 adapter names do not fit a batch of 4 rows"):
+        model(**values, adapter_names=["default", "__base__"])
+    if name == "vit":
+        assert model(**values, adapter_names=["default"] * 4).logits.shape[0] == 4
+
+
 @pytest.mark.parametrize("names", [["default", "fourth"], [], ["default", "default", "default"]])
 def test_names_that_do_not_fit_a_batch_are_refused(names) -> None:
     model = adapted()
