@@ -6,7 +6,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from preskip.data.blocks import Marks, heldout_windows, pack_blocks, scored_size, text_ids, token_stream
+from preskip.data.blocks import (
+    Marks,
+    heldout_windows,
+    opening_token,
+    pack_blocks,
+    scored_size,
+    text_ids,
+    token_stream,
+)
 from preskip.data.corpus import Document, split_text
 from preskip.errors import PreskipError
 from tiny_text import PROSE, tiny_tokenizer
@@ -54,6 +62,21 @@ def test_no_separator_where_there_is_none():
 def test_the_tokenizers_own_start_token_is_not_added(lead):
     tokenizer = tiny_tokenizer(lead=lead)
     assert tokenizer.bos_token_id not in pack_blocks(DOCUMENTS, tokenizer, 32)
+    assert opening_token(tokenizer) == (tokenizer.bos_token_id if lead else None)
+    assert opening_token(tiny_tokenizer(bos=False)) is None
+
+
+@pytest.mark.parametrize("limit", [None, 200])
+def test_every_block_begins_with_the_opening_token(limit):
+    """Behind it the blocks of a text are those of one token less."""
+    own = {"seed": 5, "limit_tokens": limit}
+    blocks = pack_blocks(DOCUMENTS, TOKENIZER, 32, opening=7, **own)
+    assert blocks.shape[1] == 32
+    assert set(blocks[:, 0]) == {7}
+    if limit is not None:
+        assert len(blocks) == limit // 32
+        own["limit_tokens"] = len(blocks) * 31
+    assert np.array_equal(blocks[:, 1:], pack_blocks(DOCUMENTS, TOKENIZER, 31, **own))
 
 
 def test_limit_tokenises_no_more_than_needed():
@@ -207,6 +230,18 @@ def test_windows_score_each_token_once(context_length, stride_share, start):
         if index > 0:
             assert scored_from >= context_length - stride + 1
         position = end
+
+
+def test_every_window_begins_with_a_start_token_that_opens_every_text():
+    """In place of its first token: a model that was trained so may be lost without."""
+    plain, opening = tiny_tokenizer(), tiny_tokenizer(lead=True)
+    document = Document("d", PROSE, "d")
+    for stride in (3, 8):
+        windows = heldout_windows(document, opening, 8, stride)
+        assert {window.input_ids[0] for window in windows} == {opening.bos_token_id}
+        before = heldout_windows(document, plain, 8, stride)
+        assert [list(window.input_ids[1:]) for window in windows] == [list(w.input_ids[1:]) for w in before]
+        assert [window.scored_from for window in windows] == [window.scored_from for window in before]
 
 
 def test_windows_of_nothing_and_bad_stride():

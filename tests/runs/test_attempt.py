@@ -136,6 +136,18 @@ def test_changed_inputs_are_refused(run):
         check_same_inputs(run, facts | {"sets": {"arc_easy": other | {"sha256": "c"}}})
 
 
+def test_a_run_whose_blocks_lacked_the_start_token_is_refused(run):
+    old = {"source": "t", "vocab_size": 5, "sha256": "a"}
+    run.update_manifest(tokenizer=old)
+    check_same_inputs(run, {"tokenizer": old | {"opening": None}, "sets": {}})
+    facts = {"tokenizer": old | {"opening": 2}, "sets": {}}
+    check_same_inputs(run, facts, is_complete=True)
+    with pytest.raises(PreskipError, match="left the start token out of the blocks it trains on"):
+        check_same_inputs(run, facts)
+    run.update_manifest(**facts)
+    check_same_inputs(run, facts)
+
+
 def test_another_revision_of_a_model_on_the_hub_is_refused(run):
     facts = {"model": {"name": "o/m", "sha256": None, "revision": "a" * 40}, "sets": {}}
     run.update_manifest(**facts)

@@ -61,6 +61,7 @@ def pack_blocks(
     seed: int = 0,
     *,
     marks: Marks | None = None,
+    opening: int | None = None,
     piece_characters: int | None = None,
     min_blocks: int = 1,
     part: str = "training",
@@ -73,13 +74,14 @@ def pack_blocks(
 
     Args:
         documents: what to train on.
-        tokenizer: a Hugging Face tokenizer; no special token is added but `marks`.
+        tokenizer: a Hugging Face tokenizer; no special token is added but `marks` and `opening`.
         seq_len: tokens per block.
         limit_tokens: at most so many tokens, rounded down to whole blocks; no more is tokenised than needed. None
             takes all.
         seed: seed of the order of documents and of blocks.
         marks: the tokens around every document. None: its end-of-sequence token (for want of one: the separator or
             start token) behind it.
+        opening: the token that every block begins with (`opening_token`); None for none.
         piece_characters: cut documents at paragraph borders into pieces of about this length and shuffle those
             instead, so that a small `limit_tokens` draws on many documents. None keeps documents whole.
         min_blocks: fewer blocks than this are an error (one batch).
@@ -104,7 +106,8 @@ def pack_blocks(
         texts = [piece for text in texts for piece in split_text(text, piece_characters)]
     texts = [texts[index] for index in random.permutation(len(texts)) if texts[index]]
     marks = marks or Marks(start=None, end=first_token(tokenizer, "eos", "sep", "bos"))
-    wanted = None if limit_tokens is None else limit_tokens // seq_len * seq_len
+    width = seq_len if opening is None else seq_len - 1  # tokens of the text in a block
+    wanted = None if limit_tokens is None else limit_tokens // seq_len * width
     total = 0
     task = None if progress is None else progress.add_task("Tokenising", total=wanted or len(texts))
     with clear_disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryFile() as stream:
@@ -117,7 +120,7 @@ def pack_blocks(
                 progress.update(task, completed=done if wanted is None else min(total, wanted))
             if wanted is not None and total >= wanted:
                 break
-        blocks = (total if wanted is None else min(total, wanted)) // seq_len
+        blocks = (total if wanted is None else min(total, wanted)) // width
         if blocks < max(1, min_blocks):
             unit, cure = f"block of {seq_len}", "the sequence length"
             if min_blocks > 1:
@@ -126,7 +129,7 @@ def pack_blocks(
                 f"corpus too small: {total} {part} tokens do not fill one {unit}; give more text, or lower {cure}"
             )
         # Otherwise a batch would hold neighbouring blocks of one document.
-        return _reordered(stream, random.permutation(blocks), seq_len)
+        return _reordered(stream, random.permutation(blocks), width, opening)
 
 
 def token_stream(
@@ -190,26 +193,29 @@ def _batches(parts: Iterable[_Part], characters: int) -> Iterator[list[_Part]]:
         yield batch
 
 
-def _reordered(stream: IO[bytes], order: NDArray[np.int64], seq_len: int) -> NDArray[np.int32]:
-    """Blocks of a file of tokens in another order, in a file of their own that vanishes with the array.
+def _reordered(stream: IO[bytes], order: NDArray[np.int64], width: int, opening: int | None) -> NDArray[np.int32]:
+    """Blocks of a file of tokens in another order, each behind `opening`, in a file that vanishes with the array.
 
     Reading and writing leave the blocks out of this process's memory, where mapping both files would not.
     """
-    size = seq_len * np.dtype(np.int32).itemsize
+    first = np.asarray([] if opening is None else [opening], dtype=np.int32)
+    size = width * first.itemsize
     stream.flush()
     with tempfile.TemporaryFile() as file:
         for block in order.tolist():
             stream.seek(block * size)
-            file.write(stream.read(size))
+            file.write(first.tobytes() + stream.read(size))
         file.flush()
-        return np.memmap(file, dtype=np.int32, mode="c", shape=(len(order), seq_len))
+        return np.memmap(file, dtype=np.int32, mode="c", shape=(len(order), first.size + width))
 
 
 def heldout_windows(document: Document, tokenizer: Any, context_length: int, stride: int) -> list[Window]:
     """Cut a document into windows that score each of its tokens exactly once.
 
     The text follows the tokenizer's start token (for want of one: its end token), so that its first token is
-    scored, too. Without either the first token cannot be scored; `scored_size` takes it off the bytes.
+    scored, too. Without either the first token cannot be scored; `scored_size` takes it off the bytes. A later window
+    begins with the start token, too, in place of its first token, where the tokenizer itself opens a text with it:
+    such a model may be lost without (Gemma).
 
     Args:
         document: what to score.
@@ -229,14 +235,17 @@ def heldout_windows(document: Document, tokenizer: Any, context_length: int, str
             f"context length {context_length} and stride {stride}: the stride must lie between 1 and the context length"
         )
     ids = text_ids(document.text, tokenizer)
-    start = start_token(tokenizer)
+    start, opening = start_token(tokenizer), opening_token(tokenizer)
     sequence = array("i", ids if start is None else [start, *ids])
     windows: list[Window] = []
     scored = 1  # the first token of the sequence is never predicted
     while scored < len(sequence):
         end = min(len(sequence), scored + (stride if windows else context_length))
         begin = max(0, end - context_length - 1)
-        windows.append(Window(sequence[begin:end], scored - begin))
+        tokens = sequence[begin:end]
+        if opening is not None:
+            tokens[0] = opening
+        windows.append(Window(tokens, scored - begin))
         scored = end
     return windows
 
@@ -302,6 +311,13 @@ def text_ids(text: str, tokenizer: Any) -> list[int]:
 def start_token(tokenizer: Any) -> int | None:
     """Return the token that opens a text: start, end or classification token, the first that the tokenizer has."""
     return first_token(tokenizer, "bos", "eos", "cls")
+
+
+def opening_token(tokenizer: Any) -> int | None:
+    """Return the start token where the tokenizer itself puts it before a text (Gemma, Llama), else None."""
+    start = tokenizer.bos_token_id
+    opens = start is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [start]
+    return int(start) if opens else None
 
 
 def document_marks(tokenizer: Any) -> Marks:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preskip.data.blocks import text_ids
+from preskip.data.blocks import opening_token, text_ids
 from preskip.data.corpus import Document
 from preskip.errors import PreskipError
 
@@ -129,9 +129,8 @@ def encode_item(item: LastWordItem, tokenizer: Any) -> tuple[list[int], list[int
             f"last-word item {item.id}: this tokenizer has no token border before {item.target!r}; "
             f"leave out last-word accuracy for this model"
         )
-    bos = tokenizer.bos_token_id
-    opens = bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
-    return [bos] * opens + ids[:cut], ids[cut:]
+    opening = opening_token(tokenizer)
+    return [*([] if opening is None else [opening]), *ids[:cut]], ids[cut:]
 
 
 def split_sentences(text: str) -> list[str]:

@@ -19,7 +19,7 @@ from preskip.analysis.depth import text_profile
 from preskip.arms import ARMS, Arm, ArmContext, attention_layers, attention_paths, branch_parameters, resolve_arms
 from preskip.arms.insert import Inserted, insert
 from preskip.assets import load_model, load_tokenizer, resolve_model, weights_dtype
-from preskip.data.blocks import check_vocabulary, pack_blocks, scored_size, start_token
+from preskip.data.blocks import check_vocabulary, opening_token, pack_blocks, scored_size, start_token
 from preskip.data.corpus import clusters
 from preskip.data.splits import Splits, choose, locate
 from preskip.data.tokenizer import fingerprint
@@ -146,6 +146,7 @@ class Frozen(Prepared):
                 "source": source.source,
                 "vocab_size": len(tokenizer),
                 "sha256": fingerprint(tokenizer, start_token(tokenizer)),
+                "opening": opening_token(tokenizer),
             },
             **common_facts(config, splits, tokens=tokens, passes=passes, documents=len(splits.training)),
             "arms": described,
@@ -261,6 +262,7 @@ def _training_blocks(config: ProbeConfig, splits: Splits, tokenizer: Any, quiet:
                 config.seq_len,
                 limit_tokens=wanted,
                 seed=seed,
+                opening=opening_token(tokenizer),
                 piece_characters=PIECE_CHARACTERS,
                 min_blocks=config.batch_size,
                 progress=progress,
@@ -289,6 +291,7 @@ def _kept_blocks(
                 config.seq_len,
                 limit_tokens=rows * config.seq_len,
                 seed=seed,
+                opening=opening_token(tokenizer),
                 piece_characters=PIECE_CHARACTERS,
                 progress=progress,
             )

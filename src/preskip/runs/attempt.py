@@ -125,7 +125,8 @@ def check_same_inputs(run: RunDirectory, facts: Facts, *, is_complete: bool = Fa
         is_complete: no cell is still to come: what an earlier preskip held out of the same texts may be something else.
 
     Raises:
-        PreskipError: a checksum, a revision, an arm, what is held out, or what lm-eval makes of a task, differs.
+        PreskipError: a checksum, a revision, an arm, what is held out, or what lm-eval makes of a task, differs, or
+            an earlier preskip trained on other blocks.
     """
     parts: tuple[Literal["model", "corpus", "tokenizer"], ...] = ("model", "corpus", "tokenizer")
     for part in parts:
@@ -137,6 +138,13 @@ def check_same_inputs(run: RunDirectory, facts: Facts, *, is_complete: bool = Fa
                 f"{part} {name} has changed since this run began (its {kind} was {mark[:12]}...): put the old one "
                 "back, or start a new run"
             )
+    own = facts.get("tokenizer", {}).get("opening")
+    if not is_complete and own is not None and "opening" not in run.manifest.get("tokenizer", {"opening": own}):
+        raise PreskipError(
+            f"this run began with preskip {run.manifest['preskip_version']}, which left the start token out of the "
+            f"blocks it trains on; models that open every text with it are lost without: begin anew with --config "
+            f"{run.path / 'run.json'}"
+        )
     _check_same_arms(run.manifest, facts)
     for name, described in run.manifest.get("sets", {}).items():
         same = facts["sets"].get(name)

@@ -187,6 +187,7 @@ class TokenizerFacts(TypedDict):
     source: str
     vocab_size: int
     sha256: str
+    opening: NotRequired[int | None]  # the start token that begins every block and window; absent in earlier runs
 
 
 class ArmCosts(TypedDict):
