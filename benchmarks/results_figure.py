@@ -20,16 +20,19 @@ from preskip.report.words.verdicts import set_label
 from preskip.runs.schema import Results
 
 
-def differences(results: Results, arm: str, home: str, abroad: str) -> dict[str, tuple[float, float, float]]:
+def differences(
+    results: Results, arm: str, in_domain: str, out_of_domain: str
+) -> dict[str, tuple[float, float, float]]:
     """Gain (positive is better) of an arm over the untouched model on both sets: value, low, high, as shown."""
-    [mark] = [row for row in _tested(results, home, abroad) if row["arm"] == arm]
+    [mark] = [row for row in _tested(results, in_domain, out_of_domain) if row["arm"] == arm]
     return {
-        name: (mark[axis], mark[f"{axis}_low"], mark[f"{axis}_high"]) for name, axis in ((home, "x"), (abroad, "y"))
+        name: (mark[axis], mark[f"{axis}_low"], mark[f"{axis}_high"])
+        for name, axis in ((in_domain, "x"), (out_of_domain, "y"))
     }
 
 
-def _tested(results: Results, home: str, abroad: str) -> list[dict]:
-    return [row for row in plane_records(results, home, abroad) if row["part"] == "test"]
+def _tested(results: Results, in_domain: str, out_of_domain: str) -> list[dict]:
+    return [row for row in plane_records(results, in_domain, out_of_domain) if row["part"] == "test"]
 
 
 def draw(runs: Sequence[Results], models: Sequence[str]) -> str:
@@ -42,11 +45,11 @@ def draw(runs: Sequence[Results], models: Sequence[str]) -> str:
     of = [f"{model}, " if len(set(models)) > 1 else "" for model in models]
     figures = [
         {
-            "title": f"{model}trained on {set_label(results['sets'], home)}",
-            "spec": plane(_tested(results, home, abroad), results, home, abroad),
+            "title": f"{model}trained on {set_label(results['sets'], in_domain)}",
+            "spec": plane(_tested(results, in_domain, out_of_domain), results, in_domain, out_of_domain),
         }
         for model, results in zip(of, runs, strict=True)
-        for home, abroad in planes(results)
+        for in_domain, out_of_domain in planes(results)
     ]
     columns = len(planes(runs[0]))
     return picture(figures, columns=columns if columns > 1 else len(figures), height=300, shared=True)

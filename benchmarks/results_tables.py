@@ -110,7 +110,7 @@ def exploratory(results: Results, reference: str) -> str:
 def searched(results: Results) -> str:
     """Every arm's rates of the search's last rung on development documents; the chosen one in bold."""
     rows = []
-    abroad = [
+    out_of_domain = [
         name for name, entry in results["sets"].items() if entry["domain"] == "out" and entry["kind"] == "document"
     ]
     for arm, search in results["search"].items():
@@ -119,26 +119,26 @@ def searched(results: Results) -> str:
             if point["steps"] == longest and not point.get("diverged"):
                 rate = f"{point['learning_rate']:g}"
                 shown = f"**{rate}**" if point["learning_rate"] == search["chosen"] else rate
-                others = [point["dev"]["out"].get(name) for name in abroad]
+                others = [point["dev"]["out"].get(name) for name in out_of_domain]
                 rows.append((f"`{arm}`", shown, *map(_development, (development(point, "in"), *others))))
-    return _markdown(("arm", "lr", "in-domain", *abroad), rows)
+    return _markdown(("arm", "lr", "in-domain", *out_of_domain), rows)
 
 
 def searched_by_seed(results: Results) -> str:
     """The rate that every arm's search chose for each seed, and the range of what it reached there on development
     documents.
     """
-    abroad = [
+    out_of_domain = [
         name for name, entry in results["sets"].items() if entry["domain"] == "out" and entry["kind"] == "document"
     ]
     rows = []
     for arm, search in results["search"].items():
         chosen = [point for point in search["trace"] if is_chosen(search, point)]
         reached = [[development(point, "in")["value"] for point in chosen]]
-        reached += [[point["dev"]["out"][name]["value"] for point in chosen] for name in abroad]
+        reached += [[point["dev"]["out"][name]["value"] for point in chosen] for name in out_of_domain]
         rates = ", ".join(f"{rate:g}" for rate in search["by_seed"].values())
         rows.append((f"`{arm}`", rates, *map(_range, reached)))
-    return _markdown(("arm", "lr by seed", "in-domain", *abroad), rows)
+    return _markdown(("arm", "lr by seed", "in-domain", *out_of_domain), rows)
 
 
 def equal_harm(results: Results, harm: float) -> str:

@@ -24,7 +24,7 @@ def one_line(error: object, most: int | None = None) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory did not suffice: torch has a type for it on a device, and words in a RuntimeError on a CPU.
 
-    The type is told by its name, since what must start quickly imports this module and not torch.
+    The type is recognised by its name, since what must start quickly imports this module and not torch.
     """
     return (
         isinstance(error, MemoryError)

@@ -105,6 +105,14 @@ def allowed(what: Mapping[str, Any]) -> str:
     return "it must be " + (" and ".join(bounds) if bounds[1:] or "least" not in what else f"at least {what['least']}")
 
 
+def refusal(value: Any, what: Mapping[str, Any]) -> str | None:
+    """Why a field may not have this value; None where it may."""
+    if is_allowed(value, what):
+        return None
+    wrong = f"{value!r} is unknown" if "choices" in what else f"{value} is not possible"
+    return f"{wrong}: {allowed(what)}"
+
+
 def is_allowed(value: Any, what: Mapping[str, Any]) -> bool:
     """Whether a value has the field's type and lies within its bounds; what is no number, text or truth is."""
     hint = what["hint"]

@@ -261,7 +261,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # GPT-2's Conv1D; PEFT corrects it
     warnings.filterwarnings("ignore", message="Could not find a config file in")  # said of a GGUF base at every save
-    # It tells of an optional kernel that no command here uses.
+    # It announces an optional kernel that no command here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 

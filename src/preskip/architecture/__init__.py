@@ -1,7 +1,7 @@
 """`preskip_<type>`: transformers' own architectures with the branch built in.
 
-Importing this registers every type with AutoConfig, AutoModel and AutoModelForCausalLM; importing `preskip` sees to
-that as soon as transformers' Auto classes are loaded.
+Importing this registers every type with AutoConfig, AutoModel and AutoModelForCausalLM; after `import preskip` that
+happens when a config of one is first asked for (`preskip.registration`).
 """
 
 from preskip.architecture import models

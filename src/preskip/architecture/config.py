@@ -16,27 +16,21 @@ from preskip.model_types import PREFIX
 from preskip.peers.insert import check_peers
 from preskip.quantizing import QUANTIZED
 
-# From scratch, nothing is there that an identity would have to keep: the paper's initialisation is the default.
-DEFAULTS: dict[str, Any] = {
-    **{PREFIX + field.name: field.default for field in fields(BranchSettings)},
-    "preskip_init_weights": "paper",
-    "preskip_skip_position": "attention",
-    "preskip_layers": None,
-    "preskip_keep_float32": False,
-    "preskip_adapters": None,
-    "preskip_first_adapter": None,
-    "preskip_quantize": None,
-    "preskip_peers": None,
-}
-_TYPES: dict[str, Any] = {
-    **{PREFIX + name: kind for name, kind in get_type_hints(BranchSettings).items()},
-    "preskip_skip_position": str,
-    "preskip_layers": Optional[list[int]],
-    "preskip_keep_float32": bool,
-    "preskip_adapters": Optional[dict[str, Any]],
-    "preskip_first_adapter": Optional[str],
-    "preskip_quantize": Optional[str],
-    "preskip_peers": Optional[dict[str, Any]],
+# Type and default of every field that a config has beside its base's. From scratch nothing is there that an identity
+# would have to keep: the paper's initialisation is the default.
+_FIELDS: dict[str, tuple[Any, Any]] = {
+    **{
+        PREFIX + field.name: (get_type_hints(BranchSettings)[field.name], field.default)
+        for field in fields(BranchSettings)
+    },
+    "preskip_init_weights": (str, "paper"),
+    "preskip_skip_position": (str, "attention"),
+    "preskip_layers": (Optional[list[int]], None),
+    "preskip_keep_float32": (bool, False),
+    "preskip_adapters": (Optional[dict[str, Any]], None),
+    "preskip_first_adapter": (Optional[str], None),
+    "preskip_quantize": (Optional[str], None),
+    "preskip_peers": (Optional[dict[str, Any]], None),
 }
 
 
@@ -135,17 +129,17 @@ def branch_fields(settings: BranchSettings) -> dict[str, Any]:
 
 
 def config_class(base_type: str) -> type[PreTrainedConfig]:
-    """Build the config class of `preskip_<base_type>`, e.g. `PreskipLlamaConfig`: all base fields and `DEFAULTS`."""
+    """Build the config class of `preskip_<base_type>`, e.g. `PreskipLlamaConfig`: its own fields and the branch's."""
     base = CONFIG_MAPPING[base_type]
     return type(
         f"Preskip{base.__name__}",
         (BranchConfigMixin, base),
         {
-            "__annotations__": _TYPES,
-            **DEFAULTS,
+            "__annotations__": {name: kind for name, (kind, _) in _FIELDS.items()},
+            **{name: default for name, (_, default) in _FIELDS.items()},
             "model_type": f"{PREFIX}{base_type}",
             "__module__": "preskip.architecture.models",
-            "__doc__": f"{base.__name__} with the branch's fields (`preskip.branch.BranchSettings`), `preskip_` before "
+            "__doc__": f"{base.__name__} with the branch's fields (`preskip.BranchSettings`), `preskip_` before "
             "each, `preskip_skip_position`, `preskip_layers` (None for all), `preskip_keep_float32` (True: its "
             "weights are float32 whatever dtype the rest is loaded in), `preskip_adapters` (settings by name, of "
             "several adapters side by side), `preskip_first_adapter` (which one rows have that pick none), "

@@ -137,13 +137,12 @@ def _tables(
 
     from preskip.cli.printing import columns, difference_cell, verdict_text
     from preskip.metrics import metric_named
-    from preskip.report.lookup import p_equivalence, p_value
+    from preskip.report.lookup import by_measure, p_equivalence, p_value
     from preskip.report.words.detail import gain_share
     from preskip.report.words.verdicts import MINUS, margin_text, p_text, set_label
 
     tables = []
-    for name, metric in dict.fromkeys((entry["set"], entry["metric"]) for entry in entries):
-        group = [entry for entry in entries if (entry["set"], entry["metric"]) == (name, metric)]
+    for name, metric, group in by_measure(entries):
         margin, about = group[0]["margin"], metric_named(metric)
         stated = f", equivalent within {margin_text(metric, margin)}" if margin is not None else ""
         if share := next(filter(None, (gain_share(entry, every, sets) for entry in group)), None):
@@ -176,20 +175,17 @@ def _details(entries: Sequence[Comparison], sets: Mapping[str, Any]) -> list[Tab
     from rich.text import Text
 
     from preskip.cli.printing import columns
+    from preskip.report.lookup import by_measure
     from preskip.report.words.detail import detail_texts
     from preskip.report.words.verdicts import MINUS, set_label
 
     level = f"{100 * entries[0]['confidence']:g} %" if entries else ""
     table = columns("behind it", right=("by seed", f"next seed [{level}]", "P(better)", "variance %", "p flip"))
-    heading = None
-    measures = list(dict.fromkeys((entry["set"], entry["metric"]) for entry in entries))
-    for entry in sorted(entries, key=lambda entry: measures.index((entry["set"], entry["metric"]))):
-        own = f"{set_label(sets, entry['set'])}, {entry['metric']}"
-        if own != heading:
-            table.add_row(Text(own, style="bold"))
-        heading = own
-        shown = detail_texts(entry, sets.get(entry["set"]))
-        table.add_row(f"  {entry['arm']} {MINUS} {entry['reference']}", *shown.values())
+    for name, metric, group in by_measure(entries):
+        table.add_row(Text(f"{set_label(sets, name)}, {metric}", style="bold"))
+        for entry in group:
+            shown = detail_texts(entry, sets.get(name))
+            table.add_row(f"  {entry['arm']} {MINUS} {entry['reference']}", *shown.values())
     return [table] if entries else []
 
 

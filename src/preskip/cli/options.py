@@ -13,7 +13,7 @@ from cyclopts import Group, Parameter
 from preskip.errors import PreskipError
 from preskip.experiment.options import ExperimentConfig
 from preskip.experiment.presets import preset_options
-from preskip.fields import Flag, about, allowed, flags, is_allowed
+from preskip.fields import Flag, about, flags, refusal
 
 F = TypeVar("F", bound=Callable[..., None])
 _HEADINGS = ("What", "Model", "Training", "Scoring", "How much", "A planned design", "Branch", "Evaluation", "Output")
@@ -42,9 +42,8 @@ def flag(
     what = {"hint": hint, "optional": True, **bounds}
 
     def validate(_: Any, value: Any) -> None:
-        if not is_allowed(value, what):
-            wrong = f"{value!r} is unknown" if "choices" in what else f"{value} is not possible"
-            raise PreskipError(f"{wrong}: {allowed(what)}")
+        if why := refusal(value, what):
+            raise PreskipError(why)
 
     more: dict[str, Any] = {"group": GROUPS[group]} if group else {}
     return Parameter(

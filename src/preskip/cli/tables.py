@@ -45,7 +45,7 @@ def print_results(results: Results, page: Path | None) -> None:
     """Print what a run found: a row per arm, the paired differences (declared ones first), the frontier.
 
     Args:
-        results: content of results.json (schema version 2).
+        results: content of results.json.
         page: its HTML page, or None.
     """
     print_table(_arms(results))
@@ -63,8 +63,8 @@ def print_results(results: Results, page: Path | None) -> None:
         if left:
             where = "the report" if page else "results.json"
             out.print(f"{left} more comparisons in {where}", style="dim")
-        for home, abroad in planes(results):
-            out.print(assess_plane(results, home, abroad)["headline"])
+        for in_domain, out_of_domain in planes(results):
+            out.print(assess_plane(results, in_domain, out_of_domain)["headline"])
     for line in _scope(results, shown):
         out.print(line, style="dim")
 
@@ -73,8 +73,8 @@ def print_claims(record: Manifest, results: Results) -> None:
     """Print the paper's claims and the decisive controls, a row each, with this run's verdict.
 
     Args:
-        record: content of run.json (schema version 2).
-        results: content of results.json (schema version 2).
+        record: content of run.json.
+        results: content of results.json.
     """
     table = columns("the paper's claims", "in this run", right=(), last="rests on")
     for claim in assess(record, results):

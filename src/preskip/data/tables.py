@@ -34,7 +34,7 @@ class Limit:
     """Where reading a data set stops; None is no limit.
 
     Attributes:
-        reason: for the line that tells of it.
+        reason: named in the line that reports the limit.
         documents: after so many.
         characters: after so many, if there are `least_documents` by then.
         least_documents: see `characters`.
@@ -85,7 +85,7 @@ def read_hub(name: str, text_column: str | None, split: str | None, limit: Limit
     """Read a data set `owner/name` or `owner/name:config` of the Hub, or of its cache where HF_HUB_OFFLINE is set.
 
     Raises:
-        PreskipError: it cannot be had, or the column is not clear.
+        PreskipError: it cannot be loaded, or the column is not clear.
     """
     import datasets
 

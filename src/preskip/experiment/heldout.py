@@ -154,7 +154,7 @@ def load_corpora(
         "seed": config.split_seed,
         "progress": not quiet,
     }
-    home: dict[str, Any] = {"text_column": config.text_column, "split": config.corpus_split, "limit": limit}
+    in_domain: dict[str, Any] = {"text_column": config.text_column, "split": config.corpus_split, "limit": limit}
     other: dict[str, Any] = {"text_column": config.eval_text_column, "split": config.eval_corpus_split}
     extents = {config.corpus: (config.eval_documents, config.eval_words)}
     for text in config.eval_corpora:
@@ -162,15 +162,15 @@ def load_corpora(
         extents[name] = (documents, words)
     scored = []
     for name, (documents, words) in extents.items():
-        is_home = name == config.corpus
+        is_trained_on = name == config.corpus
         try:
-            splits = load_splits(locate(name, directory), **options, **(home if is_home else other))
+            splits = load_splits(locate(name, directory), **options, **(in_domain if is_trained_on else other))
         except PreskipError as error:
-            if is_home:
+            if is_trained_on:
                 raise
             text = str(error).replace("--text-column", "--eval-text-column")
             raise PreskipError(text.replace("--corpus-split", "--eval-corpus-split")) from None
-        scored.append(Scored(splits, documents, words, "in" if is_home else "out"))
+        scored.append(Scored(splits, documents, words, "in" if is_trained_on else "out"))
     require(config, "held-out", scored[0].splits.heldout, 2)
     names = [*(slug(text.splits.name) for text in scored), *reserved]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -184,23 +184,23 @@ def _apart(scored: Sequence[Scored], quiet: bool) -> list[Scored]:
 
     The first corpus stays as it is. Nothing that it trains or chooses rates on is held out of another, no rate is
     chosen on what is held out of any, and no other corpus's training text, which `--keep-weight` reads, is scored or
-    chosen on. Documents are told by their whole text: the same passage cut elsewhere is another document.
+    chosen on. Documents are identified by their whole text: the same passage cut elsewhere is another document.
     """
-    home, *others = scored
-    trained = _texts(home.splits.training)
-    used = trained | _texts(home.splits.development)
+    in_domain, *others = scored
+    trained = _texts(in_domain.splits.training)
+    used = trained | _texts(in_domain.splits.development)
     held = [_without(other, "heldout", used) for other in others]
     for before, after in zip(others, held, strict=True):
         if left_out := len(before.splits.heldout) - len(after.splits.heldout):
             say(
-                f"{after.splits.name}: {left_out} held-out documents are left out, {home.splits.name} trains or "
+                f"{after.splits.name}: {left_out} held-out documents are left out, {in_domain.splits.name} trains or "
                 "chooses rates on them",
                 quiet=quiet,
             )
-    final = set[str]().union(*(_texts(one.splits.heldout) for one in (home, *held)))
+    final = set[str]().union(*(_texts(one.splits.heldout) for one in (in_domain, *held)))
     chosen = [_without(other, "development", final | trained) for other in held]
-    unread = final.union(*(_texts(one.splits.development) for one in (home, *chosen)))
-    return [home, *(_without(other, "training", unread) for other in chosen)]
+    unread = final.union(*(_texts(one.splits.development) for one in (in_domain, *chosen)))
+    return [in_domain, *(_without(other, "training", unread) for other in chosen)]
 
 
 def _texts(documents: Iterable[Document]) -> set[str]:
@@ -263,7 +263,7 @@ def prepare_heldout(
     Raises:
         PreskipError: too little text, or a task that is unavailable.
     """
-    home = corpora[0].splits
+    in_domain = corpora[0].splits
     documents = prepare_documents(config, corpora, tokenizer, config.context_length)
     sets = documents.sets
     paper_data = load_paper_data(data_dir) if config.paper_scoring else None
@@ -273,14 +273,14 @@ def prepare_heldout(
     items: list[LastWordItem] = []
     item_windows: list[Window] = []
     if config.last_word_items:
-        items, item_windows = _last_words(config, home.heldout, tokenizer, limit, quiet)
+        items, item_windows = _last_words(config, in_domain.heldout, tokenizer, limit, quiet)
     if items:
         sets[LAST_WORD] = {
             "kind": "item",
             "domain": "in",
             "title": f"last word ({config.corpus.upper() if config.corpus.isidentifier() else config.corpus})",
-            "source": home.source,
-            "sha256": home.sha256,
+            "source": in_domain.source,
+            "sha256": in_domain.sha256,
             "context_length": limit,
             "stride": None,
             "items": len(items),
@@ -305,7 +305,7 @@ def prepare_heldout(
     if paper_data is not None:
         paper = encode_paper_items(paper_data, tokenizer, context_length=min(limit or LENGTH, LENGTH))
         sets |= paper.sets
-    if "wikitext" in slug(home.name).lower():  # of a path the last part alone
+    if "wikitext" in slug(in_domain.name).lower():  # of a path the last part alone
         for name in WIKITEXT_SETS & sets.keys():
             sets[name] = {**sets[name], "domain": "in"}
     return replace(documents, items=items, item_windows=item_windows, suite=suite, paper=paper, development=development)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, TypeVar, get_origin
 
 from preskip.branch_settings import BRANCH, SKIP_POSITIONS, BranchSettings
@@ -19,7 +19,7 @@ from preskip.experiment.parse import (
     parse_primary,
     parse_seeds,
 )
-from preskip.fields import about, allowed, flags, is_allowed, option
+from preskip.fields import about, allowed, flags, option, refusal
 
 C = TypeVar("C", bound="ExperimentConfig")
 WHAT, TRAINING, EVALUATION = "What", "Training", "Evaluation"
@@ -103,11 +103,8 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         for name, what in about(type(self)).items():
-            value = getattr(self, name)
-            if not is_allowed(value, what):
-                flag, words = _flag(what.get("flag", name)), allowed(what)
-                wrong = f"{value!r} is unknown" if "choices" in what else f"{value} is not possible"
-                raise PreskipError(f"{flag} {wrong}: {words}")
+            if why := refusal(getattr(self, name), what):
+                raise PreskipError(f"{_flag(what.get('flag', name))} {why}")
         if self.batch_size % self.micro_batch:
             raise PreskipError(
                 f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}"
@@ -180,7 +177,7 @@ class ExperimentConfig:
             for name, value in layer.items():
                 cls._take(values, name, value)
         for name in _parts(cls).keys() & values.keys():
-            values[name] = replace(_default(cls, name), **values[name])
+            values[name] = replace(getattr(cls, name), **values[name])
         config = cls(**cls._complete(values))
         config._refuse_ignored()
         return config
@@ -243,10 +240,6 @@ def check_looks(looks: Sequence[int], seeds: int) -> None:
 def _parts(kind: type) -> dict[str, Any]:
     """Settings class of each field that is one."""
     return {name: what["hint"] for name, what in about(kind).items() if what.get("parts") is what["hint"]}
-
-
-def _default(kind: type, name: str) -> Any:
-    return next(field.default for field in fields(kind) if field.name == name)
 
 
 def _flag(name: str) -> str:

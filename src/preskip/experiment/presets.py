@@ -1,6 +1,6 @@
 """Where the options of a probe start from: `quick`, `standard`, `confirmatory` and the paper's own protocol.
 
-docs/paper-index.md tells of them.
+docs/paper-index.md describes them.
 """
 
 from __future__ import annotations

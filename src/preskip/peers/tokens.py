@@ -129,7 +129,7 @@ class Tokens:
         """Forward pre-hook of the decoder: take down what it is given.
 
         Raises:
-            PreskipError: a cache whose tails are missing or of another length.
+            PreskipError: neither input_ids nor inputs_embeds are given.
         """
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.ids = given.get("input_ids")

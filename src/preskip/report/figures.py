@@ -74,16 +74,18 @@ def _pairs(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _planes(results: Results) -> Iterator[Figure]:
-    for home, abroad in planes(results):
-        records = plane.plane_records(results, home, abroad)
+    for in_domain, out_of_domain in planes(results):
+        records = plane.plane_records(results, in_domain, out_of_domain)
         tested = [record for record in records if record["part"] == "test"]
         if not tested:
             continue
-        title = f"{set_label(results['sets'], home)} against "
-        sentence = assess_plane(results, home, abroad)["sentence"]
+        title = f"{set_label(results['sets'], in_domain)} against "
+        sentence = assess_plane(results, in_domain, out_of_domain)["sentence"]
         alt = f"Benefit against {NAMES[plain_arm(results)]}: {_places(tested)}. {sentence}"
-        shown = [(abroad, f"plane-{abroad}", title + set_label(results["sets"], abroad), records, alt)]
-        text = plane.DEVELOPMENT_TEXT.get(abroad, "")
+        shown = [
+            (out_of_domain, f"plane-{out_of_domain}", title + set_label(results["sets"], out_of_domain), records, alt)
+        ]
+        text = plane.DEVELOPMENT_TEXT.get(out_of_domain, "")
         searched = [record for arm in trained_arms(results) for record in plane.grid_records(results, arm, text)]
         if searched:
             chosen = _places([record for record in searched if record["chosen"]])
@@ -92,7 +94,7 @@ def _planes(results: Results) -> Iterator[Figure]:
         for name, section, title, drawn, alt in shown:
             left_out = plane.outside(drawn)
             note = f"{left_out} points of the search lie outside" if left_out else ""
-            spec = plane.plane(drawn, results, home, name)
+            spec = plane.plane(drawn, results, in_domain, name)
             yield figure(f"plane-{name}", section, title, spec, alt, note)
 
 

@@ -75,7 +75,9 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "model_source": record["model"].get("source") or "",
         "lines": arm_lines(record, results),
         "declared_rows": comparison_tables.declared_table(results),
-        "planes": [assess_plane(results, home, abroad) for home, abroad in planes(results)] if comparisons else [],
+        "planes": [assess_plane(results, in_domain, out_of_domain) for in_domain, out_of_domain in planes(results)]
+        if comparisons
+        else [],
         "claims": [
             {
                 **claim,

@@ -1,4 +1,4 @@
-"""The page's tables: arms by evaluation set, costs, comparisons, the search, power, trends; headings and cells."""
+"""The page's tables: arms by evaluation set, costs, the search, trends; headings and cells."""
 
 from __future__ import annotations
 

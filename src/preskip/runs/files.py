@@ -45,7 +45,7 @@ def clear_disk_errors(path: Path) -> Iterator[None]:
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised in place of, tells of a full disk.
+    """Whether an error, or one that it was raised in place of, says that a disk is full.
 
     safetensors raises its own type with the system's words; torch.save a RuntimeError that names its archive writer
     but not the reason, which is a full disk in all but rare cases.

@@ -270,6 +270,9 @@ def planned_power(sets: Mapping[str, SetFacts], seeds: int, family: Family) -> l
     Returns:
         {"set", "metric", "arm", "reference", "units", "seeds", "resolvable", "basis": "assumed", "alpha", "power",
         "family", "doubled", "decides_none", "design"}; "design" holds the deviations.
+
+    Raises:
+        PreskipError: a comparison is declared on a set that is not in `sets`.
     """
     declared = family.get("declared", ())
     entries = []

@@ -48,7 +48,7 @@ def heldout_texts(
         quiet: no progress.
 
     Raises:
-        PreskipError: a corpus that cannot be had, or fewer than 2 documents.
+        PreskipError: a corpus that cannot be loaded, or fewer than 2 documents.
     """
     documents = _documents(source, corpus, text_column, split, data_dir, quiet)
     usable = [document for document in documents if count_words(document.text) != 1]

@@ -42,7 +42,7 @@ CORNERS: tuple[tuple[str, int, int, Any, Any, Any, int], ...] = (
 )
 
 
-def plane_records(results: Results, home: str, abroad: str) -> list[Record]:
+def plane_records(results: Results, in_domain: str, out_of_domain: str) -> list[Record]:
     """Marks of one plane: part "test" (an arm's difference to the plain one on both sets) and part "grid" (a point of
     its learning-rate search on development documents, where those were scored out-of-domain in bits per byte).
 
@@ -50,18 +50,19 @@ def plane_records(results: Results, home: str, abroad: str) -> list[Record]:
     """
     records: list[Record] = []
     for arm in trained_arms(results):
-        at_home, far = (find(results, arm, plain_arm(results), name) for name in (home, abroad))
-        if at_home and far:
-            x, y = _benefit("x", at_home, metric_on(results, home)), _benefit("y", far, metric_on(results, abroad))
+        inside, outside = (find(results, arm, plain_arm(results), name) for name in (in_domain, out_of_domain))
+        if inside and outside:
+            x = _benefit("x", inside, metric_on(results, in_domain))
+            y = _benefit("y", outside, metric_on(results, out_of_domain))
             records.append({"part": "test", "arm": arm, **x, **y})
         # Losses of the search are in bits per byte; they cannot be drawn on an axis of another unit.
-        if {primary(results, name) for name in (home, abroad)} == {"bits_per_byte"}:
-            records += grid_records(results, arm, abroad)
+        if {primary(results, name) for name in (in_domain, out_of_domain)} == {"bits_per_byte"}:
+            records += grid_records(results, arm, out_of_domain)
     return records
 
 
-def grid_records(results: Results, arm: str, abroad: str) -> list[Record]:
-    """The points of one arm's learning-rate search that scored the set `abroad`, as benefits in bits per byte."""
+def grid_records(results: Results, arm: str, out_of_domain: str) -> list[Record]:
+    """The points of one arm's learning-rate search that scored a set out of domain, as benefits in bits per byte."""
     search = (results.get("search") or {}).get(arm)
     if not search:
         return []
@@ -69,7 +70,7 @@ def grid_records(results: Results, arm: str, abroad: str) -> list[Record]:
     last = max((point["rung"] for point in search["trace"]), default=0)
     records: list[Record] = []
     for point in search["trace"]:
-        inside, outside = development(point, "in"), (development(point, "out") or {}).get(abroad)
+        inside, outside = development(point, "in"), (development(point, "out") or {}).get(out_of_domain)
         if inside and outside:
             records.append(
                 {
@@ -86,7 +87,7 @@ def grid_records(results: Results, arm: str, abroad: str) -> list[Record]:
     return records
 
 
-def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -> Spec:
+def plane(records: Sequence[Record], results: Results, in_domain: str, out_of_domain: str) -> Spec:
     """The plane as a specification; `records` as from `plane_records`.
 
     Beside test scores the search's traces are layers named traces-…, and the parameter `traces` says whether the axes
@@ -94,7 +95,7 @@ def plane(records: Sequence[Record], results: Results, home: str, abroad: str) -
     """
     arms = trained_arms(results)
     legend, source = shown_arms(arms, records, 110), chart(records)
-    titles = [_title(results, name) for name in (home, abroad)]
+    titles = [_title(results, name) for name in (in_domain, out_of_domain)]
     tests, grid = ([record for record in records if record["part"] == part] for part in ("test", "grid"))
     bounds, switched = _bounds(tests or records), bool(tests and grid)
     x_scale, y_scale = (_scale(bounds[axis], _bounds(records)[axis] if switched else None) for axis in ("x", "y"))

@@ -128,11 +128,11 @@ class _Bench:
 
     def together(self) -> list[Part]:
         """The claim's two halves: bits per byte in-domain, and every accuracy that was scored."""
-        home = sets_of(self.results, domain="in", kind="document")[:1]
+        in_domain = sets_of(self.results, domain="in", kind="document")[:1]
         items = [
             name for name in sets_of(self.results, kind="item") if not metric_on(self.results, name).lower_is_better
         ]
-        parts = self.against("none", home) or [_missing("an in-domain set of documents")]
+        parts = self.against("none", in_domain) or [_missing("an in-domain set of documents")]
         return parts + (self.against("none", items) or [_missing("a set of items")])
 
     def trends(self) -> list[Part]:

@@ -176,12 +176,12 @@ def limits(record: Manifest, results: Results, seeds: int) -> list[str]:
     for name, described in results["sets"].items():
         found += [f"{set_label(results['sets'], name)}: {note}." for note in described.get("notes", ())]
     model, corpus = record["model"]["name"], record["corpus"]["name"]
-    abroad = ", ".join(set_label(results["sets"], name) for name in sets_of(results, domain="out"))
+    out_of_domain = ", ".join(set_label(results["sets"], name) for name in sets_of(results, domain="out"))
     found.append(
         f"One model ({model}) trained on one corpus ({corpus}). "
         + (
-            f"What it does out-of-domain is measured on {abroad} and may differ on other text."
-            if abroad
+            f"What it does out-of-domain is measured on {out_of_domain} and may differ on other text."
+            if out_of_domain
             else "What helps on the text it was trained on may hurt on other text; this page measures only the former."
         )
     )

@@ -26,24 +26,24 @@ def planes(results: Results) -> list[tuple[str, str]]:
     each out-of-domain set; empty without one of either. The paper's own scoring is no plane of its own: its items are
     in lm-eval's tasks, too.
     """
-    home = sets_of(results, domain="in", kind="document") or sets_of(results, domain="in")
-    abroad = [name for name in sets_of(results, domain="out") if not name.startswith(PAPER)]
-    return [(home[0], name) for name in abroad] if home else []
+    in_domain = sets_of(results, domain="in", kind="document") or sets_of(results, domain="in")
+    out_of_domain = [name for name in sets_of(results, domain="out") if not name.startswith(PAPER)]
+    return [(in_domain[0], name) for name in out_of_domain] if in_domain else []
 
 
-def assess_plane(results: Results, home: str, abroad: str) -> dict[str, Any]:
+def assess_plane(results: Results, in_domain: str, out_of_domain: str) -> dict[str, Any]:
     """Place every arm with regard to the frontier of one plane.
 
     Returns:
-        "home" and "abroad"; "on": arms that no other is shown to beat on either axis without loss on the other;
-        "possible": {arm: why} of those that another arm beats on one axis with the other undecided; "dominated":
+        "in_domain" and "out_of_domain"; "on": arms that no other is shown to beat on either axis without loss on the
+        other; "possible": {arm: why} of those that another arm beats on one axis with the other undecided; "dominated":
         {arm: why}; "headline" and, with the others' reasons, "sentence" in words.
     """
     arms = list(results["arms"])
     beaten: dict[str, dict[str, str]] = {}  # arm: rivals that dominate it, and why
     behind: dict[str, dict[str, str]] = {}
     for arm, rival in permutations(arms, 2):
-        found = [find(results, rival, arm, name) for name in (home, abroad)]
+        found = [find(results, rival, arm, name) for name in (in_domain, out_of_domain)]
         reading = [_verdict(results, entry) if entry else "not compared" for entry in found]
         if "better" in reading and "worse" not in reading:
             inside, outside = (WORDS.get(word, word) for word in reading)
@@ -52,7 +52,7 @@ def assess_plane(results: Results, home: str, abroad: str) -> dict[str, Any]:
     on = [arm for arm in arms if arm not in beaten and arm not in behind]
     dominated = {arm: _best_reason(rivals, on) for arm, rivals in beaten.items()}
     possible = {arm: _best_reason(rivals, on) for arm, rivals in behind.items() if arm not in beaten}
-    where = " against ".join(set_label(results["sets"], name) for name in (home, abroad)) + " (exploratory)"
+    where = " against ".join(set_label(results["sets"], name) for name in (in_domain, out_of_domain)) + " (exploratory)"
     headline = f"On the frontier of {where}: {', '.join(on) or 'none for certain'}"
     if not beaten and not behind:
         headline = f"On the frontier of {where}: every arm; none is shown to beat another on one axis without loss"
@@ -61,7 +61,13 @@ def assess_plane(results: Results, home: str, abroad: str) -> dict[str, Any]:
         for words, reasons in (("Possibly on it", possible), ("Off it", dominated))
         if reasons
     ]
-    plane = {"home": home, "abroad": abroad, "on": on, "possible": possible, "dominated": dominated}
+    plane = {
+        "in_domain": in_domain,
+        "out_of_domain": out_of_domain,
+        "on": on,
+        "possible": possible,
+        "dominated": dominated,
+    }
     return {**plane, "headline": headline, "sentence": ". ".join([headline, *rest])}
 
 
