@@ -18,6 +18,7 @@ from preskip.bench.models import Row, random_base
 from preskip.bench.run import bench
 from preskip.bench.runners import Runner
 from preskip.bench.settings import COMPILED, ROWS, BenchSettings, Work
+from preskip.cli.bench import print_bench
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -346,6 +347,46 @@ def test_the_command(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any("scaled to all of them" in line for line in lines)
     assert max(len(line) for line in lines if "wrong" not in line) <= 80
+
+
+def test_a_share_of_layers_that_the_measured_ones_do_not_have_is_left_out():
+    """Of 32 layers a third is 11, which no smaller number of layers has; a quarter is 1 of 4, and none of 2."""
+    for layers, left_out in ((4, {"last-third"}), (2, {"last-third", "last-quarter"})):
+        wanted = settings("base", "last-third", "last-quarter", work=WORK[:1])
+        found = bench(base(num_hidden_layers=layers), wanted, LIMITS, layers=32)
+        assert set(found["left_out"]) == left_out
+        assert set(found["rows"]) == {"base", "last-third", "last-quarter"} - left_out
+        told = f"branches in 11 of 32 layers are a share that {layers} layers do not have"
+        assert found["left_out"]["last-third"] == told
+    assert bench(base(), settings("last-third", work=WORK[:1]), LIMITS)["left_out"] == {}
+    found = bench(base(num_hidden_layers=4), settings("base", "last-quarter", work=WORK[:1]), LIMITS, layers=32)
+    branch = int(3.5 * 64**2)
+    assert found["rows"]["last-quarter"]["weights"] - found["rows"]["base"]["weights"] == 8 * branch
+
+
+def test_ratios_of_a_cut_model_are_printed_as_those_of_all_layers(capsys):
+    """What is owed is that of the whole model, as if all of it had been made."""
+    work = (Work(kind="scoring", batch=1, tokens=5),)
+    whole, cut = (
+        bench(base(num_hidden_layers=layers), settings("base", "adapter", work=work), LIMITS, layers=8)
+        for layers in (8, 2)
+    )
+    environment = {"device": "cpu", "threads": 1}
+    owed = []
+    for found in (whole, cut):
+        (work_found,) = found["work"]
+        for entry in work_found["rows"].values():  # a time that is what is owed
+            entry |= {"seconds": entry["seconds_owed"]}
+        entry = work_found["rows"]["adapter"]
+        entry |= dict.fromkeys(("ratio", "ratio_low", "ratio_high"), entry["ratio_owed"]) | {"times_of_limit": 1.0}
+        print_bench({"model": "m", "dtype": "bfloat16", "environment": environment, **found})
+        table = capsys.readouterr().out.partition("scoring, 1 x 5 tokens")[2]
+        cells = {line.split()[0]: line.split() for line in table.splitlines() if line.split()}
+        owed.append(cells["adapter"][2:6])
+    assert owed[0] == owed[1]
+    ratio = owed[0][0]
+    assert owed[0] == [ratio, f"[{float(ratio):.2f},", f"{float(ratio):.2f}]", ratio]
+    assert float(ratio) > cut["work"][0]["rows"]["adapter"]["ratio_owed"] + 0.02
 
 
 @pytest.fixture(scope="module")

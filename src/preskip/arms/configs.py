@@ -48,8 +48,12 @@ def branch(
 
 def late(context: ArmContext, *, share: float = LATE, match: bool = True) -> PeftConfig:
     """A branch in the last share of the adapted layers alone."""
-    count = max(1, round(share * len(context.targets)))
-    return branch(context, match=match, targets=context.targets[-count:])
+    return branch(context, match=match, targets=context.targets[-late_layers(share, len(context.targets)) :])
+
+
+def late_layers(share: float, layers: int) -> int:
+    """How many layers a share of them is, at least one."""
+    return max(1, round(share * layers))
 
 
 def low_rank(context: ArmContext, *, match: bool = True, **changes: Any) -> PeftConfig:

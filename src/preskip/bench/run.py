@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from preskip.arms.configs import LATE, THIRD, late_layers
 from preskip.bench.counts import Counts, Limits, bytes_moved, count, flops, free_memory, synchronise
 from preskip.bench.models import Row, Rows
 from preskip.bench.observe import observe
@@ -24,6 +25,8 @@ from preskip.progress import Advance, no_progress
 # Norm of the error of the logits over the norm of the logits: what rounding, int8 weights and 8-bit caches make of it.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 COARSE = 0.25
+# Rows with branches in a share of the layers, from the top.
+SHARES = {"last-third": THIRD, "last-quarter": LATE}
 
 
 def bench(
@@ -49,6 +52,7 @@ def bench(
         One JSON value (docs/bench.md).
     """
     dtype = base.dtype
+    measured = base.config.get_text_config().num_hidden_layers
     works, left_out = _within_reach(base, settings.work)
     with tempfile.TemporaryDirectory() as workspace:
         source = Rows(base, dtype, adapter, Path(workspace))
@@ -56,13 +60,14 @@ def bench(
         for name in settings.rows:
             advance(0, f"making {name}")
             try:
+                _check_share(name, measured, layers or measured)
                 rows[name] = source.make(name)
             except PreskipError as error:
                 left_out[name] = str(error)
         ids = _tokens(base, works)
         wanted = _wanted(source, {row.kind for row in rows.values()}, works, ids, advance)
     counts = {name: count(row.model, dtype) for name, row in rows.items()}
-    factor = layers / base.config.get_text_config().num_hidden_layers if layers else 1.0
+    factor = layers / measured if layers else 1.0
     found = []
     for done, work in enumerate(works):
         advance(done, work.title)
@@ -74,7 +79,7 @@ def bench(
     return {
         "rows": {name: _row_facts(row, counts[name], factor) for name, row in rows.items()},
         "left_out": left_out,
-        "layers": {"measured": base.config.get_text_config().num_hidden_layers, "of": layers or None},
+        "layers": {"measured": measured, "of": layers or None},
         "limits": {
             "flops_per_second": limits.flops_per_second,
             "bytes_per_second": limits.bytes_per_second,
@@ -82,6 +87,19 @@ def bench(
         "rounds": settings.rounds,
         "work": found,
     }
+
+
+def _check_share(name: str, measured: int, layers: int) -> None:
+    """Raise unless a row's branches are in the same share of the measured layers as of all: else nothing can be scaled.
+
+    Raises:
+        PreskipError: they are not.
+    """
+    if name not in SHARES:
+        return
+    cut, whole = late_layers(SHARES[name], measured), late_layers(SHARES[name], layers)
+    if cut * layers != whole * measured:
+        raise PreskipError(f"branches in {whole} of {layers} layers are a share that {measured} layers do not have")
 
 
 def _within_reach(base: Any, works: tuple[Work, ...]) -> tuple[tuple[Work, ...], dict[str, str]]:

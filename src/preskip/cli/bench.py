@@ -165,7 +165,7 @@ def print_bench(result: dict[str, Any]) -> None:
     is_scaled = bool(layers["of"]) and layers["measured"] != layers["of"]
     if is_scaled:
         notes.append(
-            f"{layers['measured']} of {layers['of']} layers measured, ms scaled to all of them by what is owed"
+            f"{layers['measured']} of {layers['of']} layers measured, ms and ratios scaled to all of them by what is owed"
         )
     table = columns("row", right=("weights", "MB read", "GFLOP/token", "load s", "file MB"))
     for name, row in result["rows"].items():
@@ -185,12 +185,15 @@ def print_bench(result: dict[str, Any]) -> None:
         for name, entry in work["rows"].items():
             ratio = entry.get("ratio")
             without = "1" if name in references else "–"
-            scale = entry.get("seconds_owed_by_all_layers", entry["seconds_owed"]) / entry["seconds_owed"]
+            scale = _to_all_layers(entry)
+            by = scale / _to_all_layers(work["rows"][entry["held_against"]]) if ratio else 1.0
             table.add_row(
                 name,
                 f"{1e3 * scale * entry['seconds']:,.1f}",
-                f"{ratio:.3f} [{entry['ratio_low']:.2f}, {entry['ratio_high']:.2f}]" if ratio else without,
-                f"{entry['ratio_owed']:.3f}" if ratio else without,
+                f"{by * ratio:.3f} [{by * entry['ratio_low']:.2f}, {by * entry['ratio_high']:.2f}]"
+                if ratio
+                else without,
+                f"{by * entry['ratio_owed']:.3f}" if ratio else without,
                 f"{entry['times_of_limit']:.3f}" if ratio else "–",
                 f"{entry['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in entry and not is_scaled else "–",
             )
@@ -201,6 +204,14 @@ def print_bench(result: dict[str, Any]) -> None:
         console().print(work["title"], style="bold", highlight=False)
         print_table(table, notes if caches else (), lines)
     _say_how_to_read(result)
+
+
+def _to_all_layers(entry: dict[str, Any]) -> float:
+    """What a row's time is multiplied by where fewer layers than all were measured: as what it owes grows.
+
+    The time ratio and the owed one grow alike by it, so that what one is over the other, `x limit`, stays as measured.
+    """
+    return entry.get("seconds_owed_by_all_layers", entry["seconds_owed"]) / entry["seconds_owed"]
 
 
 def _say_how_to_read(result: dict[str, Any]) -> None:
