@@ -511,6 +511,60 @@ def test_incomplete_weights_are_refused(broken, change, message):
     one_line(caught)
 
 
+def add_weights(folder: Path, **extra: torch.Tensor) -> None:
+    """Put weights into a checkpoint's file, dots in their names written as two underscores."""
+    state = load_file(folder / "model.safetensors") | {key.replace("__", "."): one for key, one in extra.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["preskip", "lora"])
+def test_an_adapter_inside_its_base_is_refused(broken, method):
+    """transformers drops it without a word, and would score the untouched base."""
+    from peft import LoraConfig, get_peft_model
+
+    from preskip import PreskipConfig
+
+    config = PreskipConfig() if method == "preskip" else LoraConfig(target_modules=["q_proj"])
+    inside = get_peft_model(assets.load_model(str(broken), torch.float32), config).get_base_model()
+    state = {key: one.contiguous() for key, one in inside.state_dict().items() if not key.startswith("lm_head.")}
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PreskipError, match=r"an adapter was saved inside its weights .*bake it, or save") as caught:
+        assets.load_model(str(broken), torch.float32)
+    assert "self_attn" in one_line(caught)
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_dropped_biases_are_refused(broken, prefix):
+    """A config that does not know the biases of its weights makes another model of them."""
+    names = [f"model__layers__{layer}__self_attn__{part}_proj__bias" for layer in range(2) for part in "qkvo"]
+    sizes = {"q": 32, "k": 16, "v": 16, "o": 32}
+    add_weights(broken, **{name: torch.ones(sizes[name[-12]]) for name in names})
+    state = load_file(broken / "model.safetensors")
+    renamed = {prefix + key.removeprefix("model."): one for key, one in state.items()}
+    save_file(renamed, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        PreskipError, match=rf"no place for {prefix}layers\.0\.self_attn\.k_proj\.bias, .*5 more"
+    ) as caught:
+        assets.load_model(str(broken), torch.float32)
+    assert "config.json does not belong to these weights" in one_line(caught)
+
+
+def test_other_weights_are_named_and_left_out(broken, folder, capsys):
+    """A head, a third layer that predicts more tokens, an old mask and old frequencies."""
+    add_weights(
+        broken,
+        score__weight=torch.ones(2, 32),
+        model__layers__2__self_attn__q_proj__weight=torch.ones(32, 32),
+        model__layers__0__self_attn__bias=torch.ones(1, 1, 64, 64),
+        model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4),
+    )
+    model, reference = (assets.load_model(str(place), torch.float32) for place in (broken, folder))
+    ids = torch.arange(40).view(1, -1)
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+    line = f"model {broken}: LlamaForCausalLM has no place for 3 of its weights, left out: model.layers.0"
+    assert [one.startswith(line) for one in capsys.readouterr().err.splitlines()] == [True]
+
+
 def test_missing_shard(broken):
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from preskip.assets.loaded import check_loaded
 from preskip.errors import PreskipError, explained, one_line
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def convert_gguf(path: Path, folder: Path, sha256: str) -> None:
     import torch
 
     model, report = load_gguf(path, torch.float32)
-    refuse_incomplete(path.name, report)
+    check_loaded(path.name, model, report)
     tokenizer = load_gguf_tokenizer(path)
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     if shutil.disk_usage(folder).free < needed + 50_000_000:
@@ -133,23 +134,6 @@ def is_converted(folder: Path, sha256: str) -> bool:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def refuse_incomplete(name: str, report: dict[str, Any]) -> None:
-    """Refuse weights that transformers would have invented.
-
-    It only warns about missing and wrong-shape weights and initialises them at random. Tied weights are not reported.
-
-    Raises:
-        PreskipError: names the first few weights concerned.
-    """
-    missing = sorted(report["missing_keys"])
-    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
-    broken = [str(message) for message in report.get("error_msgs", ())]
-    for keys, what in ((missing, "missing"), (mismatched, "of another shape than its config says"), (broken, "broken")):
-        if keys:
-            shown = ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-            raise PreskipError(f"model {name}: weights {what}: {shown}; get a complete checkpoint of this architecture")
 
 
 @contextlib.contextmanager

