@@ -165,7 +165,8 @@ def print_bench(result: dict[str, Any]) -> None:
     is_scaled = bool(layers["of"]) and layers["measured"] != layers["of"]
     if is_scaled:
         notes.append(
-            f"{layers['measured']} of {layers['of']} layers measured, ms and ratios scaled to all of them by what is owed"
+            f"{layers['measured']} of {layers['of']} layers measured, "
+            "ms and ratios scaled to all of them by what is owed"
         )
     table = columns("row", right=("weights", "MB read", "GFLOP/token", "load s", "file MB"))
     for name, row in result["rows"].items():
