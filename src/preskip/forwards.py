@@ -41,12 +41,13 @@ def forwards_counted(modules: Iterable[nn.Module]) -> Iterator[Counter[nn.Module
 @contextmanager
 def forward_autocast(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Compute a module's forward passes in another dtype than its weights', by autocast, while the context lasts."""
-    plain = module.forward
-
-    @functools.wraps(plain)  # Trainer reads the names of the arguments
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(next(module.parameters()).device.type, dtype):
-            return plain(*args, **kwargs)
-
+    # A copy of the module gets a copy of this partial, on the copy's own forward; a closure would keep this module's.
+    forward = functools.partial(_autocast, module, module.forward, dtype)
+    functools.update_wrapper(forward, module.forward)  # Trainer reads the names of the arguments
     with forward_replaced(module, forward):
         yield
+
+
+def _autocast(module: nn.Module, plain: Callable[..., Any], dtype: torch.dtype, /, *args: Any, **kwargs: Any) -> Any:
+    with torch.autocast(next(module.parameters()).device.type, dtype):
+        return plain(*args, **kwargs)

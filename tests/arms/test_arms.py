@@ -1,4 +1,6 @@
 import copy
+import functools
+import inspect
 import pathlib
 import re
 import subprocess
@@ -418,6 +420,25 @@ def test_all_weights_of_a_bfloat16_base_are_trained_in_float32():
     assert bit_equal(state, base.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(base(input_ids=ids).logits, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_copy_of_a_model_under_autocast_trains_itself(wrapped):
+    """FSDP shards a copy; `wrapped` as accelerate's hooks leave a forward."""
+    base = tiny_llama().bfloat16()
+    if wrapped:
+        base.forward = functools.update_wrapper(functools.partial(type(base).forward, base), base.forward)
+    own = vars(base).get("forward")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with insert(ARMS["full"], context_for(base), seed=0) as inserted:
+        model = copy.deepcopy(inserted.model)
+        assert "input_ids" in inspect.signature(model.forward).parameters
+        loss = model(input_ids=ids, labels=ids).loss
+        assert loss.item() == inserted.model(input_ids=ids, labels=ids).loss.item()
+        loss.backward()
+        assert all(weight.grad is not None for weight in model.parameters())
+        assert all(weight.grad is None for weight in inserted.model.parameters())
+    assert vars(base).get("forward") is own
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
