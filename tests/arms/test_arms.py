@@ -383,6 +383,19 @@ def test_bitfit_trains_biases_and_says_when_there_are_none():
         pass
 
 
+@pytest.mark.parametrize("name", ["bitfit", "full", "preskip-closed", "canon"])
+def test_a_quantised_base_takes_adapters_of_peft_only(name):
+    """As `Trainer` does, which says so in a traceback at the first training."""
+    base = gpt2()
+    base.is_quantized = True
+    told = rf"arm {name} is no PEFT adapter, and only these are trained in a quantised base: leave it out, or give"
+    with pytest.raises(PreskipError, match=told), insert(ARMS[name], context_for(base), seed=0):
+        pass
+    for other in ("none", "preskip", "lora"):
+        with insert(ARMS[other], context_for(base), seed=0) as inserted:
+            assert bool(inserted.layers) == (other != "none")
+
+
 def test_weights_of_a_float16_base_are_not_trained():
     base = tiny_llama().half()
     with (

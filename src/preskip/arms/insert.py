@@ -132,8 +132,8 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
         seed: of the initialisation.
 
     Raises:
-        PreskipError: the arm misses its budget by more than 0.5 %, would train weights that are not float32, or cannot
-            be built for this model.
+        PreskipError: the arm misses its budget by more than 0.5 %, would train weights that are not float32, is no PEFT
+            adapter and the base is quantised, or cannot be built for this model.
     """
     from peft import get_peft_model
     from transformers import set_seed
@@ -147,6 +147,11 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
         for weight in base.parameters():
             weight.requires_grad_(False)
         configs = arm.configs(context)
+        if arm.is_inserted and not configs and getattr(base, "is_quantized", False):
+            raise PreskipError(
+                f"arm {arm.name} is no PEFT adapter, and only these are trained in a quantised base: leave it out, or "
+                "give the model without quantisation"
+            )
         trained: list[nn.Parameter] = []
         for config in configs:
             with warnings.catch_warnings():
