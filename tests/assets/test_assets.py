@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from preskip import assets
-from preskip.assets import models, wheels
+from preskip.assets import gguf_files, models, wheels
 from preskip.errors import PreskipError
 
 
@@ -104,10 +104,21 @@ def broken(folder, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def gguf_file(folder, tmp_path_factory) -> Path:
-    """The tiny model as a GGUF file, written as llama.cpp's converter does it."""
+    """The tiny model as a GGUF file."""
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", folder)
+
+
+def write_gguf(path: Path, folder: Path, pre: str | None = "smollm", scaling: str | None = None) -> Path:
+    """A checkpoint as a GGUF file, written as llama.cpp's converter does it.
+
+    Args:
+        path: of the file.
+        folder: a tiny Llama with its tokenizer.
+        pre: name of the pre-tokenizer.
+        scaling: of positions: a tensor's name or a type in the metadata.
+    """
     from gguf import GGUFWriter, TokenType
 
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     config = json.loads((folder / "config.json").read_text())
     state = load_file(folder / "model.safetensors")
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]
@@ -129,7 +140,12 @@ def gguf_file(folder, tmp_path_factory) -> Path:
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    if scaling is not None and scaling.endswith(".weight"):
+        writer.add_tensor(scaling, torch.full((4,), 2.0).numpy())
+    elif scaling is not None:
+        writer.add_string("llama.rope.scaling.type", scaling)
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if i < 2 else TokenType.NORMAL for i in range(size)])
     writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
@@ -420,6 +436,52 @@ def test_gguf_tokenizer_splits_digits(gguf_file, folder):
     # SmolLM2's own tokenizer keeps both spaces together before a digit.
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  12")
     assert [piece for piece, _ in pieces] == ["a", "ĠĠ", "1", "2"]
+
+
+@pytest.mark.parametrize("pre", ["starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"])
+def test_gguf_tokenizers_of_the_same_kind_split_digits(pre, folder, tmp_path):
+    tokenizer = assets.load_tokenizer(str(write_gguf(tmp_path / "one.gguf", folder, pre)))
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  12")
+    assert [piece for piece, _ in pieces] == ["a", "ĠĠ", "1", "2"]
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe"])
+def test_gguf_tokenizers_that_transformers_knows(pre, folder, tmp_path, capsys):
+    tokenizer = assets.load_tokenizer(str(write_gguf(tmp_path / "one.gguf", folder, pre)))
+    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 1234")
+    expected = {"gpt-2": ["a", "Ġ1234"], "llama-bpe": ["a", "Ġ", "123", "4"]}
+    assert [piece for piece, _ in pieces] == expected[pre]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("pre", ["deepseek-llm", "deepseek-coder", "falcon", "new-one"])
+def test_gguf_tokenizers_that_would_be_another_are_refused(pre, folder, tmp_path):
+    """transformers takes GPT-2's split for a name that it does not know."""
+    with pytest.raises(PreskipError, match=f"does not know the pre-tokenizer '{pre}'.*own safetensors") as caught:
+        assets.load_tokenizer(str(write_gguf(tmp_path / "one.gguf", folder, pre)))
+    one_line(caught)
+
+
+def test_gguf_tokenizers_without_a_name_say_so(folder, tmp_path, capsys):
+    assets.load_tokenizer(str(write_gguf(tmp_path / "one.gguf", folder, None)))
+    assert "does not say how text is cut" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scaling", ["rope_freqs.weight", "rope_factors_long.weight", "yarn", "linear"])
+def test_gguf_positions_that_are_lost_are_refused(scaling, folder, tmp_path):
+    """transformers leaves the scaling of Llama 3.1 and others out, and reads plain positions."""
+    path = write_gguf(tmp_path / "one.gguf", folder, scaling=scaling)
+    with pytest.raises(PreskipError, match=rf"scales its positions \(.*{scaling}\).*own safetensors") as caught:
+        assets.load_model(str(path), torch.float32)
+    one_line(caught)
+
+
+def test_gguf_positions_that_are_not_scaled(folder, tmp_path):
+    path = write_gguf(tmp_path / "one.gguf", folder, scaling="none")
+    config = assets.load_model(str(path), torch.float32).config
+    # A scaling that transformers has put into the config is no loss.
+    config.rope_parameters = {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {"rope_type": "default"}}
+    gguf_files._refuse_lost_scaling(write_gguf(tmp_path / "two.gguf", folder, scaling="yarn"), config)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.1, 0.3, 0.6, 0.9, 0.999])

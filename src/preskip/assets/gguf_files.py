@@ -1,6 +1,7 @@
 """A GGUF file as an ordinary model: dequantised, without the quantisation marks that forbid training and saving."""
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -14,10 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from preskip.assets.loaded import check_loaded
 from preskip.errors import PreskipError, explained, one_line
+from preskip.progress import say
 
 if TYPE_CHECKING:
     import torch
 
+# Metadata and names of tensors come first in the file; of the largest vocabularies they take some 20 MB.
+_HEADER_BYTES = 64 << 20
+# Of byte-level vocabularies, by llama.cpp's names: digits stand alone, the rest is cut as GPT-2 does.
+_SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+# Cut as GPT-2 does, which is what transformers does with a name that it does not know.
+_AS_GPT2 = {
+    *("default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "gigachat", "mellum", "exaone4", "trillion"),
+    *("a.x-4.0", "granite-docling", "roberta-bpe", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v2-code"),
+}
 # Written last into a converted folder: which GGUF it came from and the bytes of each file.
 RECORD = "preskip.json"
 
@@ -31,7 +42,8 @@ def load_gguf(path: Path, dtype: "torch.dtype", attn_implementation: str | None 
         attn_implementation: as in transformers; None leaves its default.
 
     Raises:
-        PreskipError: no such file, corrupt or truncated, or an architecture that transformers cannot read.
+        PreskipError: no such file, corrupt or truncated, an architecture that transformers cannot read, or scaled
+            positions that it leaves out.
     """
     import transformers
     from transformers import AutoModelForCausalLM
@@ -60,6 +72,7 @@ def load_gguf(path: Path, dtype: "torch.dtype", attn_implementation: str | None 
         model.load_state_dict(loaded.state_dict(), assign=True)
         model.tie_weights()
         model.generation_config = loaded.generation_config
+    _refuse_lost_scaling(path, config)
     return model.eval(), report
 
 
@@ -80,7 +93,8 @@ def load_gguf_tokenizer(path: Path) -> Any:
     """Load the tokenizer inside a GGUF file.
 
     Raises:
-        PreskipError: no such file, corrupt or truncated, or a tokenizer that transformers cannot read.
+        PreskipError: no such file, corrupt or truncated, or a tokenizer that transformers cannot read, or reads as
+            another one.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -88,11 +102,15 @@ def load_gguf_tokenizer(path: Path) -> Any:
     check_readable(path)
     with explained(partial(_explain, path)), quiet_transformers(), _no_dequantising_bar():
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-        if _pre_tokenizer_name(path) == "smollm":
-            # transformers drops SmolLM's split into single digits; without it spaces before a number differ.
+        head = _header(path)
+        name = _text_field(head, "tokenizer.ggml.pre")
+        if name in _SINGLE_DIGITS:
+            # transformers drops the split into single digits; without it spaces before a number differ, too.
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
                 [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             )
+    if _text_field(head, "tokenizer.ggml.model") == "gpt2":
+        _check_pre_tokenizer(path, name)
     return tokenizer
 
 
@@ -183,11 +201,58 @@ def _explain(path: Path, error: Exception) -> str:
     return f"GGUF file {path} is corrupt or truncated ({type(error).__name__}: {text[:120]}): get it again"
 
 
-def _pre_tokenizer_name(path: Path) -> str | None:
-    """Return the GGUF's name for its pre-tokenizer: a string field, key then type 8, length (u64), bytes."""
+def _refuse_lost_scaling(path: Path, config: Any) -> None:
+    """Refuse a file whose rotary frequencies are scaled where the config that transformers made of it has them plain.
+
+    Llama 3.1 and later have their scaling as a tensor, others as metadata; transformers reads it of few.
+    """
+    head = _header(path)
+    kind = _text_field(head, f"{_text_field(head, 'general.architecture')}.rope.scaling.type")
+    tensors = [name for name in ("rope_freqs.weight", "rope_factors_long.weight") if _has_name(head, name)]
+    parameters: dict[str, Any] = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # Of one kind for all layers, or one for each kind of layer.
+    kinds = {one.get("rope_type") for one in (parameters, *parameters.values()) if isinstance(one, dict)}
+    if (tensors or kind not in (None, "none")) and kinds <= {None, "default"}:
+        raise PreskipError(
+            f"GGUF file {path} scales its positions ({tensors[0] if tensors else f'rope.scaling.type {kind}'}), which "
+            "transformers leaves out: use the model's own safetensors"
+        )
+
+
+def _check_pre_tokenizer(path: Path, name: str | None) -> None:
+    """Refuse a byte-level vocabulary whose text transformers would cut otherwise than its merges were learned."""
+    known = _splits_of_transformers()
+    if name is None:
+        say(f"GGUF file {path} does not say how text is cut before its merges: it is cut as GPT-2 does")
+    elif known is not None and name not in known | _SINGLE_DIGITS | _AS_GPT2:
+        raise PreskipError(
+            f"GGUF file {path}: transformers does not know the pre-tokenizer {name!r}, and would cut text as GPT-2 "
+            "does: use the model's own safetensors and tokenizer.json"
+        )
+
+
+def _splits_of_transformers() -> set[str] | None:
+    """The pre-tokenizers that transformers knows; None of a version that has no table of them."""
+    try:
+        mapping = importlib.import_module("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    except ImportError:
+        return None
+    return set(getattr(mapping, "GGUF_PRE_TOKENIZER_SPLITS", ())) or None
+
+
+def _header(path: Path) -> bytes:
     with open(path, "rb") as file:
-        head = file.read(16 << 20)
-    key = b"tokenizer.ggml.pre" + struct.pack("<I", 8)
+        return file.read(_HEADER_BYTES)
+
+
+def _has_name(head: bytes, name: str) -> bool:
+    """Whether a tensor of this name is in a GGUF's header: length (u64), bytes."""
+    return struct.pack("<Q", len(name)) + name.encode() in head
+
+
+def _text_field(head: bytes, name: str) -> str | None:
+    """A string of a GGUF's metadata: key, then type 8, length (u64), bytes; None where it is not there."""
+    key = name.encode() + struct.pack("<I", 8)
     at = head.find(key)
     if at < 0:
         return None
