@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import get_peft_model
 from torch import nn
 
 import equations
 import zoo
-from preskip import PreskipBranch, PreskipError
+from preskip import PreskipBranch, PreskipConfig, PreskipError
 from preskip.attach import CHILD, POST_ATTENTION_NORMS, attach, detach, tap_of
 from preskip.sites import find_sites, input_width
 
@@ -257,3 +258,48 @@ def test_a_copy_is_independent(name: str, copied: Any) -> None:
         detach(twin.get_submodule(site.name))
     assert torch.equal(zoo.logits(twin, name), zoo.logits(zoo.build(name), name))
     assert torch.equal(zoo.logits(model, name), before)
+
+
+def compiled_whole(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_by_layer(model: Any) -> Any:
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [compiled_whole, compiled_by_layer])
+@torch.no_grad()
+def test_branches_that_come_and_go_after_compiling_are_seen(compiled: Any) -> None:
+    twin, model = zoo.build("llama"), zoo.build("llama").requires_grad_(False)
+    alone = zoo.logits(twin, "llama")
+    add_branches(twin)
+    wanted = zoo.logits(twin, "llama")
+    call = compiled(model)
+    assert torch.equal(zoo.logits(call, "llama"), alone)
+    for _ in range(2):
+        add_branches(model)
+        assert torch.equal(zoo.logits(call, "llama"), wanted)
+        for site in find_sites(model).attentions:
+            detach(model.get_submodule(site.name))
+        assert torch.equal(zoo.logits(call, "llama"), alone)
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def test_a_layer_that_gets_its_first_branch_beside_others_is_compiled_anew() -> None:
+    base = zoo.build("llama")
+    config = {"init_weights": "paper", "init_std": 0.3, "skip_init_std": 0.3}
+    model = get_peft_model(base, PreskipConfig(layers_to_transform=[0], **config)).requires_grad_(False).eval()
+    compiled_by_layer(base)
+    before = zoo.logits(model, "llama")
+    model.add_adapter("second", PreskipConfig(layers_to_transform=[1], **config))
+    model.base_model.set_adapter(["default", "second"])
+    found = zoo.logits(model, "llama")
+    with torch.compiler.set_stance("force_eager"):
+        wanted = zoo.logits(model, "llama")
+    assert not torch.equal(wanted, before)
+    assert torch.equal(found, wanted)
+    torch.compiler.reset()

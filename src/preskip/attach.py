@@ -12,6 +12,7 @@ adapter may wrap and scale the projection, but not the dropout.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from threading import get_ident
 from typing import Any
@@ -71,6 +72,8 @@ def attach(attention: nn.Module, branch: nn.Module, tap: nn.Module | None = None
             [B, T, d] or a tuple that starts with it.
         branch: has `enrich(x̂) -> x̃` and `content(x̃) -> skip | None`, and accepts new attributes.
         tap: the module to whose output the skip is added, in place of the attention's own; to the input of a dropout.
+
+    Graphs that `torch.compile` has made in this process are dropped and made anew at their next call.
     """
     attention.add_module(CHILD, branch)
     handles = [attention.register_forward_pre_hook(replace_input, with_kwargs=True)]
@@ -84,6 +87,13 @@ def attach(attention: nn.Module, branch: nn.Module, tap: nn.Module | None = None
             tap.register_forward_pre_hook(carrier.add_before) if is_dropout else tap.register_forward_hook(carrier.add)
         )
     branch.hook_handles = handles  # type: ignore[assignment]
+    _forget_compiled()
+
+
+def _forget_compiled() -> None:
+    """Drop compiled graphs: torch guards no module without hooks against its first, and would leave the branch out."""
+    if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+        torch.compiler.reset()
 
 
 def detach(attention: nn.Module) -> None:
