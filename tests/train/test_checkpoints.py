@@ -10,9 +10,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
+from transformers import trainer as transformers_trainer
 
 from preskip import PreskipConfig
+from preskip.arms import ARMS, ArmContext, attention_paths, branch_parameters
+from preskip.arms.insert import insert
+from preskip.branch import BranchSettings
 from preskip.errors import PreskipError
 from preskip.train import checkpoints
 from preskip.train.checkpoints import SEAL, ResumableTrainer, find_fault, last_good_checkpoint, seal
@@ -164,6 +168,61 @@ def test_a_checkpoint_without_all_trained_weights_is_refused(tmp_path):
     sealed_with(newest, "trained.safetensors", weights)
     with pytest.raises(PreskipError, match=f"checkpoint-6 lacks 1 trained weights, {lost} among them: delete .*anew"):
         train(tmp_path)
+
+
+def train_arm(folder: Path, name: str, advance=lambda step, note="": None) -> tuple[dict, list, dict]:
+    """Four steps of an arm that is no PEFT adapter: its trained weights, the log without times, the whole model."""
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, n_positions=32))
+    targets = tuple(attention_paths(base))
+    shape = {"settings": BranchSettings(), "skip_position": "attention", "layers": None, "match": "none"}
+    context = ArmContext(base=base, targets=targets, budget=branch_parameters(base, BranchSettings(), targets), **shape)
+    settings = TrainingSettings(steps=4, batch_size=4, micro_batch_size=4, learning_rate=1e-2, seed=1, save_steps=2)
+    where = {"arm": name, "checkpoints": folder / "checkpoints", "log": folder / "train.jsonl"}
+    with insert(ARMS[name], context, seed=1) as inserted:
+        rows = train_frozen(inserted.model, BLOCKS, settings, **where, advance=advance)
+        trained = {key: weight.detach().clone() for key, weight in inserted.trainable.items()}
+        whole = {key: value.clone() for key, value in inserted.model.state_dict().items()}
+    return trained, [{key: value for key, value in row.items() if key != "seconds"} for row in rows], whole
+
+
+@pytest.mark.parametrize("name", ["bitfit", "content-gated"])
+def test_checkpoints_of_arms_without_peft_hold_what_is_trained_alone(tmp_path, name, monkeypatch):
+    """Those of an earlier preskip hold the frozen base, too, and are read all the same."""
+    told: list[str] = []
+    monkeypatch.setattr(transformers_trainer.logger, "warning", told.append)
+    expected, rows, whole = train_arm(tmp_path / "whole", name)
+
+    def stop(step, note=""):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    for kind in ("own", "old"):
+        folder = tmp_path / kind
+        with pytest.raises(KeyboardInterrupt):
+            train_arm(folder, name, stop)
+        (checkpoint,) = (folder / "checkpoints").glob("checkpoint-*")
+        stored = load_file(checkpoint / "model.safetensors")
+        assert checkpoint.name == "checkpoint-2"
+        assert stored.keys() == expected.keys()
+        assert not any(torch.equal(stored[key], expected[key]) for key in stored if stored[key].any())
+        assert not (checkpoint / "trained.safetensors").exists()
+        if kind == "old":
+            frozen = {key: value for key, value in whole.items() if key != "lm_head.weight"}  # which is tied
+            sealed_with(checkpoint, "model.safetensors", frozen | stored)
+        again, log, _ = train_arm(folder, name)
+        assert log == rows
+        assert all(torch.equal(again[key], weight) for key, weight in expected.items())
+    assert told == []
+
+
+def test_a_model_that_is_frozen_in_part_is_saved_whole_where_that_is_asked(tmp_path):
+    own = trainer(tmp_path, max_steps=1)
+    own.model.model.embed_tokens.weight.requires_grad_(False)
+    own.train()
+    own.save_model(str(tmp_path / "model"))
+    kept = [load_file(tmp_path / name / "model.safetensors").keys() for name in ("model", "checkpoint-1")]
+    assert kept[0] - kept[1] == {"model.embed_tokens.weight"}
 
 
 def test_nothing_but_damage_starts_anew(tmp_path, whole, capsys):

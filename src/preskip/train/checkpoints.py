@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
@@ -22,7 +23,7 @@ from preskip.assets import file_sha256
 from preskip.errors import PreskipError
 from preskip.progress import say
 from preskip.runs.files import clear_disk_errors, read_json, sync_tree, write_json
-from preskip.train.trained import read_rest, write_rest
+from preskip.train.trained import is_partly_frozen, read_rest, write_rest, write_trained
 
 SEAL = "seal.json"
 DAMAGED = "damaged-"
@@ -34,8 +35,9 @@ class ResumableTrainer(Trainer):
     Its checkpoints are sealed (see `seal`), and `args.save_total_limit` is applied after the new one is sealed: give 2
     or more, so that there is one to fall back on. Beyond `Trainer` a checkpoint keeps every trained weight under its
     module name (`preskip.train.trained`), and the losses since the last log, so that logging and saving need not fall
-    together. `state.log_history` is part of the checkpoint: what a callback adds to its last row in `on_log` comes back
-    with it, and never runs ahead of the weights.
+    together. Of a model that is frozen in part it keeps the trained weights alone; `save_model` writes all.
+    `state.log_history` is part of the checkpoint: what a callback adds to its last row in `on_log` comes back with it,
+    and never runs ahead of the weights.
 
     In a distributed run the main process alone seals, verifies and removes; the processes agree on what to resume from.
     """
@@ -124,14 +126,26 @@ class ResumableTrainer(Trainer):
             rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and not self.is_fsdp_enabled:  # which keeps module names
-            write_rest(Path(output_dir or str(self.args.output_dir)), self._plain_model)
+        folder = Path(output_dir or str(self.args.output_dir))
+        model, is_checkpoint = self._plain_model, folder.name.startswith(PREFIX_CHECKPOINT_DIR)
+        if self.is_fsdp_enabled:  # which keeps module names
+            super()._save(output_dir, state_dict)
+            return
+        if is_checkpoint and is_partly_frozen(model) and not isinstance(model, PeftModel):  # whose own file is small
+            if self.args.should_save:
+                write_trained(folder, model, state_dict or model.state_dict())
+        else:
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_rest(folder, model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not self.is_fsdp_enabled:
             read_rest(Path(resume_from_checkpoint), self._plain_model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """No word of frozen weights that a checkpoint does not hold; `read_rest` refuses it without a trained one."""
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

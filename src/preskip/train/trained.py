@@ -1,20 +1,44 @@
-"""The trained weights that `Trainer`'s own file of a checkpoint does not hold under their module names.
+"""The trained weights of a checkpoint under their module names.
 
 transformers stores the experts of a mixture as the published checkpoints name them, and PEFT drops what it does not
-count to an adapter; loading such a file passes over whatever has another name. These weights lie beside it.
+count to an adapter; loading such a file passes over whatever has another name. These weights lie beside it. Of a model
+that is frozen in part, and no PEFT model, `Trainer` would store the whole: its checkpoints hold what is trained alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from preskip.errors import PreskipError
 
 FILE = "trained.safetensors"
+
+
+def is_partly_frozen(model: nn.Module) -> bool:
+    """Whether some weights are trained and others are not."""
+    return len({weight.requires_grad for weight in model.parameters()}) == 2
+
+
+def write_trained(checkpoint: Path, model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Store the trained weights, and buffers that training may change, alone, in the file that `Trainer` reads.
+
+    Args:
+        checkpoint: its folder.
+        model: says what is trained.
+        state: of the model, whole.
+    """
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    names += [name for name, _ in model.named_buffers()]
+    tensors = {name: state[name].detach().contiguous() for name in names if name in state}
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, checkpoint / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def write_rest(checkpoint: Path, model: nn.Module) -> None:
