@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 
 from preskip.experiment.frozen import Frozen
+from preskip.experiment.heldout import Config
 from preskip.experiment.prepared import Prepared
+from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.scratch import Scratch
 from preskip.progress import say
 from preskip.runs.directory import RunDirectory
@@ -20,6 +23,7 @@ from preskip.runs.files import clear_disk_errors, write_json, write_jsonl
 from preskip.runs.schema import CellSummary, StepRow
 from preskip.runs.stored import failed_notes
 from preskip.train.memory import peak_memory
+from preskip.train.scratch import missing_trackers
 
 # By the command that makes the run; a run.json without a kind is of the first.
 KINDS: dict[str, type[Prepared]] = {"probe": Frozen, "pretrain": Scratch}
@@ -30,12 +34,26 @@ def kind_of(run: RunDirectory) -> str:
     return run.manifest.get("kind", "probe")
 
 
+def usable_options(kind: str, stored: dict[str, Any]) -> Config:
+    """The options of a run as they can be followed here: without missing trackers, which change no result.
+
+    Args:
+        kind: of the run, in `KINDS`.
+        stored: its options, as run.json has them.
+    """
+    config: Config = KINDS[kind].options.from_json(stored)
+    if isinstance(config, PretrainConfig):
+        missing = missing_trackers(config.report_to)
+        config = replace(config, report_to=tuple(name for name in config.report_to if name not in missing) or ("none",))
+    return config
+
+
 @lru_cache(maxsize=1)
 def opened(path: Path) -> Prepared:
     """What the cells of the run at a path share; it stays in memory for the next cell."""
     run = RunDirectory.open(path)
-    kind = KINDS[kind_of(run)]
-    return kind.open(run, kind.options.from_json(run.manifest["config"]))
+    kind = kind_of(run)
+    return KINDS[kind].open(run, usable_options(kind, run.manifest["config"]))
 
 
 def run_cell(run: Path | Prepared, arm: str, seed: int) -> CellSummary:

@@ -17,7 +17,7 @@ from preskip.analysis.depth_results import add_trends
 from preskip.arms import Arm, resolve_arms
 from preskip.arms.plan import Plan
 from preskip.errors import DivergedError, PreskipError
-from preskip.experiment.cell import KINDS, kind_of, opened, run_cell
+from preskip.experiment.cell import KINDS, kind_of, opened, run_cell, usable_options
 from preskip.experiment.controls import run_controls
 from preskip.experiment.execute import Execute, open_executor
 from preskip.experiment.frozen import Frozen
@@ -118,7 +118,9 @@ def finish_run(
             added = extended_seeds(run, seeds)
             stored = run.manifest["config"]
             stored = {**stored, "seeds": [*stored["seeds"], *added]}
-            config = KINDS[own].options.from_json(stored)
+            config = usable_options(own, stored)
+            if missing := [name for name in stored.get("report_to", ()) if name not in config.report_to]:
+                say(f"not reported to {', '.join(missing)}, unavailable here: that changes no result", quiet=quiet)
             _check_launch(config)
             if config.device == "cuda" and resolve_device("auto") != "cuda":
                 raise PreskipError(

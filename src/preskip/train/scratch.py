@@ -224,6 +224,17 @@ def trackers(asked: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def missing_trackers(asked: Sequence[str]) -> tuple[str, ...]:
+    """Those of some trackers that cannot be used here."""
+    missing = []
+    for name in asked:
+        try:
+            trackers((name,))
+        except PreskipError:
+            missing.append(name)
+    return tuple(missing)
+
+
 def _tracker_fault(name: str, error: Exception) -> str:
     return f"--report-to {name}: {one_line(error)}"
 
