@@ -14,6 +14,7 @@ from preskip.arms.insert import Inserted
 from preskip.experiment.heldout import Config, HeldOut
 from preskip.progress import progress_bar
 from preskip.runs import environment
+from preskip.runs.attempt import check_same_inputs
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.runs.schema import Facts, StepRow
 from preskip.train.distributed import Crew
@@ -64,9 +65,12 @@ class Prepared(ABC):
         """What the cells of a run share, in a process that has not prepared it.
 
         Raises:
-            PreskipError: something is missing or damaged.
+            PreskipError: something is missing or damaged, or the inputs are not those of the run's main process: a data
+                set that has changed since, or another machine's data directory.
         """
-        return cls.prepare(run, config, True, Crew())[0]
+        prepared, facts = cls.prepare(run, config, True, Crew())
+        check_same_inputs(run, facts)
+        return prepared
 
     @abstractmethod
     def build(self, arm: str, seed: int) -> AbstractContextManager[Inserted]:
