@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,6 +273,41 @@ def test_trackers(monkeypatch):
         trackers(("tensorboard",))
     monkeypatch.setattr("preskip.train.scratch.find_spec", lambda name: object())
     assert trackers(("auto",)) == ("tensorboard",)
+
+
+def test_every_training_has_a_run_of_its_own_at_w_and_b(tmp_path, monkeypatch):
+    """Also the one after a training that ended by an error; a run that the caller has begun stays open."""
+    wandb = SimpleNamespace(run=None, seen=[])
+
+    def finish():
+        wandb.run = None
+
+    class Callback(TrainerCallback):
+        """As transformers' own: it begins a run where there is none."""
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            wandb.run = wandb.run or args.run_name
+
+        def on_log(self, args, state, control, **kwargs):
+            wandb.seen.append(wandb.run)
+
+    wandb.finish = finish
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", Callback)
+    told = {"report_to": ("wandb",), "steps": 1}
+    train(model(), tmp_path / "a", **told)
+    broken = model()
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = math.nan
+    with pytest.raises(DivergedError):
+        train(broken, tmp_path / "b", **told)
+    assert wandb.run is None
+    train(model(), tmp_path / "c", **told, seed=2)
+    assert set(wandb.seen) == {"preskip seed 1", "preskip seed 2"}
+    assert wandb.run is None
+    wandb.run = "mine"
+    train(model(), tmp_path / "d", **told)
+    assert wandb.run == wandb.seen[-1] == "mine"
 
 
 def test_tensorboard_files_lie_beside_the_log(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -168,32 +170,50 @@ def train_scratch(
         held = StackDataset(input_ids=ids, labels=ids)
     seq_len = blocks.shape[1]
     tokens = settings.batch_size * seq_len
-    return fit(
-        model,
-        settings,
-        _Log(settings, training_flops_per_token(model, seq_len), arm, tokens, advance),
-        BlockDataset(blocks, settings.steps * settings.batch_size, settings.seed),
-        checkpoints=checkpoints,
-        log=log,
-        trainer=partial(ScratchTrainer, branch_rate_factor=settings.branch_rate_factor),
-        callbacks=_tensorboard(settings.report_to, log.parent) if is_main() else [],
-        evaluation=held,
-        lr_scheduler_type=SCHEDULE,
-        lr_scheduler_kwargs={"min_lr_rate": settings.final_rate},
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        adam_beta2=settings.beta2,
-        max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=settings.dtype == "bfloat16",
-        torch_compile=settings.compile,
-        tf32=False if settings.compile else None,  # else compiling puts all float32 products of the process into TF32
-        logging_steps=settings.log_steps,
-        eval_strategy="no" if held is None else "steps",
-        eval_steps=None if held is None else settings.eval_steps,
-        prediction_loss_only=True,
-        report_to=[name for name in settings.report_to if name != "tensorboard"],
-    )
+    with _own_wandb_run():
+        return fit(
+            model,
+            settings,
+            _Log(settings, training_flops_per_token(model, seq_len), arm, tokens, advance),
+            BlockDataset(blocks, settings.steps * settings.batch_size, settings.seed),
+            checkpoints=checkpoints,
+            log=log,
+            trainer=partial(ScratchTrainer, branch_rate_factor=settings.branch_rate_factor),
+            callbacks=_tensorboard(settings.report_to, log.parent) if is_main() else [],
+            evaluation=held,
+            lr_scheduler_type=SCHEDULE,
+            lr_scheduler_kwargs={"min_lr_rate": settings.final_rate},
+            warmup_steps=settings.warmup_steps,
+            weight_decay=settings.weight_decay,
+            adam_beta2=settings.beta2,
+            max_grad_norm=settings.max_grad_norm,
+            optim="adamw_torch_fused",
+            bf16=settings.dtype == "bfloat16",
+            torch_compile=settings.compile,
+            tf32=False if settings.compile else None,  # else compiling puts the process's products into TF32
+            logging_steps=settings.log_steps,
+            eval_strategy="no" if held is None else "steps",
+            eval_steps=None if held is None else settings.eval_steps,
+            prediction_loss_only=True,
+            report_to=[name for name in settings.report_to if name != "tensorboard"],
+            run_name=f"{arm} seed {settings.seed}",  # of trackers
+        )
+
+
+@contextmanager
+def _own_wandb_run() -> Iterator[None]:
+    """A run of W&B that a training begins ends with it, also by an error: the next training would go on in it."""
+
+    def running() -> bool:
+        wandb: Any = sys.modules.get("wandb")
+        return wandb is not None and wandb.run is not None
+
+    before = running()
+    try:
+        yield
+    finally:
+        if running() and not before:
+            sys.modules["wandb"].finish()
 
 
 def trackers(asked: Sequence[str]) -> tuple[str, ...]:
