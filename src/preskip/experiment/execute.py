@@ -88,6 +88,11 @@ def _in_worker(path: Path, function: Callable[..., Any], *arguments: Any) -> Any
     return function(opened(path), *arguments)
 
 
+def threads_of_a_worker(count: int) -> int:
+    """Threads that each of `count` processes of this machine computes with."""
+    return max(1, environment.usable_cores() // count)
+
+
 @contextmanager
 def processes(count: int) -> Iterator[Outcomes]:
     """`count` processes of this machine, which share its cores.
@@ -95,7 +100,7 @@ def processes(count: int) -> Iterator[Outcomes]:
     Each takes an equal part of the threads. Several threads add in another order than one, so on a CPU the number of
     processes may move the last digits of the results.
     """
-    threads = max(1, environment.usable_cores() // count)
+    threads = threads_of_a_worker(count)
     # Spawned: a forked process inherits locks of the libraries' threads, and no CUDA.
     with ProcessPoolExecutor(
         count, mp_context=get_context("spawn"), initializer=_set_up, initargs=(threads, os.getpid())

@@ -19,7 +19,7 @@ from preskip.arms.plan import Plan
 from preskip.errors import DivergedError, PreskipError
 from preskip.experiment.cell import KINDS, kind_of, opened, run_cell, usable_options
 from preskip.experiment.controls import run_controls
-from preskip.experiment.execute import Execute, open_executor
+from preskip.experiment.execute import Execute, open_executor, threads_of_a_worker
 from preskip.experiment.frozen import Frozen
 from preskip.experiment.heldout import Config
 from preskip.experiment.measured import measured
@@ -129,6 +129,8 @@ def finish_run(
                 )
             crew = Crew(config.device)
             prepared, facts = KINDS[own].prepare(run, config, quiet, crew)
+            if executor == "local" and workers > 1:
+                facts["environment"]["threads"] = threads_of_a_worker(workers)
             is_complete = all(run.cell(arm.name, seed).is_done for arm, seed in _cells(prepared))
             check_same_inputs(run, facts, is_complete=is_complete)
             _declare(run, stored, facts, added, quiet)
