@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LNTuningConfig, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 
@@ -253,3 +253,61 @@ def test_the_heads_that_lora_has_trained_stay_when_the_branch_is_unloaded(head, 
     assert torch.equal(zoo.logits(again, "llama"), trained)
     with lora.disable_adapter():
         assert torch.equal(zoo.logits(lora, "llama"), zoo.logits(zoo.build("llama"), "llama"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("other", ["lora", "ia3", "norms"])
+@pytest.mark.parametrize("preskip_first", [True, False])
+def test_branches_stay_known_when_another_adapter_goes(preskip_first: bool, other: str, tmp_path) -> None:
+    configs = {
+        "branch": PreskipConfig(),
+        "lora": LoraConfig(target_modules=["q_proj"]),
+        "ia3": IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        "norms": LNTuningConfig(target_modules=["input_layernorm"]),
+    }
+    names = ["branch", other] if preskip_first else [other, "branch"]
+    first = get_peft_model(zoo.build("llama"), configs[names[0]], adapter_name=names[0]).eval()
+    second = get_peft_model(first.get_base_model(), configs[names[1]], adapter_name=names[1]).eval()
+    zoo.randomise(second)
+    models = dict(zip(names, (first, second), strict=True))
+    for name, model in models.items():
+        model.save_pretrained(tmp_path, selected_adapters=[name])
+    saved = (tmp_path / other / "adapter_model.safetensors").read_bytes()
+    assert load_file(tmp_path / other / "adapter_model.safetensors")
+    merged = models[other].merge_and_unload(adapter_names=[other])
+    wanted = zoo.logits(merged, "llama")
+    assert list(merged.peft_config) == list(models["branch"].peft_config) == ["branch"]
+    assert models[other].get_base_model() is merged
+
+    models["branch"].save_pretrained(tmp_path)
+    assert (tmp_path / other / "adapter_model.safetensors").read_bytes() == saved
+    third = get_peft_model(merged, PreskipConfig(init_weights="paper"), adapter_name="third").eval()
+    third.base_model.set_adapter("branch")
+    assert torch.equal(zoo.logits(third, "llama"), wanted)
+    third.base_model.set_adapter("third")
+    third.save_pretrained(tmp_path, selected_adapters=["third"])
+    assert len(load_file(tmp_path / "third" / "adapter_model.safetensors")) == 3 * zoo.LAYERS
+    PeftModel.from_pretrained(zoo.build("llama"), tmp_path / "third")
+    third.unload()
+    assert not hasattr(merged, "peft_config")
+
+
+def test_a_second_branch_beside_one_that_a_merge_has_left_is_announced_by_peft() -> None:
+    branch = get_peft_model(zoo.build("llama"), PreskipConfig(), adapter_name="branch")
+    with pytest.warns(UserWarning, match="multiple adapters"):
+        lora = get_peft_model(branch.get_base_model(), LoraConfig(target_modules=["q_proj"]), adapter_name="lora")
+    merged = lora.unload()
+    with pytest.warns(UserWarning, match="multiple adapters"):
+        get_peft_model(merged, PreskipConfig(), adapter_name="second")
+
+
+@zoo.asks_what_to_save
+def test_a_branch_is_saved_without_those_that_a_table_does_not_know(tmp_path) -> None:
+    first = get_peft_model(zoo.build("llama"), PreskipConfig(), adapter_name="first")
+    base = first.get_base_model()
+    del base.peft_config
+    second = get_peft_model(base, PreskipConfig(), adapter_name="second")
+    second.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "second" / "adapter_model.safetensors")
+    assert len(tensors) == 3 * zoo.LAYERS
+    assert not any(".first." in key for key in tensors)

@@ -3,7 +3,7 @@
 transformers' own `model.load_adapter` is made as strict as PEFT's loading, too: left alone it logs a missing tensor,
 fills it with noise and goes on. Both run through no class of ours, so their methods are wrapped; other adapter types
 pass through untouched. Wrapped, too, and for all adapter types, are two methods of PEFT's trained tokens, which fail
-when another adapter is saved or loaded.
+when another adapter is saved or loaded, and what takes another adapter out of a base on which branches stay.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import TrainableTokensWrapper
 from transformers.integrations.peft import PeftAdapterMixin
 
 from preskip.adapter.checkpoint import expected_tensors, missing_tensors, refuse
 from preskip.adapter.config import PreskipConfig
+from preskip.adapter.layer import PreskipLayer
 from preskip.adapter.model import (
     base_model,
     forget_first_adapter,
@@ -64,6 +66,28 @@ def make_load_adapter_strict() -> None:
     tokens: Any = TrainableTokensWrapper
     for name in ("adapter_state_dict", "adapter_state_dict_load_map"):
         setattr(tokens, name, _of_its_own(getattr(tokens, name)))
+    tuner: Any = BaseTuner
+    for name in ("merge_and_unload", "unload"):
+        setattr(tuner, name, _branches_stay_known(getattr(tuner, name)))
+
+
+def _branches_stay_known(method: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """PEFT deletes the table of a base whose adapter it merges or unloads: branches that stay there are put back."""
+
+    @wraps(method)
+    def taken_out(tuner: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        shared = getattr(tuner.model, "peft_config", None)
+        base = method(tuner, *args, **kwargs)
+        layers = [module for module in base.modules() if isinstance(module, PreskipLayer)]
+        branches = {name for layer in layers for name in layer.settings}
+        if shared and branches and not hasattr(base, "peft_config"):
+            tuner.peft_config = dict(shared)  # its own names stay with it alone
+            for name in shared.keys() - branches:
+                del shared[name]
+            base.peft_config = shared  # type: ignore[assignment]
+        return base
+
+    return taken_out
 
 
 def _of_its_own(method: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
