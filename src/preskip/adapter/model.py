@@ -205,7 +205,8 @@ class PreskipModel(BaseTuner):
                 f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} would be left out, as another adapter "
                 f"({', '.join(unwanted_adapter_names) or 'none'}) has a part of its name; load that under another name"
             )
-        return own
+        # PEFT leaves out what other adapters have by the names in its table, which may lack some.
+        return {key: own[key] for key in expected}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

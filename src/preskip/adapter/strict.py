@@ -84,7 +84,7 @@ def _branches_stay_known(method: Callable[..., torch.nn.Module]) -> Callable[...
             tuner.peft_config = dict(shared)  # its own names stay with it alone
             for name in shared.keys() - branches:
                 del shared[name]
-            base.peft_config = shared  # type: ignore[assignment]
+            base.peft_config = shared
         return base
 
     return taken_out
