@@ -9,13 +9,21 @@ import sys
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM
 
 import preskip
 import zoo
 from preskip import PreskipConfig, PreskipError
-from preskip.adapter import PreskipLayer
+from preskip.adapter import PreskipLayer, base_model
 
 SETTINGS = {
     "gated": {"gated": True, "activation": "gelu"},
@@ -347,3 +355,34 @@ def test_dropout_without_a_preprojection_is_harmless() -> None:
     model.train()
     first, second = (zoo.logits(model, "llama") for _ in range(2))
     assert zoo.difference(first, second) == 0.0
+
+
+def test_an_adapter_that_was_deleted_is_loaded_again(tmp_path) -> None:
+    for name, config in {"preskip": PreskipConfig(), "lora": LoraConfig(target_modules=["q_proj"])}.items():
+        model = get_peft_model(zoo.build("llama"), config).eval()
+        zoo.randomise(model)
+        wanted = zoo.logits(model, "llama")
+        model.save_pretrained(tmp_path / name)
+        model.delete_adapter("default")
+        with pytest.raises(PreskipError, match="has no Preskip adapter to bake"):
+            preskip.bake(model, tmp_path / "baked")
+        model.load_adapter(tmp_path / name, "default")
+        model.set_adapter("default")
+        assert torch.equal(zoo.logits(model.eval(), "llama"), wanted)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PreskipConfig(),
+        LoraConfig(target_modules=["q_proj"]),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+        AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_the_base_inside_is_found_whatever_the_method(config) -> None:
+    base = zoo.build("llama")
+    assert base_model(base) is base
+    model = get_peft_model(base, config)
+    assert base_model(model) is model.get_base_model() is base

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftModel
+from peft import AdaptionPromptModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
@@ -302,8 +302,12 @@ class PreskipModel(BaseTuner):
 
 
 def base_model(model: nn.Module) -> Any:
-    """The base inside a PEFT model (`PeftModel.get_base_model`), with its adapters; any other model as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    """The base inside a PEFT model, with its adapters; any other model as it is.
+
+    `PeftModel.get_base_model` is the same, and fails while no adapter is active, as after `delete_adapter`.
+    """
+    inner: Any = model.base_model if isinstance(model, PeftModel) else model
+    return inner.model if isinstance(inner, (BaseTuner, AdaptionPromptModel)) else inner
 
 
 def remove_adapter(model: nn.Module, adapter_name: str) -> None:
