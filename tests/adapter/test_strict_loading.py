@@ -304,3 +304,33 @@ def test_other_methods_load_through_transformers_untouched(tmp_path: pathlib.Pat
     tensors.pop(next(iter(tensors)))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     zoo.build("llama").load_adapter(tmp_path)
+
+
+class WithHead(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = get_peft_model(zoo.build("llama"), PreskipConfig())
+        self.head = torch.nn.Linear(4, 1)
+
+
+def test_a_part_of_what_holds_the_model_loads_by_itself() -> None:
+    model, head = WithHead(), torch.nn.Linear(4, 1).state_dict()
+    report = model.load_state_dict({f"head.{key}": value for key, value in head.items()}, strict=False)
+    assert not report.unexpected_keys
+    assert torch.equal(model.head.weight, head["weight"])
+    with pytest.raises(PreskipError, match="holds no tensor that belongs into this model"):
+        model.backbone.load_state_dict({"head.weight": head["weight"]}, strict=False)
+
+
+def test_a_whole_model_with_a_gap_loads_where_gaps_are_allowed(folder: pathlib.Path) -> None:
+    state = PeftModel.from_pretrained(zoo.build("llama"), folder).state_dict()
+    gap = "base_model.model.lm_head.weight"
+    del state[gap]
+    other = get_peft_model(zoo.build("llama"), PreskipConfig())
+    report = other.load_state_dict(state, strict=False)
+    assert report.missing_keys == [gap]
+    assert not report.unexpected_keys
+    assert torch.equal(
+        other.state_dict()[DOWN.replace(".weight", ".default.weight")],
+        load_file(folder / "adapter_model.safetensors")[DOWN],
+    )
