@@ -11,12 +11,14 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import zoo
 from preskip import PreskipBranch, PreskipConfig, bake, casting
 from preskip.casting import product
+from preskip.optimizing import copies
 
 T, D = 63, 60
 
@@ -295,3 +297,24 @@ def test_compiles_into_one_graph_with_the_same_result(training: bool) -> None:
     if training:
         found.backward()
         assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["branch", "adapter"])
+def test_what_is_moved_leaves_no_copy_behind(kind: str) -> None:
+    module, x = branch().requires_grad_(False), some_input()
+    if kind == "adapter":
+        module = get_peft_model(zoo.build("llama", dtype=torch.bfloat16), PreskipConfig()).eval()
+        x = zoo.inputs("llama")["input_ids"]
+    module(x)
+    kept = [weakref.ref(tensor) for tensor in copies(module)]
+    assert kept
+    module.to("meta")
+    gc.collect()
+    assert not any(tensor() is not None for tensor in kept)
+
+
+def test_a_pass_without_values_leaves_no_copy_without_values() -> None:
+    module, x = branch().requires_grad_(False), some_input()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        module(mode.from_tensor(x))
+    assert torch.equal(module(x)[0], branch()(x)[0])

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from preskip.branch_settings import ACTIVATIONS, BranchCost, BranchSettings
-from preskip.casting import forget_on_load, product
+from preskip.casting import drop_casts, forget_on_load, product
 from preskip.errors import PreskipError
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {name: getattr(F, name) for name in ACTIVATIONS}
@@ -196,6 +196,11 @@ class PreskipBranch(nn.Module):
                 stacklevel=2,
             )
         return super().train(mode)
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> PreskipBranch:
+        moved = super()._apply(fn, recurse)
+        drop_casts(self)
+        return moved
 
     def extra_repr(self) -> str:
         """Width and settings, for `print(model)`."""

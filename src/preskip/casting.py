@@ -120,8 +120,15 @@ def cast_once(linear: nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> to
     # As in training, whatever the mode of this call: recomputation comes without gradients first.
     with torch.inference_mode(False), torch.set_grad_enabled(weight.requires_grad):
         cast = weight.to(dtype)
-    held.made = weight, key, cast
+    if type(cast) is torch.Tensor:  # not what a mode has put in its place, such as a tensor without values
+        held.made = weight, key, cast
     return cast
+
+
+def drop_casts(module: nn.Module) -> None:
+    """Drop the copies that `cast_once` keeps beside a module's layers; to be called where its weights are moved."""
+    for layer in module.modules():
+        layer.__dict__.pop(_CAST, None)
 
 
 def cast_of(linear: nn.Module) -> torch.Tensor | None:

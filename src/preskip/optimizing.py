@@ -298,10 +298,16 @@ def _with_branch(kind: Any) -> Any:
             skip = feature
         return (output[0] + skip, *output[1:]) if isinstance(output, tuple) else output + skip
 
+    def apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+        kind._apply(self, fn, recurse)
+        branch: Any = self._modules[CHILD]
+        self.__dict__[_PLAN] = _plan(branch, _dtype_of(self, branch))  # the last holds copies of weights as they were
+        return self
+
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _of_class, (kind,), self.__dict__
 
-    methods = {"forward": forward, "__reduce_ex__": reduce, "__module__": __name__}
+    methods = {"forward": forward, "_apply": apply, "__reduce_ex__": reduce, "__module__": __name__}
     return type(f"Optimized{kind.__name__}", (kind,), methods)
 
 

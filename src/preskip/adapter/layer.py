@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,7 +11,7 @@ from torch import nn
 
 from preskip import branch as arithmetic
 from preskip.branch import PARTS, BranchSettings, PreskipBranch
-from preskip.casting import forget_on_load
+from preskip.casting import drop_casts, forget_on_load
 from preskip.rows import by_row
 from preskip.sites import tensors_of
 
@@ -97,6 +98,11 @@ class PreskipLayer(nn.Module, BaseTunerLayer):
                 stacklevel=2,
             )
         return super().train(mode)
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> PreskipLayer:
+        moved = super()._apply(fn, recurse)
+        drop_casts(self)
+        return moved
 
     def active_names(self) -> list[str]:
         """The adapters that compute here: those that are active and have a branch in this layer."""
