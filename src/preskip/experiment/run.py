@@ -119,7 +119,7 @@ def finish_run(
             stored = run.manifest["config"]
             stored = {**stored, "seeds": [*stored["seeds"], *added]}
             config = usable_options(own, stored)
-            if missing := [name for name in stored.get("report_to", ()) if name not in config.report_to]:
+            if missing := sorted(set(stored.get("report_to", ())).difference(getattr(config, "report_to", ()))):
                 say(f"not reported to {', '.join(missing)}, unavailable here: that changes no result", quiet=quiet)
             _check_launch(config)
             if config.device == "cuda" and resolve_device("auto") != "cuda":
