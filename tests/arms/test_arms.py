@@ -435,6 +435,31 @@ def test_all_weights_of_a_bfloat16_base_are_trained_in_float32():
         torch.testing.assert_close(base(input_ids=ids).logits, before, rtol=0, atol=0)
 
 
+def test_biases_of_a_bfloat16_base_with_layer_norms_are_trained_in_float32():
+    """torch's LayerNorm for processors refuses a bfloat16 weight beside a float32 bias."""
+    base = gpt2().bfloat16().eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+    reference = copy.deepcopy(base).float()
+    reference(input_ids=ids, labels=ids).loss.backward()
+    expected = dict(reference.named_parameters())
+    with insert(ARMS["bitfit"], context_for(base), seed=0) as inserted:
+        inserted.model(input_ids=ids, labels=ids).loss.backward()
+        for name, weight in inserted.trainable.items():
+            assert weight.dtype == weight.grad.dtype == torch.float32
+            error = (weight.grad - expected[name].grad).norm() / expected[name].grad.norm().clamp(min=1e-3)
+            assert error < 0.05, name
+        with torch.no_grad():
+            for weight in inserted.trainable.values():
+                weight.add_(0.1)
+        with torch.no_grad(), inserted.as_base():
+            assert torch.equal(inserted.model(input_ids=ids).logits, before)
+    with torch.no_grad():
+        assert torch.equal(base(input_ids=ids).logits, before)
+    assert not any("forward" in vars(module) for module in base.modules())
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_copy_of_a_model_under_autocast_trains_itself(wrapped):
     """FSDP shards a copy; `wrapped` as accelerate's hooks leave a forward."""

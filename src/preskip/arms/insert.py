@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from preskip.adapter.norms import float32_norms
@@ -178,6 +180,10 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
             if mixed:
                 inserted.plain = base.forward
                 autocast.enter_context(forward_autocast(base, torch.bfloat16))
+                for norm in base.modules():
+                    if isinstance(norm, nn.LayerNorm):
+                        forward = partial(_layer_norm, norm, norm.forward)
+                        autocast.enter_context(forward_replaced(norm, forward))
         _check(arm, context, inserted)
         yield inserted
     finally:
@@ -190,6 +196,14 @@ def insert(arm: Arm, context: ArmContext, seed: int) -> Iterator[Inserted]:
         for name, weight in base.named_parameters():
             weight.requires_grad_(frozen[name])
             weight.grad = None
+
+
+def _layer_norm(norm: nn.LayerNorm, plain: Callable[..., Any], hidden_states: torch.Tensor) -> torch.Tensor:
+    """A LayerNorm of which the bias alone is trained, in float32: torch's own on a processor takes one dtype only."""
+    if hidden_states.device.type != "cpu" or len({weight.dtype for weight in norm.parameters()}) < 2:
+        return plain(hidden_states)
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return F.layer_norm(hidden_states.float(), norm.normalized_shape, weight, bias, norm.eps).to(hidden_states.dtype)
 
 
 def _check(arm: Arm, context: ArmContext, inserted: Inserted) -> None:
