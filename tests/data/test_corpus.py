@@ -8,7 +8,7 @@ import re
 import pytest
 
 from preskip.data import sotu
-from preskip.data.corpus import Corpus, Document, _cut_long, load_corpus, split_documents, split_text
+from preskip.data.corpus import Corpus, Document, _cut_long, as_scored, load_corpus, split_documents, split_text
 from preskip.data.tables import Limit
 from preskip.errors import PreskipError
 
@@ -92,6 +92,9 @@ def test_text_file_is_cut_at_paragraphs(tmp_path):
     assert all(len(d.text) <= 10_000 for d in corpus.documents)
     assert "\n\n".join(d.text for d in corpus.documents).split() == " ".join(paragraphs).split()
     assert all(d.text.startswith("Paragraph") for d in corpus.documents)
+    # Pieces of it stand on both sides of the split, but are no independent units.
+    assert len({d.group for d in corpus.documents}) == 4
+    assert {as_scored(d, d.text).group for d in corpus.documents} == {"long"}
 
 
 @pytest.mark.parametrize("characters", [1, 7, 50, 100_000])

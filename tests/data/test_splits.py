@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from preskip.data.corpus import Document, clusters
+from preskip.data.corpus import Document, clusters, load_corpus
 from preskip.data.splits import _spread, choose, load_splits, load_texts, slug
 from preskip.errors import PreskipError
 
@@ -119,6 +119,23 @@ def test_no_long_book_stands_for_all():
 def test_documents_of_one_group_are_a_cluster():
     assert clusters([Document(str(place), "", group) for place, group in enumerate("abacb")]) == [0, 1, 0, 2, 1]
     assert clusters([Document(str(place), "", "a") for place in range(3)]) == [0, 1, 2]
+
+
+def test_pieces_of_one_text_are_split_and_count_as_one(tmp_path):
+    """A text file has no other documents: they are on every side, and one unit where they are scored."""
+    path = tmp_path / "novel.txt"
+    paragraphs = [f"Paragraph {number}. " + "word " * 900 for number in range(40)]
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    splits = load_splits(str(path))
+    assert [len(part) for part in (splits.training, splits.development, splits.heldout)] == [14, 2, 4]
+    assert {document.group for document in choose(splits.heldout, 4, 50, 0)} == {"novel"}
+    assert {document.group for document in load_texts(str(path)).documents} == {"novel"}
+    # Documents that the file itself keeps apart are independent, and which pieces are held out does not depend on it.
+    path.write_text("\f".join(document.text for document in load_corpus(str(path)).documents), encoding="utf-8")
+    again = load_splits(str(path))
+    assert [document.id for document in again.heldout] == [document.id for document in splits.heldout]
+    assert again.sha256 == splits.sha256
+    assert len({document.group for document in choose(again.heldout, 4, 50, 0)}) == 4
 
 
 def test_slug():

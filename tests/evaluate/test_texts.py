@@ -6,6 +6,8 @@ from preskip.data.corpus import Document
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_windows, score_sequences
 from preskip.evaluate.texts import TextSuite
+from preskip.stats.comparisons import compare
+from preskip.stats.verdicts import independent_units
 from tiny_model import tiny_llama, write_corpus
 from tiny_text import PROSE, tiny_tokenizer
 
@@ -36,6 +38,19 @@ def test_records_and_sets(corpora, stride):
     )
     expected = sum(score.nll for score in score_sequences(model, windows, batch_tokens=1))
     assert records[-1]["nll"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_pieces_of_one_text_are_one_cluster(tmp_path):
+    (tmp_path / "novel.txt").write_text("\n\n".join(f"{number} {PROSE}" for number in range(40)))
+    suite = TextSuite([str(tmp_path / "novel.txt")], tiny_tokenizer(), context_length=32, limit=2)
+    described = suite.sets["novel"]
+    assert (described["documents"], described["clusters"]) == (2, 1)
+    assert "unit_freedom" not in described
+    assert "they count as one, and no verdict is given" in described["notes"][0]
+    records = suite.score(tiny_llama())
+    assert {record["cluster"] for record in records} == {"novel"}
+    (comparison,) = compare(records, [{**record, "nll": 2 * record["nll"]} for record in records])
+    assert independent_units(comparison) == 1
 
 
 def test_a_sample_is_seeded(corpora):

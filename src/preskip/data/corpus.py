@@ -35,11 +35,14 @@ class Document:
         id: unique in its corpus.
         text: the text, without the corpus's own mark-up, line ends as `\\n`.
         group: documents of one group belong to the same split (two versions of one speech, exact duplicates).
+        piece_of: the only text of its corpus, of which it is a piece. Pieces of it are on both sides of the split,
+            there is nothing else; but they are not independent, see `as_scored`. None elsewhere.
     """
 
     id: str
     text: str
     group: str
+    piece_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,11 @@ def by_id(documents: Iterable[Document]) -> list[Document]:
     return sorted(documents, key=lambda document: document.id)
 
 
+def as_scored(document: Document, text: str) -> Document:
+    """A document as a unit of an evaluation set, with this part of its text: pieces of one text are one group there."""
+    return Document(document.id, text, document.piece_of or document.group)
+
+
 def evenly(groups: Sequence[Hashable]) -> list[int]:
     """Places in an order in which every group gives one before one gives a second; else as they stand."""
     taken: Counter[Hashable] = Counter()
@@ -258,7 +266,13 @@ def _cut_long(paragraph: str, characters: int) -> list[tuple[int, int]]:
     return [*parts, (start, len(paragraph))] if paragraph[start:].strip() else parts
 
 
-def _corpus(name: str, texts: Iterable[tuple[str, str, str | None]], source: str, whole: bool = True) -> Corpus:
+def _corpus(
+    name: str,
+    texts: Iterable[tuple[str, str, str | None]],
+    source: str,
+    whole: bool = True,
+    piece_of: str | None = None,
+) -> Corpus:
     """Of (id, text, group) those with text.
 
     Exact duplicates must not be on both sides of the split: without a group of its own a text is in one with them, and
@@ -271,7 +285,7 @@ def _corpus(name: str, texts: Iterable[tuple[str, str, str | None]], source: str
             if group is not None:
                 pairs.add((group, content))
             # A file's name may hold bytes that are no UTF-8.
-            documents.append(Document(clean_text(id), text, content))
+            documents.append(Document(clean_text(id), text, content, piece_of))
     if pairs:
         group_of = _groups_by_text(pairs)
         documents = [replace(document, group=group_of.get(document.group, document.group)) for document in documents]
@@ -297,14 +311,18 @@ def _corpus_of(name: str, found: tables.Reading) -> Corpus:
 
 def _load_text_file(name: str, path: Path) -> Corpus:
     text = read_text(path)
+    stem = without_form(path.name)
+    piece_of: str | None = None
     if is_wikitext(text.split("\n", _FIRST_LINES)[:_FIRST_LINES]):
         pieces = wikitext_pages(text)
+    elif "\f" in text:
+        pieces = text.split("\f")
     else:
-        pieces = text.split("\f") if "\f" in text else split_text(text, DOCUMENT_CHARACTERS)
+        pieces, piece_of = split_text(text, DOCUMENT_CHARACTERS), clean_text(stem)
     pieces = [piece.strip("\n") for piece in pieces if piece.strip()]
     width = len(str(max(0, len(pieces) - 1)))
-    texts = [(f"{without_form(path.name)}#{i:0{width}d}", piece, None) for i, piece in enumerate(pieces)]
-    return _corpus(name, texts, f"text file {path}")
+    texts = [(f"{stem}#{i:0{width}d}", piece, None) for i, piece in enumerate(pieces)]
+    return _corpus(name, texts, f"text file {path}", piece_of=piece_of)
 
 
 def _load_folder(

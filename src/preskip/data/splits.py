@@ -7,7 +7,7 @@ import re
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from preskip.data.corpus import (
     EMBEDDED_CORPORA,
     Corpus,
     Document,
+    as_scored,
     by_id,
     evenly,
     load_corpus,
@@ -114,7 +115,8 @@ def load_texts(
     Arguments and errors are those of `load_splits`.
     """
     if not _is_published(name):
-        return load_corpus(name, text_column=text_column, split=split, progress=progress)
+        corpus = load_corpus(name, text_column=text_column, split=split, progress=progress)
+        return replace(corpus, documents=tuple(as_scored(document, document.text) for document in corpus.documents))
     return Corpus(name, tuple(_read_part(name, "heldout", data_dir)), TITLES[name])
 
 
@@ -261,7 +263,7 @@ def locate(name: str, directory: Path) -> str:
 
 
 def choose(documents: Sequence[Document], count: int, words: int, seed: int) -> list[Document]:
-    """A fixed, seeded choice of documents, each cut to its first words (`preskip.data.words.beginning`).
+    """A fixed, seeded choice of documents to score, each cut to its first words (`preskip.data.words.beginning`).
 
     Every group gives a document before one gives a second: no long book stands for all.
     """
@@ -270,4 +272,4 @@ def choose(documents: Sequence[Document], count: int, words: int, seed: int) -> 
     order = np.random.default_rng(seed).permutation(len(documents)).tolist()
     spread = evenly([documents[index].group for index in order])[:count]
     chosen = (documents[index] for index in sorted(order[place] for place in spread))
-    return [Document(document.id, beginning(document.text, words), document.group) for document in chosen]
+    return [as_scored(document, beginning(document.text, words)) for document in chosen]

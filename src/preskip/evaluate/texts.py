@@ -53,6 +53,11 @@ class TextSet:
         notes = list(self.notes)
         if without := sum(size.words == 0 for size in sizes):
             notes.append(f"no word perplexity: no spaces stand between the words of {without:,} of its documents")
+        if groups == 1 < len(self.documents):
+            notes.append(
+                "its documents are pieces of one text, or one group: they count as one, and no verdict is given; "
+                "independent ones take form feeds between them, or rows of JSONL"
+            )
         clusters: Any = {"clusters": groups} if groups < len(self.documents) else {}
         if groups > 1:
             shares = np.array(list(by_group.values())) / by_group.total()
