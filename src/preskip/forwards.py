@@ -1,4 +1,4 @@
-"""The `forward` of modules for a while: another one, or how often each runs."""
+"""The passes of modules for a while: another `forward`, in evaluation mode, or how often each runs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
         del module.forward
         if own is not None:
             module.forward = own
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode while the context lasts; each module is put back to its own mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from preskip.attach import ELSEWHERE, hidden_states_of
 from preskip.errors import PreskipError, one_line
+from preskip.forwards import evaluating
 from preskip.sites import find_sites
 
 # The classes of attention on which the method's equation is tested (tests/adapter/test_families.py).
@@ -98,7 +99,7 @@ def _calls(model: nn.Module, kind: str, path: str) -> tuple[Call, Call]:
             calls.clear()
             try:
                 for number in (0, 1):
-                    with torch.no_grad(), _evaluating(around), suppress(_Seen):
+                    with torch.no_grad(), evaluating(around), suppress(_Seen):
                         around(**small_input(around, number))
             except Exception as error:  # whatever a model raises on an input that is not for it
                 reason = f"{type(error).__name__}: {one_line(error, 120)}"
@@ -119,18 +120,6 @@ def _models_around(model: nn.Module, path: str) -> Iterator[nn.Module]:
         module = model.get_submodule(path)
         if hasattr(module, "main_input_name"):
             yield module
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, each module put back to its own."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def small_input(model: Any, number: int = 0) -> dict[str, torch.Tensor]:
@@ -204,7 +193,7 @@ def _problem(attention: nn.Module, call: Call, other: Call, implementation: str 
         return "its weights are on the meta device, where nothing can be computed to check it"
     functions = _Functions()
     with torch.no_grad(), functions, ExitStack() as stack:
-        stack.enter_context(_evaluating(attention))
+        stack.enter_context(evaluating(attention))
         for module in attention.modules():
             if is_linear(module):
                 stack.callback(module.register_forward_hook(_nothing).remove)

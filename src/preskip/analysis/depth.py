@@ -21,6 +21,7 @@ from preskip.analysis.branches import LiveBranch, live_branches, observed, skip_
 from preskip.attach import hidden_states_of
 from preskip.data.corpus import clusters, evenly
 from preskip.evaluate.texts import TextSet
+from preskip.forwards import evaluating
 from preskip.quantizing import float_weight
 from preskip.runs.schema import DepthRow
 from preskip.stats import bootstrap_ratio
@@ -102,16 +103,13 @@ def _sizes(sums: Sums, owners: Sequence[int] | None) -> dict[str, Any]:
 @torch.inference_mode()
 def _sums(model: nn.Module, branches: Sequence[LiveBranch], sequences: Sequence[Sequence[int]]) -> list[Sums]:
     sums: list[Sums] = [{size: [] for size in SIZES} for _ in branches]
-    was_training = model.training
-    model.eval()
-    with _observers(branches, sums):
+    with evaluating(model), _observers(branches, sums):
         for number, ids in enumerate(sequences):
             model(input_ids=torch.tensor([list(ids)], device=next(model.parameters()).device), use_cache=False)
             for pairs in chain.from_iterable(layer.values() for layer in sums):
                 if len(pairs) > number + 1:  # the layer ran several times in the pass
                     above, below = zip(*pairs[number:], strict=True)
                     pairs[number:] = [(sum(above), sum(below))]
-    model.train(was_training)
     return sums
 
 

@@ -24,6 +24,7 @@ from preskip.data.last_word import LastWordItem, encode_item
 from preskip.errors import DivergedError, PreskipError
 from preskip.evaluate.kernels import scoring_kernels
 from preskip.evaluate.sharing import Row, plain_rows, reach, shared_rows, tree_inputs
+from preskip.forwards import evaluating
 from preskip.progress import Advance, no_progress, say
 from preskip.runs.schema import DocumentRecord, ItemRecord, Record
 from preskip.runs.stored import failed_notes
@@ -100,8 +101,6 @@ def score_sequences(
     Raises:
         DivergedError: a log-likelihood is NaN or infinite.
     """
-    was_training = model.training
-    model.eval()
     limit = batch_tokens or default_batch_tokens(next(model.parameters()).device)
     reads = {index: array("i", sequence.input_ids[:-1]) for index, sequence in enumerate(sequences)}
     scores: dict[int, Score] = {}
@@ -116,15 +115,13 @@ def score_sequences(
                     scores.update((index, own[index]) for index in row.paths)
             advance(len(scores), "")
 
-    try:
+    with evaluating(model):
         trees = _trees(model, reads, limit)
         if trees and (proven := _proven(model, trees[0], sequences)):
             scores.update(proven)
             advance(len(scores), "")
             score(trees[1:], strict=False)
         score(plain_rows({index: read for index, read in reads.items() if index not in scores}), strict=not keep_failed)
-    finally:
-        model.train(was_training)
     if sequences and all(math.isnan(score.nll) for score in scores.values()):
         raise DivergedError(_NOT_FINITE)
     return [scores[index] for index in range(len(sequences))]

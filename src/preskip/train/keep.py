@@ -23,6 +23,7 @@ from accelerate.utils import reduce
 from torch import nn
 from torch.nn import functional as F
 
+from preskip.forwards import evaluating
 from preskip.train.checkpoints import ResumableTrainer
 from preskip.train.steps import BlockDataset
 
@@ -124,13 +125,10 @@ class KeepTrainer(ResumableTrainer):
     def _of_base(self, model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
         """The base's logits [K, T, V], without dropout."""
         own: Any = self.accelerator.unwrap_model(model)
-        was_training = own.training
-        own.eval()
         try:
-            with self.keep.as_base():
+            with evaluating(own), self.keep.as_base():
                 return own(input_ids=ids, use_cache=False).logits
         finally:
-            own.train(was_training)
             torch.clear_autocast_cache()  # it holds casts of weights without gradients, and of the base's own
 
 

@@ -29,6 +29,7 @@ from preskip.data.corpus import Document, numbered
 from preskip.data.words import beginning
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import default_batch_tokens, document_windows
+from preskip.forwards import evaluating
 from preskip.progress import Advance, no_progress
 from preskip.quantizing import float_weight
 from preskip.runs.explain_schema import (
@@ -115,9 +116,7 @@ def explain(
     if counted is None:
         raise PreskipError("there is no text to read: give --text, or 1 or more --documents")
     timings: dict[str, float] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         with _timed(timings, "read"):
             found = _read(model, tokenizer, texts, branches, extent, counted, reference, tokens, bar)
         with _timed(timings, "weights"):
@@ -130,8 +129,6 @@ def explain(
             attention = _attention(model, tokenizer, some[: extent.attention_documents], branches, extent, bar)
         with _timed(timings, "ablation"):
             ablation = _ablation(model, tokenizer, some[: extent.ablation_documents], extent, bar)
-    finally:
-        model.train(was_training)
     changed = any(row["entropy_change"] for row in attention)
     explained: list[ExplainedLayer] = [
         {**weights, **sizes, **written, **changes, "ablation": ablation.get(weights["layer"])}
