@@ -15,7 +15,7 @@ import torch
 from preskip.arms.flops import active_weights, cache_width, experts_of, head_width, looked_up, matrix_weights
 from preskip.attach import CHILD
 from preskip.bench.settings import Work
-from preskip.train.speed import measured_peak
+from preskip.train.speed import measured_peak, synchronise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,9 +179,3 @@ def free_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return psutil.virtual_memory().available
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for what the device still computes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

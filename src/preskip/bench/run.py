@@ -14,13 +14,14 @@ import numpy as np
 import torch
 
 from preskip.arms.configs import LATE, THIRD, late_layers
-from preskip.bench.counts import Counts, Limits, bytes_moved, count, flops, free_memory, synchronise
+from preskip.bench.counts import Counts, Limits, bytes_moved, count, flops, free_memory
 from preskip.bench.models import Row, Rows
 from preskip.bench.observe import observe
 from preskip.bench.runners import NotPossible, Runner, cache_bytes
 from preskip.bench.settings import COMPILED, BenchSettings, Work
 from preskip.errors import PreskipError, is_out_of_memory, one_line
 from preskip.progress import Advance, no_progress
+from preskip.train.speed import synchronise
 
 # Norm of the error of the logits over the norm of the logits: what rounding, int8 weights and 8-bit caches make of it.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 8e-2, torch.float16: 2e-2}

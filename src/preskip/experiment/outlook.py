@@ -15,6 +15,7 @@ from preskip.experiment.scratch import Scratch
 from preskip.experiment.search import GRID, RUNGS, searched_seeds
 from preskip.progress import about
 from preskip.train.keep import kept_per_step
+from preskip.train.speed import synchronise
 
 # Work is counted in tokens that are read once; training reads each and goes back through twice the arithmetic.
 TRAINING = 3
@@ -113,14 +114,10 @@ def measured_token(prepared: Prepared, facts: Any) -> float | None:
                 # With a cache, as most configurations have it: such a pass reuses nothing of frozen layers.
                 loss = model(input_ids=ids, labels=ids, use_cache=True).loss
             loss.backward()
-            seconds = time.perf_counter() - started if not devices else _synchronised(started)
+            synchronise(device)
+            seconds = time.perf_counter() - started
         model.zero_grad(set_to_none=True)
     return seconds / (TRAINING * ids.numel())
-
-
-def _synchronised(started: float) -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def plan_text(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Any) -> str:

@@ -22,7 +22,8 @@ def measured_peak(
         sizes: of the square matrices, tried in turn; None takes 512 to 2048 on a CPU, 4096 and 8192 elsewhere.
         seconds: how long to measure, over all sizes.
     """
-    on_cpu = torch.device(device).type == "cpu"
+    device = torch.device(device)
+    on_cpu = device.type == "cpu"
     sizes = sizes or ((512, 1024, 2048) if on_cpu else (4096, 8192))
     best = 0.0
     for size in sizes:
@@ -30,11 +31,15 @@ def measured_peak(
         a @ a
         started = time.perf_counter()
         while time.perf_counter() - started < seconds / len(sizes):
-            if not on_cpu:
-                torch.cuda.synchronize()
+            synchronise(device)
             begin = time.perf_counter()
             a @ a
-            if not on_cpu:
-                torch.cuda.synchronize()
+            synchronise(device)
             best = max(best, 2 * size**3 / (time.perf_counter() - begin))
     return best
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what the device still computes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
