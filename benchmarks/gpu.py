@@ -258,7 +258,7 @@ def bench(device: torch.device, tiny: bool) -> dict[str, Any]:
             layers = 2
         # Compiled rows only on the smallest shape: every graph takes its time.
         kept = tuple(row for row in rows if not row.endswith("-compiled") or name == SHAPES[0])
-        model, _ = random_base(config, torch.bfloat16, device, len(kept))
+        model = random_base(config, torch.bfloat16, device, len(kept))
         settings = BenchSettings(rows=kept, work=work, rounds=2 if tiny else 7)
         found[name] = measure(model, settings, limits, layers=layers)
         del model

@@ -51,7 +51,7 @@ class Row:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def random_base(config: Any, dtype: torch.dtype, device: torch.device, rows: int) -> tuple[Any, int]:
+def random_base(config: Any, dtype: torch.dtype, device: torch.device, rows: int) -> Any:
     """A random model of a config, with as many of its layers as fit beside the rows made of it.
 
     Args:
@@ -61,7 +61,7 @@ def random_base(config: Any, dtype: torch.dtype, device: torch.device, rows: int
         rows: how many there will be.
 
     Returns:
-        The model in evaluation mode, and the number of layers that the config asks for.
+        The model in evaluation mode.
 
     Raises:
         PreskipError: not one layer fits.
@@ -83,7 +83,7 @@ def random_base(config: Any, dtype: torch.dtype, device: torch.device, rows: int
         )
     torch.manual_seed(0)
     with device:
-        return AutoModelForCausalLM.from_config(_with_layers(config, layers), dtype=dtype).eval(), asked
+        return AutoModelForCausalLM.from_config(_with_layers(config, layers), dtype=dtype).eval()
 
 
 def _with_layers(config: Any, layers: int) -> Any:

@@ -87,7 +87,7 @@ def bench(
             layers = config.num_hidden_layers
             if num_layers is not None:
                 config.num_hidden_layers = min(num_layers, layers)
-            base, _ = random_base(config, kind, place, len(settings.rows))
+            base = random_base(config, kind, place, len(settings.rows))
     with spinner("measuring the device", quiet=as_json):
         limits = measure_limits(place, kind)
     with progress_bar("bench", len(settings.work), quiet=as_json) as advance:
