@@ -40,12 +40,11 @@ def add_branches(model: nn.Module, skip_position: str = "attention", **settings:
     generator = torch.Generator().manual_seed(4)
     for site in find_sites(model).attentions:
         attention = model.get_submodule(site.name)
-        parent, _, leaf = site.name.rpartition(".")
         branch = PreskipBranch(input_width(attention), **settings)
         with torch.no_grad():
             for parameter in branch.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        attach(attention, branch, tap_of(model.get_submodule(parent), leaf, skip_position))
+        attach(attention, branch, tap_of(model, site.name, skip_position))
         branches.append(branch)
     return branches
 
@@ -191,7 +190,7 @@ def test_residual_is_the_attention_position_where_no_norm_follows() -> None:
         outputs.append(model(input_ids=ids).logits)
     assert torch.equal(*outputs)
     with pytest.raises(PreskipError, match="skip_position='behind' is not possible: choose attention or residual"):
-        tap_of(model.model.layers[0], "self_attn", "behind")
+        tap_of(model, "model.layers.0.self_attn", "behind")
 
 
 def norms_in_transformers() -> dict[str, str]:

@@ -112,12 +112,12 @@ def remove_copied_taps(model: nn.Module) -> None:
                 del module._forward_hooks[number]
 
 
-def tap_of(block: nn.Module, target: str, skip_position: str) -> nn.Module | None:
+def tap_of(model: nn.Module, path: str, skip_position: str) -> nn.Module | None:
     """The module to whose output the skip is added (a dropout: to its input), or None for the attention's own output.
 
     Args:
-        block: the parent of the attention module (for `attention.self`: of `self`).
-        target: the last part of the attention's path.
+        model: holds the attention module.
+        path: of the attention module in it.
         skip_position: "attention", or "residual" for behind a post-attention norm.
 
     A block without a norm of `POST_ATTENTION_NORMS` has one position only, and "residual" is the same as "attention".
@@ -127,6 +127,8 @@ def tap_of(block: nn.Module, target: str, skip_position: str) -> nn.Module | Non
     """
     if skip_position not in SKIP_POSITIONS:
         raise PreskipError(f"skip_position={skip_position!r} is not possible: choose {' or '.join(SKIP_POSITIONS)}")
+    parent, _, target = path.rpartition(".")
+    block = model.get_submodule(parent)
     if target == "self" and hasattr(block, "output"):
         output: Any = block.output
         if isinstance(getattr(output, "dropout", None), nn.Dropout):

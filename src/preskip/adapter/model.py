@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import AdaptionPromptModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from preskip.adapter.checkpoint import check_loaded, check_tensors, expected_tensors
@@ -130,9 +130,9 @@ class PreskipModel(BaseTuner):
 
     def _placement(self, model: nn.Module, key: str, config: PreskipConfig) -> tuple[int, nn.Module | None]:
         """Width and tap of the branch at one attention, by its path in the model."""
-        parent, target, name = _get_submodules(model, key)
+        target = model.get_submodule(key)
         hidden_size = getattr(getattr(text_decoder(model), "config", None), "hidden_size", None)
-        width, tap = input_width(target, hidden_size), tap_of(parent, name, config.skip_position)
+        width, tap = input_width(target, hidden_size), tap_of(model, key, config.skip_position)
         layer = getattr(target, CHILD, None)
         if layer is not None and not isinstance(layer, PreskipLayer):
             raise PreskipError(

@@ -86,13 +86,12 @@ def live_branches(model: nn.Module) -> list[LiveBranch]:
                 "preskip.optimize returned first"
             )
         site = site_of(base, name)
-        path, _, target = site.name.rpartition(".")
         if isinstance(module, PreskipLayer):
             tap = module.tap
         else:
-            tap = tap_of(base.get_submodule(path), target, base.config.preskip_skip_position)
+            tap = tap_of(base, site.name, base.config.preskip_skip_position)
         if isinstance(tap, nn.Dropout):  # BERT's: the skip joins what it reads, the output of the projection
-            tap = base.get_submodule(f"{path}.output.dense")
+            tap = base.get_submodule(f"{site.name.removesuffix('.self')}.output.dense")
         block = base.get_submodule(f"{site.stack}.{site.layer}")
         found.append(LiveBranch(site=site, attention=attention, block=block, module=module, tap=tap))
     return found

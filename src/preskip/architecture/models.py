@@ -131,7 +131,6 @@ def _attach_all(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         if layers is not None and site.layer not in layers:
             continue
         attention = model.get_submodule(site.name)
-        path, _, target = site.name.rpartition(".")
         width = input_width(attention, config.hidden_size)
         branch: Any = SeveralBranches(width, several) if several else PreskipBranch(width, settings)
         if torch.get_default_dtype() == torch.bfloat16 and not config.preskip_keep_float32:
@@ -143,7 +142,7 @@ def _attach_all(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             for part, linear in own.linears.items():
                 # On the Linear: transformers calls `_init_weights` only for modules with weights of their own.
                 linear.preskip_part = (part, own.settings)
-        attach(attention, branch, tap_of(model.get_submodule(path), target, config.preskip_skip_position))
+        attach(attention, branch, tap_of(model, site.name, config.preskip_skip_position))
 
 
 @cache

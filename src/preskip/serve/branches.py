@@ -117,6 +117,5 @@ def _branches(model: nn.Module, config: Any, is_whole: bool) -> Iterator[tuple[A
         )
     for site in have:
         attention: Any = model.get_submodule(site.name)
-        path, _, target = site.name.rpartition(".")
-        tap = tap_of(model.get_submodule(path), target, config.preskip_skip_position)
+        tap = tap_of(model, site.name, config.preskip_skip_position)
         yield attention, getattr(attention, CHILD), tap, f"{site.name}.{CHILD}"
