@@ -68,11 +68,12 @@ class ValueResidual(PeerModule):
         """Forward hook of the projection.
 
         Raises:
-            PreskipError: the first layer runs a second time in a pass.
+            PreskipError: the first layer runs a second time in a pass with gradients, which checkpointing would give to
+                the values of the wrong run.
         """
         own = self.values.read(output)
         if self.is_first:
-            if self.tokens.is_running and self.tokens.first_value is not None:
+            if torch.is_grad_enabled() and self.tokens.is_running and self.tokens.first_value is not None:
                 raise PreskipError("the layers run several times in a pass, so no values are the first: leave it out")
             self.tokens.first_value, self.tokens.first_has_graph = own, torch.is_grad_enabled()
             return output
