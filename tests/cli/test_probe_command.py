@@ -94,6 +94,18 @@ def test_a_finished_run_holds_everything(finished):
     assert run_faults(run) == []
 
 
+def test_pieces_of_one_text_file_give_no_verdict(probe, inputs, tmp_path):
+    """They are not independent: neither as documents nor by their last words."""
+    texts = [json.loads(line)["text"] for line in inputs[1].open()]
+    novel = tmp_path / "novel.txt"
+    novel.write_text("\n\n".join(f"Chapter {number}. {text}" for number in range(400) for text in texts)[:100_000])
+    code, _, err = probe("--arms", "none,preskip", corpus=novel)
+    assert code == 0, err
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert {results["sets"][name]["clusters"] for name in ("novel", "last_word")} == {1}
+    assert {entry["verdict"] for entry in results["comparisons"]} == {"too few units"}
+
+
 def test_figures_follow_from_the_items(finished):
     import math
 

@@ -181,7 +181,8 @@ def _document_items(document: Document, seed: int) -> list[tuple[int, LastWordIt
         if not SHORTEST_PASSAGE <= length <= LONGEST_PASSAGE or not any(key in before for before in words[first:last]):
             continue
         context = " ".join([*sentences[first:last], sentence[: match.start()].rstrip()])
-        item = LastWordItem(f"{document.id}#{last}", document.id, document.group, context, target)
+        group = document.piece_of or document.group
+        item = LastWordItem(f"{document.id}#{last}", document.id, group, context, target)
         candidates.append((first, last, item))
     candidates.sort(key=lambda candidate: _draw(seed, candidate[2].id))
     taken: list[tuple[int, int]] = []

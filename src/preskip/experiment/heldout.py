@@ -348,10 +348,10 @@ def _last_words(
     except PreskipError as error:
         raise PreskipError(f"{error} (--last-word-items 0)") from None
     items, windows, left = last_word_windows(items, tokenizer, limit)
-    few = len({item.group for item in items}) < 2
+    few = len({item.document for item in items}) < 2
     if few and not left:
         raise PreskipError(
-            "the last-word items come from fewer than 2 independent held-out documents: give more text or leave them "
+            "the last-word items come from fewer than 2 held-out documents: give more text or leave them "
             "out (--last-word-items 0)"
         )
     if left:

@@ -150,12 +150,12 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
             trials[0, power]["kept"] = True
     else:
         kept = [round(STEPS_PER_DECADE * math.log10(start / default))]
-    best: float = _bracketed(loss, min(kept, key=lambda power: loss(1, power)))
-    if math.isinf(loss(1, best)[0]):
+    of_grid = _bracketed(loss, min(kept, key=lambda power: loss(1, power)))
+    if math.isinf(loss(1, of_grid)[0]):
         raise DivergedError("training diverged at its best learning rate: give a fixed --lr")
+    best: float = of_grid
     if config.lr_rule == "frontier":
-        best = _within_limit(loss, best)
-        best = _near_limit(loss, trials, best, config.lr_harm)
+        best = _near_limit(loss, trials, _within_limit(loss, of_grid), config.lr_harm)
     trials[1, best]["kept"] = True
     found: Search = {
         "default": default,
