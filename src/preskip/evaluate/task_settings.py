@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from preskip.errors import PreskipError
-from preskip.fields import about, allowed, is_allowed, option
+from preskip.fields import about, option, refusal
 
 _GROUP = "Evaluation"
 
@@ -43,9 +43,8 @@ class TaskSettings:
 
     def __post_init__(self) -> None:
         for name, what in about(type(self)).items():
-            if not is_allowed(getattr(self, name), what):
-                flag = "--" + name.replace("_", "-")
-                raise PreskipError(f"{flag} {getattr(self, name)} is not possible: {allowed(what)}")
+            if why := refusal(getattr(self, name), what):
+                raise PreskipError(f"--{name.replace('_', '-')} {why}")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise PreskipError("--fewshot-as-multiturn needs --apply-chat-template")
 
