@@ -6,8 +6,6 @@ it is: the same tensors under the same names, without the adapter's. Logits do n
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,7 +25,7 @@ from preskip.errors import PreskipError
 from preskip.model_types import TYPES
 from preskip.quantizing import QUANTIZED
 from preskip.quantizing import quantize as quantize_weight
-from preskip.runs.files import clear_disk_errors
+from preskip.runs.files import clear_disk_errors, new_folder
 from preskip.sites import find_sites
 from preskip.version import __version__
 
@@ -89,20 +87,11 @@ def bake(
     recorded = getattr(model, "peft_config", {}).get(found[0].name)
     source = base_name or getattr(recorded, "base_model_name_or_path", None) or base.config.name_or_path
     baked.config.auto_map = family.auto_map
-    with clear_disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside its place and renamed: what is at `out` is whole.
-        workspace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-        try:
-            _save(baked, workspace)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(workspace)
-            (workspace / "README.md").write_text(short_card(baked, source), encoding="utf-8")
-            workspace.chmod(0o755)
-            workspace.rename(out)
-        except BaseException:
-            shutil.rmtree(workspace, ignore_errors=True)
-            raise
+    with clear_disk_errors(out), new_folder(out) as workspace:
+        _save(baked, workspace)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(workspace)
+        (workspace / "README.md").write_text(short_card(baked, source), encoding="utf-8")
     return out
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -86,7 +84,7 @@ def explain(
         from preskip.report.explain.pictures import check_folder, save_figures
         from preskip.runs import environment
         from preskip.runs.explain_schema import EXPLAIN_VERSION, Explain
-        from preskip.runs.files import clear_disk_errors, read_json, write_json
+        from preskip.runs.files import new_folder, read_json, write_json
         from preskip.runs.weights import find_source, trained_context
     found = find_source(source, arm=arm, seed=seed)
     if found.is_checkpoint and (several := read_json(found.weights / "config.json").get("preskip_adapters")):
@@ -130,11 +128,7 @@ def explain(
     for line in _announcement(found, weights_dtype(base_model(live)), reason, device):
         say(line, quiet=as_json)
     loaded = time.perf_counter() - started
-    with clear_disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Made beside its place and renamed: what is at `out` is whole.
-        workspace = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with new_folder(out) as workspace:
         result = explain(
             live,
             tokenizer,
@@ -155,14 +149,8 @@ def explain(
         }
         write_json(workspace / "explain.json", content)
         page = written_or_said(build_explain_page, workspace, "explain.html", as_json)
-        workspace.chmod(0o755)
-        with clear_disk_errors(out):
-            workspace.rename(out)
-        if found.run is not None and out.parent == found.run / "explain" and (found.run / "results.json").is_file():
-            written_or_said(build_report, found.run, "report.html", as_json)  # its page holds this one's section
-    except BaseException:
-        shutil.rmtree(workspace, ignore_errors=True)
-        raise
+    if found.run is not None and out.parent == found.run / "explain" and (found.run / "results.json").is_file():
+        written_or_said(build_report, found.run, "report.html", as_json)  # its page holds this one's section
     written = figures and written_or_said(lambda folder: save_figures(content, folder), figures, "figures", as_json)
     written = written or []
     if as_json:

@@ -20,9 +20,7 @@ One process at a time works on a run (`RunDirectory.lock`); what a killed one le
 
 from __future__ import annotations
 
-import errno
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from typing import Any
 from typing_extensions import Unpack
 
 from preskip.errors import PreskipError
-from preskip.runs.files import TEMPORARY, clear_disk_errors, read_json, read_jsonl, write_json
+from preskip.runs.files import TEMPORARY, clear_disk_errors, new_folder, read_json, read_jsonl, write_json
 from preskip.runs.schema import SCHEMA_VERSION, CellSummary, Facts, Manifest, Record, Status, check_version
 
 # What marks a folder of a run as done, its checkpoints as no longer needed.
@@ -106,21 +104,8 @@ class RunDirectory:
         """
         if path.exists():
             raise PreskipError(f"{path} exists already: choose another --out, or finish it with --resume {path}")
-        with clear_disk_errors(path):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            except (FileExistsError, NotADirectoryError, FileNotFoundError):
-                raise PreskipError(f"no folder can be made in {path.parent}: choose another --out") from None
-            try:
-                write_json(temporary / "run.json", {"schema_version": SCHEMA_VERSION, **manifest})
-                temporary.chmod(0o755)
-                temporary.rename(path)
-            except BaseException as error:
-                shutil.rmtree(temporary, ignore_errors=True)
-                if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise PreskipError(f"{path} has just been made by another process: choose another --out") from None
-                raise
+        with new_folder(path) as folder:
+            write_json(folder / "run.json", {"schema_version": SCHEMA_VERSION, **manifest})
         return cls(path)
 
     @classmethod

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -83,6 +84,40 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o600) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which is put at `path` as the block ends: what is there is whole.
+
+    Where the block fails nothing is left behind.
+
+    Raises:
+        PreskipError: it cannot be made or put there, or another process has just made one.
+    """
+    with clear_disk_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        except (FileExistsError, NotADirectoryError, FileNotFoundError):
+            raise PreskipError(f"no folder can be made in {path.parent}: choose another --out") from None
+    try:
+        yield made
+        with clear_disk_errors(path):
+            made.chmod(0o755)
+            _put(made, path)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def _put(made: Path, path: Path) -> None:
+    try:
+        made.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise PreskipError(f"{path} has just been made by another process: choose another --out") from None
 
 
 def sync_tree(folder: Path) -> None:
