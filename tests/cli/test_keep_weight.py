@@ -12,6 +12,7 @@ from preskip.experiment.heldout import Scored
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.runs.files import read_jsonl
 from tiny_model import save_tiny_llama, write_corpus
+from tiny_text import tiny_tokenizer
 
 FEW = ["--steps", "4", "--batch-size", "2", "--seq-len", "16", "--eval-documents", "4", "--eval-words", "30"]
 FEW += ["--last-word-items", "0", "--context-length", "32", "--device", "cpu", "--dtype", "float32"]
@@ -50,9 +51,10 @@ def test_the_text_to_keep_is_of_training_documents_alone(tmp_path, monkeypatch):
     home, other = (load_splits(str(write_corpus(tmp_path / f"{name}.jsonl", 30))) for name in ("home", "other"))
     corpora = [Scored(home, 4, 30, "in"), Scored(other, 4, 30, "out")]
     config = ProbeConfig(keep_weight=1.0, steps=5, batch_size=6, seq_len=16)
-    _kept_blocks(config, corpora, None, True)
+    _kept_blocks(config, corpora, tiny_tokenizer(lead=True), True)
     (documents, more), *_ = seen
     assert [document.id for document in documents] == [document.id for document in other.training]
     scored = {document.id for document in (*other.heldout, *other.development)}
     assert not scored & {document.id for document in documents}
     assert more["limit_tokens"] == 10 * 16  # two of the six of each step
+    assert more["opening"] == tiny_tokenizer().bos_token_id

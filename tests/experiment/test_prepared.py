@@ -1,13 +1,18 @@
-"""Workers, tasks on Ray and followers prepare a run anew: from the same inputs as its main process, or not at all."""
+"""What a run is prepared from: workers, tasks on Ray and followers do it anew, from the same inputs or not at all."""
 
 from pathlib import Path
 
 import pytest
 
+from preskip.data.splits import load_splits
 from preskip.errors import PreskipError
 from preskip.experiment.cell import opened
+from preskip.experiment.frozen import _training_blocks
+from preskip.experiment.probe_options import ProbeConfig
 from preskip.experiment.run import finish_run, start_run
 from small_probe import small_probe
+from tiny_model import write_corpus
+from tiny_text import tiny_tokenizer
 
 
 def test_a_process_that_reads_another_corpus_than_the_run_is_refused(tmp_path):
@@ -20,3 +25,13 @@ def test_a_process_that_reads_another_corpus_than_the_run_is_refused(tmp_path):
     corpus.write_text(corpus.read_text(encoding="utf-8").replace("the", "thy", 1), encoding="utf-8")
     with pytest.raises(PreskipError, match=r"corpus .* has changed since this run began"):
         opened(run.path)
+
+
+@pytest.mark.parametrize("lead", [True, False])
+def test_blocks_to_train_on_begin_as_the_tokenizer_begins_a_text(tmp_path, lead):
+    splits = load_splits(str(write_corpus(tmp_path / "corpus.jsonl", 30)))
+    tokenizer = tiny_tokenizer(lead=lead)
+    blocks = _training_blocks(ProbeConfig(steps=5, batch_size=2, seq_len=16), splits, tokenizer, True)(1)
+    assert set(blocks[:, 0] == tokenizer.bos_token_id) == {lead}
+    assert blocks.shape == (10, 16)
+    assert tokenizer.bos_token_id not in blocks[:, 1:]
