@@ -35,3 +35,17 @@ def test_blocks_to_train_on_begin_as_the_tokenizer_begins_a_text(tmp_path, lead)
     assert set(blocks[:, 0] == tokenizer.bos_token_id) == {lead}
     assert blocks.shape == (10, 16)
     assert tokenizer.bos_token_id not in blocks[:, 1:]
+
+
+def test_a_model_that_needs_a_start_token_is_said_to_be_trained_without_it(tmp_path, monkeypatch, capsys):
+    """Measured once, and stored: what resumes the run and what works for it take that."""
+    monkeypatch.setattr("preskip.experiment.frozen.start_gain", lambda *_: 1.9)
+    config = small_probe(tmp_path, steps=2, last_word_items=0, lr_mode="default", seeds=(1,))
+    run = start_run(config, tmp_path / "run", ["test"])
+    results = finish_run(run)
+    said = "reads the training blocks 1.90 nats per token better behind its start token"
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert any(said in note for note in results["notes"])
+    monkeypatch.setattr("preskip.experiment.frozen.start_gain", lambda *_: 0.0)
+    assert any(said in note for note in finish_run(run)["notes"])
+    assert run.manifest["tokenizer"]["start_gain"] == 1.9

@@ -26,6 +26,7 @@ from preskip.data.tokenizer import fingerprint
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
 from preskip.evaluate.published import recognise_published
+from preskip.evaluate.start import start_gain, start_note
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import LAST_WORD, Scored, load_corpora, local_data, prepare_heldout
@@ -35,7 +36,7 @@ from preskip.experiment.probe_options import ProbeConfig
 from preskip.experiment.reuse import Reuse
 from preskip.kv_cache import cache_name
 from preskip.peers.tokens import Tails
-from preskip.progress import progress_bar, progress_display, spinner
+from preskip.progress import progress_bar, progress_display, say, spinner
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.runs.files import clear_disk_errors, sync_tree
 from preskip.runs.schema import AblationRow, ArmFacts, Facts, StepRow
@@ -128,6 +129,12 @@ class Frozen(Prepared):
             reuse=reuse,
         )
         first = blocks(config.seeds[0])
+        known: Any = run.manifest.get("tokenizer", {})  # of the first attempt
+        gain = known.get("start_gain")
+        if "start_gain" not in known and config.packing == "packed":
+            gain = start_gain(base, tokenizer, first)
+        if note := start_note(gain):
+            say(note, quiet=quiet)
         tokens, passes = int((first >= 0).sum()), config.steps * config.batch_size / len(first)  # padding is negative
         return prepared, {
             "model": {
@@ -147,6 +154,7 @@ class Frozen(Prepared):
                 "vocab_size": len(tokenizer),
                 "sha256": fingerprint(tokenizer, start_token(tokenizer)),
                 "opening": opening_token(tokenizer),
+                "start_gain": gain,
             },
             **common_facts(config, splits, tokens=tokens, passes=passes, documents=len(splits.training)),
             "arms": described,

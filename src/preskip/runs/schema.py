@@ -188,6 +188,7 @@ class TokenizerFacts(TypedDict):
     vocab_size: int
     sha256: str
     opening: NotRequired[int | None]  # the start token that begins every block and window; absent in earlier runs
+    start_gain: NotRequired[float | None]  # see `preskip.evaluate.start`
 
 
 class ArmCosts(TypedDict):
