@@ -242,6 +242,7 @@ def test_every_window_begins_with_a_start_token_that_opens_every_text():
         before = heldout_windows(document, plain, 8, stride)
         assert [list(window.input_ids[1:]) for window in windows] == [list(w.input_ids[1:]) for w in before]
         assert [window.scored_from for window in windows] == [window.scored_from for window in before]
+        assert heldout_windows(document, opening, 8, stride, reopen=False) == before
 
 
 def test_windows_of_nothing_and_bad_stride():

@@ -39,13 +39,27 @@ def test_blocks_to_train_on_begin_as_the_tokenizer_begins_a_text(tmp_path, lead)
 
 def test_a_model_that_needs_a_start_token_is_said_to_be_trained_without_it(tmp_path, monkeypatch, capsys):
     """Measured once, and stored: what resumes the run and what works for it take that."""
-    monkeypatch.setattr("preskip.experiment.frozen.start_gain", lambda *_: 1.9)
+    monkeypatch.setattr("preskip.experiment.frozen.start_gain", lambda *_, **__: 1.9)
     config = small_probe(tmp_path, steps=2, last_word_items=0, lr_mode="default", seeds=(1,))
     run = start_run(config, tmp_path / "run", ["test"])
     results = finish_run(run)
     said = "reads the training blocks 1.90 nats per token better behind its start token"
     assert said in " ".join(capsys.readouterr().err.split())
     assert any(said in note for note in results["notes"])
-    monkeypatch.setattr("preskip.experiment.frozen.start_gain", lambda *_: 0.0)
+    monkeypatch.setattr("preskip.experiment.frozen.start_gain", lambda *_, **__: 0.0)
     assert any(said in note for note in finish_run(run)["notes"])
     assert run.manifest["tokenizer"]["start_gain"] == 1.9
+
+
+def test_a_finished_run_whose_blocks_lacked_the_start_token_takes_no_further_seeds(tmp_path, monkeypatch):
+    """Resumed as it is, it keeps the first attempt's facts."""
+    config = small_probe(tmp_path, steps=2, last_word_items=0, lr_mode="default", seeds=(1,))
+    run = start_run(config, tmp_path / "run", ["test"])
+    finish_run(run, quiet=True)
+    old = {key: value for key, value in run.manifest["tokenizer"].items() if key != "opening"}
+    run.update_manifest(tokenizer=old)
+    monkeypatch.setattr("preskip.experiment.frozen.opening_token", lambda tokenizer: 0)
+    finish_run(run, quiet=True)
+    assert run.manifest["tokenizer"] == old
+    with pytest.raises(PreskipError, match="left the start token out of the blocks it trains on"):
+        finish_run(run, seeds=(1, 2), quiet=True)

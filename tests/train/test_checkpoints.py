@@ -216,6 +216,21 @@ def test_checkpoints_of_arms_without_peft_hold_what_is_trained_alone(tmp_path, n
     assert told == []
 
 
+def test_a_compiled_model_that_is_frozen_in_part_is_resumed_from_what_is_trained(tmp_path):
+    """`Trainer` looks for the names of the compiled one, and passes over those of the checkpoint."""
+    own = trainer(tmp_path, max_steps=1)
+    own.model.model.embed_tokens.weight.requires_grad_(False)
+    own.train()
+    expected = own.model.model.layers[0].mlp.up_proj.weight
+    again = trainer(tmp_path, max_steps=1)
+    again.model.model.embed_tokens.weight.requires_grad_(False)
+    plain = again.model
+    again.model = again.model_wrapped = torch.compile(plain, backend="eager")
+    assert not torch.equal(plain.model.layers[0].mlp.up_proj.weight, expected)
+    again._load_from_checkpoint(str(tmp_path / "checkpoint-1"))
+    assert torch.equal(plain.model.layers[0].mlp.up_proj.weight, expected)
+
+
 def test_a_model_that_is_frozen_in_part_is_saved_whole_where_that_is_asked(tmp_path):
     own = trainer(tmp_path, max_steps=1)
     own.model.model.embed_tokens.weight.requires_grad_(False)

@@ -209,7 +209,9 @@ def _reordered(stream: IO[bytes], order: NDArray[np.int64], width: int, opening:
         return np.memmap(file, dtype=np.int32, mode="c", shape=(len(order), first.size + width))
 
 
-def heldout_windows(document: Document, tokenizer: Any, context_length: int, stride: int) -> list[Window]:
+def heldout_windows(
+    document: Document, tokenizer: Any, context_length: int, stride: int, *, reopen: bool = True
+) -> list[Window]:
     """Cut a document into windows that score each of its tokens exactly once.
 
     The text follows the tokenizer's start token (for want of one: its end token), so that its first token is
@@ -223,6 +225,8 @@ def heldout_windows(document: Document, tokenizer: Any, context_length: int, str
         context_length: most tokens that the model reads at once.
         stride: tokens scored per window behind the first, 1 to `context_length`. The smaller, the more context each
             token has: at least `context_length - stride + 1`. `context_length` itself is the cheapest.
+        reopen: whether later windows begin with the start token, where the tokenizer opens texts; a model that was
+            trained from scratch on blocks without it needs none.
 
     Returns:
         Windows in the document's order; none for an empty document.
@@ -235,7 +239,7 @@ def heldout_windows(document: Document, tokenizer: Any, context_length: int, str
             f"context length {context_length} and stride {stride}: the stride must lie between 1 and the context length"
         )
     ids = text_ids(document.text, tokenizer)
-    start, opening = start_token(tokenizer), opening_token(tokenizer)
+    start, opening = start_token(tokenizer), opening_token(tokenizer) if reopen else None
     sequence = array("i", ids if start is None else [start, *ids])
     windows: list[Window] = []
     scored = 1  # the first token of the sequence is never predicted

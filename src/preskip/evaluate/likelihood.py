@@ -253,10 +253,10 @@ def batches(rows: Iterable[T], batch_tokens: int, length: Callable[[T], int] = l
 
 
 def document_windows(
-    documents: Sequence[Document], tokenizer: Any, *, context_length: int, stride: int
+    documents: Sequence[Document], tokenizer: Any, *, context_length: int, stride: int, reopen: bool = True
 ) -> tuple[list[Window], list[int]]:
     """The windows of all documents (`preskip.data.blocks.heldout_windows`), and for each the index of its document."""
-    cut = [heldout_windows(document, tokenizer, context_length, stride) for document in documents]
+    cut = [heldout_windows(document, tokenizer, context_length, stride, reopen=reopen) for document in documents]
     owners = [index for index, windows in enumerate(cut) for _ in windows]
     return [window for windows in cut for window in windows], owners
 

@@ -18,13 +18,16 @@ BLOCKS = 8
 NEEDED = 0.25
 
 
-def start_gain(model: nn.Module, tokenizer: Any, blocks: NDArray[np.int32]) -> float | None:
+def start_gain(
+    model: nn.Module, tokenizer: Any, blocks: NDArray[np.int32], *, batch_tokens: int | None = None
+) -> float | None:
     """Nats per token by which a model reads blocks better behind its start token.
 
     Args:
         model: a causal language model.
         tokenizer: a Hugging Face tokenizer.
         blocks: token ids without that token, [N, seq_len]; of the first `BLOCKS` all tokens but the first are scored.
+        batch_tokens: as of `score_sequences`.
 
     Returns:
         NLL without minus NLL with it; None where the tokenizer opens a text with it itself, has none, or the loss is
@@ -35,8 +38,8 @@ def start_gain(model: nn.Module, tokenizer: Any, blocks: NDArray[np.int32]) -> f
         return None
     rows = [block.tolist() for block in blocks[:BLOCKS]]
     with suppress(DivergedError):  # scoring says so
-        without = score_sequences(model, [Window(row, 1) for row in rows])
-        behind = score_sequences(model, [Window([start, *row], 2) for row in rows])
+        without = score_sequences(model, [Window(row, 1) for row in rows], batch_tokens=batch_tokens)
+        behind = score_sequences(model, [Window([start, *row], 2) for row in rows], batch_tokens=batch_tokens)
         nats = sum(score.nll for score in without) - sum(score.nll for score in behind)
         return round(nats / sum(score.tokens for score in without), 3)
     return None

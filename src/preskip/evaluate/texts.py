@@ -81,9 +81,15 @@ class TextSet:
 
 
 def prepare_texts(
-    name: str, documents: Sequence[Document], tokenizer: Any, *, context_length: int, stride: int | None = None
+    name: str,
+    documents: Sequence[Document],
+    tokenizer: Any,
+    *,
+    context_length: int,
+    stride: int | None = None,
+    reopen: bool = True,
 ) -> TextSet:
-    """Cut documents into windows; a stride of None is `context_length`, its largest.
+    """Cut documents into windows (`preskip.data.blocks.heldout_windows`); a stride of None is `context_length`.
 
     A document that gives no token to score is left out and named.
 
@@ -91,7 +97,9 @@ def prepare_texts(
         PreskipError: a stride out of range.
     """
     stride = context_length if stride is None else stride
-    windows, owners = document_windows(documents, tokenizer, context_length=context_length, stride=stride)
+    windows, owners = document_windows(
+        documents, tokenizer, context_length=context_length, stride=stride, reopen=reopen
+    )
     scored = set(owners)
     notes = []
     if left := [document.id for number, document in enumerate(documents) if number not in scored]:

@@ -132,7 +132,7 @@ class Frozen(Prepared):
         known: Any = run.manifest.get("tokenizer", {})  # of the first attempt
         gain = known.get("start_gain")
         if "start_gain" not in known and config.packing == "packed":
-            gain = start_gain(base, tokenizer, first)
+            gain = start_gain(base, tokenizer, first, batch_tokens=config.eval_batch_tokens)
         if note := start_note(gain):
             say(note, quiet=quiet)
         tokens, passes = int((first >= 0).sum()), config.steps * config.batch_size / len(first)  # padding is negative

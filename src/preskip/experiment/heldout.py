@@ -222,13 +222,15 @@ def require(config: Config, part: str, documents: Sequence[Document], least: int
         )
 
 
-def prepare_documents(config: Config, corpora: Sequence[Scored], tokenizer: Any, context_length: int) -> HeldOut:
-    """Choose and tokenise the held-out documents of every corpus."""
+def prepare_documents(
+    config: Config, corpora: Sequence[Scored], tokenizer: Any, context_length: int, *, reopen: bool
+) -> HeldOut:
+    """Choose and tokenise the held-out documents of every corpus; `reopen` is as of `prepare_texts`."""
     texts: list[TextSet] = []
     sets: dict[str, SetFacts] = {}
     for splits, count, words, domain in corpora:
         documents = choose(splits.heldout, count, words, config.split_seed)
-        text = prepare_texts(slug(splits.name), documents, tokenizer, context_length=context_length)
+        text = prepare_texts(slug(splits.name), documents, tokenizer, context_length=context_length, reopen=reopen)
         if len(text.documents) < 2:
             raise PreskipError(
                 f"corpus {splits.name} has {len(text.documents)} held-out document(s) with tokens to score, 2 are "
@@ -264,7 +266,7 @@ def prepare_heldout(
         PreskipError: too little text, or a task that is unavailable.
     """
     in_domain = corpora[0].splits
-    documents = prepare_documents(config, corpora, tokenizer, config.context_length)
+    documents = prepare_documents(config, corpora, tokenizer, config.context_length, reopen=True)
     sets = documents.sets
     paper_data = load_paper_data(data_dir) if config.paper_scoring else None
     development: list[TextSet] = []

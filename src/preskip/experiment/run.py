@@ -138,6 +138,8 @@ def finish_run(
             if isinstance(prepared, Scratch):
                 show_plans(prepared.plans)
             _keep_found_rates(prepared, facts)
+            if "tokenizer" in run.manifest:  # its facts say how the first attempt's blocks were made
+                facts["tokenizer"] = run.manifest["tokenizer"]
             run.update_manifest(status="running", config=stored, **facts)
             cells = _missing_cells(prepared)
             check_space(run.path, _needed_bytes(config, cells, facts))

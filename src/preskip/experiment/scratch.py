@@ -93,7 +93,7 @@ class Scratch(Prepared):
             )
         with spinner("preparing the held-out texts", quiet=quiet):
             development = development_blocks(run, config, splits, tokenizer)
-            heldout = prepare_documents(config, corpora, tokenizer, config.scoring_context)
+            heldout = prepare_documents(config, corpora, tokenizer, config.scoring_context, reopen=False)
         # Before what the cells share is written: a finished run must stay as it is.
         given: Any = {"corpus": {"name": config.corpus, "sha256": splits.sha256}, "sets": heldout.sets}
         check_same_inputs(run, given, is_complete=is_complete(run, config))

@@ -216,6 +216,7 @@ def open_texts(run: RunDirectory, config: PretrainConfig, tokenizer: Any) -> tup
             [Document(its["id"], its["text"], its.get("group", its["id"])) for its in entry["documents"]],
             tokenizer,
             context_length=config.scoring_context,
+            reopen=False,
         )
         for entry in read_json(folder / "heldout.json")
     ]

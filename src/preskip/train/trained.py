@@ -54,7 +54,7 @@ def write_rest(checkpoint: Path, model: nn.Module) -> None:
 
 
 def read_rest(checkpoint: Path, model: nn.Module) -> None:
-    """Put back what `write_rest` has stored.
+    """Put back what `write_trained` and `write_rest` have stored.
 
     Raises:
         PreskipError: a trained weight is not in the checkpoint; resumed, it would begin at its initialisation.
@@ -66,8 +66,10 @@ def read_rest(checkpoint: Path, model: nn.Module) -> None:
             f"checkpoint {checkpoint} lacks {len(missing)} trained weights, {missing[0]} among them: delete "
             f"{checkpoint.parent} to begin this training anew"
         )
-    if (checkpoint / FILE).is_file():
-        model.load_state_dict(load_file(checkpoint / FILE), strict=False)
+    # `Trainer` itself passes over what a compiled model names otherwise.
+    for name in (SAFE_WEIGHTS_NAME, FILE) if is_partly_frozen(model) else (FILE,):
+        if (checkpoint / name).is_file():
+            model.load_state_dict(load_file(checkpoint / name), strict=False)
 
 
 def _stored(checkpoint: Path) -> set[str]:
