@@ -73,7 +73,7 @@ def attach(attention: nn.Module, branch: nn.Module, tap: nn.Module | None = None
         branch: has `enrich(x̂) -> x̃` and `content(x̃) -> skip | None`, and accepts new attributes.
         tap: the module to whose output the skip is added, in place of the attention's own; to the input of a dropout.
 
-    Graphs that `torch.compile` has made in this process are dropped and made anew at their next call.
+    Where the model may be compiled already, call `forget_compiled` behind it.
     """
     attention.add_module(CHILD, branch)
     handles = [attention.register_forward_pre_hook(replace_input, with_kwargs=True)]
@@ -87,11 +87,13 @@ def attach(attention: nn.Module, branch: nn.Module, tap: nn.Module | None = None
             tap.register_forward_pre_hook(carrier.add_before) if is_dropout else tap.register_forward_hook(carrier.add)
         )
     branch.hook_handles = handles  # type: ignore[assignment]
-    _forget_compiled()
 
 
-def _forget_compiled() -> None:
-    """Drop compiled graphs: torch guards no module without hooks against its first, and would leave the branch out."""
+def forget_compiled() -> None:
+    """Drop all graphs of `torch.compile` in this process; each is made anew at its next call.
+
+    torch guards no module without hooks against its first one, and would leave a new branch out.
+    """
     if "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
         torch.compiler.reset()
 

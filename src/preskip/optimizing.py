@@ -22,6 +22,7 @@ from preskip.attach import (
     add_skip,
     attach,
     detach,
+    forget_compiled,
     hidden_states_of,
     replace_input,
     with_hidden_states,
@@ -51,6 +52,8 @@ class Optimized:
             if attention._modules.get(CHILD) is branch:  # not where the adapter was unloaded meanwhile
                 detach(attention)
                 attach(attention, branch)
+        if self._changed:
+            forget_compiled()
         self._changed = []
 
     def __enter__(self) -> Optimized:

@@ -5,7 +5,7 @@ import pytest
 from preskip.data.corpus import Document
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import document_windows, score_sequences
-from preskip.evaluate.texts import TextSuite
+from preskip.evaluate.texts import TextSuite, prepare_texts
 from preskip.stats.comparisons import compare
 from preskip.stats.verdicts import independent_units
 from tiny_model import tiny_llama, write_corpus
@@ -82,3 +82,18 @@ def test_of_a_published_corpus_the_held_out_part_is_scored(tmp_path):
 def test_a_published_corpus_takes_the_data_directory():
     with pytest.raises(PreskipError, match="corpus books is read from the data directory: give --data-dir"):
         TextSuite(["books"], tiny_tokenizer(), context_length=32)
+
+
+def test_a_set_says_where_later_windows_begin_with_the_start_token():
+    """Scores of before have none there, and are not compared with these."""
+    documents = [Document(name, PROSE, name) for name in "ab"]
+    opening = tiny_tokenizer(lead=True)
+    facts = {"domain": "in", "title": "t", "source": "s", "sha256": None}
+    for tokenizer, length, reopen, expected in (
+        (opening, 16, True, opening.bos_token_id),
+        (opening, 16, False, None),
+        (opening, 10_000, True, None),  # there is no later one
+        (tiny_tokenizer(), 16, True, None),
+    ):
+        text = prepare_texts("t", documents, tokenizer, context_length=length, reopen=reopen)
+        assert text.describe(tokenizer, **facts).get("reopened") == expected

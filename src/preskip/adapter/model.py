@@ -26,7 +26,7 @@ from preskip.adapter.targets import (
     resolve_modules_to_save,
     set_default_targets,
 )
-from preskip.attach import CHILD, attach, detach, remove_copied_taps, tap_of
+from preskip.attach import CHILD, attach, detach, forget_compiled, remove_copied_taps, tap_of
 from preskip.errors import PreskipError
 from preskip.rows import check_names, check_rows
 from preskip.site_check import check_role
@@ -79,6 +79,7 @@ class PreskipModel(BaseTuner):
             raise
         remember_given(config, before)
         self._watch_loading()
+        forget_compiled()
 
     def _check_name(self, model: nn.Module, adapter_name: str) -> None:
         try:

@@ -45,7 +45,8 @@ def check_loaded(name: str, model: Any, report: dict[str, Any]) -> None:
     kind = type(model).__name__
     # A base model's own checkpoint has its names without the prefix that they have in a model with a head.
     modules = dict(model.base_model.named_modules()) | dict(model.named_modules())
-    if dropped := [key for key in extra if _is_of_module(key, modules)]:
+    is_plain = getattr(model, "quantization_method", None) is None  # GPTQ's may hold biases that the base has not
+    if is_plain and (dropped := [key for key in extra if _is_of_module(key, modules)]):
         raise PreskipError(
             f"model {name}: {kind} has no place for {_first(dropped)}: its config.json does not belong to these "
             "weights (attention_bias and the like); get both from one place"

@@ -120,7 +120,8 @@ def evaluate(
     check_causal(live)
     config: Any = live.config
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
-    length = chosen_context(context_length, own, trained_context(Path(model)) or LONGEST_CONTEXT)
+    trained = trained_context(Path(model))  # of a run from scratch, whose blocks begin anywhere in a document
+    length = chosen_context(context_length, own, trained or LONGEST_CONTEXT)
     text_suite = TextSuite(
         texts,
         tokenizer,
@@ -131,6 +132,7 @@ def evaluate(
         data_dir=data_directory(data_dir),
         text_column=text_column,
         split=corpus_split,
+        reopen=trained is None,
         progress=not as_json,
     )
     if single := next((name for name, described in text_suite.sets.items() if described["documents"] < 2), None):

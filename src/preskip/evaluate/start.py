@@ -51,5 +51,6 @@ def start_note(gain: float | None) -> str | None:
         return None
     return (
         f"the untouched model reads the training blocks {gain:.2f} nats per token better behind its start token, which "
-        "its tokenizer does not put there: the arms also learn to do without it; give a tokenizer that adds it"
+        "its tokenizer does not put there: the arms also learn to do without it; if the model needs it, give its "
+        "folder with a tokenizer that adds it (add_bos_token)"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from preskip.data.blocks import Window, scored_size
+from preskip.data.blocks import Window, opening_token, scored_size
 from preskip.data.corpus import Document
 from preskip.data.splits import load_texts, slug
 from preskip.errors import PreskipError
@@ -33,6 +33,7 @@ class TextSet:
         context_length: most tokens read at once.
         stride: tokens scored per window behind the first.
         notes: what was left out, and why.
+        reopened: the start token that begins later windows of a document; None where there is none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class TextSet:
     context_length: int
     stride: int
     notes: tuple[str, ...] = ()
+    reopened: int | None = None
 
     def describe(self, tokenizer: Any, *, domain: Domain, title: str, source: str, sha256: str | None) -> SetFacts:
         """The set as run.json describes it."""
@@ -70,6 +72,7 @@ class TextSet:
             "sha256": sha256,
             "context_length": self.context_length,
             "stride": self.stride,
+            **({} if self.reopened is None else {"reopened": self.reopened}),  # type: ignore[typeddict-item]
             "documents": len(self.documents),
             **clusters,
             "tokens": sum(len(window.input_ids) - window.scored_from for window in self.windows),
@@ -115,6 +118,7 @@ def prepare_texts(
         context_length=context_length,
         stride=stride,
         notes=tuple(notes),
+        reopened=opening_token(tokenizer) if reopen and len(windows) > len(scored) else None,
     )
 
 
@@ -183,6 +187,7 @@ class TextSuite:
         data_dir: Path | None = None,
         text_column: str | None = None,
         split: str | None = None,
+        reopen: bool = True,
         progress: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
@@ -196,7 +201,9 @@ class TextSuite:
             documents = sorted(corpus.documents, key=lambda document: document.id)
             total = len(documents)
             documents = [documents[index] for index in sample(total, limit, seed)]
-            text = prepare_texts(name, documents, tokenizer, context_length=context_length, stride=stride)
+            text = prepare_texts(
+                name, documents, tokenizer, context_length=context_length, stride=stride, reopen=reopen
+            )
             self._texts.append(text)
             self.sets[name] = {
                 **text.describe(tokenizer, domain="out", title=name, source=corpus.source, sha256=corpus.sha256),

@@ -153,7 +153,7 @@ class Frozen(Prepared):
                 "source": source.source,
                 "vocab_size": len(tokenizer),
                 "sha256": fingerprint(tokenizer, start_token(tokenizer)),
-                "opening": opening_token(tokenizer),
+                **({"opening": opening_token(tokenizer)} if config.packing == "packed" else {}),
                 "start_gain": gain,
             },
             **common_facts(config, splits, tokens=tokens, passes=passes, documents=len(splits.training)),

@@ -69,7 +69,7 @@ class Prepared(ABC):
                 set that has changed since, or another machine's data directory.
         """
         prepared, facts = cls.prepare(run, config, True, Crew())
-        check_same_inputs(run, facts)
+        check_same_inputs(run, facts, is_complete=True)  # of what is still to come the main process has made sure
         return prepared
 
     @abstractmethod

@@ -138,8 +138,10 @@ def finish_run(
             if isinstance(prepared, Scratch):
                 show_plans(prepared.plans)
             _keep_found_rates(prepared, facts)
-            if "tokenizer" in run.manifest:  # its facts say how the first attempt's blocks were made
-                facts["tokenizer"] = run.manifest["tokenizer"]
+            if first := run.manifest.get("tokenizer"):
+                facts["tokenizer"] |= first
+                if "opening" not in first:  # nothing is said of how the first attempt's blocks began
+                    facts["tokenizer"].pop("opening", None)
             run.update_manifest(status="running", config=stored, **facts)
             cells = _missing_cells(prepared)
             check_space(run.path, _needed_bytes(config, cells, facts))

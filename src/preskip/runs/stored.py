@@ -19,7 +19,7 @@ UNTRAINED = "none"  # the arm that is not trained
 # What is compared as it is: the untouched model, and the plain architecture trained from scratch.
 PLAIN = (UNTRAINED, "base")
 # What must be the same for scores of one set to be comparable.
-_SCORING = ("context_length", "stride")
+_SCORING = ("context_length", "stride", "reopened")
 # And of lm-eval's task, where it is one.
 _PROMPTS = ("version", "num_fewshot", "prompt_sha256")
 

@@ -22,7 +22,7 @@ def measured(model, ids=IDS, batch_tokens=40, **options):
     recorder = Recorder(live_branches(model))
     chunks = (Chunk(index, 0, own, own[1:], index > 0) for index, own in enumerate(ids))
     with recorder.recording():
-        rows = list(measure(model, recorder, chunks, batch_tokens=batch_tokens, has_start=False, **options))
+        rows = list(measure(model, recorder, chunks, batch_tokens=batch_tokens, **options))
     assert [row.chunk.owner for row in rows] == list(range(len(ids)))
     return [row.values for row in rows], [row.nll for row in rows], recorder
 
@@ -208,7 +208,7 @@ def test_memory_holds_one_batch_at_a_time():
             yield Chunk(index, 0, IDS[index % 4], IDS[index % 4][1:], True)
 
     with recorder.recording():
-        for row in measure(model, recorder, chunks(), batch_tokens=24, has_start=False):
+        for row in measure(model, recorder, chunks(), batch_tokens=24):
             assert len(taken) <= row.chunk.owner + 4
             if row.chunk.owner in (11, 499, 999):
                 del row

@@ -203,10 +203,9 @@ def _read(
     total = len(texts) if isinstance(texts, Sized) else sum(1 for _ in texts)
     pieces = chunks(texts, tokenizer, found.frequencies, context_length=extent.context_length, counted=counted)
     size = extent.batch_tokens or default_batch_tokens(next(model.parameters()).device)
-    has_start = start_token(tokenizer) is not None
     before: float | None = None  # nats of the first token of the next window
     with found.recorder.recording(), writer as rows, bar("read", total) as advance:
-        for measured in measure(model, found.recorder, pieces, batch_tokens=size, has_start=has_start):
+        for measured in measure(model, found.recorder, pieces, batch_tokens=size):
             before = _take(measured, found, rows, counted, before)
             advance(measured.chunk.owner.index + 1, measured.chunk.owner.text.title[:30])
     return found
@@ -218,8 +217,7 @@ def _take(
     """Add one window to everything that is kept; gives the nats of the token behind it."""
     chunk = measured.chunk
     reading: Reading = chunk.owner
-    lead = reading.lead if chunk.begin == 0 else 0  # tokens of the window that are not of the text
-    first = chunk.begin + lead - reading.lead  # index in the text
+    lead, first = chunk.lead, chunk.begin
     size = len(chunk.ids) - lead
     values = measured.values
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -229,8 +227,10 @@ def _take(
         )
     bypass, enrichment = bypass[:, lead:], enrichment[:, lead:]
     # nll[i] is of the token behind the window's i-th.
-    nll = [*([] if lead else [None if chunk.begin == 0 else before]), *measured.nll.tolist()]
-    if chunk.begin == 0:
+    nll = [*([] if lead else [None]), *measured.nll.tolist()]
+    if first > 0:  # with the window before it as context
+        nll[0] = before
+    if first == 0:
         found.texts.append(
             {
                 "id": reading.text.id,

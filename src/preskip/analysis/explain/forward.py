@@ -35,10 +35,11 @@ class Chunk:
 
     Attributes:
         owner: whatever tells the caller whose it is.
-        begin: index of its first token in the text's sequence.
+        begin: index in the text of its first own token.
         ids: its tokens.
         targets: the token behind each; one fewer at the end of the text.
         counts: whether its tokens count for `Recorder.written`.
+        lead: how many of its first tokens are not the text's: 1 behind a start token, which counts for nothing.
     """
 
     owner: Any
@@ -46,6 +47,7 @@ class Chunk:
     ids: list[int]
     targets: list[int]
     counts: bool
+    lead: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,7 @@ class Recorder:
 
 
 @torch.inference_mode()
-def measure(
-    model: nn.Module, recorder: Recorder, chunks: Iterable[Chunk], *, batch_tokens: int, has_start: bool
-) -> Iterator[Measured]:
+def measure(model: nn.Module, recorder: Recorder, chunks: Iterable[Chunk], *, batch_tokens: int) -> Iterator[Measured]:
     """Read chunks and give what was found in each, in order; memory holds one batch at a time.
 
     Args:
@@ -153,7 +153,6 @@ def measure(
         recorder: recording on that model.
         chunks: what to read; taken one batch at a time.
         batch_tokens: upper bound of padded tokens per forward pass.
-        has_start: whether texts begin with a start token, which does not count for `Recorder.written`.
 
     Raises:
         DivergedError: a log-likelihood is NaN or infinite.
@@ -165,9 +164,7 @@ def measure(
         counts = torch.zeros_like(ids, dtype=torch.bool)
         for row, chunk in enumerate(batch):
             ids[row, : len(chunk.ids)] = torch.tensor(chunk.ids)
-            counts[row, : len(chunk.ids)] = chunk.counts
-            if has_start and chunk.begin == 0:
-                counts[row, 0] = False
+            counts[row, chunk.lead : len(chunk.ids)] = chunk.counts
         recorder.mask = counts.to(device)
         recorder.counted += int(counts.sum())
         # No mask for attention: what stands behind a token cannot change it.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from preskip.analysis.explain.classes import Frequencies, TokenTable, classify, encode
 from preskip.analysis.explain.forward import Chunk
-from preskip.data.blocks import start_token
+from preskip.data.blocks import opening_token, start_token
 from preskip.errors import PreskipError
 
 SETS = ("held-out", "given")
@@ -46,14 +48,12 @@ class Reading:
         text: the text.
         ids: its tokens, without the start token.
         table: what kind of token each is.
-        lead: number of tokens before the text's own, 1 with a start token, else 0.
     """
 
     index: int
     text: Text
     ids: list[int]
     table: TokenTable
-    lead: int
 
 
 def chunks(
@@ -61,22 +61,21 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Cut texts into windows that follow each other, each read on its own; texts are taken one at a time.
 
-    The tokenizer's start token goes before each text. Tokens of the set `counted` count for statistics.
+    The tokenizer's start token goes before each text, and before later windows of it, too, where the tokenizer itself
+    opens every text with it. Tokens of the set `counted` count for statistics.
 
     Raises:
         PreskipError: a text of fewer than 2 tokens.
     """
-    start = start_token(tokenizer)
-    lead = [] if start is None else [start]
+    first, later = ([] if token is None else [token] for token in (start_token(tokenizer), opening_token(tokenizer)))
     for index, text in enumerate(texts):
         shown, ids, offsets = encode(text.text, tokenizer)
         if len(ids) < 2:
             raise PreskipError(f"text {text.title!r} has {len(ids)} token: 2 or more are needed")
-        sequence = [*lead, *ids]
-        windows = [place // context_length for place in range(len(lead), len(sequence))]
-        table = classify(shown, ids, offsets, frequencies, windows)
-        reading = Reading(index, text, ids, table, len(lead))
-        for begin in range(0, len(sequence), context_length):
-            end = begin + context_length
-            targets = sequence[begin + 1 : end + 1]
-            yield Chunk(reading, begin, sequence[begin:end], targets, text.set == counted)
+        begins = [0, *range(context_length - len(first), len(ids), context_length - len(later))]
+        windows = [bisect_right(begins, place) - 1 for place in range(len(ids))]
+        reading = Reading(index, text, ids, classify(shown, ids, offsets, frequencies, windows))
+        for begin, end in pairwise([*begins, len(ids)]):
+            lead = later if begin else first
+            targets = [*lead, *ids[begin : end + 1]][1:]
+            yield Chunk(reading, begin, [*lead, *ids[begin:end]], targets, text.set == counted, len(lead))
