@@ -39,7 +39,7 @@ from preskip.peers.tokens import Tails
 from preskip.progress import progress_bar, progress_display, say, spinner
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.runs.files import clear_disk_errors, sync_tree
-from preskip.runs.schema import AblationRow, ArmFacts, Facts, StepRow
+from preskip.runs.schema import AblationRow, ArmFacts, Facts, StepRow, TokenizerFacts
 from preskip.train.distributed import Crew
 from preskip.train.frozen import TrainingSettings, train_frozen
 from preskip.train.keep import Keep, kept_per_step
@@ -129,12 +129,19 @@ class Frozen(Prepared):
             reuse=reuse,
         )
         first = blocks(config.seeds[0])
-        known: Any = run.manifest.get("tokenizer", {})  # of the first attempt
-        gain = known.get("start_gain")
-        if "start_gain" not in known and config.packing == "packed":
-            gain = start_gain(base, tokenizer, first, batch_tokens=config.eval_batch_tokens)
-        if note := start_note(gain):
-            say(note, quiet=quiet)
+        described_tokenizer: TokenizerFacts = {
+            "source": source.source,
+            "vocab_size": len(tokenizer),
+            "sha256": fingerprint(tokenizer, start_token(tokenizer)),
+        }
+        if config.packing == "packed":
+            known: Any = run.manifest.get("tokenizer", {})  # measured once
+            gain = known.get("start_gain")
+            if "start_gain" not in known:
+                gain = start_gain(base, tokenizer, first, batch_tokens=config.eval_batch_tokens)
+            described_tokenizer |= {"opening": opening_token(tokenizer), "start_gain": gain}
+            if note := start_note(gain):
+                say(note, quiet=quiet)
         tokens, passes = int((first >= 0).sum()), config.steps * config.batch_size / len(first)  # padding is negative
         return prepared, {
             "model": {
@@ -149,13 +156,7 @@ class Frozen(Prepared):
                 "sha256": source.sha256,
                 "revision": source.revision,
             },
-            "tokenizer": {
-                "source": source.source,
-                "vocab_size": len(tokenizer),
-                "sha256": fingerprint(tokenizer, start_token(tokenizer)),
-                **({"opening": opening_token(tokenizer)} if config.packing == "packed" else {}),
-                "start_gain": gain,
-            },
+            "tokenizer": described_tokenizer,
             **common_facts(config, splits, tokens=tokens, passes=passes, documents=len(splits.training)),
             "arms": described,
             "sets": heldout.sets,
