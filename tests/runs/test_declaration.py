@@ -37,6 +37,9 @@ def test_the_hash_is_of_what_stands_beside_it(manifest):
     }
     assert declaration["time"].endswith("+00:00")
     assert declare({"seeds": [1, 2], "steps": 5, "lr_rule": "frontier"}, FACTS)["sha256"] != declaration["sha256"]
+    opened = declare(manifest["config"], {**FACTS, "tokenizer": {"opening": 2}})
+    assert opened["content"] == {**declaration["content"], "opening": 2}
+    assert opened["sha256"] != declaration["sha256"]
     assert changes(manifest) == []
 
 

@@ -14,6 +14,8 @@ from preskip.runs.schema import Declaration, Extension, Facts, Family, Manifest
 def declare(config: Mapping[str, Any], facts: Facts) -> Declaration:
     """Options, family, looks and rules of a run, and what it is made of, before anything is trained.
 
+    So is the start token that every block to train on begins with, or that there is none (`opening`).
+
     Args:
         config: every option, as run.json stores it.
         facts: what was prepared.
@@ -25,6 +27,9 @@ def declare(config: Mapping[str, Any], facts: Facts) -> Declaration:
         "corpus": identity(facts["corpus"]),
         "sets": {name: described["sha256"] for name, described in facts["sets"].items()},
     }
+    tokenizer: Mapping[str, Any] = facts.get("tokenizer", {})
+    if "opening" in tokenizer:
+        content["opening"] = tokenizer["opening"]
     content = json.loads(json.dumps(content))  # as it will be read
     return {"sha256": digest(content), "time": now(), "content": content}
 
