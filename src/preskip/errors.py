@@ -1,6 +1,6 @@
 """The one exception type that the command line shows as a single line instead of a traceback."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -14,6 +14,12 @@ class AfterOutputError(PreskipError):
 
 class DivergedError(PreskipError):
     """A loss, gradient or likelihood that is not finite: a search for a learning rate counts it as a bad rate."""
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The first `most` of some names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def one_line(error: object, most: int | None = None) -> str:

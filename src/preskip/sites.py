@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from preskip.branch_settings import ATTENTION_LAYERS
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, some
 
 # Paths under which a block holds its self-attention, most specific first. T5's blocks are lists of parts; Zamba's share
 # one transformer among several layers.
@@ -226,7 +226,7 @@ def check_layers(model: nn.Module, sites: Sites, layers: Sequence[int] | None) -
         if sites.blocks_without:
             raise PreskipError(
                 f"{type(model).__name__} has blocks without a known self-attention: "
-                f"{_some(list(sites.blocks_without))}; give layers_to_transform={sites.layers} or "
+                f"{some(list(sites.blocks_without))}; give layers_to_transform={sites.layers} or "
                 f"layers_to_transform={ATTENTION_LAYERS!r} to adapt only the others"
             )
     elif not layers or not set(layers) <= set(sites.layers):
@@ -265,11 +265,7 @@ def coverage(names: Iterable[str], sites: Sites, layers: Iterable[int]) -> str:
     expected = {site.name for site in sites.attentions if site.layer in chosen}
     problems = []
     if missing := sorted(expected - found):
-        problems.append(f"{len(missing)} of {len(expected)} attentions get no branch ({_some(missing)})")
+        problems.append(f"{len(missing)} of {len(expected)} attentions get no branch ({some(missing)})")
     if strays := sorted(found - expected):
-        problems.append(f"matched outside the chosen layers or twice in one ({_some(strays)})")
+        problems.append(f"matched outside the chosen layers or twice in one ({some(strays)})")
     return "; ".join(problems)
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

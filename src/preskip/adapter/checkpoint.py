@@ -14,7 +14,7 @@ from torch import nn
 
 from preskip.adapter.layer import PreskipLayer
 from preskip.attach import CHILD
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, some
 
 
 def check_tensors(
@@ -74,8 +74,7 @@ def refuse(
 
 def missing_tensors(keys: Collection[str]) -> str:
     """What to say of a checkpoint that lacks these tensors, one at least."""
-    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-    return f"the checkpoint lacks {min(keys)}{more}: it belongs to another model or is incomplete"
+    return f"the checkpoint lacks {some(sorted(keys), 1)}: it belongs to another model or is incomplete"
 
 
 def expected_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Size]:

@@ -27,7 +27,7 @@ from preskip.adapter.targets import (
     set_default_targets,
 )
 from preskip.attach import CHILD, attach, detach, forget_compiled, remove_copied_taps, tap_of
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, some
 from preskip.rows import check_names, check_rows
 from preskip.site_check import check_role
 from preskip.sites import choose_layers, coverage, find_sites, input_width, site_of, text_decoder
@@ -185,8 +185,9 @@ class PreskipModel(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         """Only the branch's own tensors, also where LoRA is stacked with it (peft >= 0.21)."""
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        own = {key: value for key, value in found.items() if f".{cls.prefix}" in f".{key}"}
         expected = expected_tensors(model, adapter_name)
+        # PEFT leaves out what other adapters have by the names in its table, which may lack some.
+        own = {key: found[key] for key in expected if key in found}
         if not state_dict:  # a process that holds no part of a sharded model gives nothing
             return own
         if not expected:
@@ -202,12 +203,11 @@ class PreskipModel(BaseTuner):
             )
         if missing := sorted(expected.keys() - own.keys()):
             raise PreskipError(
-                f"adapter {adapter_name!r} cannot be saved whole: {missing[0]}"
-                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''} would be left out, as another adapter "
-                f"({', '.join(unwanted_adapter_names) or 'none'}) has a part of its name; load that under another name"
+                f"adapter {adapter_name!r} cannot be saved whole: {some(missing, 1)} would be left out, as another "
+                f"adapter ({', '.join(unwanted_adapter_names) or 'none'}) has a part of its name; load that under "
+                "another name"
             )
-        # PEFT leaves out what other adapters have by the names in its table, which may lack some.
-        return {key: own[key] for key in expected}
+        return own
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):

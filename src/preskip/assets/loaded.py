@@ -1,10 +1,9 @@
 """What transformers reports after it has loaded weights: which it invented, and which it dropped."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, some
 from preskip.progress import say
 
 # What an adapter leaves in the names of the weights of a base that was saved with it.
@@ -34,13 +33,13 @@ def check_loaded(name: str, model: Any, report: dict[str, Any]) -> None:
     extra = sorted(report["unexpected_keys"])
     if adapter := [key for key in extra if _ADAPTER.search(key)]:
         raise PreskipError(
-            f"model {name}: an adapter was saved inside its weights ({_first(adapter)}), and would be left out: bake "
+            f"model {name}: an adapter was saved inside its weights ({some(adapter, 3)}), and would be left out: bake "
             "it, or save the PEFT model itself and give that with --adapter"
         )
     for keys, what in ((missing, "missing"), (mismatched, "of another shape than its config says"), (broken, "broken")):
         if keys:
             raise PreskipError(
-                f"model {name}: weights {what}: {_first(keys)}; get a complete checkpoint of this architecture"
+                f"model {name}: weights {what}: {some(keys, 3)}; get a complete checkpoint of this architecture"
             )
     kind = type(model).__name__
     # A base model's own checkpoint has its names without the prefix that they have in a model with a head.
@@ -48,11 +47,11 @@ def check_loaded(name: str, model: Any, report: dict[str, Any]) -> None:
     is_plain = getattr(model, "quantization_method", None) is None  # GPTQ's may hold biases that the base has not
     if is_plain and (dropped := [key for key in extra if _is_of_module(key, modules)]):
         raise PreskipError(
-            f"model {name}: {kind} has no place for {_first(dropped)}: its config.json does not belong to these "
+            f"model {name}: {kind} has no place for {some(dropped, 3)}: its config.json does not belong to these "
             "weights (attention_bias and the like); get both from one place"
         )
     if extra:
-        say(f"model {name}: {kind} has no place for {len(extra):,} of its weights, left out: {_first(extra)}")
+        say(f"model {name}: {kind} has no place for {len(extra):,} of its weights, left out: {some(extra, 3)}")
 
 
 def _is_of_module(key: str, modules: dict[str, Any]) -> bool:
@@ -62,7 +61,3 @@ def _is_of_module(key: str, modules: dict[str, Any]) -> bool:
     """
     path, _, kind = key.rpartition(".")
     return path in modules and kind in ("weight", "bias") and any(True for _ in modules[path].parameters(recurse=False))
-
-
-def _first(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -12,7 +12,7 @@ from torch import nn
 import preskip.adapter  # noqa: F401 - registers the PEFT method
 from preskip.adapter.norms import float32_norms
 from preskip.data.tokenizer import load_tokenizer
-from preskip.errors import PreskipError, explained, one_line
+from preskip.errors import PreskipError, explained, one_line, some
 from preskip.peers.insert import SETTINGS, load_peers
 from preskip.runs.files import read_json
 from preskip.runs.weights import ADAPTER_CONFIG, PEFT_TYPE, adapter_folders
@@ -141,8 +141,7 @@ def _load_one(base: nn.Module, folder: Path, earlier: set[int]) -> Any:
     extra = {key for key in saved - expected if not any(name in key for name in EMBEDDING_LAYER_NAMES)}
     for odd, what in ((expected - saved, "lacks"), (extra, "holds a tensor without a place in this model:")):
         if odd:
-            more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
             raise PreskipError(
-                f"adapter {folder} {what} {min(odd)}{more}: it belongs to another model or is incomplete"
+                f"adapter {folder} {what} {some(sorted(odd), 1)}: it belongs to another model or is incomplete"
             )
     return model

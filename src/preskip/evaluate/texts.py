@@ -14,7 +14,7 @@ from torch import nn
 from preskip.data.blocks import Window, opening_token, scored_size
 from preskip.data.corpus import Document
 from preskip.data.splits import load_texts, slug
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, some
 from preskip.evaluate.likelihood import document_records, document_windows, score_sequences
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import Domain, Record, SetFacts
@@ -72,7 +72,7 @@ class TextSet:
             "sha256": sha256,
             "context_length": self.context_length,
             "stride": self.stride,
-            **({} if self.reopened is None else {"reopened": self.reopened}),  # type: ignore[typeddict-item]
+            "reopened": self.reopened,
             "documents": len(self.documents),
             **clusters,
             "tokens": sum(len(window.input_ids) - window.scored_from for window in self.windows),
@@ -105,9 +105,8 @@ def prepare_texts(
     )
     scored = set(owners)
     notes = []
-    if left := [document.id for number, document in enumerate(documents) if number not in scored]:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        notes = [f"{left[0]!r}{more} left out: the tokenizer gives no token to score"]
+    if left := [repr(document.id) for number, document in enumerate(documents) if number not in scored]:
+        notes = [f"{some(left, 1)} left out: the tokenizer gives no token to score"]
         places = {number: place for place, number in enumerate(sorted(scored))}
         documents, owners = [documents[number] for number in places], [places[number] for number in owners]
     return TextSet(

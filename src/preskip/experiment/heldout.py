@@ -154,7 +154,7 @@ def load_corpora(
         "seed": config.split_seed,
         "progress": not quiet,
     }
-    in_domain: dict[str, Any] = {"text_column": config.text_column, "split": config.corpus_split, "limit": limit}
+    own: dict[str, Any] = {"text_column": config.text_column, "split": config.corpus_split, "limit": limit}
     other: dict[str, Any] = {"text_column": config.eval_text_column, "split": config.eval_corpus_split}
     extents = {config.corpus: (config.eval_documents, config.eval_words)}
     for text in config.eval_corpora:
@@ -164,7 +164,7 @@ def load_corpora(
     for name, (documents, words) in extents.items():
         is_trained_on = name == config.corpus
         try:
-            splits = load_splits(locate(name, directory), **options, **(in_domain if is_trained_on else other))
+            splits = load_splits(locate(name, directory), **options, **(own if is_trained_on else other))
         except PreskipError as error:
             if is_trained_on:
                 raise

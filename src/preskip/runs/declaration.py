@@ -14,7 +14,7 @@ from preskip.runs.schema import Declaration, Extension, Facts, Family, Manifest
 def declare(config: Mapping[str, Any], facts: Facts) -> Declaration:
     """Options, family, looks and rules of a run, and what it is made of, before anything is trained.
 
-    So is the start token that every block to train on begins with, or that there is none (`opening`).
+    Of a probe also the start token that every block to train on begins with, None for none (`opening`).
 
     Args:
         config: every option, as run.json stores it.

@@ -97,7 +97,7 @@ class SetFacts(TypedDict):
     sha256: str | None  # of its texts; None from the Hub
     context_length: int | None  # most tokens read at once; None without a limit
     stride: int | None  # tokens scored per window behind the first; None for items
-    reopened: NotRequired[int]  # the start token that begins later windows of a document
+    reopened: NotRequired[int | None]  # the start token that begins later windows of a document, if any
     primary: str  # the metric that it is judged by
     documents: NotRequired[int]  # of kind "document"
     tokens: NotRequired[int]  # scored, of kind "document"
