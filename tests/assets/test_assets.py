@@ -108,7 +108,9 @@ def gguf_file(folder, tmp_path_factory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", folder)
 
 
-def write_gguf(path: Path, folder: Path, pre: str | None = "smollm", scaling: str | None = None) -> Path:
+def write_gguf(
+    path: Path, folder: Path, pre: str | None = "smollm", scaling: str | None = None, bias: str | None = None
+) -> Path:
     """A checkpoint as a GGUF file, written as llama.cpp's converter does it.
 
     Args:
@@ -116,6 +118,7 @@ def write_gguf(path: Path, folder: Path, pre: str | None = "smollm", scaling: st
         folder: a tiny Llama with its tokenizer.
         pre: name of the pre-tokenizer.
         scaling: of positions: a tensor's name or a type in the metadata.
+        bias: a linear layer that has one, by its tensor's name.
     """
     from gguf import GGUFWriter, TokenType
 
@@ -146,6 +149,8 @@ def write_gguf(path: Path, folder: Path, pre: str | None = "smollm", scaling: st
         writer.add_tensor(scaling, torch.full((4,), 2.0).numpy())
     elif scaling is not None:
         writer.add_string("llama.rope.scaling.type", scaling)
+    if bias is not None:
+        writer.add_tensor(bias, torch.ones(config["hidden_size"]).numpy())
     writer.add_token_list(tokens)
     writer.add_token_types([TokenType.CONTROL if i < 2 else TokenType.NORMAL for i in range(size)])
     writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
@@ -482,6 +487,15 @@ def test_gguf_positions_that_are_not_scaled(folder, tmp_path):
     # A scaling that transformers has put into the config is no loss.
     config.rope_parameters = {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {"rope_type": "default"}}
     gguf_files._refuse_lost_scaling(write_gguf(tmp_path / "two.gguf", folder, scaling="yarn"), config)
+
+
+@pytest.mark.parametrize("bias", ["blk.0.attn_q.bias", "blk.0.ffn_down.bias"])
+def test_gguf_biases_that_are_lost_are_refused(bias, folder, tmp_path):
+    """transformers makes every file of the architecture llama a model without them."""
+    path = write_gguf(tmp_path / "one.gguf", folder, bias=bias)
+    with pytest.raises(PreskipError, match=rf"has biases \({bias}\).*own safetensors") as caught:
+        assets.load_model(str(path), torch.float32)
+    one_line(caught)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.1, 0.3, 0.6, 0.9, 0.999])

@@ -257,12 +257,27 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
     third = write_run(tmp_path / "third", arms())
     write_json(third / "run.json", {**read_json(third / "run.json"), "sets": {"heldout": {"context_length": 512}}})
     tasks = []
-    changed = {"data": {"sha256": "b" * 64}, "prompts": {"lm_eval": {"prompt_sha256": "q" * 64}}, "as": {}}
+    shots = {"prompt_sha256": "p" * 64, "num_fewshot": 5, "sample_seed": 0}
+    changed = {
+        "data": {"sha256": "b" * 64},
+        "prompts": {"lm_eval": {"prompt_sha256": "q" * 64}},
+        "as": {},
+        "drawn": {"items": 60, "lm_eval": shots | {"examples_drawn": True}},
+        "limited": {"items": 50, "lm_eval": shots | {"examples_drawn": True}},
+        "whole": {"items": 60, "lm_eval": shots | {"examples_drawn": False}},
+        "whole limited": {"items": 50, "lm_eval": shots | {"examples_drawn": False}},
+    }
     for name, changes in changed.items():
         tasks.append(write_run(tmp_path / name, arms()))
-        described = {"kind": "item", "sha256": "a" * 64, "lm_eval": {"prompt_sha256": "p" * 64}, **changes}
+        described = {
+            "kind": "item",
+            "domain": "out",
+            "sha256": "a" * 64,
+            "lm_eval": {"prompt_sha256": "p" * 64},
+            **changes,
+        }
         write_json(tasks[-1] / "run.json", {**read_json(tasks[-1] / "run.json"), "sets": {"cloze": described}})
-    other_data, other_prompts, as_first = tasks
+    other_data, other_prompts, as_first, drawn, limited, whole, whole_limited = tasks
     elsewhere = write_run(tmp_path / "elsewhere", arms(seeds=(7, 8)))
     cases = [
         ((first, other_items), r"do not share the items of cloze \(59 and 60, 59 shared; not shared: 'doc-11#4'\)"),
@@ -272,6 +287,7 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
         ((other_context, third), "heldout was scored with context length 256 in one run and 512"),
         ((as_first, other_data), "cloze has other data in one run than in another"),
         ((as_first, other_prompts), r"cloze has another prompt sha256 in one run \(pppppppppppp\)"),
+        ((drawn, limited), "cloze has other few-shot examples in one run .* with the same --limit"),
         ((first, elsewhere), r"\(seeds 7, 8\) and first:lora \(seeds 1, 2\) have no seed in common"),
         ((first, "--arms", "lroa"), "unknown arm 'lroa': the finished arms are none, lora, preskip"),
         ((first, other_items, "--reference", "none"), "none is in several runs: choose one of first:none, fewer:none"),
@@ -289,6 +305,8 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
         with pytest.raises(PreskipError, match=message) as caught:
             invoke(*arguments)
         assert "\n" not in str(caught.value)
+    # The first examples of a task are the same for every item.
+    assert "whole limited:lora" in invoke(whole, whole_limited, "--arms", "lora")
     assert "part of a difference may be rounding" in invoke(first, other_dtype, "--allow-different-dtype")
 
 

@@ -118,6 +118,25 @@ def test_samples_and_groups_equal_those_of_simple_evaluate(folder, model, case, 
     assert first.count("[user]") == (0 if "apply_chat_template" not in given else 3 if case == "chat" else 1)
 
 
+def test_drawn_examples_of_an_item_depend_on_the_sample(folder):
+    tokenizer = tiny_tokenizer()
+
+    def prompts(limit, **given):
+        settings = TaskSettings(include_path=str(folder), **given)
+        suite = TaskSuite(["own_large"], tokenizer, limit=limit, settings=settings)
+        found = {str(one.doc): one.args[0] for one in suite.requests("own_large")}
+        return suite.facts["own_large"]["examples_drawn"], found
+
+    is_drawn, few = prompts(3, num_fewshot=2)
+    _, every = prompts(None, num_fewshot=2)
+    assert is_drawn
+    assert any(few[name] != every[name] for name in few)
+    is_drawn, few = prompts(3)
+    _, every = prompts(None)
+    assert not is_drawn
+    assert all(few[name] == every[name] for name in few)
+
+
 def test_settings_are_part_of_the_prompts_checksum(folder):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT

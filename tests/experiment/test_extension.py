@@ -12,6 +12,7 @@ from preskip.cli.main import main
 from preskip.errors import PreskipError
 from preskip.experiment.results import summarise_run
 from preskip.experiment.run import finish_run, start_run
+from preskip.experiment.search import RULE
 from preskip.report import build_report
 from preskip.runs.declaration import changes
 from preskip.runs.directory import RunDirectory
@@ -306,11 +307,22 @@ def test_seeds_whose_rates_another_version_has_searched_for_are_told_of(extended
     """The search of preskip changes, and a run may be years old when seeds are added."""
     path = shutil.copytree(extended.path, folder / "two-rules")
     run = RunDirectory.open(path)
-    assert not any("searched for" in note for note in summarise_run(run).get("notes", ()))
-    for seed in (1, 2):
-        file = run.search_file("preskip", seed)
-        search = json.loads(file.read_text())
-        del search["rule"]
-        file.write_text(json.dumps(search))
-    [note] = [note for note in summarise_run(run)["notes"] if "searched for" in note]
+    assert run.manifest["declaration"]["content"]["search_rule"] == RULE
+
+    def notes():
+        return [note for note in summarise_run(run).get("notes", ()) if "searched for" in note]
+
+    def change(*seeds):
+        for seed in seeds:
+            file = run.search_file("preskip", seed)
+            search = json.loads(file.read_text())
+            del search["rule"]
+            file.write_text(json.dumps(search))
+
+    assert notes() == []
+    change(1, 2)
+    [note] = notes()
     assert "of seed 1, 2 and of seed 3" in note
+    change(3)
+    [note] = notes()
+    assert "another version of preskip than the one that declared the run" in note

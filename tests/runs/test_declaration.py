@@ -40,6 +40,8 @@ def test_the_hash_is_of_what_stands_beside_it(manifest):
     opened = declare(manifest["config"], {**FACTS, "tokenizer": {"opening": 2}})
     assert opened["content"] == {**declaration["content"], "opening": 2}
     assert opened["sha256"] != declaration["sha256"]
+    searched = declare(manifest["config"], FACTS, search_rule=3)
+    assert searched["content"] == {**declaration["content"], "search_rule": 3}
     assert changes(manifest) == []
 
 

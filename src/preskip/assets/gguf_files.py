@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Metadata and names of tensors come first in the file; of the largest vocabularies they take some 20 MB.
 _HEADER_BYTES = 64 << 20
+# Linear layers, as llama.cpp names them.
+_WITH_BIAS = ("attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 # Of byte-level vocabularies, by llama.cpp's names: digits stand alone, the rest is cut as GPT-2 does.
 _SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 # Cut as GPT-2 does, which is what transformers does with a name that it does not know.
@@ -43,7 +45,7 @@ def load_gguf(path: Path, dtype: "torch.dtype", attn_implementation: str | None 
 
     Raises:
         PreskipError: no such file, corrupt or truncated, an architecture that transformers cannot read, or scaled
-            positions that it leaves out.
+            positions or biases that it leaves out.
     """
     import transformers
     from transformers import AutoModelForCausalLM
@@ -73,6 +75,7 @@ def load_gguf(path: Path, dtype: "torch.dtype", attn_implementation: str | None 
         model.tie_weights()
         model.generation_config = loaded.generation_config
     _refuse_lost_scaling(path, config)
+    _refuse_lost_biases(path, model)
     return model.eval(), report
 
 
@@ -216,6 +219,16 @@ def _refuse_lost_scaling(path: Path, config: Any) -> None:
         raise PreskipError(
             f"GGUF file {path} scales its positions ({tensors[0] if tensors else f'rope.scaling.type {kind}'}), which "
             "transformers leaves out: use the model's own safetensors"
+        )
+
+
+def _refuse_lost_biases(path: Path, model: Any) -> None:
+    """Refuse a file whose linear layers have biases where the model that transformers made of it has none."""
+    head = _header(path)
+    stored = [f"blk.0.{part}.bias" for part in _WITH_BIAS if _has_name(head, f"blk.0.{part}.bias")]
+    if stored and not any(name.endswith("bias") for name, _ in model.named_parameters()):
+        raise PreskipError(
+            f"GGUF file {path} has biases ({stored[0]}), which transformers leaves out: use the model's own safetensors"
         )
 
 

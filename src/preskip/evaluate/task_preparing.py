@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lm_eval.api.samplers import FirstNSampler
 from lm_eval.utils import simple_parse_args_string
 
 from preskip.data.blocks import Window
@@ -27,6 +28,7 @@ _PROMPT_FIELDS = (
     *("description", "target_delimiter", "fewshot_delimiter", "fewshot_config", "num_fewshot", "use_prompt"),
     *("gen_prefix", "metric_list", "filter_list", "generation_kwargs", "repeats"),
 )
+_LM_EVAL_FACTS = ("version", "num_fewshot", "examples_drawn", "prompt_sha256", "of", "sample_seed")
 # lm-eval's default seeds: Python's, numpy's and torch's generators, and the choice of few-shot examples.
 SEEDS = (0, 1234, 1234, 1234)
 
@@ -116,6 +118,8 @@ def prepare_task(
     facts = {
         "version": task.VERSION,
         "num_fewshot": task.get_config("num_fewshot"),
+        "examples_drawn": bool(task.get_config("num_fewshot"))
+        and not isinstance(getattr(task, "sampler", None), FirstNSampler),
         "prompt_sha256": _prompt_sha256(task, encoder, settings, fewshot_seed),
         "items": len(docs),
         "of": total,
@@ -144,6 +148,11 @@ def _configure(task: Any, settings: TaskSettings) -> None:
         task.set_config(key="num_fewshot", value=wanted)
     if settings.gen_kwargs and task.get_config("output_type") == "generate_until":
         task.set_config(key="generation_kwargs", value=simple_parse_args_string(settings.gen_kwargs), update=True)
+
+
+def _draws_examples(task: Any) -> bool:
+    """Whether few-shot examples are drawn at random: one item after another, so that an item's depend on the sample."""
+    return bool(task.get_config("num_fewshot")) and not isinstance(getattr(task, "sampler", None), FirstNSampler)
 
 
 def _unmakeable(build: Callable[[list[int]], None], positions: Sequence[int]) -> dict[int, str]:
@@ -246,7 +255,7 @@ def set_facts(prepared: PreparedTask, context_length: int) -> SetFacts:
         "documents" if rolling else "items": facts["items"],
         "primary": "bits_per_byte" if rolling else primary,
         "higher_is_better": {name: up for name, up in task.higher_is_better().items() if isinstance(up, bool)},
-        "lm_eval": {key: facts[key] for key in ("version", "num_fewshot", "prompt_sha256", "of", "sample_seed")},
+        "lm_eval": {key: facts[key] for key in _LM_EVAL_FACTS},
     }
     if prepared.notes:
         description["notes"] = prepared.notes

@@ -73,7 +73,6 @@ def outlook(prepared: Prepared, cells: Sequence[tuple[str, int]], token_seconds:
     work: dict[str, list[float]] = {"cell": [training(arm) + scored for arm, _ in cells]}
     if isinstance(prepared, Frozen):
         first, *later = searched_seeds(prepared)
-        waiting = [arm for arm in config.arms if config.is_tuned(arm)]
         # A full search adds both neighbours of the best to the grid, a later one is a rate and its neighbours.
         for what, seeds, trials in (("search", [first], FULL_SEARCH), ("later search", later, LATER_SEARCH)):
             trials = (*trials[:-1], trials[-1] + (config.lr_rule == "frontier"))
@@ -83,7 +82,7 @@ def outlook(prepared: Prepared, cells: Sequence[tuple[str, int]], token_seconds:
                 if prepared.run.search_file(arm, seed).is_file()
                 else share * training(arm) + sum(trials) * heldout.development_tokens
                 for seed in seeds
-                for arm in waiting
+                for arm in config.tuned_arms
             ]
         arms = [arm.name for arm in resolve_arms(config.arms) if arm.trains]
         again = len({"shuffled"} & {*config.nulls}) + config.equal_step
@@ -126,7 +125,7 @@ def plan_text(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Any) 
     arms = [arm for arm in config.arms if prepared.arms[arm].trains]
     parts = [f"{_count(len(cells), 'cell')} to compute: {', '.join(arms)} with {_count(len(config.seeds), 'seed')}"]
     if isinstance(prepared, Frozen):
-        tuned = [arm for arm in config.arms if config.is_tuned(arm)]
+        tuned = config.tuned_arms
         each = ", for each seed" if len(config.seeds) > 1 else ""
         parts += [f"a search for the learning rate of {_count(len(tuned), 'arm')}{each}"] if tuned else []
         controls = [*config.nulls, *(["equal steps"] if config.equal_step else [])]

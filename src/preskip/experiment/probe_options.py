@@ -155,9 +155,14 @@ class ProbeConfig(ExperimentConfig):
         """Whether the arm's learning rate is searched for."""
         return self.lr_mode == "tune" and ARMS[arm].trains and arm not in self.learning_rates
 
+    @property
+    def tuned_arms(self) -> list[str]:
+        """The arms whose learning rate is searched for."""
+        return [arm for arm in self.arms if self.is_tuned(arm)]
+
     def _refuse_ignored(self) -> None:
         """See `ExperimentConfig._refuse_ignored`."""
-        if self.lr_mode == "tune" and self.learning_rates and not any(map(self.is_tuned, self.arms)):
+        if self.lr_mode == "tune" and self.learning_rates and not self.tuned_arms:
             raise PreskipError("--lr tune has nothing to tune, every arm has a rate: leave out tune, or those rates")
         if self.lr_rule != "frontier" and self.lr_harm != type(self).lr_harm:
             raise PreskipError(f"--lr-harm is for --lr-rule frontier: {self.lr_rule} knows no limit; give that, too")

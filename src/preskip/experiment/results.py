@@ -112,6 +112,9 @@ def search_notes(run: RunDirectory, arms: Sequence[str], seeds: Sequence[int]) -
     for arm in arms:
         for seed, search in _searches(run, arm, seeds).items():
             by_rule.setdefault(search.get("rule", 0), set()).add(seed)
+    declared = run.manifest.get("declaration", {}).get("content", {}).get("search_rule")
+    if len(by_rule) == 1 and declared is not None and declared not in by_rule:
+        return ["the learning rates were searched for by another version of preskip than the one that declared the run"]
     if len(by_rule) < 2:
         return []
     parts = [f"of seed {', '.join(map(str, sorted(own)))}" for _, own in sorted(by_rule.items())]

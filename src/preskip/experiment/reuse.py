@@ -132,7 +132,7 @@ class Reuse:
         per_token = self.base.config.get_text_config().hidden_size * getattr(torch, config.dtype).itemsize
         # Read twice: by the base and by the arm.
         kept = kept_per_step(config.batch_size) / config.batch_size if config.keep_weight else 0
-        orders = len(config.seeds) * (1 + any(map(config.is_tuned, config.arms)))
+        orders = len(config.seeds) * (1 + bool(config.tuned_arms))
         tokens: dict[Way, int] = {
             "training": round(orders * config.steps * config.batch_size * config.seq_len * (1 + 2 * kept)),
             "scoring": heldout.scored_tokens + heldout.development_tokens,

@@ -29,7 +29,7 @@ from preskip.experiment.prepared import Prepared
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.results import summarise_run
 from preskip.experiment.scratch import Scratch
-from preskip.experiment.search import tune
+from preskip.experiment.search import RULE, tune
 from preskip.metrics import metric_named
 from preskip.progress import about, say, spinner
 from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
@@ -133,7 +133,7 @@ def finish_run(
                 facts["environment"]["threads"] = threads_of_a_worker(workers)
             is_complete = all(run.cell(arm.name, seed).is_done for arm, seed in _cells(prepared))
             check_same_inputs(run, facts, is_complete=is_complete)
-            _declare(run, stored, facts, added, quiet)
+            _declare(prepared, stored, facts, added, quiet)
             facts |= note_other_environments(run, facts["environment"], quiet)
             if isinstance(prepared, Scratch):
                 show_plans(prepared.plans)
@@ -152,7 +152,7 @@ def finish_run(
         ahead.started = ahead.clock()
         with open_executor(prepared, workers=workers, kind=executor, address=ray_address, done=ahead.done) as execute:
             diverged = []
-            if isinstance(prepared, Frozen) and any(map(prepared.config.is_tuned, config.arms)):
+            if isinstance(prepared, Frozen) and prepared.config.tuned_arms:
                 with now.stage("tune"):
                     without = tune(prepared, execute)
                 cells = [cell for cell in cells if cell not in without]
@@ -236,13 +236,14 @@ def extended_seeds(run: RunDirectory, seeds: Sequence[int]) -> list[int]:
     return added
 
 
-def _declare(run: RunDirectory, config: dict[str, Any], facts: Facts, added: list[int], quiet: bool) -> None:
+def _declare(prepared: Prepared, config: dict[str, Any], facts: Facts, added: list[int], quiet: bool) -> None:
     """What is declared once, before any result: the family, and with the options its hash; and seeds that are added."""
-    before = run.manifest
+    before = prepared.run.manifest
     is_new = "arms" not in before  # of a run of an earlier preskip nothing is declared after the fact
     facts["family"] = before.get("family", facts["family"])
     if is_new:
-        facts["declaration"] = declare(config, facts)
+        rule = RULE if isinstance(prepared, Frozen) and prepared.config.tuned_arms else None
+        facts["declaration"] = declare(config, facts, rule)
         say(f"declared, SHA-256 {facts['declaration']['sha256']}: keep it to show later that nothing was changed",
             quiet=quiet)  # fmt: skip
     elif added:

@@ -61,7 +61,7 @@ def tune(prepared: Frozen, execute: Execute) -> dict[tuple[str, int], str]:
         Why there is no rate, by arm and seed, where training diverged at all of them.
     """
     run, config = prepared.run, prepared.config
-    tuned = [arm for arm in config.arms if config.is_tuned(arm)]
+    tuned = config.tuned_arms
     first, *later = searched_seeds(prepared)
     waiting = [arm for arm in tuned for seed in (first, *later) if not run.search_file(arm, seed).is_file()]
     base = base_records(prepared) if waiting else []

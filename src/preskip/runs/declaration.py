@@ -11,7 +11,7 @@ from typing import Any
 from preskip.runs.schema import Declaration, Extension, Facts, Family, Manifest
 
 
-def declare(config: Mapping[str, Any], facts: Facts) -> Declaration:
+def declare(config: Mapping[str, Any], facts: Facts, search_rule: int | None = None) -> Declaration:
     """Options, family, looks and rules of a run, and what it is made of, before anything is trained.
 
     Of a probe also the start token that every block to train on begins with, None for none (`opening`).
@@ -19,6 +19,7 @@ def declare(config: Mapping[str, Any], facts: Facts) -> Declaration:
     Args:
         config: every option, as run.json stores it.
         facts: what was prepared.
+        search_rule: how learning rates are searched for (`preskip.experiment.search.RULE`); None where none is.
     """
     content = {
         "config": dict(config),
@@ -30,6 +31,8 @@ def declare(config: Mapping[str, Any], facts: Facts) -> Declaration:
     tokenizer: Mapping[str, Any] = facts.get("tokenizer", {})
     if "opening" in tokenizer:
         content["opening"] = tokenizer["opening"]
+    if search_rule is not None:
+        content["search_rule"] = search_rule
     content = json.loads(json.dumps(content))  # as it will be read
     return {"sha256": digest(content), "time": now(), "content": content}
 

@@ -75,6 +75,7 @@ class LmEvalFacts(TypedDict):
 
     version: float | str  # of the task
     num_fewshot: int
+    examples_drawn: NotRequired[bool]  # whether few-shot examples are drawn at random, one item after another
     prompt_sha256: str  # of everything that makes its prompts and metrics
     of: int  # items of the whole set
     sample_seed: int | None  # of the random sample; None for the whole set

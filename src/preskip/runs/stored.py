@@ -189,6 +189,20 @@ def _check_same_scoring(name: str, first: Mapping[str, Any], other: Mapping[str,
                 f"{name} has another {key.replace('_', ' ')} in one run ({str(one)[:12]}) than in another "
                 f"({str(two)[:12]}): evaluate both with one version of lm-eval"
             )
+    samples = [_drawn_sample(described) for described in (first, other)]
+    if samples[0] != samples[1]:
+        raise PreskipError(
+            f"{name} has other few-shot examples in one run than in another: they are drawn one item after another, "
+            "so that other items change them; evaluate both with the same --limit"
+        )
+
+
+def _drawn_sample(described: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """Which items of a task were scored, where the few-shot examples of each depend on it."""
+    task = described.get("lm_eval") or {}
+    if not task.get("examples_drawn", task.get("num_fewshot")):
+        return None
+    return described.get("items", described.get("documents")), task.get("sample_seed")
 
 
 def _refuse_different_dtypes(dtypes: Mapping[str, tuple[str, ...]]) -> None:
