@@ -26,8 +26,8 @@ from preskip.data.tokenizer import fingerprint
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
 from preskip.evaluate.published import recognise_published
-from preskip.evaluate.start import start_gain, start_note
 from preskip.evaluate.texts import prepare_texts
+from preskip.evaluate.training_text import reading_notes, special_loss, start_gain
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import LAST_WORD, Scored, load_corpora, local_data, prepare_heldout
 from preskip.experiment.measured import finite, measured
@@ -136,11 +136,13 @@ class Frozen(Prepared):
         }
         if config.packing == "packed":
             known: Any = run.manifest.get("tokenizer", {})  # measured once
-            gain = known.get("start_gain")
+            measured: Any = {key: known[key] for key in ("start_gain", "special_loss") if key in known}
             if "start_gain" not in known:
-                gain = start_gain(base, tokenizer, first, batch_tokens=config.eval_batch_tokens)
-            described_tokenizer |= {"opening": opening_token(tokenizer), "start_gain": gain}
-            if note := start_note(gain):
+                measured["start_gain"] = start_gain(base, tokenizer, first, batch_tokens=config.eval_batch_tokens)
+            if "special_loss" not in known:
+                measured["special_loss"] = special_loss(base, tokenizer, first)
+            described_tokenizer |= {"opening": opening_token(tokenizer), **measured}
+            for note in reading_notes(measured):
                 say(note, quiet=quiet)
         tokens, passes = int((first >= 0).sum()), config.steps * config.batch_size / len(first)  # padding is negative
         return prepared, {

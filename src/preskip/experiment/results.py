@@ -10,7 +10,7 @@ import numpy as np
 from preskip.analysis.depth_results import by_seed
 from preskip.evaluate.paper import COLUMNS, paper_columns
 from preskip.evaluate.published import paper_table
-from preskip.evaluate.start import start_note
+from preskip.evaluate.training_text import reading_notes
 from preskip.runs.directory import SCHEMA_VERSION, RunDirectory
 from preskip.runs.files import read_json, read_jsonl
 from preskip.runs.schema import ArmFacts, ArmResults, CellSummary, CurvePoint, Record, Results, RunKind, Search, StepRow
@@ -44,8 +44,7 @@ def summarise_run(run: RunDirectory) -> Results:
         for cell in cells
         for note in cell.get("notes", ())
     ]
-    tokenizer: Mapping[str, Any] = manifest.get("tokenizer", {})
-    notes += filter(None, [start_note(tokenizer.get("start_gain"))])
+    notes += reading_notes(manifest.get("tokenizer", {}))
     comparisons = compare_arms(items, family, manifest["sets"], notes=notes) if len(items) > 1 else []
     notes += looks_without_seeds(items, family, manifest["seeds"])
     kind: RunKind = {"kind": manifest["kind"]} if "kind" in manifest else {}

@@ -21,7 +21,7 @@ def declare(config: Mapping[str, Any], facts: Facts, search_rule: int | None = N
         facts: what was prepared.
         search_rule: how learning rates are searched for (`preskip.experiment.search.RULE`); None where none is.
     """
-    content = {
+    content: dict[str, Any] = {
         "config": dict(config),
         "family": facts["family"],
         "model": identity(facts["model"]),

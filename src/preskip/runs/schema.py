@@ -190,7 +190,8 @@ class TokenizerFacts(TypedDict):
     vocab_size: int
     sha256: str
     opening: NotRequired[int | None]  # the start token that begins every block and window; absent in earlier runs
-    start_gain: NotRequired[float | None]  # see `preskip.evaluate.start`
+    start_gain: NotRequired[float | None]  # see `preskip.evaluate.training_text`
+    special_loss: NotRequired[dict[str, float] | None]  # see there
 
 
 class ArmCosts(TypedDict):
