@@ -15,7 +15,6 @@ PAGES = {
     "confirmatory-smollm2-books24": "confirmatory-books.md",
     "confirmatory-gemma-3-270m-wikitext2": "confirmatory-gemma.md",
 }
-WITHDRAWN = {"confirmatory-gemma-3-270m-wikitext2"}
 
 
 def script(name):
@@ -43,11 +42,6 @@ def test_tables_are_those_of_the_stored_results(name):
         assert table in page, f"{heading} of {name}: run benchmarks/results_tables.py again"
 
 
-def test_a_withdrawn_run_is_said_to_be_one():
-    for name in WITHDRAWN:
-        assert "**Withdrawn.**" in (ROOT / "docs" / PAGES[name]).read_text(encoding="utf-8")
-
-
 def stored(name):
     return json.loads((ROOT / f"results/{name}/results.json").read_text())
 
@@ -56,6 +50,7 @@ def test_harm_is_what_the_stored_runs_say():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     names = {"lora-attention": "LoRA on attention", "lora": "LoRA"}
     runs = {"after WikiText": "smollm2-wikitext2", "after books": "smollm2-books24"}
+    runs |= {"of Gemma after WikiText": "gemma-3-270m-wikitext2"}
     for words, name in runs.items():
         results = stored(f"confirmatory-{name}")
         highest = {
@@ -95,14 +90,11 @@ def test_the_picture_is_that_of_the_stored_results():
     assert marks == pytest.approx(stored_marks, abs=0.5)
     # Seven arms in four panels, and in the legend; better is up and right.
     assert len(marks) == 2 * (4 * 7 + 7)
-    # The confirmatory ones that stand.
-    names = [name for name in PAGES if name.startswith("confirmatory") and name not in WITHDRAWN]
-    both = figure.draw([stored(name) for name in names], ["smollm2", "smollm2"])
-    kept = (ROOT / "docs" / "results.svg").read_text(encoding="utf-8")
-    assert drawn(both)[1] == drawn(kept)[1]
-    # Several models are named.
-    two = figure.draw([stored(name) for name in names], ["smollm2", "gemma-3-270m"])
-    assert "gemma-3-270m, trained on books24" in " ".join(drawn(two)[1])
+    # The confirmatory ones; several models are named.
+    names = [name for name in PAGES if name.startswith("confirmatory")]
+    found = drawn(figure.draw([stored(name) for name in names], ["smollm2", "smollm2", "gemma-3-270m"]))[1]
+    assert found == drawn((ROOT / "docs" / "results.svg").read_text(encoding="utf-8"))[1]
+    assert "gemma-3-270m, trained on wikitext2" in " ".join(found)
     found = figure.differences(runs[1], "preskip", "books", "lambada_openai")
     assert found["books"] == pytest.approx((0.0489, 0.0323, 0.0655), abs=1e-4)
     assert found["lambada_openai"] == pytest.approx((-0.96, -6.8, 4.9), abs=0.1)
