@@ -19,8 +19,21 @@ STORED = sorted((Path(__file__).parents[2] / "results").glob("*/run.json"))
 KINDS = [ProbeConfig, PretrainConfig]
 
 
-# Options that stored runs lack.
-_LATER = {"lora_scale": 1.0, "layers": None, "task_settings": asdict(TaskSettings())}
+# Options that stored runs lack, with what they had.
+LATER = {
+    "lora_scale": 1.0,
+    "keep_weight": 0.0,
+    "reuse_prefix": True,
+    "layers": None,
+    "task_settings": asdict(TaskSettings()),
+    "eval_text_column": None,
+    "eval_corpus_split": None,
+    "primary": [],
+    "looks": [],
+    "lr_rule": "in-domain",
+    "lr_harm": 0.01,
+    "tune_share": 0.5,
+}
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.parent.name)
@@ -30,23 +43,7 @@ def test_stored_runs_of_schema_2_are_read_and_written_back(path):
     written = json.loads(json.dumps(kind.from_json(record["config"]).to_json()))
     assert {name: written[name] for name in record["config"]} == record["config"]
     later = set(written) - set(record["config"])
-    assert {name: written[name] for name in later} == {
-        name: value
-        for name, value in {
-            "lora_scale": 1.0,
-            "keep_weight": 0.0,
-            "reuse_prefix": True,
-            "layers": None,
-            "task_settings": asdict(TaskSettings()),
-            "eval_text_column": None,
-            "eval_corpus_split": None,
-            "primary": [],
-            "looks": [],
-            "lr_rule": "in-domain",
-            "lr_harm": 0.01,
-        }.items()
-        if name in later
-    }
+    assert {name: written[name] for name in later} == {name: value for name, value in LATER.items() if name in later}
 
 
 def test_an_option_of_both_is_a_field_of_the_common_class():
@@ -177,6 +174,8 @@ def test_rates_of_a_pretraining():
         (PretrainConfig, {"max_grad_norm": float("inf")}, "--max-grad-norm inf is not possible: it must be > 0"),
         (ProbeConfig, {"lr": ["tune", "1e-3"]}, "--lr tune has nothing to tune, every arm has a rate"),
         (ProbeConfig, {"lr": "tune", "lr_harm": "0.002"}, "--lr-harm is for --lr-rule frontier: in-domain knows no"),
+        (ProbeConfig, {"tune_share": "0.7"}, "--tune-share is for --lr tune: give that, too, or leave it out"),
+        (ProbeConfig, {"tune_share": "1.5"}, "--tune-share 1.5 is not possible: it must be > 0 and <= 1"),
         (ProbeConfig, {"tune_seed": "3"}, "--tune-seed is for --lr tune: give that, too, or leave it out"),
         (ProbeConfig, {"lora_rank": "8"}, "--lora-rank is for --match none: with params the budget gives the ranks"),
         (PretrainConfig, {"warmup_steps": 24, "tokens": 24 * 4096}, "--warmup-steps 24 is not below the 24 steps"),

@@ -68,7 +68,9 @@ def test_the_plan_is_said_first_and_measuring_changes_nothing(tmp_path, capsys):
         work = outlook(prepared, [], 1.0).work
         assert work["search"] == [(3 / 4 + (4 + one) / 2) * training + (7 + one) * scored]
         assert work["later search"] == [(3 + one) / 2 * training + (3 + one) * scored]
-    prepared.config = replace(prepared.config, lr_mode="default", lr_rule="in-domain")
+    prepared.config = replace(prepared.config, tune_share=1.0)
+    assert outlook(prepared, [], 1.0).work["search"] == [(3 / 2 + 5) * training + 8 * scored]
+    prepared.config = replace(prepared.config, lr_mode="default", lr_rule="in-domain", tune_share=0.5)
 
     state, weights = torch.random.get_rng_state(), {k: v.clone() for k, v in prepared.base.state_dict().items()}
     assert 0 < measured_token(prepared, run.manifest) < 1

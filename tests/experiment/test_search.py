@@ -25,7 +25,7 @@ def chosen(tmp_path, monkeypatch):
         monkeypatch.setattr(search, "_trial", trial)
         monkeypatch.setattr(search, "ARMS", {"skip": SimpleNamespace(learning_rate=1e-3)})
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        config = SimpleNamespace(**{"steps": steps, "lr_rule": "in-domain", "lr_harm": 0.01, **rule})
+        config = SimpleNamespace(**{"steps": steps, "tune_share": 0.5, "lr_rule": "in-domain", "lr_harm": 0.01, **rule})
         prepared = SimpleNamespace(config=config, run=RunDirectory(folder))
         found = search.search_rate(prepared, "skip", 7, [], start)
         assert (folder / "search/skip/seed-7/search.json").is_file()
@@ -40,6 +40,9 @@ def test_the_best_inside_the_grid_takes_seven_trainings_and_is_bracketed(chosen)
     assert (found["chosen"], found["extended"]) == (1e-3, False)
     assert {entry["steps"] for entry in found["trace"]} == {6, 12}
     assert [entry["power"] for entry in found["trace"] if entry["kept"]] == [0, 2, 0]
+    found, again = chosen(lambda rung, power: abs(power - 0.1), tune_share=1.0)
+    assert again == tried
+    assert {entry["steps"] for entry in found["trace"]} == {12, 24}
 
 
 @pytest.mark.parametrize("best", range(-8, 9))

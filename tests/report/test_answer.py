@@ -18,7 +18,7 @@ from preskip.report.lookup import reference_arm, rivals
 from preskip.report.tables import at_equal_harm, search_table
 from preskip.report.words.answer import answer
 from preskip.report.words.claims import assess, parts_text
-from preskip.report.words.facts import declared_text
+from preskip.report.words.facts import declared_text, facts
 from preskip.report.words.frontier import assess_plane
 from preskip.report.words.verdicts import p_text
 from preskip.stats.verdicts import flipped
@@ -186,6 +186,22 @@ def test_what_was_declared_and_not_measured_is_counted() -> None:
         "Of 3 comparisons declared before training, corrected for their number, 1 is decided and 1 undecided; 1 is not "
         "measured. "
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "when"),
+    [
+        ({}, "half of the steps: after all of them it may be more"),  # of a run from before the option
+        ({"tune_share": 0.75}, "75% of the steps: after all of them it may be more"),
+        ({"tune_share": 1.0}, "all steps"),
+    ],
+)
+def test_a_limit_on_harm_says_when_it_was_kept(rich: tuple[Any, dict[str, Any]], options: Any, when: str) -> None:
+    record, _ = rich
+    config = {key: value for key, value in record["config"].items() if key != "tune_share"}
+    record = {**record, "config": {**config, "lr_mode": "tune", "lr_rule": "frontier", "lr_harm": 0.01, **options}}
+    rule = dict(dict(facts(record))["Run"])["Learning rates"]
+    assert rule.endswith(f"loses at most 0.01 bits per byte out-of-domain, on development texts after {when}")
 
 
 def test_a_claim_counts_its_parts_by_kind(rich: tuple[dict[str, Any], dict[str, Any]]) -> None:

@@ -12,7 +12,7 @@ from preskip.arms import resolve_arms
 from preskip.experiment.frozen import Frozen
 from preskip.experiment.prepared import Prepared
 from preskip.experiment.scratch import Scratch
-from preskip.experiment.search import GRID, RUNGS, searched_seeds
+from preskip.experiment.search import GRID, rungs, searched_seeds
 from preskip.progress import about
 from preskip.train.keep import kept_per_step
 from preskip.train.speed import synchronise
@@ -76,7 +76,7 @@ def outlook(prepared: Prepared, cells: Sequence[tuple[str, int]], token_seconds:
         # A full search adds both neighbours of the best to the grid, a later one is a rate and its neighbours.
         for what, seeds, trials in (("search", [first], FULL_SEARCH), ("later search", later, LATER_SEARCH)):
             trials = (*trials[:-1], trials[-1] + (config.lr_rule == "frontier"))
-            share = sum(count * rung for count, rung in zip(trials, RUNGS, strict=True))
+            share = sum(count * rung for count, rung in zip(trials, rungs(config), strict=True))
             work[what] = [
                 0.0
                 if prepared.run.search_file(arm, seed).is_file()

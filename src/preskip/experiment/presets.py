@@ -58,6 +58,7 @@ PRESETS = {
             "seeds": "1,2,3,4,5",
             "lr": ["tune"],
             "lr_rule": "frontier",
+            "tune_share": 1.0,
             "development_documents": 48,
             "steps": 48,
             "batch_size": 4,

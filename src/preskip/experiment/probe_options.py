@@ -70,6 +70,13 @@ class ProbeConfig(ExperimentConfig):
     learning_rates: dict[str, float] = option({}, "Peak learning rate: 3e-4, preskip=1e-3, or tune; repeatable.")
     lr_mode: str = option("default", choices=LR_MODES)
     tune_seed: int = option(0, "Seed of the trainings of --lr tune, beside that of --seeds.", TRAINING, least=0)
+    tune_share: float = option(
+        0.5,
+        "Share of --steps after which --lr tune compares rates; 1: --lr-harm holds for what is compared.",
+        TRAINING,
+        above=0,
+        most=1,
+    )
     lr_rule: str = option(
         "in-domain",
         "--lr tune takes the best in-domain, or frontier: of those within --lr-harm.",
@@ -168,6 +175,8 @@ class ProbeConfig(ExperimentConfig):
             raise PreskipError(f"--lr-harm is for --lr-rule frontier: {self.lr_rule} knows no limit; give that, too")
         if self.lr_mode != "tune" and self.tune_seed != type(self).tune_seed:
             raise PreskipError("--tune-seed is for --lr tune: give that, too, or leave it out")
+        if self.lr_mode != "tune" and self.tune_share != type(self).tune_share:
+            raise PreskipError("--tune-share is for --lr tune: give that, too, or leave it out")
         if self.lora_ranks and self.match != "none":
             raise PreskipError(
                 f"--lora-rank is for --match none: with {self.match} the budget gives the ranks; leave one of them out"

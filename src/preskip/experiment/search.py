@@ -2,14 +2,14 @@
 
 Each training seed has a search of its own, with its own initialisation and data order, so that what the choice of the
 rate varies by is part of what the seeds vary by. The first seed's search is full. A log grid of half decades around the
-arm's default, the same three for every arm: every rate trains for a quarter of the steps (the schedule running to its
-end), the better half for half of them. Then quarter decades: both neighbours of the best are trained for half of the
-steps, and it moves until it is better than both. The search of a later seed is that last part alone, and begins at the
-rate that the first one found. Where the best is at the grid's edge, the next rate beyond is tried, too, and the arm is
-marked as extended. With `--lr-rule frontier` one more rate is trained where the next above the best does too much harm:
-the one between them at which the harm should reach the limit, so that arms are compared at one harm and not at what
-the grid's steps leave of it; where it passes the limit, a second one below it. Where no rate keeps the limit, lower
-ones are tried, half decades apart, until one does. All arms share the data order.
+arm's default, the same three for every arm: every rate trains for half of the search's steps (the schedule running to
+its end), the better half for all of them. Those are `--tune-share` of the run's, by default half. Then quarter decades:
+both neighbours of the best are trained as long, and it moves until it is better than both. The search of a later seed
+is that last part alone, and begins at the rate that the first one found. Where the best is at the grid's edge, the next
+rate beyond is tried, too, and the arm is marked as extended. With `--lr-rule frontier` one more rate is trained where
+the next above the best does too much harm: the one between them at which the harm should reach the limit, so that arms
+are compared at one harm and not at what the grid's steps leave of it; where it passes the limit, a second one below it.
+Where no rate keeps the limit, lower ones are tried, half decades apart, until one does. All arms share the data order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from preskip.stats.equal_harm import worst_harm
 STEPS_PER_DECADE = 4
 HALF_DECADE = 2
 GRID = (-HALF_DECADE, 0, HALF_DECADE)
-RUNGS = (1 / 4, 1 / 2)
 # The first step warms up from a rate of 0: after it alone all rates would tie.
 LEAST_STEPS = 2
 # The farthest rate that is tried on either side: three half decades beyond the grid's edge.
@@ -102,6 +101,11 @@ def searched_seeds(prepared: Frozen) -> tuple[int | None, ...]:
     return prepared.config.seeds if "declaration" in prepared.run.manifest else (None,)
 
 
+def rungs(config: ProbeConfig) -> tuple[float, float]:
+    """Shares of the run's steps that a rate is trained for in a search: at first, and where it is chosen."""
+    return config.tune_share / 2, config.tune_share
+
+
 def tuning_seed(config: ProbeConfig, seed: int | None) -> int:
     """The seed of initialisation and data order in the search of a training seed."""
     if seed is None:
@@ -130,7 +134,7 @@ def search_rate(prepared: Frozen, arm: str, seed: int | None, base: list[Record]
         return read_json(done)
     config, default = prepared.config, ARMS[arm].learning_rate
     assert default is not None
-    steps = [max(LEAST_STEPS, round(share * config.steps)) for share in RUNGS]
+    steps = [max(LEAST_STEPS, round(share * config.steps)) for share in rungs(config)]
     trials: dict[tuple[int, float], Trial] = {}
 
     def loss(rung: int, power: float) -> tuple[float, float]:

@@ -73,9 +73,12 @@ def _rate_rule(record: Manifest) -> str:
     each = "anew for each seed" if "declaration" in record else "once for all seeds"
     if config.get("lr_rule") != "frontier":
         return f"tuned {each}, the best in-domain"
+    share = config.get("tune_share", 0.5)
+    part = "half" if share == 0.5 else f"{share:.0%}"
+    when = "all steps" if share == 1 else f"{part} of the steps: after all of them it may be more"
     return (
         f"tuned {each}, the best in-domain that loses at most {config['lr_harm']:g} bits per byte out-of-domain, on "
-        "development texts after half of the steps: after all of them it may be more"
+        f"development texts after {when}"
     )
 
 
