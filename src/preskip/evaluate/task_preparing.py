@@ -118,8 +118,7 @@ def prepare_task(
     facts = {
         "version": task.VERSION,
         "num_fewshot": task.get_config("num_fewshot"),
-        "examples_drawn": bool(task.get_config("num_fewshot"))
-        and not isinstance(getattr(task, "sampler", None), FirstNSampler),
+        "examples_drawn": _draws_examples(task),
         "prompt_sha256": _prompt_sha256(task, encoder, settings, fewshot_seed),
         "items": len(docs),
         "of": total,
