@@ -9,6 +9,7 @@ from preskip.errors import PreskipError
 from preskip.experiment.cell import opened
 from preskip.experiment.frozen import _training_blocks
 from preskip.experiment.probe_options import ProbeConfig
+from preskip.experiment.results import summarise_run
 from preskip.experiment.run import finish_run, start_run
 from small_probe import small_probe
 from tiny_model import write_corpus
@@ -49,6 +50,11 @@ def test_a_model_that_needs_a_start_token_is_said_to_be_trained_without_it(tmp_p
     monkeypatch.setattr("preskip.experiment.frozen.start_gain", lambda *_, **__: 0.0)
     assert any(said in note for note in finish_run(run)["notes"])
     assert run.manifest["tokenizer"]["start_gain"] == 1.9
+    assert run.manifest["model"]["stacked_experts"] == 0.0
+    assert not any("stacked in one tensor" in note for note in results["notes"])
+    described = run.manifest["model"] | {"stacked_experts": 0.6}
+    run.update_manifest(model=described, arms={"lora": {}, **run.manifest["arms"]})
+    assert any("60% of the model's weights are experts" in note for note in summarise_run(run)["notes"])
 
 
 def test_a_finished_run_whose_blocks_lacked_the_start_token_takes_no_further_seeds(tmp_path, monkeypatch):

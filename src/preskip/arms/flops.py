@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from preskip.arms.experts import experts_of
+
 # Forward and backward: a matrix product has two more of its size in the backward pass.
 TRAINING_FACTOR = 3
-# What transformers' configs call the experts of a layer, and those that a token visits.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-_VISITED = ("num_experts_per_tok", "top_k_experts")
 
 
 def embedding_parameters(model: nn.Module) -> int:
@@ -73,14 +72,3 @@ def active_weights(parameter: torch.Tensor, config: Any) -> int:
     """Weights that one token meets: all, of a layer's stacked experts those of the ones that it visits."""
     experts, visited = experts_of(parameter, config)
     return parameter.numel() // experts * visited
-
-
-def experts_of(parameter: torch.Tensor, config: Any) -> tuple[int, int]:
-    """How many experts a weight holds, and how many of them a token visits; 1 and 1 of any other weight.
-
-    transformers stacks the experts of a layer in one tensor [experts, out, in]; a convolution has three dimensions,
-    too.
-    """
-    visited = next((n for name in _VISITED if (n := getattr(config, name, None))), None)
-    is_stack = parameter.ndim == 3 and parameter.shape[0] in [getattr(config, name, None) for name in _EXPERTS]
-    return (parameter.shape[0], visited) if visited and is_stack else (1, 1)

@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import torch
 
-from preskip.arms.flops import active_weights, cache_width, experts_of, head_width, looked_up, matrix_weights
+from preskip.arms.experts import experts_of
+from preskip.arms.flops import active_weights, cache_width, head_width, looked_up, matrix_weights
 from preskip.attach import CHILD
 from preskip.bench.settings import Work
 from preskip.train.speed import measured_peak, synchronise

@@ -17,6 +17,7 @@ from torch import nn
 from preskip.analysis.ablation import ablate, ablation_passes
 from preskip.analysis.depth import text_profile
 from preskip.arms import ARMS, Arm, ArmContext, attention_layers, attention_paths, branch_parameters, resolve_arms
+from preskip.arms.experts import experts_note, stacked_share
 from preskip.arms.insert import Inserted, insert
 from preskip.assets import load_model, load_tokenizer, resolve_model, weights_dtype
 from preskip.data.blocks import check_vocabulary, opening_token, pack_blocks, scored_size, start_token
@@ -144,6 +145,9 @@ class Frozen(Prepared):
             described_tokenizer |= {"opening": opening_token(tokenizer), **measured}
             for note in reading_notes(measured):
                 say(note, quiet=quiet)
+        stacked = round(stacked_share(base, text_config), 3)
+        if mixture := experts_note(stacked, config.arms):
+            say(mixture, quiet=quiet)
         tokens, passes = int((first >= 0).sum()), config.steps * config.batch_size / len(first)  # padding is negative
         return prepared, {
             "model": {
@@ -153,6 +157,7 @@ class Frozen(Prepared):
                 "layers": text_config.num_hidden_layers,
                 "hidden_size": text_config.hidden_size,
                 "dtype": weights_dtype(base),
+                "stacked_experts": stacked,
                 "attn_implementation": base.config._attn_implementation,
                 "source": source.source,
                 "sha256": source.sha256,

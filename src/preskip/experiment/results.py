@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from preskip.analysis.depth_results import by_seed
+from preskip.arms.experts import experts_note
 from preskip.evaluate.paper import COLUMNS, paper_columns
 from preskip.evaluate.published import paper_table
 from preskip.evaluate.training_text import reading_notes
@@ -45,6 +46,7 @@ def summarise_run(run: RunDirectory) -> Results:
         for note in cell.get("notes", ())
     ]
     notes += reading_notes(manifest.get("tokenizer", {}))
+    notes += filter(None, [experts_note(manifest["model"].get("stacked_experts", 0.0), list(facts))])
     comparisons = compare_arms(items, family, manifest["sets"], notes=notes) if len(items) > 1 else []
     notes += looks_without_seeds(items, family, manifest["seeds"])
     kind: RunKind = {"kind": manifest["kind"]} if "kind" in manifest else {}

@@ -159,6 +159,7 @@ class ModelFacts(TypedDict):
     layers: int
     hidden_size: int
     dtype: str  # of the weights
+    stacked_experts: NotRequired[float]  # share of the weights; absent from scratch and in earlier runs
     attn_implementation: str
     source: str
     sha256: str | None  # of the weights; from scratch of architecture and tokenizer
