@@ -34,6 +34,18 @@ def explained(place):
     return json.loads((place / "run" / "explain" / "preskip-seed-2" / "explain.json").read_text())
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_special_tokens_in_a_text_are_read_as_in_the_run(place, tmp_path, split):
+    run = shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("explain"))
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["config"]["split_special_tokens"] = split
+    manifest["directory"] = str(place)
+    (run / "run.json").write_text(json.dumps(manifest))
+    assert preskip("explain", run, *FEW, "--text", "ships in <s> the harbor", "--out", tmp_path / "out") == 0
+    tokens = pq.read_table(tmp_path / "out" / "tokens.parquet").to_pylist()
+    assert any(row["token"] == "<s>" for row in tokens) is not split
+
+
 def test_a_run_with_its_reference_arm_and_first_seed(place, explained):
     folder = place / "run" / "explain" / "preskip-seed-2"
     assert {path.name for path in folder.iterdir()} == {"explain.json", "tokens.parquet", "explain.html"}

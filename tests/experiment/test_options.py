@@ -33,6 +33,7 @@ LATER = {
     "lr_rule": "in-domain",
     "lr_harm": 0.01,
     "tune_share": 0.5,
+    "split_special_tokens": False,
 }
 
 

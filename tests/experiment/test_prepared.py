@@ -1,5 +1,6 @@
 """What a run is prepared from: workers, tasks on Ray and followers do it anew, from the same inputs or not at all."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,21 @@ def test_a_finished_run_whose_blocks_lacked_the_start_token_takes_no_further_see
     assert run.manifest["tokenizer"] == old
     with pytest.raises(PreskipError, match="left the start token out of the blocks it trains on"):
         finish_run(run, seeds=(1, 2), quiet=True)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_special_tokens_in_a_text_are_read_as_the_option_says(tmp_path, split):
+    """In training, development and held-out texts alike; transformers' own default reads them as special."""
+    config = small_probe(tmp_path, steps=2, last_word_items=0, seeds=(1,), split_special_tokens=split)
+    corpus = Path(config.corpus)
+    rows = [json.loads(line) for line in corpus.read_text(encoding="utf-8").splitlines()]
+    key = next(key for key, value in rows[0].items() if " the " in str(value))
+    rows = [{**row, key: row[key].replace(" the ", " <s> ")} for row in rows]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prepared = opened(start_run(config, tmp_path / "run", ["test"]).path)
+    start = prepared.tokenizer.bos_token_id
+    blocks = prepared.blocks(1)
+    assert (start in blocks[:, 1:]) is not split
+    texts = [*prepared.heldout.texts, *prepared.heldout.development]
+    scored = [token for text in texts for window in text.windows for token in window.input_ids[window.scored_from :]]
+    assert (start in scored) is not split

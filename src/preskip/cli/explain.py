@@ -192,6 +192,8 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
     if not source.is_checkpoint:
         live = load_adapter(live, source.weights)
     tokenizer = load_tokenizer_of(name, None if source.is_checkpoint else source.weights, trust, revision)
+    if source.config.get("split_special_tokens"):
+        tokenizer.split_special_tokens = True
     check_vocabulary(live, tokenizer)
     check_causal(live)
     return live, tokenizer

@@ -93,8 +93,8 @@ def _special_note(shares: Mapping[str, float] | None) -> str | None:
         return None
     return (
         f"{total:.0%} of the untouched model's loss on the training blocks is at {', '.join(shares or ())}, which the "
-        "tokenizer takes for special tokens: the arms also learn to expect them, in development texts, too; give a "
-        "corpus without them, or read gains on texts that have none"
+        "tokenizer takes for special tokens: the arms also learn to expect them, in development texts, too; give "
+        "--split-special-tokens, which reads them as text, or a corpus without them"
     )
 
 

@@ -84,6 +84,8 @@ class Frozen(Prepared):
         source = resolve_model(model_name, recorded.get("revision"))
         with spinner(f"loading {config.model}", quiet=quiet):
             tokenizer = load_tokenizer(model_name, trust_remote_code=config.trust_remote_code, revision=source.revision)
+            if config.split_special_tokens:
+                tokenizer.split_special_tokens = True
             base = load_model(
                 model_name,
                 dtype=getattr(torch, config.dtype),

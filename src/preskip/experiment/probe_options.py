@@ -102,6 +102,9 @@ class ProbeConfig(ExperimentConfig):
         TRAINING,
         choices=("packed", "paragraphs"),
     )
+    split_special_tokens: bool = option(
+        False, "Read special tokens that stand in a text (<unk>) as ordinary text.", WHAT
+    )
     context_length: int = option(256, "Most tokens of context while scoring documents.", EVALUATION, least=1)
     last_word_items: int = option(80, "Last-word items; 0: none.", EVALUATION, least=0)
     tasks: tuple[str, ...] = option(
@@ -141,6 +144,11 @@ class ProbeConfig(ExperimentConfig):
             raise PreskipError(f"--nulls {unknown!r} is unknown: choose among {', '.join(NULLS)}")
         if self.ablation_documents == 1:
             raise PreskipError("--ablation-documents 1 is not possible: an interval needs 2 or more, 0 leaves it out")
+        if self.split_special_tokens and self.task_settings.apply_chat_template:
+            raise PreskipError(
+                "--split-special-tokens reads a chat template's marks as text: leave out one of it and "
+                "--apply-chat-template"
+            )
         for flag, pattern in (("--target-modules", self.target_modules), ("--exclude-modules", self.exclude_modules)):
             try:
                 re.compile(pattern or "")
