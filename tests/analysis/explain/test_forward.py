@@ -195,7 +195,7 @@ def test_layers_that_run_several_times_in_a_pass_are_refused():
 
 
 def test_memory_holds_one_batch_at_a_time():
-    """Live tensors while the thousandth text is read are as many as at the tenth, and texts are taken as needed."""
+    """Live tensors while the thousandth text is read are no more than at the tenth, and texts are taken as needed."""
     import gc
 
     model = adapted("llama")
@@ -214,4 +214,5 @@ def test_memory_holds_one_batch_at_a_time():
                 del row
                 gc.collect()
                 live.append(sum(1 for item in gc.get_objects() if isinstance(item, torch.Tensor)))
-    assert max(live) - min(live) <= 4
+    # What other tests of this process left behind may go meanwhile.
+    assert max(live) - live[0] <= 4
