@@ -2,7 +2,7 @@
 
 import pytest
 
-from preskip.arms import attention_paths
+from preskip.arms import ARMS, attention_paths
 from preskip.arms.budget import linear_shapes
 from preskip.arms.experts import experts_note, stacked_share
 from zoo import build
@@ -25,6 +25,8 @@ def test_a_dense_model_has_none():
 
 
 def test_only_arms_that_are_said_to_be_everywhere_are_named():
+    said = [name for name, arm in ARMS.items() if "linear layers" in arm.description]
+    assert f"layer: {', '.join(said)} sit on" in experts_note(0.6, list(ARMS))
     assert experts_note(0.0, ["lora"]) is None
     assert experts_note(0.6, ["none", "preskip", "lora-attention"]) is None
     assert experts_note(0.634, ["none", "lora", "preskip", "hira"]) == (
