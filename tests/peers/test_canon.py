@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import preskip.architecture  # noqa: F401
 import zoo
 from preskip.errors import PreskipError
 from preskip.kv_cache import cache_name
-from preskip.peers.canon import CausalMix
+from preskip.peers.canon import CausalMix, _Mix, causal_mix
 from preskip.peers.insert import attach_peers, detach_peers, load_peers, peer_weights, save_peers
 from preskip.peers.tokens import Tokens
 from preskip.train.frozen import train_frozen
@@ -54,6 +55,45 @@ def test_outputs_and_gradients_are_those_of_a_convolution():
     theirs.backward(upstream)
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
     torch.testing.assert_close(ours.weight.grad, reference.weight.grad[:, 0].flip(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_autograds_at_documents_borders_and_in_mixed_dtypes(dtype):
+    """The backward pass that is written out, against autograd's of the formula, to which it is held to second order."""
+    torch.manual_seed(0)
+    kept = [torch.rand(2, 7, 1) > 0.4 for _ in range(3)]
+    weight = torch.randn(5, 4, requires_grad=True)
+    whole, upstream = torch.randn(2, 10, 5).to(dtype).requires_grad_(), torch.randn(2, 7, 5)
+    exact = (whole.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
+    ours = _Mix.apply(whole, weight, *kept)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, causal_mix(whole, weight, *kept))
+    mine = torch.autograd.grad(ours, (whole, weight), upstream)
+    theirs = torch.autograd.grad(causal_mix(*exact, *kept), exact, upstream.double())
+    assert [found.dtype for found in mine] == [dtype, torch.float32]
+    for found, expected in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(found, expected.to(found.dtype))
+    assert torch.autograd.gradcheck(lambda *inputs: _Mix.apply(*inputs, *kept), exact)
+    assert torch.autograd.gradgradcheck(lambda *inputs: _Mix.apply(*inputs, *kept), exact)
+
+
+def test_compiled_it_is_the_same():
+    model, ids = mixing(), torch.arange(5, 17).reshape(2, 6)
+    expected = model(ids, use_cache=False).logits
+    found = torch.compile(model, backend="eager")(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradients_of_torch_func_are_the_same():
+    model, ids = mixing(), torch.arange(5, 17).reshape(2, 6)
+    weights = peer_weights(model)
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    found = torch.func.grad(
+        lambda given: functional_call(model, given, (ids,), {"labels": ids, "use_cache": False}).loss
+    )({name: weight.detach() for name, weight in model.named_parameters()})
+    torch.testing.assert_close(
+        {name: found[name] for name in weights}, {name: weight.grad for name, weight in weights.items()}
+    )
 
 
 def test_the_start_is_torchs_for_a_convolution():
