@@ -61,7 +61,7 @@ def test_outputs_and_gradients_are_those_of_a_convolution():
 def test_gradients_are_autograds_at_documents_borders_and_in_mixed_dtypes(dtype):
     """The backward pass that is written out, against autograd's of the formula, to which it is held to second order."""
     torch.manual_seed(0)
-    kept = [torch.rand(2, 7, 1) > 0.4 for _ in range(3)]
+    kept = [(torch.rand(2, 7, 1) > 0.4).to(dtype) for _ in range(3)]
     weight = torch.randn(5, 4, requires_grad=True)
     whole, upstream = torch.randn(2, 10, 5).to(dtype).requires_grad_(), torch.randn(2, 7, 5)
     exact = (whole.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
