@@ -107,6 +107,23 @@ def test_an_adapter_of_any_type_changes_the_scores(call, inputs, name):
     assert abs(values[0] - values[1]) > 1e-5
 
 
+def test_special_tokens_in_a_text_are_read_as_the_option_says(call, inputs, tmp_path):
+    text = tmp_path / "marked.jsonl"
+    rows = [json.loads(line) for line in (inputs / "texts.jsonl").open()]
+    text.write_text("".join(json.dumps({"text": row["text"].replace(" the ", " <s> ")}) + "\n" for row in rows))
+    found = {}
+    for split in (False, True):
+        options = ["--corpus", text, "--out", tmp_path / f"{split}", "--json"]
+        code, stdout, _ = call(*options, *(["--split-special-tokens"] if split else []))
+        assert code == 0
+        found[split] = json.loads(stdout)
+        records = [json.loads(line) for line in (tmp_path / f"{split}/items.jsonl").open()]
+        found[split]["tokens"] = sum(record["tokens"] for record in records)
+    assert found[True]["tokens"] > found[False]["tokens"]
+    assert (found[True]["split_special_tokens"], found[False].get("split_special_tokens")) == (True, None)
+    assert list(file_faults(tmp_path / "True/results.json", EvalResults)) == []
+
+
 def test_mistakes_are_one_line_and_write_nothing(call, inputs, tmp_path):
     broken = tmp_path / "broken"
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(broken)
@@ -132,6 +149,7 @@ def test_mistakes_are_one_line_and_write_nothing(call, inputs, tmp_path):
         "text short is one document, an interval needs 2": ["--corpus", short],
         "is unknown: choose one of auto": [*tasks, "--dtype", "int8"],
         "must be at least 1": [*tasks, "--batch-tokens", "0"],
+        "a chat template's marks as text": [*tasks, "--split-special-tokens", "--apply-chat-template"],
     }
     for message, options in cases.items():
         out = [] if "--out" in options else ["--out", tmp_path / "out"]

@@ -51,6 +51,9 @@ def evaluate(
     text_column: TextColumn = None,
     corpus_split: CorpusSplit = None,
     data_dir: DataDir = None,
+    split_special_tokens: Annotated[
+        bool, flag("Read special tokens that stand in a text (<unk>) as ordinary text.", "What")
+    ] = False,
     limit: Annotated[
         Optional[int],
         flag(
@@ -93,6 +96,7 @@ def evaluate(
     if out is not None and out.exists():
         raise PreskipError(f"{out} exists already: choose another --out")
     settings, seeds = TaskSettings.from_options(given), _seeds(seed)
+    settings.check_special_tokens(split_special_tokens)
     if log_samples and (not names or out is None or out.suffix == ".jsonl"):
         raise PreskipError("--log-samples needs --tasks, and a folder as --out")
     from preskip.experiment.preflight import check_inputs, check_place
@@ -116,6 +120,8 @@ def evaluate(
     dtype, reason = environment.resolve_dtype(dtype, device)
     with spinner(f"loading {model}", quiet=as_json):
         live, tokenizer = _load(model, adapter, dtype, device, attn_implementation, trust_remote_code)
+    if split_special_tokens:
+        tokenizer.split_special_tokens = True
     check_vocabulary(live, tokenizer)
     check_causal(live)
     config: Any = live.config
@@ -165,6 +171,7 @@ def evaluate(
         "device": device,
         "context_length": length,
         "stride": length if stride is None else stride,
+        **({"split_special_tokens": True} if split_special_tokens else {}),
     }
     for line in _announcement(facts, reason):
         say(line, quiet=as_json)

@@ -58,3 +58,15 @@ class TaskSettings:
     def multiturn(self) -> bool:
         """Whether examples are turns of a chat."""
         return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
+
+    def check_special_tokens(self, are_split: bool) -> None:
+        """Refuse a chat template where special tokens are read as ordinary text.
+
+        Raises:
+            PreskipError: both are asked for.
+        """
+        if are_split and self.apply_chat_template:
+            raise PreskipError(
+                "--split-special-tokens reads a chat template's marks as text: leave out one of it and "
+                "--apply-chat-template"
+            )

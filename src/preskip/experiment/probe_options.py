@@ -144,11 +144,7 @@ class ProbeConfig(ExperimentConfig):
             raise PreskipError(f"--nulls {unknown!r} is unknown: choose among {', '.join(NULLS)}")
         if self.ablation_documents == 1:
             raise PreskipError("--ablation-documents 1 is not possible: an interval needs 2 or more, 0 leaves it out")
-        if self.split_special_tokens and self.task_settings.apply_chat_template:
-            raise PreskipError(
-                "--split-special-tokens reads a chat template's marks as text: leave out one of it and "
-                "--apply-chat-template"
-            )
+        self.task_settings.check_special_tokens(self.split_special_tokens)
         for flag, pattern in (("--target-modules", self.target_modules), ("--exclude-modules", self.exclude_modules)):
             try:
                 re.compile(pattern or "")

@@ -684,6 +684,7 @@ class EvalResults(TypedDict):
     device: str
     context_length: int
     stride: int
+    split_special_tokens: NotRequired[bool]  # True where special tokens in a text were read as text
     seconds: float
     environment: Environment
     sets: dict[str, SetFacts]
