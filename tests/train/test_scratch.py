@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from preskip.arms.flops import forward_flops_per_token
 from preskip.errors import DivergedError, PreskipError
 from preskip.train.scratch import ScratchSettings, ScratchTrainer, parameter_groups, trackers, train_scratch
 from preskip.train.speed import measured_peak
-from preskip.train.steps import BlockDataset
+from preskip.train.steps import BlockDataset, fit
 
 BLOCKS = np.random.default_rng(0).integers(2, 96, (24, 16)).astype(np.uint16)
 SIZES = {
@@ -241,6 +242,15 @@ def test_a_batch_that_the_processes_cannot_share(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(PreskipError, match="3 processes cannot share a batch of 4"):
         train(model(), tmp_path)
+
+
+def test_every_model_of_a_process_is_compiled(tmp_path, monkeypatch):
+    """Dynamo counts the graphs of models that are gone, and runs what is beyond its limit eagerly, without an error."""
+    monkeypatch.setattr("preskip.train.scratch.fit", partial(fit, torch_compile_backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for width in (32, 48, 64, 80):
+            net = model(intermediate_size=width)
+            assert len(train(net, tmp_path / str(width), compile=True, steps=2)) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -170,6 +170,10 @@ def train_scratch(
         held = StackDataset(input_ids=ids, labels=ids)
     seq_len = blocks.shape[1]
     tokens = settings.batch_size * seq_len
+    if settings.compile:
+        # The graphs of models that were trained before count against dynamo's limit for a module's code; beyond it
+        # the next models would run eagerly without a word.
+        torch.compiler.reset()
     with _own_wandb_run():
         return fit(
             model,
