@@ -36,7 +36,7 @@ def _tested(results: Results, in_domain: str, out_of_domain: str) -> list[dict]:
 
 
 def draw(runs: Sequence[Results], models: Sequence[str]) -> str:
-    """The figure as SVG: a row of panels for each run's results.json, or one row where each run has one panel.
+    """The figure as SVG: a row of panels for each run's results.json; where each run has one panel, two or three a row.
 
     Args:
         runs: the results.
@@ -51,8 +51,9 @@ def draw(runs: Sequence[Results], models: Sequence[str]) -> str:
         for model, results in zip(of, runs, strict=True)
         for in_domain, out_of_domain in planes(results)
     ]
-    columns = len(planes(runs[0]))
-    return picture(figures, columns=columns if columns > 1 else len(figures), height=300, shared=True)
+    own = len(planes(runs[0]))
+    columns = own if own > 1 else 3 if len(figures) % 2 else 2
+    return picture(figures, columns=columns, height=300, shared=True)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ PAGES = {
     "confirmatory-smollm2-wikitext2": "confirmatory.md",
     "confirmatory-smollm2-books24": "confirmatory-books.md",
     "confirmatory-gemma-3-270m-wikitext2": "confirmatory-gemma.md",
+    "confirmatory-gemma-3-270m-books24": "confirmatory-gemma-books.md",
 }
 
 
@@ -50,7 +51,7 @@ def test_harm_is_what_the_stored_runs_say():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     names = {"lora-attention": "LoRA on attention", "lora": "LoRA"}
     runs = {"after WikiText": "smollm2-wikitext2", "after books": "smollm2-books24"}
-    runs |= {"of Gemma after WikiText": "gemma-3-270m-wikitext2"}
+    runs |= {"of Gemma after WikiText": "gemma-3-270m-wikitext2", "of Gemma after books": "gemma-3-270m-books24"}
     for words, name in runs.items():
         results = stored(f"confirmatory-{name}")
         highest = {
@@ -92,7 +93,7 @@ def test_the_picture_is_that_of_the_stored_results():
     assert len(marks) == 2 * (4 * 7 + 7)
     # The confirmatory ones; several models are named.
     names = [name for name in PAGES if name.startswith("confirmatory")]
-    found = drawn(figure.draw([stored(name) for name in names], ["smollm2", "smollm2", "gemma-3-270m"]))[1]
+    found = drawn(figure.draw([stored(name) for name in names], ["smollm2"] * 2 + ["gemma-3-270m"] * 2))[1]
     assert found == drawn((ROOT / "docs" / "results.svg").read_text(encoding="utf-8"))[1]
     assert "gemma-3-270m, trained on wikitext2" in " ".join(found)
     found = figure.differences(runs[1], "preskip", "books", "lambada_openai")

@@ -129,8 +129,8 @@ def test_every_stored_file_conforms():
     kinds |= {path: kind for pattern, kind in BENCHMARKS.items() for path in RESULTS.glob(pattern)}
     assert {path for path in RESULTS.rglob("*") if path.is_file()} == set(kinds)
     kept = {"standard-wikitext2", "standard-books", "scratch-books", "confirmatory-smollm2-wikitext2"}
-    kept |= {"confirmatory-smollm2-books24", "confirmatory-gemma-3-270m-wikitext2"}
-    kept |= {"unfinished/gemma-3-270m-books24"}
+    kept |= {"confirmatory-smollm2-books24"}
+    kept |= {"confirmatory-gemma-3-270m-wikitext2", "confirmatory-gemma-3-270m-books24"}
     assert {str(run.relative_to(RESULTS)) for run in RUNS} == kept
     assert {run.parent.name for run in RUNS if not (run / "results.json").is_file()} <= {"unfinished"}
     assert [fault for path, kind in kinds.items() for fault in file_faults(path, kind)] == []

@@ -17,7 +17,9 @@ from preskip.stats.trends import arm_trends
 
 RESULTS = Path(__file__).parents[2] / "results"
 NAMES = ["standard-wikitext2", "standard-books", "scratch-books"]
-NAMES += ["confirmatory-smollm2-wikitext2", "confirmatory-smollm2-books24", "confirmatory-gemma-3-270m-wikitext2"]
+NAMES += [
+    f"confirmatory-{model}-{corpus}" for model in ("smollm2", "gemma-3-270m") for corpus in ("wikitext2", "books24")
+]
 
 
 # numpy 2.5 draws a few binomials otherwise, see "The same digits" in docs/statistics.md.

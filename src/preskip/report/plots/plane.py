@@ -99,9 +99,9 @@ def plane(records: Sequence[Record], results: Results, in_domain: str, out_of_do
     tests, grid = ([record for record in records if record["part"] == part] for part in ("test", "grid"))
     bounds, switched = _bounds(tests or records), bool(tests and grid)
     x_scale, y_scale = (_scale(bounds[axis], _bounds(records)[axis] if switched else None) for axis in ("x", "y"))
-    ticks = alt.Axis(tickCount=8)
-    x = alt.X("x:Q", title=[f"In-domain: {titles[0][0]} → better", titles[0][1]], axis=ticks, scale=x_scale)
-    y = alt.Y("y:Q", title=[f"Out-of-domain: {titles[1][0]} → better", titles[1][1]], axis=ticks, scale=y_scale)
+    x_ticks, y_ticks = alt.Axis(tickCount=5), alt.Axis(tickCount=8)  # of labels beside each other fewer find room
+    x = alt.X("x:Q", title=[f"In-domain: {titles[0][0]} → better", titles[0][1]], axis=x_ticks, scale=x_scale)
+    y = alt.Y("y:Q", title=[f"Out-of-domain: {titles[1][0]} → better", titles[1][1]], axis=y_ticks, scale=y_scale)
     shade, mark = colour(arms, legend), shape(arms, legend)
     layers: list[Any] = [
         zero_line(source, "x"),
