@@ -18,6 +18,9 @@ import torch
 from filelock import FileLock
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from commands import preskip
@@ -368,6 +371,9 @@ def test_a_tokenizer_that_exists_is_taken(finished, corpus, tmp_path):
         (["--layers", "4"], r"preskip_layers=\[4\] is not possible with 1 layers"),
         (["--arch", "llama-2m"], "did you mean llama-"),
         (["--set", "colour"], "not FIELD=VALUE"),
+        (["--set", "hidden_act=nonsense"], "no model can be made of this architecture, check --arch and --set: .*nons"),
+        (["--mlp-width", "-4"], "no model can be made of this architecture, check --arch and --set"),
+        (["--eval-corpora", "pydoc:2x9,pydoc:3x9"], "--eval-corpora names pydoc twice"),
         (["--vocab-size", "60000"], "gives only .* tokens"),
         (["--set", "vocab_size=299"], "too small for .*, whose ids go up to 299: raise it to 300"),
         (["--tokenizer", "nowhere/tokenizer", "--vocab-size", "2048"], "nowhere"),
@@ -385,6 +391,37 @@ def test_mistakes_are_one_line_and_leave_nothing(refused, options, message, monk
     if "cuda" in options and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     assert re.search(message, refused(*options))
+
+
+def test_an_architecture_is_checked_before_any_text_is_read(refused, monkeypatch):
+    monkeypatch.setattr("preskip.experiment.scratch.load_corpora", lambda *_, **__: pytest.fail("text was read"))
+    assert "did you mean llama-" in refused("--arch", "llama-2m", "--arms", "base,preskip")
+    assert "nowhere" in refused("--tokenizer", "nowhere/tokenizer", "--vocab-size", "2048", "--arms", "base")
+
+
+def test_what_a_tokenizer_lacks_is_said_and_noted(corpus, tmp_path, capsys):
+    backend = Tokenizer(WordLevel({"the": 0, "is": 1, "record": 2, "[UNK]": 3}, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(tmp_path / "words")
+    options = ["--tokenizer", tmp_path / "words", "--arms", "base", "--vocab-size", "2048", "--out", tmp_path / "run"]
+    assert call(*TINY, "--corpus", corpus, *options) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "keeps 2,048 embeddings for the 4 tokens of the tokenizer: --set vocab_size=4 leaves the others out" in said
+    assert "the tokenizer has no end token: documents follow each other without a mark" in said
+    (described,) = stored(tmp_path / "run", "results.json")["sets"].values()
+    assert "does not keep the text of 5 of its documents" in described["notes"][0]
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_special_tokens_in_a_text_are_read_as_the_option_says(tmp_path, split):
+    rows = [json.loads(line) for line in write_corpus(tmp_path / "rows.jsonl", documents=24).open()]
+    marked = [{**row, "text": row["text"].replace(" ", " <|endoftext|> ", 1)} for row in rows]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in marked))
+    options = ["--arms", "base", "--out", tmp_path / "run", *(["--split-special-tokens"] if split else [])]
+    assert call(*TINY, "--corpus", tmp_path / "rows.jsonl", *options, "--json") == 0
+    facts = stored(tmp_path / "run", "run.json")["corpus"]
+    ends = int((np.fromfile(tmp_path / "run" / "data" / "tokens.bin", dtype=np.uint16) == 0).sum())
+    assert ends == facts["training_documents"] * (1 if split else 2)
 
 
 def test_too_little_development_text_is_not_called_training_text(refused, tmp_path):

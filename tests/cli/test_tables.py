@@ -54,6 +54,11 @@ def test_what_intervals_cover_is_told_where_pairs_have_other_seeds(capsys, minim
     assert "intervals cover up to 3 seeds and items" in " ".join(capsys.readouterr().out.split())
 
 
+def test_what_was_left_out_is_told(capsys, minimal):
+    print_results({**minimal[1], "notes": ["preskip, seed 2: the loss is nan at step 3"]}, None)
+    assert "Left out: preskip, seed 2: the loss is nan at step 3." in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_perplexity_beyond_all_measure_stays_short(capsys, tmp_path, minimal):
     results = json.loads(json.dumps(minimal[1]))
     results["sets"]["heldout"]["primary"] = "word_perplexity"

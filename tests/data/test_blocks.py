@@ -1,14 +1,17 @@
 """Packed blocks hold the documents' tokens and no others; windows score every token exactly once."""
 
+import copy
 import tracemalloc
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from tokenizers.normalizers import Lowercase
 
 from preskip.data.blocks import (
     Marks,
     heldout_windows,
+    keeps,
     opening_token,
     pack_blocks,
     scored_size,
@@ -30,6 +33,14 @@ def test_one_document_is_its_tokens_in_order():
     blocks = pack_blocks([Document("d", PROSE, "d")], TOKENIZER, len(ids))
     assert blocks.dtype == np.int32
     assert blocks.tolist() == [ids]
+
+
+def test_a_tokenizer_keeps_a_text_but_for_space_and_forms_of_a_character():
+    assert keeps(TOKENIZER, "A Zebra, ﬁne 😀\n\n  two\tlines ")
+    lower = copy.deepcopy(TOKENIZER)
+    lower.backend_tokenizer.normalizer = Lowercase()
+    assert keeps(lower, "a zebra")
+    assert not keeps(lower, "a Zebra")
 
 
 def test_blocks_hold_every_document_once():

@@ -18,7 +18,7 @@ from preskip.arms.budget import nearest_expansion
 from preskip.arms.flops import TRAINING_FACTOR, embedding_parameters, forward_flops_per_token
 from preskip.arms.shape import plain_config
 from preskip.branch_settings import BranchSettings
-from preskip.errors import PreskipError
+from preskip.errors import PreskipError, explained, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +130,15 @@ class Planner:
         return self.size(self.branch())
 
     def size(self, config: PreTrainedConfig) -> Size:
-        """Count a model's weights and FLOPs without allocating it."""
-        model = on_meta(config)
+        """Count a model's weights and FLOPs without allocating it.
+
+        Raises:
+            PreskipError: a config that transformers makes no model of.
+        """
+        with explained(
+            lambda error: f"no model can be made of this architecture, check --arch and --set: {one_line(error)}"
+        ):
+            model = on_meta(config)
         total = sum(parameter.numel() for parameter in model.parameters())
         return Size(
             parameters=total,

@@ -67,6 +67,8 @@ def print_results(results: Results, page: Path | None) -> None:
             out.print(assess_plane(results, in_domain, out_of_domain)["headline"])
     for line in _scope(results, shown):
         out.print(line, style="dim")
+    for note in results.get("notes", ()):
+        out.print(f"Left out: {note}.")
 
 
 def print_claims(record: Manifest, results: Results) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import tempfile
+import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -310,6 +311,17 @@ def check_rows(rows: int, tokenizer: Any) -> None:
 def text_ids(text: str, tokenizer: Any) -> list[int]:
     """Tokenise a text of any length without special tokens, and without the warning about long ones."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def keeps(tokenizer: Any, text: str) -> bool:
+    """Whether the tokens of a text give it back, but for white space and forms of one character (NFKC)."""
+    ids = text_ids(text, tokenizer)
+    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return _characters(back) == _characters(text)
+
+
+def _characters(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 def start_token(tokenizer: Any) -> int | None:

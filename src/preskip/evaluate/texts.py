@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from preskip.data.blocks import Window, opening_token, scored_size
+from preskip.data.blocks import Window, keeps, opening_token, scored_size
 from preskip.data.corpus import Document
 from preskip.data.splits import load_texts, slug
 from preskip.errors import PreskipError, some
@@ -55,6 +55,11 @@ class TextSet:
         notes = list(self.notes)
         if without := sum(size.words == 0 for size in sizes):
             notes.append(f"no word perplexity: no spaces stand between the words of {without:,} of its documents")
+        if lossy := sum(not keeps(tokenizer, document.text) for document in self.documents):
+            notes.append(
+                f"the tokenizer does not keep the text of {lossy:,} of its documents (unknown words, case, accents): "
+                "bits per byte are too low and cannot be compared with those of another tokenizer"
+            )
         if groups == 1 < len(self.documents):
             notes.append(
                 "its documents are pieces of one text, or one group: they count as one, and no verdict is given; "

@@ -159,6 +159,8 @@ def load_corpora(
     extents = {config.corpus: (config.eval_documents, config.eval_words)}
     for text in config.eval_corpora:
         name, documents, words = parse_extent(text, config.eval_documents, config.eval_words)
+        if name in extents and name != config.corpus and extents[name] != (documents, words):
+            raise PreskipError(f"--eval-corpora names {name} twice: leave one out")
         extents[name] = (documents, words)
     scored = []
     for name, (documents, words) in extents.items():
@@ -216,9 +218,10 @@ def require(config: Config, part: str, documents: Sequence[Document], least: int
     """Refuse a training corpus whose `part` has fewer than `least` documents (an interval takes 2)."""
     if len(documents) < least:
         count = f"{len(documents)} {part} document{'s' * (len(documents) != 1)}"
+        change = "raise" if part == "held-out" else "lower"  # the others share what is not held out
         raise PreskipError(
-            f"corpus {config.corpus} has {count}, {least} or more are needed: raise --heldout-fraction, or give more "
-            "documents"
+            f"corpus {config.corpus} has {count}, {least} or more are needed: {change} --heldout-fraction, or give "
+            "more documents"
         )
 
 

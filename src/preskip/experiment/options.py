@@ -48,6 +48,9 @@ class ExperimentConfig:
     )
     text_column: str | None = option(None, "Column of a table or Hub data set. Default: the one that holds text.", WHAT)
     corpus_split: str = option("train", "Split of a Hub data set or a folder of tables.", WHAT)
+    split_special_tokens: bool = option(
+        False, "Read special tokens that stand in a text (<unk>) as ordinary text.", WHAT
+    )
     arms: tuple[str, ...] = option((), "What to compare, separated by commas.", WHAT, read=parse_names)
     seeds: tuple[int, ...] = option(
         (), "Seeds of initialisation and data order, the same for all arms, e.g. 1,2,3.", WHAT, read=parse_seeds

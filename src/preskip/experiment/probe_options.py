@@ -102,9 +102,6 @@ class ProbeConfig(ExperimentConfig):
         TRAINING,
         choices=("packed", "paragraphs"),
     )
-    split_special_tokens: bool = option(
-        False, "Read special tokens that stand in a text (<unk>) as ordinary text.", WHAT
-    )
     context_length: int = option(256, "Most tokens of context while scoring documents.", EVALUATION, least=1)
     last_word_items: int = option(80, "Last-word items; 0: none.", EVALUATION, least=0)
     tasks: tuple[str, ...] = option(

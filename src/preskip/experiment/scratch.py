@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from preskip.architecture.models import architecture
 from preskip.arms import SCRATCH_ARMS, resolve_arms
 from preskip.arms.insert import Inserted
 from preskip.arms.plan import Plan, on_meta
+from preskip.data.blocks import document_marks
 from preskip.data.packed import open_blocks
 from preskip.data.tokenizer import fingerprint
 from preskip.errors import PreskipError, explained, one_line
@@ -43,7 +44,7 @@ from preskip.experiment.scratch_inputs import (
     stored_tokenizer,
 )
 from preskip.model_types import PREFIX
-from preskip.progress import spinner
+from preskip.progress import say, spinner
 from preskip.runs.attempt import check_same_inputs
 from preskip.runs.directory import Cell, RunDirectory
 from preskip.runs.files import clear_disk_errors, sync_tree
@@ -80,6 +81,8 @@ class Scratch(Prepared):
         require(config, "development", splits.development, 1)
         tokenizer = stored_tokenizer(run, config, splits, quiet)
         plans = plan_arms(config, tokenizer, stored_arch(run, config))
+        for line in _tokenizer_lines(tokenizer, plans):
+            say(line, quiet=quiet)
         first = plans[config.arms[0]]
         with explained(lambda error: _attention_fault(config, error)):
             meta: Any = on_meta(first.config, **_attention(config))
@@ -249,3 +252,15 @@ def _attention(config: PretrainConfig) -> dict[str, Any]:
 def _attention_fault(config: PretrainConfig, error: Exception) -> str:
     reason = one_line(error, 120)
     return f"--attn-implementation {config.attn_implementation} cannot be used here ({reason}): try eager or sdpa"
+
+
+def _tokenizer_lines(tokenizer: Any, plans: Mapping[str, Plan]) -> Iterator[str]:
+    """What of a tokenizer makes a model other than one may think."""
+    rows = next(iter(plans.values())).config.vocab_size
+    if rows >= 1.1 * len(tokenizer):
+        yield (
+            f"the architecture keeps {rows:,} embeddings for the {len(tokenizer):,} tokens of the tokenizer: "
+            f"--set vocab_size={len(tokenizer)} leaves the others out"
+        )
+    if document_marks(tokenizer).end is None:
+        yield "the tokenizer has no end token: documents follow each other without a mark"

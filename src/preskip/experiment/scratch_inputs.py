@@ -76,8 +76,6 @@ def most_tokens(run: RunDirectory, config: PretrainConfig) -> int:
     Raises:
         PreskipError: an arm that cannot be built, before any corpus is read.
     """
-    if all(SCRATCH_ARMS[arm].matches == "parameters" for arm in config.arms):
-        return config.steps * config.tokens_per_step
     tokenizer = None if config.tokenizer is None else _given_tokenizer(run, config)
     return max(plan.tokens for plan in plan_arms(config, tokenizer, stored_arch(run, config)).values())
 
@@ -136,7 +134,10 @@ def stored_tokenizer(run: RunDirectory, config: PretrainConfig, splits: Splits, 
 
 def open_tokenizer(run: RunDirectory, config: PretrainConfig) -> Any:
     """The tokenizer in the run directory."""
-    return load_tokenizer(str(run.path / "tokenizer"), trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(str(run.path / "tokenizer"), trust_remote_code=config.trust_remote_code)
+    if config.split_special_tokens:
+        tokenizer.split_special_tokens = True
+    return tokenizer
 
 
 def development_blocks(run: RunDirectory, config: PretrainConfig, splits: Splits, tokenizer: Any) -> np.ndarray:

@@ -36,9 +36,9 @@ def load_json(path: Path) -> Any:
         PreskipError: the file is missing, damaged, not finite somewhere, or of another schema version.
     """
     if not path.parent.is_dir():
-        raise PreskipError(f"{path.parent} is not a directory: give a run directory of `preskip probe`")
+        raise PreskipError(f"{path.parent} is not a directory: give a run directory of `preskip probe` or `pretrain`")
     if not (path.parent / "run.json").is_file():
-        raise PreskipError(f"{path.parent} holds no run.json: give a run directory of `preskip probe`")
+        raise PreskipError(f"{path.parent} holds no run.json: give a run directory of `preskip probe` or `pretrain`")
     remedy = f"finish the run with `{resume_command(path.parent)}`"
     return load_object(path, SCHEMA_VERSION, f"{remedy}, or give another run directory", remedy)
 

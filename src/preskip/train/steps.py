@@ -94,7 +94,7 @@ class StepLog(TrainerCallback):
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise DivergedError(
                 f"arm {self.arm}: the loss is {loss} and the gradient norm {norm} at step {state.global_step}: "
-                f"{self.advice}; the last good checkpoint is kept"
+                f"{self.advice}"
             )
         now = time.perf_counter()
         steps = state.global_step - self.last_step
