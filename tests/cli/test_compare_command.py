@@ -159,6 +159,13 @@ def test_what_repeats_among_the_runs_is_told(runs: str, told: list[str]) -> None
     assert draws([{"model": model, "corpus": corpus} for model, corpus in facts]) == told
 
 
+def test_of_runs_from_scratch_that_read_more_or_less_model_and_corpus_are_the_same() -> None:
+    runs = [
+        {"kind": "pretrain", **{what: {"name": "a", "sha256": mark} for what in ("model", "corpus")}} for mark in "xy"
+    ]
+    assert draws(runs) == ["all runs are of one model and one corpus: the estimate is of no other"]
+
+
 def test_a_run_without_any_spread_is_named(tmp_path: Path) -> None:
     """Where no item of a run differs between its arms, nothing says how sure that is."""
     same = write_run(tmp_path / "same", {name: arms()["lora"] for name in ("preskip", "lora")})
@@ -248,6 +255,11 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
     fewer = {arm: {s: rows[:-1] for s, rows in cells.items()} for arm, cells in arms().items()}
     other_items = write_run(tmp_path / "fewer", fewer)
     other_model = write_run(tmp_path / "model", arms(), sha256="b" * 64)
+    tokenizers = []
+    for mark in "xy":
+        tokenizers.append(write_run(tmp_path / f"tokenizer-{mark}", arms(), sha256=mark * 64))
+        record = read_json(tokenizers[-1] / "run.json")
+        write_json(tokenizers[-1] / "run.json", {**record, "tokenizer": {"sha256": mark * 64}})
     other_dtype = write_run(tmp_path / "dtype", arms(), dtype="bfloat16")
     other_schema = write_run(tmp_path / "schema", arms())
     write_json(other_schema / "run.json", {**read_json(other_schema / "run.json"), "schema_version": 1})
@@ -282,6 +294,7 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
     cases = [
         ((first, other_items), r"do not share the items of cloze \(59 and 60, 59 shared; not shared: 'doc-11#4'\)"),
         ((first, other_model), r"different base models \(sha256 aaaaaaaaaaaa and bbbbbbbbbbbb\)"),
+        (tuple(tokenizers), "tokenizer-x and tokenizer-y have other tokenizers; .* give both the same --tokenizer"),
         ((first, other_dtype), "float32 and float32, dtype:none bfloat16 and bfloat16.*--allow-different-dtype"),
         ((first, other_schema), "schema_version 1, this preskip .* reads"),
         ((other_context, third), "heldout was scored with context length 256 in one run and 512"),

@@ -162,6 +162,12 @@ def test_bits_per_byte_are_the_ratio_of_sums_over_seeds_and_documents(finished):
     assert metrics["bits_per_byte"]["value"] == pytest.approx(expected)
 
 
+def test_speed_over_seeds_goes_with_the_seconds_of_a_step(finished):
+    arm = stored(finished, "results.json")["arms"]["base-wide"]
+    speeds = [stored(finished, f"arms/base-wide/seed-{seed}/cell.json")["tokens_per_second"] for seed in (1, 2)]
+    assert arm["tokens_per_second"] == pytest.approx(2 / (1 / speeds[0] + 1 / speeds[1]))
+
+
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory):
     """A finished run on rows of which each five are of one group."""

@@ -74,8 +74,11 @@ def combine_runs(
 def draws(manifests: Sequence[Manifest]) -> list[str]:
     """What the runs' models and corpora leave open: a line where one of them repeats, else none."""
     models, corpora = (
-        len({identity(facts) or facts["name"] for facts in every})
-        for every in ([manifest["model"] for manifest in manifests], [manifest["corpus"] for manifest in manifests])
+        # From scratch a digest depends on how much of a corpus was read, too.
+        len({facts["name"] if kind == "pretrain" else identity(facts) or facts["name"] for kind, facts in every})
+        for every in (
+            [(manifest.get("kind"), manifest[what]) for manifest in manifests] for what in ("model", "corpus")
+        )
     )
     if 1 < models < len(manifests) or 1 < corpora < len(manifests):
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import harmonic_mean
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ FACTS = (
     *("budget", "matched", "deviation", "parameters", "non_embedding", "forward_flops_per_token", "training_flops"),
     *("steps", "tokens", "base_dtype", "adapter_dtype", "compute_dtype", "attn_implementation"),
 )
-MEANS = ("final_training_loss", "final_eval_loss", "seconds_per_step", "tokens_per_second", "mfu")
+MEANS = ("final_training_loss", "final_eval_loss", "seconds_per_step")
+RATES = ("tokens_per_second", "mfu")  # as of one training after the other: harmonic means, which go with the seconds
 
 
 def summarise_run(run: RunDirectory) -> Results:
@@ -160,7 +162,9 @@ def arm_results(
     """
     cells: Sequence[Mapping[str, Any]] = summaries
     known: Mapping[str, Any] = facts
-    means = {key: [cell[key] for cell in cells if cell[key] is not None] for key in MEANS if key in cells[0]}
+    averaged = {
+        key: [cell[key] for cell in cells if cell[key] is not None] for key in (*MEANS, *RATES) if key in cells[0]
+    }
     rates = {str(cell["seed"]): cell["learning_rate"] for cell in cells}
     results: Any = {
         "trainable_parameters": cells[0]["trainable_parameters"],
@@ -169,7 +173,10 @@ def arm_results(
         **({"learning_rates": rates} if len(set(rates.values())) > 1 else {}),
         "seeds": [cell["seed"] for cell in cells],
         "metrics": summarise(items, notes=notes),
-        **{key: float(np.mean(values)) if values else None for key, values in means.items()},
+        **{
+            key: float(harmonic_mean(values) if key in RATES else np.mean(values)) if values else None
+            for key, values in averaged.items()
+        },
         "peak_memory_bytes": max(cell["peak_memory_bytes"] for cell in cells),
     }
     return results

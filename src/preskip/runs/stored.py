@@ -165,6 +165,15 @@ def _check_same_model(label: str, manifest: Mapping[str, Any], other_label: str,
     key = "sha256" if all((m.get("model") or {}).get("sha256") for m in (manifest, other)) else "name"
     one, two = ((m.get("model") or {}).get(key) for m in (manifest, other))
     if one != two:
+        names, tokenizers = (
+            [(m.get(part) or {}).get(key) for m in (manifest, other)]
+            for part, key in (("model", "name"), ("tokenizer", "sha256"))
+        )
+        if names[0] == names[1] and all(tokenizers) and tokenizers[0] != tokenizers[1]:
+            raise PreskipError(
+                f"{label} and {other_label} have other tokenizers; one is trained on what a run reads (--tokens, "
+                "arms, --split-seed): give both the same --tokenizer"
+            )
         raise PreskipError(
             f"{label} and {other_label} have different base models ({key} {str(one)[:12]} and {str(two)[:12]}): "
             "compare runs of one model"

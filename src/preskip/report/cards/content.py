@@ -81,11 +81,12 @@ def make_card(record: Manifest, results: Results, arm: str, seed: int, *, kind: 
             table(("against", "text or task", "measure", "difference", "declared", "verdict"), differences),
         ]
     if figure is not None:
+        noise = ", a grey one is what training on noise gives" if any(layer["null"] for layer in layers) else ""
         words = escape(depth_words(layers, (results.get("trend") or {}).get(arm) or ()))
         sections += [
             "## By layer",
             f"![{words}]({FIGURE})",
-            f"Seed {seed}; bands are 95 % over documents, a grey one is what training on noise gives.",
+            f"Seed {seed}; bands are 95 % over documents{noise}.",
         ]
     sections += ["## Limits", bullets([escape(line) for line in limits(record, results, most)])]
     if kind != "scratch":
