@@ -7,8 +7,6 @@ computed here, and each training is shared with the other processes (`preskip.tr
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -17,12 +15,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from preskip.errors import PreskipError
 from preskip.experiment.cell import opened
 from preskip.experiment.prepared import Prepared
-from preskip.progress import placed, quiet_libraries, say
+from preskip.experiment.worker import set_up
+from preskip.progress import placed, say
 from preskip.runs import environment
 from preskip.train.cluster import RayPool
 
@@ -103,7 +100,7 @@ def processes(count: int) -> Iterator[Outcomes]:
     threads = threads_of_a_worker(count)
     # Spawned: a forked process inherits locks of the libraries' threads, and no CUDA.
     with ProcessPoolExecutor(
-        count, mp_context=get_context("spawn"), initializer=_set_up, initargs=(threads, os.getpid())
+        count, mp_context=get_context("spawn"), initializer=set_up, initargs=(threads, os.getpid())
     ) as pool:
 
         def outcomes(
@@ -125,17 +122,3 @@ def processes(count: int) -> Iterator[Outcomes]:
             for worker in workers:
                 worker.terminate()
             raise
-
-
-def _set_up(threads: int, parent: int) -> None:
-    """A worker's share of the cores; the libraries' notices off the terminal; its end where the run's process dies."""
-    quiet_libraries()
-    torch.set_num_threads(threads)
-
-    def watch() -> None:
-        # A run that was killed can be resumed at once: nobody else may be training its cells then.
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
