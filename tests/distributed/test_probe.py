@@ -91,7 +91,10 @@ def test_a_probe_under_accelerate_with_fsdp2_equals_one_process(local_probe, tmp
     """The whole command: search, two seeds, scores; the second process says nothing."""
     config, local_run = local_probe
     start_run(config, tmp_path / "run", ["test"])
-    finished = launch("-m", "preskip", "probe", "--resume", tmp_path / "run", launcher=FSDP2)
+    resume = ("-m", "preskip", "probe", "--resume", tmp_path / "run")
+    finished = launch(*resume, launcher=FSDP2)
+    if "(exitcode: -11)" in finished.stderr:  # torch itself crashed, seen once in many suites: the run goes on
+        finished = launch(*resume, launcher=FSDP2)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stderr.count("train preskip seed 2 ...") == 1
     assert finished.stdout.count("report: ") == 1

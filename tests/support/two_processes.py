@@ -37,7 +37,8 @@ FSDP2 = {
 
 def launch(*arguments, launcher=("torch.distributed.run", "--standalone", "--nproc_per_node=2"), **environment):
     """Start two processes over gloo; returns the finished launch."""
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
+    settings |= environment
     command = [sys.executable, "-m", *launcher, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
 
