@@ -138,15 +138,8 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
         whole += ["--primary", f"preskip:base-wide:{SPEECHES}"]  # the held-out books are too few for a verdict
     if code := train(folder / "study", whole, deadline, execution=execution, seeds=["--seeds", options.seeds]):
         return code
-    speed = [
-        *split(same, UNTIMED)[1],
-        *UNSCORED,
-        "--tokens",
-        str(min(tokens, SPEED_TOKENS)),
-        "--seeds",
-        SPEED_SEEDS,
-        *chosen,
-    ]
+    timed = split(same, UNTIMED)[1]
+    speed = [*timed, *UNSCORED, "--tokens", str(min(tokens, SPEED_TOKENS)), "--seeds", SPEED_SEEDS, *chosen]
     if code := train(folder / "speed", speed, deadline):
         return code
     results, alone = (load_json(folder / name / "results.json") for name in ("study", "speed"))

@@ -257,7 +257,7 @@ def _attention_fault(config: PretrainConfig, error: Exception) -> str:
 def _tokenizer_lines(tokenizer: Any, plans: Mapping[str, Plan]) -> Iterator[str]:
     """What of a tokenizer makes a model other than one may think."""
     rows = next(iter(plans.values())).config.vocab_size
-    if rows >= 1.1 * len(tokenizer):
+    if rows >= 1.1 * len(tokenizer):  # fewer are there to fill a multiple of 64 or 128
         yield (
             f"the architecture keeps {rows:,} embeddings for the {len(tokenizer):,} tokens of the tokenizer: "
             f"--set vocab_size={len(tokenizer)} leaves the others out"

@@ -115,7 +115,7 @@ class CausalMix(PeerModule):
         whole = self.tokens.before(self.name, x)
         reach = self.tokens.reach().to(x.device)[..., None]
         kept = [(reach >= back).to(self.weight.dtype) for back in range(1, REACH + 1)]
-        if is_transformed():
+        if is_transformed():  # torch.func has no rule for the other
             mixed = causal_mix(whole, self.weight, *kept)
         else:
             mixed = _Mix.apply(whole, self.weight, *kept)

@@ -19,7 +19,7 @@ from torch.utils.data import StackDataset
 from transformers import TrainerCallback
 
 from preskip.arms.flops import looked_up, training_flops_per_token
-from preskip.attach import CHILD
+from preskip.attach import CHILD, forget_compiled
 from preskip.errors import DivergedError, PreskipError, explained, one_line
 from preskip.progress import Advance, no_progress
 from preskip.runs.schema import StepRow
@@ -173,7 +173,7 @@ def train_scratch(
     if settings.compile:
         # The graphs of models that were trained before count against dynamo's limit for a module's code; beyond it
         # the next models would run eagerly without a word.
-        torch.compiler.reset()
+        forget_compiled()
     with _own_wandb_run():
         return fit(
             model,
