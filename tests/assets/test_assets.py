@@ -648,6 +648,13 @@ def test_missing_shard(broken):
         assets.load_model(str(broken), torch.float32)
 
 
+def test_the_folder_of_a_run_is_no_model(broken):
+    (broken / "config.json").rename(broken / "run.json")
+    (broken / "arms").mkdir()
+    with pytest.raises(PreskipError, match=r"is a run, not a model: give .*arms/ARM/seed-N/model in it"):
+        assets.load_model(str(broken), torch.float32)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -377,6 +377,7 @@ def test_a_tokenizer_that_exists_is_taken(finished, corpus, tmp_path):
         (["--layers", "4"], r"preskip_layers=\[4\] is not possible with 1 layers"),
         (["--arch", "llama-2m"], "did you mean llama-"),
         (["--set", "colour"], "not FIELD=VALUE"),
+        (["--set", "hidden_size=64"], "--hidden-size and --set hidden_size give the same: leave one of them out"),
         (["--set", "hidden_act=nonsense"], "no model can be made of this architecture, check --arch and --set: .*nons"),
         (["--mlp-width", "-4"], "no model can be made of this architecture, check --arch and --set"),
         (["--eval-corpora", "pydoc:2x9,pydoc:3x9"], "--eval-corpora names pydoc twice"),

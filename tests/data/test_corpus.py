@@ -162,6 +162,13 @@ def test_a_run_inside_a_folder_is_no_text_of_it(tmp_path, capsys):
     assert "1 run(s) in it are left out, e.g. runs/first" in capsys.readouterr().err
 
 
+def test_files_without_text_are_told(tmp_path, capsys):
+    for place, text in {"a.txt": "A", "b.txt": "\n \n", "c.md": ""}.items():
+        (tmp_path / place).write_text(text)
+    assert [document.text for document in load_corpus(str(tmp_path)).documents] == ["A"]
+    assert "2 file(s) without text are left out, e.g. b.txt" in capsys.readouterr().err
+
+
 def test_packed_texts_are_as_they_are_unpacked(tmp_path):
     for place, packs in (("plain", False), ("packed", True)):
         (tmp_path / place / "sub").mkdir(parents=True)

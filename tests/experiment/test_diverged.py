@@ -1,6 +1,7 @@
 """A cell whose training diverges: the others are computed, the results leave it out and say so, the page stands."""
 
 import json
+import re
 from contextlib import suppress
 
 import pytest
@@ -40,7 +41,12 @@ def test_a_diverged_cell_is_left_out_with_a_note(tmp_path, diverging, capsys):
     left = ["no results of preskip, seed 1: arm preskip: the loss is nan"]
     left += [f"no results of skip, seed {seed}: arm skip: the loss is nan" for seed in (1, 2)]
     assert sorted(results["notes"]) == left
-    assert set(left) <= set(capsys.readouterr().err.splitlines())
+    told = capsys.readouterr().err.splitlines()
+    assert set(left) <= set(told)
+    assert (
+        sum(re.match(r"cell \d of \d failed: (preskip, seed 1|skip, seed [12])", line) is not None for line in told)
+        == 3
+    )
     assert (run.manifest["status"], run.manifest["seeds"]) == ("finished", [1, 2])
     assert {arm: own["seeds"] for arm, own in results["arms"].items()} == {"none": [1], "preskip": [2], "lora": [1, 2]}
     assert results["arms"]["lora"]["metrics"] == whole["arms"]["lora"]["metrics"]

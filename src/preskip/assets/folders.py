@@ -29,6 +29,11 @@ def check_folder(path: Path) -> None:
     if not config.is_file():
         if (path / "adapter_config.json").is_file():
             raise PreskipError(f"model folder {path} holds a PEFT adapter, not a model: give its base model")
+        if (path / "run.json").is_file() and (path / "arms").is_dir():
+            raise PreskipError(
+                f"model folder {path} is a run, not a model: give what a cell of it trained, arms/ARM/seed-N/model in "
+                "it, or the base model and arms/ARM/seed-N/adapter with --adapter"
+            )
         raise PreskipError(f"model folder {path} has no config.json: give a folder saved with save_pretrained")
     if (path / "adapter_config.json").is_file():
         raise PreskipError(HOLDS_ADAPTER.format(path))

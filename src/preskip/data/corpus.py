@@ -349,4 +349,6 @@ def _load_folder(
     unpacked = [name[:-3] if name.lower().endswith(".gz") else name for name in names]
     ids = [short if unpacked.count(short) == 1 else name for name, short in zip(names, unpacked, strict=True)]
     texts = [(id, read_text(file), None) for id, file in zip(ids, files, strict=True)]
+    if blank := [file for file, (_, text, _) in zip(names, texts, strict=True) if not text.strip()]:
+        say(f"corpus folder {path}: {len(blank):,} file(s) without text are left out, e.g. {blank[0]}", quiet=quiet)
     return _corpus(name, texts, f"folder {path}")

@@ -66,7 +66,8 @@ def open_executor(
             outcomes = pool(_in_worker, [(path, function, *call) for call in calls], names)
         for number, (index, result) in enumerate(outcomes, 1):
             left = done(what, index)
-            say(f"{what} {number} of {len(calls)} done: {names[index]}{left}", quiet=prepared.quiet)
+            state = "failed" if isinstance(result, str) else "done"
+            say(f"{what} {number} of {len(calls)} {state}: {names[index]}{left}", quiet=prepared.quiet)
             yield index, result
 
     pool: Outcomes | None = None

@@ -177,6 +177,7 @@ class ExperimentConfig:
         """
         values: dict[str, Any] = {}
         for layer in layers:
+            cls._refuse_twice(layer)
             for name, value in layer.items():
                 cls._take(values, name, value)
         for name in _parts(cls).keys() & values.keys():
@@ -184,6 +185,18 @@ class ExperimentConfig:
         config = cls(**cls._complete(values))
         config._refuse_ignored()
         return config
+
+    @classmethod
+    def _refuse_twice(cls, layer: Mapping[str, Any]) -> None:
+        """Refuse a part of a field that one layer gives twice, by its own flag and by the field's."""
+        given = {name: flags(cls)[name] for name in layer.keys() & flags(cls).keys()}
+        for whole in given.values():
+            if whole.part is None and "parts" in whole.about:
+                named = whole.about["read"](layer[whole.name])
+                for name, flag in given.items():
+                    if flag.field == whole.field and flag.part in named:
+                        both = f"{_flag(name)} and {_flag(whole.name)} {flag.part}"
+                        raise PreskipError(f"{both} give the same: leave one of them out")
 
     def _refuse_ignored(self) -> None:
         """Refuse options that would have no effect beside the others; a run that has them can be resumed.
