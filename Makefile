@@ -98,7 +98,11 @@ gpu: $(RUNS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/gpu.py
 
 # Call it again until it is done: each call is 9 minutes, and goes on where the last one stopped. STUDY takes models,
-# corpora and options, e.g. STUDY="--models smollm2 -- --steps 200"; SCRATCH does the same for the other.
+# corpora and options, e.g. STUDY="--models smollm2 -- --steps 200"; SCRATCH does the same for the other, whose plan
+# (docs/pretraining.md) it is as it stands.
+SCRATCH ?= -- --workers 2 --micro-batch-size 16 --attn-implementation eager --compile --warmup-steps 100 \
+	--heldout-fraction 0.5 --eval-corpora sotu:150x400
+
 gpu-study: $(RUNS)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/study.py --minutes 9 $(STUDY)
 

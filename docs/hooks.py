@@ -27,7 +27,7 @@ alone and the exit code is 1.
 | `preskip eval` | `out`, and all of [EvalResults](#evalresults) |
 | `preskip compare` | `family` ([Family](#family)), `notes`, `comparisons` ([Comparison](#comparison)) |
 | `preskip audit` | all of [DtypeAudit](#dtypeaudit) |
-| `preskip explain` | `out`, `page`, `figures`, and of [Explain](#explain) the layers and classes |
+| `preskip explain` | `out`, `page`, `figures`, and all of [Explain](#explain) but `documents` |
 | `preskip compare --combine` | `notes`, `combined`: of each pair and metric the estimate over runs and its `parts` |
 | `preskip power` | `power`, `alpha`, `designs`: of each `metric`, `units`, `seeds`, `resolvable` and what it needs |
 | `preskip report` | `report`: the page's path |

@@ -19,6 +19,7 @@ from preskip.bench.run import bench
 from preskip.bench.runners import Runner
 from preskip.bench.settings import COMPILED, ROWS, BenchSettings, Work
 from preskip.cli.bench import print_bench
+from preskip.peers.insert import attach_peers
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -57,6 +58,25 @@ def test_every_row_passes_the_check_of_its_logits_on_every_work(found):
         assert work["left_out"] == {}, work["title"]
         rows = {"adapter", "lora"} if work["work"] == "training" else set(ROWS) - set(COMPILED)
         assert set(work["rows"]) == rows
+
+
+def test_work_that_no_row_takes_part_in_is_left_out_and_named():
+    found = bench(base(), settings("base", "baked"), LIMITS)
+    (title,) = found["left_out"]
+    assert title.startswith("training, ")
+    assert "adapter and lora alone take part" in found["left_out"][title]
+    assert [work["title"] for work in found["work"] if work["work"] == "training"] == []
+    assert all(set(work["rows"]) == {"base", "baked"} for work in found["work"])
+
+
+def test_the_cache_of_a_model_with_canon_is_read_with_its_last_tokens():
+    plain, mixing = base(), base()
+    attach_peers(mixing, {"canon-a": {}}, identity=True)
+    work = tuple(one for one in WORK if one.cache in ("dynamic", "static"))
+    its, own = (bench(model, settings("base", work=work), LIMITS)["work"] for model in (plain, mixing))
+    of_tails = 3 * SIZES["hidden_size"] * SIZES["num_hidden_layers"] * plain.dtype.itemsize
+    assert own[0]["rows"]["base"]["cache_bytes"] == its[0]["rows"]["base"]["cache_bytes"] + of_tails
+    assert own[1]["left_out"] == {"base": "this model's static cache cannot be set back to a length"}
 
 
 def test_weights_bytes_and_flops_of_the_rows(found):

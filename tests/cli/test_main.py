@@ -40,6 +40,7 @@ from tiny_model import save_tiny_llama, write_corpus
             ["probe", "--eval-corpora", "a.txt", "--eval-corpora", "b.txt"],
             "Parameter --eval-corpora specified multiple",
         ),
+        (["probe", "m", "--config", "a.yaml", "--config", "b.yaml"], "Parameter --config specified multiple times."),
         (["eval", "m", "--tasks", "wikitext", "--tasks", "piqa"], "Parameter --tasks specified multiple times."),
         (["compare", "x", "--arms", "lora", "--arms", "skip"], "Parameter --arms specified multiple times."),
         (["probe", "--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),

@@ -100,6 +100,10 @@ def test_paths_of_another_run_are_those_of_its_folder(tmp_path, monkeypatch):
         ("colour: red", "run.yaml: 'colour' is no option of `preskip probe`"),
         ("settings: {width: 3}", "run.yaml: 'width' is no part of settings"),
         ("settings: 3", "run.yaml: settings must be a mapping"),
+        ("seq-len: 32\nseq_len: 16", "run.yaml: seq_len is given twice"),
+        ("steps: 2\nsteps: 4", "run.yaml cannot be read: steps is given twice"),
+        ("settings: {expansion: 2, expansion: 3}", "run.yaml cannot be read: expansion is given twice"),
+        ('{"steps": 2, "steps": 4}', "run.yaml cannot be read: steps is given twice"),
         ("- 1", "run.yaml must hold options by name"),
         ("a: [", "run.yaml cannot be read: while parsing"),
         ("schema_version: 2\nkind: pretrain\nconfig: {}", "run.yaml is of `preskip pretrain`"),
@@ -113,6 +117,21 @@ def test_what_no_file_may_hold_is_refused_in_one_line(tmp_path, text, message):
         load_options(tmp_path / "run.yaml", ProbeConfig)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_yaml_s_own_way_to_share_names_is_kept(tmp_path):
+    (tmp_path / "run.yaml").write_text("settings: {<<: {expansion: 2}, expansion: 3}\n")
+    assert load_options(tmp_path / "run.yaml", ProbeConfig) == {"settings": {"expansion": 3}}
+    (tmp_path / "run.json").write_text('{"steps": 2, "steps": 4}')
+    with pytest.raises(PreskipError, match="steps is given twice"):
+        load_options(tmp_path / "run.json", ProbeConfig)
+
+
+def test_a_part_given_by_its_flag_and_in_its_field_is_refused():
+    with pytest.raises(PreskipError, match="--expansion and --settings expansion give the same: leave one of them out"):
+        ProbeConfig.from_options({"settings": {"expansion": 2}, "expansion": 3})
+    later = ProbeConfig.from_options({"settings": {"expansion": 2}}, {"expansion": 3})
+    assert later.settings.expansion == 3
 
 
 @pytest.mark.parametrize("kind", [ProbeConfig, PretrainConfig])

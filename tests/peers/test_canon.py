@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import preskip.architecture  # noqa: F401
 import zoo
@@ -225,6 +225,19 @@ def test_generation_that_cuts_the_cache_back_or_prepares_masks_is_refused():
         model.generate(ids, prompt_lookup_num_tokens=2, **options)
     with pytest.raises(PreskipError, match="leave static caches and prepared masks out"):
         model.generate(ids, attention_mask=(ids != 11).long(), cache_implementation="static", **options)
+
+
+def test_decoding_with_a_static_cache_is_that_without():
+    """`generate` prepares a mask for such a cache, and is refused."""
+    model, ids = mixing(), torch.arange(5, 25)[None]
+    expected = model(ids, use_cache=False).logits
+    cache = {cache_name(): StaticCache(config=model.config, max_cache_len=40)}
+    with torch.no_grad():
+        found = [model(ids[:, :15], use_cache=True, **cache).logits]
+        found += [model(ids[:, [place]], use_cache=True, **cache).logits for place in range(15, 20)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected)
+    with pytest.raises(PreskipError, match="leave static caches and prepared masks out"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=4, pad_token_id=0)
 
 
 def test_a_mask_that_does_not_show_padding_is_refused():

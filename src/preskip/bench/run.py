@@ -73,6 +73,10 @@ def bench(
     for done, work in enumerate(works):
         advance(done, work.title)
         taking = {name: row for name, row in rows.items() if _takes_part(name, work, settings)}
+        if not taking:
+            others = "adapter and lora alone" if work.kind == "training" else "rows that are not compiled"
+            left_out[work.title] = f"{others} take part in it, see docs/bench.md"
+            continue
         found.append(_measure(work, taking, counts, wanted, ids, limits, settings.rounds, factor))
         # The next work has other shapes; torch gives up after eight graphs of one function.
         torch.compiler.reset()

@@ -13,6 +13,7 @@ from preskip.bench.models import Row
 from preskip.bench.settings import COMPILED, Work
 from preskip.errors import PreskipError, one_line
 from preskip.kv_cache import cache_name
+from preskip.peers.tokens import Tails
 
 
 class NotPossible(PreskipError):
@@ -168,9 +169,15 @@ def new_cache(kind: str, model: Any, tokens: int) -> Any:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a cache holds, read off its layers; of a quantised one as they are stored."""
+    """Bytes of all tensors that a cache holds, read off its layers; of a quantised one as they are stored.
+
+    The last tokens that a Canon layer keeps are among them.
+    """
     total = 0
     for layer in cache.layers:
+        if isinstance(layer, Tails):
+            total += sum(tensor.numel() * tensor.element_size() for tensor in layer.inputs.values())
+            continue
         packed = getattr(layer, "_quantized_keys", None) is not None
         names = ("_quantized_keys", "_quantized_values") if packed else ("keys", "values")
         for name in names:

@@ -19,7 +19,7 @@ EXTRAS = {
         ("datasets", "gguf", "pyarrow", "scipy"),
         "pip install 'preskip[train]'",
     ),
-    "eval, --tasks": (("lm_eval",), "pip install 'preskip[eval]'"),
+    "--tasks": (("lm_eval",), "pip install 'preskip[eval]'"),
     "probe's report.html, report": (("altair", "vl_convert", "jinja2"), "pip install 'preskip[report]'"),
     "serve without vLLM": (("fastapi", "openai", "uvicorn"), "pip install 'preskip[serve]'"),
     "quantised bases": (("bitsandbytes",), "pip install 'preskip[quantized]'"),

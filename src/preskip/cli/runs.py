@@ -35,7 +35,8 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasatt
 _COMPUTED = ("arms/*/*/*", "search/*/*", "controls/*")
 
 OptionFile = Annotated[
-    Optional[Path], flag("Options as YAML or JSON, or another run's run.json; flags override them.", "Output")
+    Optional[Path],
+    flag("Options as YAML or JSON, or another run's run.json; flags override them.", "Output", is_list=True),
 ]
 Workers = Annotated[int, flag("Processes that train arms and seeds side by side.", "Output", hint=int, least=1)]
 Executor = Annotated[str, flag("local, or ray: each arm and seed as a task of its own.", "Output")]

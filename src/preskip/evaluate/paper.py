@@ -16,7 +16,8 @@ its published code does counts (github.com/cs-cmyk/preprojection, 07_benchmarks.
 Three things differ. Log-likelihoods are taken in fp32 from the logits, where the paper's code takes those of HellaSwag
 and ARC-Easy in bf16 (at 3 nats a step of 0.016). Items that leave nothing to score are left out. And where the rows
 come from a data directory, HellaSwag is a published sample of the validation set with bracketed cues removed, and
-WikiText is the version with `<unk>`: figures then compare between arms, not with the paper's table.
+WikiText is the version with `<unk>`, unless wiki.valid.raw is there, too: figures then compare between arms, not with
+the paper's table.
 """
 
 from __future__ import annotations

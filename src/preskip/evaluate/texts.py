@@ -160,13 +160,14 @@ class TextSuite:
 
     Args:
         corpora: names as `preskip.data.splits.load_splits` takes them. Scored is the held-out part of a corpus with
-            published parts (`wikitext2`, `books`), every document of any other.
+            published parts (`wikitext2`, `books`, `books24`), every document of any other.
         tokenizer: a Hugging Face tokenizer.
         context_length: most tokens read at once.
         stride: tokens scored per window behind the first, 1 to `context_length`; None is `context_length`.
         limit: at most so many documents of each corpus, drawn without replacement; None takes all.
         seed: of that draw.
         data_dir: the data directory, or None.
+        reopen: whether windows behind a document's first begin with the start token, where the tokenizer has one.
         text_column: column of rows, see `preskip.data.splits.load_texts`.
         split: of a data set in parts, see there.
         progress: show a progress bar while downloading.

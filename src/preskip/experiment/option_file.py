@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_origin
@@ -35,10 +35,14 @@ def load_options(path: Path, kind: type[ExperimentConfig], **given: Any) -> dict
             raise PreskipError(f"{path} is of `preskip {other}`, whose options are others than {kind.command}'s")
         if "preset" in given:
             raise PreskipError(f"--preset {given['preset']}: {path} has all options of its run: leave out one of them")
-        options = _anchored(stored["config"], kind, path.parent / stored.get("directory", "."))
-        return options | _refitted(kind.from_json(stored["config"]), given)
+        anchored = _anchored(stored["config"], kind, path.parent / stored.get("directory", "."))
+        return anchored | _refitted(kind.from_json(stored["config"]), given)
     known = {**flags(kind), **about(kind)}
-    options = {str(name).replace("-", "_"): value for name, value in stored.items()}
+    options: dict[str, Any] = {}
+    for written, value in stored.items():
+        if (name := str(written).replace("-", "_")) in options:
+            raise PreskipError(f"{path}: {name} is given twice: leave one of them out")
+        options[name] = value
     for name, value in options.items():
         _check_known(name, known, f"{path}: {name!r} is no option of `preskip {kind.command}`")
         what = about(kind).get(name, {})
@@ -62,7 +66,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else yaml.load(text, _loader())
     except FileNotFoundError:
         raise PreskipError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
@@ -70,6 +74,31 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise PreskipError(f"--config {path} must hold options by name, e.g. steps: 100")
     return content
+
+
+def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping whose names are all different: of two values json and yaml would drop one.
+
+    Raises:
+        ValueError: a name is given twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+    return found
+
+
+def _loader() -> Any:
+    """The loader of `yaml.safe_load`, with `_once`."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _once([(key.value, None) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"])
+            return super().construct_mapping(node, deep=deep)
+
+    return Loader
 
 
 def _anchored(config: Mapping[str, Any], kind: type[ExperimentConfig], directory: Path) -> dict[str, Any]:

@@ -189,14 +189,18 @@ class ExperimentConfig:
     @classmethod
     def _refuse_twice(cls, layer: Mapping[str, Any]) -> None:
         """Refuse a part of a field that one layer gives twice, by its own flag and by the field's."""
-        given = {name: flags(cls)[name] for name in layer.keys() & flags(cls).keys()}
-        for whole in given.values():
-            if whole.part is None and "parts" in whole.about:
-                named = whole.about["read"](layer[whole.name])
-                for name, flag in given.items():
-                    if flag.field == whole.field and flag.part in named:
-                        both = f"{_flag(name)} and {_flag(whole.name)} {flag.part}"
-                        raise PreskipError(f"{both} give the same: leave one of them out")
+        known = flags(cls)
+        parts = {name: known[name] for name in layer if name in known and known[name].part}
+        for whole, value in layer.items():
+            field = known[whole].field if whole in known else whole
+            what = about(cls).get(field, {})
+            if whole in parts or "parts" not in what or value is None:
+                continue
+            named = what["read"](value) if "read" in what else value
+            for name, flag in parts.items():
+                if flag.field == field and flag.part in named:
+                    both = f"{_flag(name)} and {_flag(whole)} {flag.part}"
+                    raise PreskipError(f"{both} give the same: leave one of them out")
 
     def _refuse_ignored(self) -> None:
         """Refuse options that would have no effect beside the others; a run that has them can be resumed.

@@ -31,7 +31,9 @@ class Tails:
     tokens are gone, so a cache with tails cannot be cut back.
     """
 
-    is_compileable = is_croppable = supports_early_init = is_sliding = is_initialized = False
+    is_croppable = supports_early_init = is_sliding = is_initialized = False
+    # As far as the tails are concerned: a cache whose other layers say the same is static, and needs its masks.
+    is_compileable = True
     keys = values = None
 
     def __init__(self) -> None:

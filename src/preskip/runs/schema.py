@@ -590,7 +590,7 @@ class ArmResults(ArmCosts):
     final_training_loss: float | None  # mean over seeds, as the next, and those marked below
     seconds_per_step: float | None
     peak_memory_bytes: int  # the largest of any seed
-    final_eval_loss: NotRequired[float | None]  # from scratch, as the next two: mean
+    final_eval_loss: NotRequired[float | None]  # from scratch: mean; of the next two the harmonic mean
     tokens_per_second: NotRequired[float | None]
     mfu: NotRequired[float | None]
 

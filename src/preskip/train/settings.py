@@ -69,6 +69,7 @@ class ScratchSettings(Settings):
 
     Args:
         warmup_steps: steps of the warm-up.
+        save_steps: optimiser steps between two checkpoints. Default 500.
         final_rate: learning rate at the end, as a share of the peak. Default 0.1.
         weight_decay: of matrices; norms, biases and embeddings (and an output head tied to one) have none.
         beta2: AdamW's second decay. Default 0.95, usual where a language model is trained from scratch.
