@@ -104,6 +104,7 @@ def test_paths_of_another_run_are_those_of_its_folder(tmp_path, monkeypatch):
         ("steps: 2\nsteps: 4", "run.yaml cannot be read: steps is given twice"),
         ("settings: {expansion: 2, expansion: 3}", "run.yaml cannot be read: expansion is given twice"),
         ('{"steps": 2, "steps": 4}', "run.yaml cannot be read: steps is given twice"),
+        ("? [steps]\n: 2", "run.yaml cannot be read: while constructing a mapping"),
         ("- 1", "run.yaml must hold options by name"),
         ("a: [", "run.yaml cannot be read: while parsing"),
         ("schema_version: 2\nkind: pretrain\nconfig: {}", "run.yaml is of `preskip pretrain`"),

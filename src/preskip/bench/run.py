@@ -74,8 +74,8 @@ def bench(
         advance(done, work.title)
         taking = {name: row for name, row in rows.items() if _takes_part(name, work, settings)}
         if not taking:
-            others = "adapter and lora alone" if work.kind == "training" else "rows that are not compiled"
-            left_out[work.title] = f"{others} take part in it, see docs/bench.md"
+            compiled = "compiled rows take part in --compiled-work alone, of decode with a static cache"
+            left_out[work.title] = "only adapter and lora train" if work.kind == "training" else compiled
             continue
         found.append(_measure(work, taking, counts, wanted, ids, limits, settings.rounds, factor))
         # The next work has other shapes; torch gives up after eight graphs of one function.

@@ -176,7 +176,7 @@ def cache_bytes(cache: Any) -> int:
     total = 0
     for layer in cache.layers:
         if isinstance(layer, Tails):
-            total += sum(tensor.numel() * tensor.element_size() for tensor in layer.inputs.values())
+            total += sum(tensor.nbytes for tensor in layer.inputs.values())
             continue
         packed = getattr(layer, "_quantized_keys", None) is not None
         names = ("_quantized_keys", "_quantized_values") if packed else ("keys", "values")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -66,7 +67,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else yaml.load(text, _loader())
+        content = json.loads(text, object_pairs_hook=_mapping) if path.suffix == ".json" else yaml.load(text, _loader())
     except FileNotFoundError:
         raise PreskipError(f"--config {path}: no such file") from None
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
@@ -76,26 +77,29 @@ def _read(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-    """A mapping whose names are all different: of two values json and yaml would drop one.
+def _check_once(names: Sequence[str]) -> None:
+    """Refuse a name that is given twice: json and yaml would drop one of the values.
 
     Raises:
-        ValueError: a name is given twice.
+        ValueError: with the name.
     """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
-    return found
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
+
+
+def _mapping(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    _check_once([name for name, _ in pairs])
+    return dict(pairs)
 
 
 def _loader() -> Any:
-    """The loader of `yaml.safe_load`, with `_once`."""
+    """The loader of `yaml.safe_load`, with `_check_once`."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            _once([(key.value, None) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"])
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            _check_once([name for name in names if name != "<<"])  # of which each merges another mapping
             return super().construct_mapping(node, deep=deep)
 
     return Loader

@@ -52,10 +52,10 @@ def _earlier(whole: torch.Tensor, back: int) -> torch.Tensor:
 
 
 def _stored(gradient: torch.Tensor) -> torch.Tensor:
-    """The same values; a compiled pass computes them once and keeps them.
+    """The same values [B, T, C], in memory once they are computed.
 
-    It would compute all that lies behind them again for each of the four tokens that they go to, an exponential of the
-    MLP's activation included. It stores what is viewed by strides.
+    torch's inductor would fuse what lies behind them into each of its four readers, and so compute it four times, an
+    exponential of the MLP's activation included. What is viewed by strides it stores first.
     """
     if not torch.compiler.is_compiling():
         return gradient
