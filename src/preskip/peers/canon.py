@@ -163,7 +163,7 @@ def canon(place: Place, sites: str) -> dict[str, PeerModule]:
     if "B" in sites:
         for name, linear in _linears(place.attention, PROJECTIONS).items():
             made = mix(f"b_{name}", _outputs(linear))
-            made.handles.append(linear.register_forward_hook(made.on_output))
+            made.hook_child(place.tokens, place.attention, name, made.on_output)
     if "C" in sites or "D" in sites:
         mlp = getattr(place.block, "mlp", None) or nn.Module()
         features = _linears(mlp, FEATURES)
@@ -171,7 +171,7 @@ def canon(place: Place, sites: str) -> dict[str, PeerModule]:
             before(mlp, mix("c", width))
         for name, linear in features.items() if "D" in sites else ():
             made = mix(f"d_{name}", _outputs(linear))
-            made.handles.append(linear.register_forward_hook(made.on_output))
+            made.hook_child(place.tokens, mlp, name, made.on_output)
     return mixes
 
 

@@ -68,12 +68,12 @@ def gated_attention(place: Place) -> dict[str, PeerModule]:
     """
     if place.identity:
         raise PreskipError("gated attention is trained from scratch only: leave the arm out")
-    output = next((own for name in OUTPUTS if isinstance(own := getattr(place.attention, name, None), nn.Module)), None)
+    output = next((name for name in OUTPUTS if isinstance(getattr(place.attention, name, None), nn.Module)), None)
     if output is None:
         raise PreskipError(f"{type(place.attention).__name__} has none of {', '.join(OUTPUTS)}: leave the arm out")
     config = place.config
     made = HeadGate(config.num_attention_heads, config.hidden_size, config.initializer_range)
     # Behind a branch's hook: the gate reads what the queries read.
     made.handles.append(place.attention.register_forward_pre_hook(made.on_input, with_kwargs=True))
-    made.handles.append(output.register_forward_pre_hook(made.on_heads))
+    made.hook_child(place.tokens, place.attention, output, made.on_heads, before=True)
     return {"gate": made}

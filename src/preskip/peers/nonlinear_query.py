@@ -79,7 +79,7 @@ def nonlinear_query(place: Place) -> dict[str, PeerModule]:
         )
     made = NonlinearQuery(own.in_features, place.config.initializer_range)
     attention.q_proj = nn.Identity()
-    made.handles.append(attention.q_proj.register_forward_hook(made.on_output))
+    made.hook_child(place.tokens, attention, "q_proj", made.on_output)
     if not hasattr(attention, "q_norm"):
         attention.scaling = attention.scaling / 2
     return {"query": made}

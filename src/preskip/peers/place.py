@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from preskip.peers.child_hook import ChildHook
 from preskip.peers.tokens import Tokens
 
 
@@ -20,6 +22,22 @@ class PeerModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.handles: list[Any] = []
+
+    def hook_child(
+        self, tokens: Tokens, parent: nn.Module, name: str, hook: Callable[..., Any], *, before: bool = False
+    ) -> None:
+        """Register a forward hook on a child of a module, behind an adapter's layer that takes its place.
+
+        Args:
+            tokens: looks in front of each pass whether the child is the one with the hook.
+            parent: the module.
+            name: of its child.
+            hook: as torch calls it.
+            before: whether it is a pre-hook.
+        """
+        made = ChildHook(parent, name, hook, before=before)
+        self.handles.append(made)
+        tokens.child_hooks.append(made)
 
     def reset_parameters(self) -> None:
         """Initialise all weights, those of children too, with functions of `torch.nn.init`.

@@ -16,6 +16,7 @@ from torch import nn
 from preskip.casting import is_transformed
 from preskip.errors import PreskipError
 from preskip.kv_cache import cache_name, given_cache
+from preskip.peers.child_hook import ChildHook, follow
 
 # How many earlier tokens a token may be mixed with.
 REACH = 3
@@ -97,6 +98,7 @@ class Tokens:
         first_value: the values of the first layer [B, T, W], for `preskip.peers.value_residual`.
         first_has_graph: whether gradients were recorded when they were computed.
         is_running: whether the pass has not ended; False while a part of it is recomputed.
+        child_hooks: of the peers, on layers that an adapter may wrap.
     """
 
     def __init__(self, config: Any) -> None:
@@ -106,6 +108,7 @@ class Tokens:
         self.first_has_graph = False
         self.is_running = False
         self.handles: list[Any] = []
+        self.child_hooks: list[ChildHook] = []
         self._names = ["input_ids"]  # of the decoder's arguments, for those that are given by their place
         self._cache_name = cache_name()  # asked here: in a compiled pass it would be traced
         self._given: tuple[Any, Any, int, torch.device] = (None, None, 0, torch.device("cpu"))
@@ -117,7 +120,7 @@ class Tokens:
 
     def __reduce__(self) -> Any:
         # Without the tensors of the last pass, which may hang on a graph.
-        return Tokens, (self.config,), {"handles": self.handles, "_names": self._names}
+        return Tokens, (self.config,), {name: getattr(self, name) for name in ("handles", "child_hooks", "_names")}
 
     def watch(self, decoder: nn.Module) -> None:
         """Register the hooks on the text decoder."""
@@ -128,11 +131,13 @@ class Tokens:
         ]
 
     def begin(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the decoder: take down what it is given.
+        """Forward pre-hook of the decoder: take down what it is given, and put hooks where the layers are by now.
 
         Raises:
             PreskipError: neither input_ids nor inputs_embeds are given.
         """
+        if any(hook.is_behind for hook in self.child_hooks):
+            follow(self.child_hooks)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         self.ids = given.get("input_ids")
         source = given.get("inputs_embeds") if self.ids is None else self.ids

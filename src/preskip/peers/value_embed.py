@@ -84,5 +84,5 @@ def value_embed(place: Place, layers: Sequence[int]) -> dict[str, PeerModule]:
     values = values_of(place)
     config = place.config
     made = ValueEmbed(values, place.tokens, vocabulary=config.vocab_size, width=config.hidden_size)
-    made.handles.append(values.projection.register_forward_hook(made.on_output))
+    made.hook_child(place.tokens, place.attention, values.projection, made.on_output)
     return {"mix": made}

@@ -90,5 +90,5 @@ def value_residual(place: Place) -> dict[str, PeerModule]:
         raise PreskipError("value residual needs two layers or more: the first one gives its values to the others")
     values = values_of(place)
     made = ValueResidual(values, place.tokens, is_first=place.layer == place.chosen[0], identity=place.identity)
-    made.handles.append(values.projection.register_forward_hook(made.on_output))
+    made.hook_child(place.tokens, place.attention, values.projection, made.on_output)
     return {"mix": made}

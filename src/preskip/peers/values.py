@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from preskip.errors import PreskipError
 from preskip.peers.place import Place
@@ -17,14 +16,14 @@ class Values:
     """The values in the output of a projection.
 
     Attributes:
-        projection: the module.
+        projection: name of the module in the attention.
         heads: key-value heads.
         width: of all heads together, W.
         by_head: whether the output holds query, key and value of one head after the other (GPT-NeoX).
         part: whether the values are the last W of more channels.
     """
 
-    projection: nn.Module
+    projection: str
     heads: int
     width: int
     by_head: bool = False
@@ -57,11 +56,11 @@ def values_of(place: Place) -> Values:
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     own: Any = getattr(attention, "v_proj", None)
     if own is not None and getattr(own, "out_features", None) == width:
-        return Values(projection=own, heads=heads, width=width)
+        return Values(projection="v_proj", heads=heads, width=width)
     kind = type(attention).__name__
     if kind == "GPTNeoXAttention":
-        return Values(projection=attention.query_key_value, heads=heads, width=width, by_head=True)  # type: ignore[arg-type]
+        return Values(projection="query_key_value", heads=heads, width=width, by_head=True)
     joint = {"GPT2Attention": "c_attn", "Phi3Attention": "qkv_proj"}.get(kind)
     if joint is None:
         raise PreskipError(f"it is not known where {kind} makes its values: leave the arm out")
-    return Values(projection=getattr(attention, joint), heads=heads, width=width, part=True)
+    return Values(projection=joint, heads=heads, width=width, part=True)
