@@ -146,7 +146,7 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
     rows = records(results, alone)
     (folder / "loss.svg").write_text(draw(rows), encoding="utf-8")
     print(f"{arch}, {folder / 'loss.svg'}\n\n{table(rows, results, losses)}\n", flush=True)
-    if answered := questions(results):
+    if answered := questions(results, options.arms.split(",")):
         print(f"{answered}\n", flush=True)
     for note in results.get("notes", ()):
         print(note, flush=True)
@@ -349,15 +349,22 @@ def table(rows: Sequence[Record], results: Results, losses: Mapping[str, Mapping
     return "\n".join(lines)
 
 
-def questions(results: Results) -> str:
-    """The questions of which both arms were trained, on the speeches, in Markdown; "" where none can be answered."""
-    asked = [find(results, *pair, SPEECHES) for pair in QUESTIONS] if SPEECHES in results["sets"] else []
-    found = [pair for pair in asked if pair is not None and pair["p_value"] is not None]
-    if not found:
+def questions(results: Results, arms: Sequence[str]) -> str:
+    """The questions about these arms, on the speeches, in Markdown; "" where none can be answered.
+
+    A question whose arm was left out, as it diverged, counts as p = 1: the family does not shrink after the fact.
+    """
+    asked = [pair for pair in QUESTIONS if {*pair} <= {*arms}] if SPEECHES in results["sets"] else []
+    found = [find(results, *pair, SPEECHES) for pair in asked]
+    p_values = [1.0 if pair is None or pair["p_value"] is None else pair["p_value"] for pair in found]
+    if not any(found):
         return ""
-    lines = [f"| asked before training, {SPEECHES} | seeds | difference [95 %] | p after Holm over {len(found)} |"]
+    lines = [f"| asked before training, {SPEECHES} | seeds | difference [95 %] | p after Holm over {len(asked)} |"]
     lines.append("|---" * 4 + "|")
-    for pair, p in zip(found, holm([pair["p_value"] for pair in found]), strict=True):
+    for (arm, reference), pair, p in zip(asked, found, holm(p_values), strict=True):
+        if pair is None:
+            lines.append(f"| `{arm}` {MINUS} `{reference}` | – | not trained | 1 |")
+            continue
         shown = difference_text(pair)
         names = f"`{pair['arm']}` {MINUS} `{pair['reference']}`"
         lines.append(f"| {names} | {pair['seeds']} | {shown['value']} {shown['interval']} | {p_text(p)} |")

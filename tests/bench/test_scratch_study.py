@@ -197,12 +197,17 @@ def test_what_was_asked_before_training_is_corrected_over_the_peers(script):
         {**about, "arm": arm, "reference": reference, "difference": difference, "p_value": p}
         for arm, reference, difference, p in rows
     ]
-    text = script.questions({"sets": {"sotu": {"kind": "document"}}, "comparisons": pairs})
-    # 0.01 and 0.03 of two: doubled, and as it is; the third pair is no question.
+    results = {"sets": {"sotu": {"kind": "document"}}, "comparisons": pairs}
+    text = script.questions(results, ["base", "canon-a", "canon", "gated-attention"])
+    # 0.01 and 0.03 of three: times 3, and times 2; gates diverged, which counts as 1; the third pair is no question.
     assert [line.split("|")[1::3] for line in text.splitlines()[2:]] == [
-        [" `canon-a` − `base` ", " 0.03 "], [" `canon` − `base` ", " 0.02 "]]  # fmt: skip
+        [" `canon-a` − `base` ", " 0.06 "],
+        [" `canon` − `base` ", " 0.03 "],
+        [" `gated-attention` − `base` ", " 1 "],
+    ]
+    assert "p after Holm over 13" in script.questions(results, script.ARMS.split(","))
     assert "−0.010" in text
-    assert script.questions({"sets": {"books": {"kind": "document"}}, "comparisons": []}) == ""
+    assert script.questions({"sets": {"books": {"kind": "document"}}, "comparisons": []}, ["base", "canon"]) == ""
 
 
 @pytest.mark.parametrize(

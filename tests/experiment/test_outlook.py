@@ -1,14 +1,19 @@
 """How long a run takes: the work by hand, a measured step, and the pace as cells are done."""
 
+import re
 from dataclasses import replace
 
+import numpy as np
+import pytest
 import torch
+from scipy import stats
 
 from preskip.data.corpus import Document
 from preskip.evaluate.texts import prepare_texts
 from preskip.experiment.cell import opened
 from preskip.experiment.outlook import TRAINING, Outlook, measured_token, outlook
 from preskip.experiment.run import _say_power, finish_run, start_run
+from preskip.metrics import metric_named
 from preskip.stats.power import planned_power
 from small_probe import small_probe
 from tiny_text import PROSE, tiny_tokenizer
@@ -103,6 +108,28 @@ def test_documents_of_one_group_can_detect_nothing(capsys):
     said = capsys.readouterr().err
     assert "nothing (of 1 independent units no verdict is given) on own" in said
     assert "with 0 to 0 % probability" in said
+
+
+def test_what_the_first_question_is_decided_with_is_said_before_training(capsys):
+    """Against simulated experiments, judged by Student's t with the seeds' degrees of freedom."""
+    sets = {"far": {"kind": "document", "documents": 10**6}, "own": {"kind": "document", "documents": 10**6}}
+    first, other = (
+        {"set": name, "metric": "bits_per_byte", "arm": "preskip", "reference": "lora", "level": level}
+        for name, level in (("own", 1), ("far", 2))
+    )
+    family = {"declared": [first, other], "procedure": "gatekeeping", "margins": {"bits_per_byte": 0.005}}
+    _say_power({"sets": sets, "seeds": [1, 2, 3], "family": family})
+    said = capsys.readouterr().err
+    assert said.count("Its first question, preskip against lora on own, is decided with ") == 1
+    spread = metric_named("bits_per_byte").seed_deviation
+    drawn = np.random.default_rng(0).standard_normal((20_000, 3)) * spread
+    for times, words in ((1, "% if by the margin"), (2, "% if by twice the margin")):
+        seen = drawn + times * 0.005
+        error = seen.std(axis=1, ddof=1) / 3**0.5
+        differs = abs(seen.mean(axis=1)) > error * stats.t.ppf(0.975, 2)
+        equal = abs(seen.mean(axis=1)) + error * stats.t.ppf(1 - 0.05 / 2, 2) < 0.005
+        share = int(re.search(rf"(\d+) {words}", said)[1])
+        assert share == pytest.approx(100 * (differs | equal).mean(), abs=2)
 
 
 def test_a_set_of_one_item_has_no_outlook_and_ends_nothing(capsys):

@@ -7,6 +7,7 @@ import pytest
 from scipy import special, stats
 
 from preskip.stats import Design, compare_arms, looks_without_seeds
+from preskip.stats.bootstrap import RatioDistribution
 from preskip.stats.families import gatekeeping, holm
 from preskip.stats.looks import fractions_of, nominal_levels, sequential_p, spent, two_sided
 from preskip.stats.stops import planned_stops
@@ -165,6 +166,31 @@ def test_power_plans_the_looks():
     assert sum(look["by_chance"] for look in row["looks"]) < 0.056
     shown = invoke_app(*asked, "--looks", "3,5,8")
     assert "decided here" in shown
+    few = json.loads(invoke_app(*asked, "--looks", "3,5,8", "--freedom", "6", "--json"))["designs"][0]
+    assert few["unit_freedom"] == 6
+    assert few["looks"][-1]["level"] == row["looks"][-1]["level"]
+    assert sum(look["stops"] for look in few["looks"]) < sum(look["stops"] for look in row["looks"])
     (row,) = json.loads(invoke_app(*asked, "--looks", "3,5", "--json"))["designs"]
     assert [look["seeds"] for look in row["looks"]] == [3, 5]
     assert "0.047" in shown
+
+
+@pytest.mark.parametrize(("units", "difference"), [(8, 0.0), (24, 0.7)])
+def test_planned_stops_of_few_units_are_those_of_the_distribution(units, difference):
+    """Units whose own variance is about as uncertain as that of the seeds, simulated with what judges a run."""
+    design = Design.assumed(units=units, deviation=1.0, seed_deviation=0.3)
+    looks, runs = [3, 5], 1500
+    stops = planned_stops(design, difference, looks)
+    generator, stopped = np.random.default_rng(3), np.zeros(2)
+    for _ in range(runs):
+        drawn = design.unit_deviation * generator.standard_normal(units)
+        drawn = drawn + design.seed_deviation * generator.standard_normal((5, 1))
+        drawn = drawn + design.residual_deviation * generator.standard_normal((5, units)) + difference
+        for place, (look, stop) in enumerate(zip(looks, stops, strict=True)):
+            distribution = RatioDistribution(drawn[:look], np.ones((look, units)), resamples=300)
+            if distribution.interval(1 - stop["level"]).excludes_zero:
+                stopped[place] += 1
+                break
+    planned = sum(stop["stops"] for stop in stops)
+    error = np.sqrt(planned * (1 - planned) / runs)
+    assert stopped.sum() / runs == pytest.approx(planned, abs=3 * error)

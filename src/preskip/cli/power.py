@@ -38,6 +38,15 @@ def power(
     shared: Annotated[
         Optional[float], flag("Part of the units' variance that all seeds share. Default: 0.5.", DESIGN)
     ] = None,
+    freedom: Annotated[
+        Optional[float],
+        flag(
+            "Degrees of freedom of the units, fewer where sizes differ (in run.json). Default: units - 1.",
+            DESIGN,
+            hint=float,
+            least=1,
+        ),
+    ] = None,
     family: Annotated[Optional[int], flag("Comparisons declared (Holm). Default: 1.", DESIGN)] = None,
     difference: Annotated[
         Optional[float], flag("True difference to find: 0.01 is one point, or 0.005 bits per byte.")
@@ -52,10 +61,12 @@ def power(
 ) -> None:
     """Say how small a difference is found, and how many items and seeds find a given one.
 
-    For a planned design (--items or --documents), or for the comparisons of a run, from its measured spread.
+    For a planned design (--items or --documents), or for the comparisons of a run, from its measured spread; where the
+    run declared looks, also how often its first question is decided at each.
     """
     every: dict[str, Any] = {"items": items, "documents": documents, "seeds": seeds, "discordant": discordant}
     every |= {"looks": looks, "sd": sd, "seed_sd": seed_sd, "shared": shared, "family": family}
+    every |= {"freedom": freedom}
     given = {name: value for name, value in every.items() if value is not None}
     if discordant is not None and (documents is not None or sd is not None):
         raise PreskipError("--discordant gives the SD of --items: leave it out beside --documents or --sd")
@@ -71,10 +82,12 @@ def power(
     else:
         _print(rows, wanted, alpha)
         for row in rows:
-            _print_looks(row.get("looks", ()))
+            _print_looks(row)
 
 
 def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, alpha: float) -> dict[str, Any]:
+    from dataclasses import replace
+
     from preskip.metrics import METRICS
     from preskip.stats import Design
     from preskip.stats.power import checked_level, discordant_deviation
@@ -92,34 +105,44 @@ def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, 
         seed_deviation=given.get("seed_sd", assumed.seed_deviation),
         shared=given["shared"],
     )
+    if given.get("freedom", 1) > design.units - 1:
+        raise PreskipError(f"--freedom {given['freedom']:g} is more than {design.units} units have: at most 1 less")
+    design = replace(design, unit_freedom=given.get("freedom"))
     facts = {"metric": assumed.key, "family": given["family"], "basis": "assumed"}
     level = checked_level(wanted, alpha, given["family"])
     row = _row(facts, design, difference, wanted, (level, level), level)
     if "looks" in given:
-        row["looks"] = _looks(given["looks"], design, given["family"], difference, alpha)
+        row["looks"] = _looks(_parsed_looks(given["looks"]), design, difference, level)
     return row
 
 
-def _looks(text: str, design: Design, family: int, difference: float | None, alpha: float) -> list[dict[str, Any]]:
-    """What each planned look holds p to, and how often the run is decided there if the difference is true, or none."""
+def _parsed_looks(text: str) -> Sequence[int]:
     from preskip.experiment.options import check_looks
     from preskip.experiment.parse import parse_looks
-    from preskip.stats.stops import planned_stops
 
     looks = parse_looks(text)
     check_looks(looks, max(looks, default=0))
+    return looks
+
+
+def _looks(looks: Sequence[int], design: Design, difference: float | None, level: float) -> list[dict[str, Any]]:
+    """What each planned look holds p to, and how often the run is decided there if the difference is true, or none."""
+    from preskip.stats.stops import planned_stops
+
     if difference is None:
         raise PreskipError("--looks needs the true --difference to find")
-    found, by_chance = (planned_stops(design, true, looks, alpha=alpha / family) for true in (difference, 0.0))
+    found, by_chance = (planned_stops(design, true, looks, alpha=level) for true in (difference, 0.0))
     return [{**stop, "by_chance": other["stops"]} for stop, other in zip(found, by_chance, strict=True)]
 
 
-def _print_looks(looks: Sequence[Mapping[str, Any]]) -> None:
+def _print_looks(row: Mapping[str, Any]) -> None:
     from preskip.cli.printing import columns, print_table
+    from preskip.report.words.verdicts import MINUS
 
-    if not looks:
+    if not (looks := row.get("looks", ())):
         return
-    table = columns("look", right=("seeds", "p held to", "decided here", "so far", "by chance so far"))
+    about = f"{row['arm']} {MINUS} {row['reference']}, {row['set']}" if "arm" in row else "look"
+    table = columns(about, right=("seeds", "p held to", "decided here", "so far", "by chance so far"))
     for number in range(len(looks)):
         look, taken = looks[number], looks[: number + 1]
         shares = (look["stops"], *(sum(other[key] for other in taken) for key in ("stops", "by_chance")))
@@ -133,7 +156,7 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
     """The declared comparisons of a run, or all where none was declared."""
     from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms
-    from preskip.stats.families import levels_of, tests_beside
+    from preskip.stats.families import key_of, levels_of, tests_beside
     from preskip.stats.power import checked_level, measured_design
     from preskip.stats.verdicts import independent_units
 
@@ -145,7 +168,8 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
     declared = [entry for entry in entries if entry["declared"]]
     family: Family = {**stored.family, "alpha": alpha}
     looks = family.get("looks") or ()
-    return [
+    first = [key_of(entry) for entry in family.get("declared", ()) if entry.get("level", 1) == 1]
+    rows = [
         _row(
             {
                 **{key: entry[key] for key in ("set", "metric", "arm", "reference", "low", "high")},
@@ -164,6 +188,11 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
         )
         for entry in declared or entries
     ]
+    for entry, row in zip(declared or entries, rows, strict=True):
+        if looks and key_of(entry) in first and row["difference"] is not None:
+            level = alpha / tests_beside(stored.family, entry)
+            row["looks"] = _looks(looks, measured_design(entry), row["difference"], level)
+    return rows
 
 
 def _row(

@@ -30,7 +30,7 @@ from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.results import summarise_run
 from preskip.experiment.scratch import Scratch
 from preskip.experiment.search import RULE, tune
-from preskip.metrics import metric_named
+from preskip.metrics import DEFAULT_MARGINS, metric_named
 from preskip.progress import about, say, spinner
 from preskip.runs.attempt import attempt, check_same_inputs, new_run, note_other_environments
 from preskip.runs.declaration import declare, extension
@@ -39,7 +39,9 @@ from preskip.runs.environment import resolve_device
 from preskip.runs.files import write_json, write_jsonl
 from preskip.runs.schema import CellSummary, Facts, Results
 from preskip.stats import planned_power
-from preskip.stats.verdicts import FEWEST_UNITS
+from preskip.stats.families import key_of
+from preskip.stats.power import decided
+from preskip.stats.verdicts import FEWEST_UNITS, margin_of
 from preskip.train.distributed import Crew, share_batch, world_size
 from preskip.train.frozen import check_sharding
 from preskip.train.scratch import trackers
@@ -359,4 +361,15 @@ def _say_power(facts: Facts) -> None:
             f"This run can detect (80 % power, assumed spreads, {len(facts['family']['declared'])} declared "
             f"comparisons): {', '.join(said.values())}. Of arms that do not differ it shows that they are equivalent "
             f"with {100 * min(equal):.0f} to {100 * max(equal):.0f} % probability."
+        )
+    first = [key_of(entry) for entry in facts["family"]["declared"] if entry.get("level", 2) == 1]
+    for entry in (entry for entry in entries if key_of(entry) in first):
+        margin = margin_of(facts["family"].get("margins", DEFAULT_MARGINS), entry["set"], entry["metric"])
+        if margin is None:
+            continue
+        none, by_margin, by_two = (100 * decided(entry, facts["family"], times * margin) for times in (0, 1, 2))
+        say(
+            f"Its first question, {entry['arm']} against {entry['reference']} on {entry['set']}, is decided with "
+            f"{none:.0f} % probability if they do not differ, {by_margin:.0f} % if by the margin, {by_two:.0f} % if by "
+            "twice the margin."
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,36 @@ def resolve_dtype(name: str, device: str) -> tuple[str, str]:
     return "float32", "the device has no bfloat16 instructions"
 
 
+@cache
+def commit() -> str | None:
+    """Commit of this code, with "+changes" where its files differ from it; None where nothing tells.
+
+    Of a git checkout that the package is imported from, or the one that pip recorded when it installed from git.
+    """
+    folder = Path(__file__).parents[1]
+    # A package that is only installed somewhere below a checkout is none of its files.
+    if _git(folder, "ls-files", "--error-unmatch", "--", str(folder / "version.py")) is not None:
+        head, changed = _git(folder, "rev-parse", "HEAD"), _git(folder, "status", "--porcelain", "--", str(folder))
+        return head and head + ("+changes" if changed else "")
+    try:
+        recorded = importlib.metadata.distribution("preskip").read_text("direct_url.json")
+        found = json.loads(recorded or "{}").get("vcs_info", {}).get("commit_id")
+    except (importlib.metadata.PackageNotFoundError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says about a folder, or None where it is missing, slow or says no."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def describe(device: str) -> Environment:
     """The `environment` of run.json."""
     import psutil
@@ -111,6 +143,7 @@ def describe(device: str) -> Environment:
         "memory_bytes": psutil.virtual_memory().total,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "preskip": __version__,
+        "commit": commit(),
         **{package: version_of(package) for package in PACKAGES},
         "torch": str(torch.__version__),  # with its build, which the package's own version can lack
     }

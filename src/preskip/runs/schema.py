@@ -58,6 +58,7 @@ class Environment(TypedDict):
     memory_bytes: int  # of the machine
     device: str  # "cpu", or the accelerator's name
     preskip: NotRequired[str]
+    commit: NotRequired[str | None]  # of this code, "+changes" behind it; None where nothing tells
     torch: str | None
     transformers: str | None
     peft: str | None

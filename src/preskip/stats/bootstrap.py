@@ -197,7 +197,7 @@ def seeds_and_units_reach(
     *,
     seed_freedom: float,
     unit_freedom: float,
-    part_freedom: float | None = None,
+    part_freedom: float | Array | None = None,
 ) -> float | Array:
     """Half width of the interval from a seed part and a unit part of the variance; see the module's docstring.
 
@@ -215,7 +215,7 @@ def seeds_and_units_reach(
         return 0.0
     uncertainty = seed_square**2 / seed_freedom
     if np.any(unit_square > 0):
-        uncertainty = uncertainty + unit_square**2 / (part_freedom or unit_freedom)
+        uncertainty = uncertainty + unit_square**2 / (unit_freedom if part_freedom is None else part_freedom)
     freedom = np.maximum(total**2 / uncertainty, min(seed_freedom, unit_freedom))
     t_both, t_seeds, t_units = (special.stdtrit(df, tail) for df in (freedom, seed_freedom, unit_freedom))
     return np.sqrt((t_both**2 * total + t_seeds**2 * seed_square + t_units**2 * unit_square) / 2)

@@ -300,6 +300,20 @@ def planned_power(sets: Mapping[str, SetFacts], seeds: int, family: Family) -> l
     return entries
 
 
+def decided(entry: PowerEntry, family: Family, difference: float) -> float:
+    """Probability that a planned comparison decides anything (`Design.decides`).
+
+    Args:
+        entry: of `planned_power`.
+        family: that it was planned for; a gate before the comparison is taken as open.
+        difference: the true one, in the metric's unit.
+    """
+    if entry["units"] < FEWEST_UNITS:
+        return 0.0
+    margin = margin_of(family.get("margins", DEFAULT_MARGINS), entry["set"], entry["metric"])
+    return Design(**entry["design"]).decides(difference, margin, *levels_of(family, entry, entry["seeds"]))
+
+
 def measured_power(entries: Sequence[Comparison], family: Family) -> list[PowerEntry]:
     """The `power` entries of a run's results, one per comparison, from its measured variance components.
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 import numpy as np
+from scipy import special
 
-from preskip.stats.bootstrap import seeds_and_units_reach
+from preskip.stats.bootstrap import LEAST, seeds_and_units_reach
 from preskip.stats.looks import fractions_of, nominal_levels
 from preskip.stats.power import Design
 from preskip.stats.verdicts import ALPHA
@@ -29,7 +30,10 @@ def planned_stops(
     alpha: float = ALPHA,
     experiments: int = 20_000,
 ) -> list[Stop]:
-    """The probability that a comparison is decided at each look, simulated.
+    """The probability that a comparison is decided at each look, simulated with the test that is made.
+
+    At every look the mean squares of seeds and of units are drawn, the latter once for all looks, since the units are
+    the same; that of the residual, which has the most degrees of freedom, counts as known. See `RatioDistribution`.
 
     Args:
         design: the spreads and the units; its number of seeds is not used.
@@ -39,22 +43,29 @@ def planned_stops(
         experiments: simulated. Default 20,000: a standard error of at most 0.4 points.
     """
     generator = np.random.default_rng(0)
-    unit_square = design.unit_deviation**2 / design.units
+    unit_square, freedom = design.unit_deviation**2 / design.units, design.freedom_of_units
     own = np.sqrt(design.seed_deviation**2 + design.residual_deviation**2 / design.units)
     each = difference + own * generator.standard_normal((experiments, looks[-1]))
     shared = np.sqrt(unit_square) * generator.standard_normal(experiments)
+    drawn = generator.chisquare(freedom, experiments) / freedom
     undecided = np.ones(experiments, bool)
     stops: list[Stop] = []
     for look, level in zip(looks, nominal_levels(alpha / 2, fractions_of(looks)), strict=True):
         seen = each[:, :look]
+        residual = design.residual_deviation**2 / (look * design.units)
+        whole = np.maximum((unit_square + residual) * drawn, np.finfo(float).tiny)
+        rest = np.minimum(1.0, residual / whole)
         reach = seeds_and_units_reach(
             level,
             seen.var(axis=1, ddof=1) / look,
-            np.float64(unit_square),
+            whole * (1 - rest),
             seed_freedom=look - 1,
-            unit_freedom=design.freedom_of_units,
+            unit_freedom=freedom,
+            part_freedom=np.maximum(freedom * (1 - rest) ** 2 / (1 + rest**2 / (look - 1)), 1e-9),
         )
-        found = undecided & (np.abs(seen.mean(axis=1) + shared) > np.abs(reach))
+        t_rest = -special.stdtrit((look - 1) * (design.units - 1), level)
+        reach = np.maximum(np.abs(reach), LEAST * t_rest * np.sqrt(residual))
+        found = undecided & (np.abs(seen.mean(axis=1) + shared) > reach)
         undecided &= ~found
         stops.append({"seeds": look, "level": 2 * level, "stops": float(found.mean())})
     return stops

@@ -45,6 +45,7 @@ def facts(record: Manifest) -> Groups:
             "Memory": bytes_text(environment.get("memory_bytes")),
             "Platform": environment.get("platform"),
             "Versions": ", ".join(f"{key} {environment[key]}" for key in FACT_VERSIONS if environment.get(key)),
+            "Commit": environment.get("commit"),
             "Parts computed on": _earlier(record),
             "Peak memory": bytes_text(record.get("peak_memory_bytes")),
         },
@@ -94,7 +95,7 @@ def _earlier(record: Manifest) -> str:
     """The other machines, or versions, of the attempts before the last; empty where there were none."""
     last: Any = record["environment"]
     others: Any = record.get("earlier_environments") or ()
-    keys = ("device", "processor", "platform", *FACT_VERSIONS)
+    keys = ("device", "processor", "platform", "commit", *FACT_VERSIONS)
     told = [
         ", ".join(str(other[key]) for key in keys if other.get(key) not in (None, last.get(key))) for other in others
     ]
