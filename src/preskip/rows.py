@@ -86,3 +86,15 @@ def _misfit(names: Sequence[str], batch: torch.Tensor) -> PreskipError:
         f"{len(names)} adapter names do not fit a batch of {batch.shape[0]} rows: give one name per row of the input, "
         "or one for all"
     )
+
+
+def check_free(names: Sequence[str] | None) -> None:
+    """Refuse a model that another call, of another thread, has given names to: they lie in its modules.
+
+    Raises:
+        PreskipError: it has some.
+    """
+    if names is not None:
+        raise PreskipError(
+            "another call with adapter_names has not ended: of several threads let one at a time call it"
+        )

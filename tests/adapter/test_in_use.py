@@ -15,7 +15,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.utils import load_peft_weights
 from peft.utils.hotswap import hotswap_adapter
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, Trainer, TrainingArguments
 
 import zoo
 from preskip import PreskipConfig, PreskipError, bake, optimize
@@ -86,6 +86,10 @@ def test_the_tokenizer_beside_an_adapter_is_the_one_that_is_used(tmp_path) -> No
     base = str(tmp_path / "base")
     assert len(load_tokenizer_of(base, tmp_path / "adapter")) == len(larger) == len(load_tokenizer_of(base, None)) + 1
     assert len(load_tokenizer_of(base, tmp_path / "bare")) == len(larger) - 1
+    in_python = ByT5Tokenizer()  # it saves no tokenizer.json
+    in_python.add_tokens(["<ship>"])
+    in_python.save_pretrained(tmp_path / "python")
+    assert load_tokenizer_of(base, tmp_path / "python").encode("<ship>") == in_python.encode("<ship>")
 
 
 def test_subfolders_and_names_with_dots_in_paths(tmp_path) -> None:

@@ -319,6 +319,13 @@ def test_names_that_do_not_fit_a_batch_are_refused(names) -> None:
     assert model.base_model.model.model.layers[0].self_attn.preskip.row_names is None
     with pytest.raises(PreskipError, match="is for inference"):
         model.train()(**zoo.inputs("llama"), adapter_names=["default"])
+    model.eval()
+    with (
+        model._enable_peft_forward_hooks(adapter_names=["default"]),
+        pytest.raises(PreskipError, match="another call with adapter_names has not ended: of several threads let one"),
+    ):
+        model(**zoo.inputs("llama"), adapter_names=["default"])
+    model(**zoo.inputs("llama"), adapter_names=["default"])
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -514,3 +514,21 @@ def test_a_mistake_is_one_line(options, message, capsys):
     assert preskip("bench", *options) == 1
     error = capsys.readouterr().err.splitlines()
     assert message in error[-1]
+
+
+def test_a_model_whose_class_is_code_of_its_repository(tmp_path, capsys):
+    (tmp_path / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own_llama'\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    base(torch.float32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    few = ("--rows", "base,adapter", "--work", "prefill", "--prompt", "8", "--batch", "1", "--rounds", "2")
+    given = ("--device", "cpu", "--dtype", "float32", "--trust-remote-code", *few)
+    assert preskip("bench", tmp_path, *given, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["work"][0]["rows"]) == {"base", "adapter"}

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from commands import PROBE, make_run, preskip
+from preskip.architecture.several import picked
 from preskip.cli.bake import bake_saved
+from preskip.errors import PreskipError
 from preskip.report.words.verdicts import difference_text, interval_text
 from tiny_model import save_tiny_llama
 
@@ -172,6 +174,8 @@ def test_several_adapters_side_by_side(place, tmp_path, capsys):
             base = AutoModelForCausalLM.from_pretrained(place / "model")
             wanted = PeftModel.from_pretrained(base, arm / f"seed-{seed}" / "adapter").eval()(ids[:1]).logits[0]
             assert (mixed[row] - wanted).abs().max() < 1e-5
+    with picked(baked, ["a"]), pytest.raises(PreskipError, match="another call with adapter_names has not ended"):
+        baked(ids, adapter_names=["b", "a"])
     unnamed = [text.partition("=")[2] for text in given]
     assert preskip("bake", *unnamed, tmp_path / "twice") == 1
     assert "two adapters are called 'adapter': give them as NAME=FOLDER" in capsys.readouterr().err

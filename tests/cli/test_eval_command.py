@@ -12,11 +12,17 @@ import torch
 from lm_eval.utils import get_results_filenames, get_sample_results_filenames
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from conforming import file_faults
 from local_data import SENTENCES, write_local_data
 from own_tasks import write_own_tasks
 from preskip import PreskipConfig
+from preskip.arms import ARMS
+from preskip.arms.arm import ArmContext
+from preskip.arms.budget import attention_paths
+from preskip.arms.insert import insert
+from preskip.branch_settings import BranchSettings
 from preskip.cli.main import main
 from preskip.runs.schema import EvalResults, Record
 from tiny_model import save_tiny_llama, tiny_llama, write_corpus
@@ -105,6 +111,37 @@ def test_an_adapter_of_any_type_changes_the_scores(call, inputs, name):
     assert adapted["parameters"] == base["parameters"] + weights
     values = [result["metrics"]["lambada_openai"]["nll"]["value"] for result in (base, adapted)]
     assert abs(values[0] - values[1]) > 1e-5
+
+
+@pytest.mark.parametrize("arm", ["canon", "full"])
+def test_arms_that_are_no_peft_adapter_are_read_and_counted(call, inputs, tmp_path, arm):
+    base = AutoModelForCausalLM.from_pretrained(inputs / "model").requires_grad_(False)
+    context = ArmContext(
+        base=base,
+        settings=BranchSettings(),
+        skip_position="attention",
+        layers=None,
+        targets=tuple(attention_paths(base)),
+        budget=10**6,
+        match="none",
+    )
+    with insert(ARMS[arm], context, seed=1) as inserted:
+        generator = torch.Generator().manual_seed(1)
+        for weight in inserted.trainable.values():
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+        count = inserted.parameters
+        inserted.save(tmp_path / "own")
+    options = ["--tasks", "lambada_openai", "--limit", "5", "--json"]
+    plain, own = (json.loads(call(*options, *extra)[1]) for extra in ([], ["--adapter", tmp_path / "own"]))
+    assert (own["adapter_parameters"], own["adapter_dtype"]) == (count, "float32")
+    assert own["parameters"] == plain["parameters"] + (count if arm == "canon" else 0)
+    values = [result["metrics"]["lambada_openai"]["nll"]["value"] for result in (plain, own)]
+    assert abs(values[0] - values[1]) > 1e-5
+    if arm == "full":
+        save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "own" / "own_weights.safetensors")
+        code, _, stderr = call(*options, "--adapter", tmp_path / "own")
+        assert code == 1
+        assert "does not fit this model: model.norm.weight is missing or of another size" in stderr
 
 
 def test_special_tokens_in_a_text_are_read_as_the_option_says(call, inputs, tmp_path):

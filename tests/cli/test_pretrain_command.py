@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -382,6 +383,7 @@ def test_a_tokenizer_that_exists_is_taken(finished, corpus, tmp_path):
         (["--mlp-width", "-4"], "no model can be made of this architecture, check --arch and --set"),
         (["--eval-corpora", "pydoc:2x9,pydoc:3x9"], "--eval-corpora names pydoc twice"),
         (["--vocab-size", "60000"], "gives only .* tokens"),
+        (["--set", "vocab_size=2k"], "vocab_size '2k' is not a whole number: give 300 or more"),
         (["--set", "vocab_size=299"], "too small for .*, whose ids go up to 299: raise it to 300"),
         (["--tokenizer", "nowhere/tokenizer", "--vocab-size", "2048"], "nowhere"),
         (["--report-to", "tensorboard"], "pip install tensorboard"),
@@ -605,6 +607,7 @@ def test_a_saved_model_is_scored_with_the_context_that_it_was_trained_on(finishe
     assert json.loads(capsys.readouterr().out)["context_length"] == 16
     assert trained_context(folder) == 16
     assert trained_context(folder.parent) is None
+    assert trained_context(Path("/")) is None
 
 
 def test_the_saved_model_has_a_card(finished):

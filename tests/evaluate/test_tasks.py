@@ -1,19 +1,26 @@
 """lm-eval tasks as records: against lm-eval's own evaluator and backend on the same data."""
 
+import functools
+import importlib.util
 import json
+import linecache
 import math
+from types import SimpleNamespace
 
 import datasets
 import lm_eval
 import numpy as np
 import pytest
 import torch
+from lm_eval.config.task import TaskConfig
 from lm_eval.models.huggingface import HFLM
 
 from local_data import SENTENCES, write_local_data
 from preskip.data.local import data_directory, load_local
 from preskip.errors import PreskipError
 from preskip.evaluate.task_loading import _task_manager
+from preskip.evaluate.task_preparing import _prompt_sha256
+from preskip.evaluate.task_settings import TaskSettings
 from preskip.evaluate.tasks import TaskSuite
 from preskip.stats import compare_arms
 from tiny_model import tiny_llama
@@ -128,6 +135,32 @@ def test_prompt_hash_is_the_same_from_hub_and_local_files(data, hub, tmp_path):
     for task in ("hellaswag", "arc_easy"):
         assert local.facts[task]["prompt_sha256"] == remote.facts[task]["prompt_sha256"]
     assert local.facts["hellaswag"]["prompt_sha256"] != local.facts["arc_easy"]["prompt_sha256"]
+
+
+def test_prompt_hash_of_a_task_with_functions_is_the_same_in_every_process(data, tmp_path, monkeypatch):
+    """lm-eval loads a task's functions anew in each; hellaswag has one in a field of a field, too."""
+    code = "def process_docs(dataset, start=0):\n    return dataset\n"
+    (tmp_path / "own.py").write_text(code)
+
+    def task():
+        spec = importlib.util.spec_from_file_location("own", tmp_path / "own.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        own = module.process_docs
+        config = TaskConfig(task="own", process_docs=own, doc_to_text=functools.partial(own, start=start))
+        config.fewshot_config = {"process_docs": own}
+        return SimpleNamespace(config=config, get_config=lambda name: getattr(config, name))
+
+    start = 1
+    first, second = task(), task()
+    assert first.config.process_docs is not second.config.process_docs
+    start = 2
+    hashes = [_prompt_sha256(one, None, TaskSettings(), 1234) for one in (first, second, task())]
+    assert hashes[0] == hashes[1] != hashes[2]
+    (tmp_path / "own.py").write_text(code.replace("return dataset", "return dataset.shuffle()"))
+    linecache.checkcache()
+    start = 1
+    assert _prompt_sha256(task(), None, TaskSettings(), 1234) != hashes[0]
 
 
 def test_one_suite_scores_many_models_alike(data):

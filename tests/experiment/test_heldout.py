@@ -3,6 +3,9 @@
 import json
 from types import SimpleNamespace
 
+import pytest
+
+from preskip.errors import PreskipError
 from preskip.experiment.heldout import load_corpora, prepare_heldout
 from preskip.experiment.probe_options import ProbeConfig
 from tiny_text import tiny_tokenizer
@@ -37,6 +40,17 @@ def test_texts_of_the_training_corpus_are_left_out_of_other_sets(tmp_path, capsy
     assert left_out > 0
     told = f"other.jsonl: {left_out} held-out documents are left out, {own} trains or chooses rates on them"
     assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_text_that_is_given_with_two_extents_is_refused(tmp_path):
+    own, other = (write(tmp_path / f"{name}.jsonl", [f"{name} {n}." for n in range(40)], name) for name in ("a", "b"))
+    for twice in (own, other):
+        given = (f"{twice}:50x9", f"{twice}:4x9")
+        config = ProbeConfig(corpus=str(own), eval_corpora=given, arms=("none", "preskip"))
+        with pytest.raises(PreskipError, match=f"--eval-corpora names {twice} twice: leave one out"):
+            load_corpora(config, tmp_path, quiet=True)
+    config = ProbeConfig(corpus=str(own), eval_corpora=(f"{own}:4x9", f"{own}:4x9"), arms=("none", "preskip"))
+    assert load_corpora(config, tmp_path, quiet=True)[0].documents == 4
 
 
 def test_sets_beside_the_training_corpus_are_kept_apart_from_each_other_and_from_its_held_out_texts(tmp_path):

@@ -170,6 +170,7 @@ def test_rates_of_a_pretraining():
         (ProbeConfig, {"heldout_fraction": 1}, "--heldout-fraction 1.0 is not possible: it must be > 0 and < 1"),
         (ProbeConfig, {"layers": [1, 1]}, "--layers needs one or more different layer indices"),
         (PretrainConfig, {"layers": "1-"}, "--layers '1-' is not a list of layers"),
+        (PretrainConfig, {"layers": "7,5-3"}, "--layers '5-3' ends before it begins: give 3-5"),
         (ProbeConfig, {"layers": "mamba"}, "--layers 'mamba' is not a list of layers, e.g. 0-5,10, nor 'attention'"),
         (PretrainConfig, {"layers": "attention"}, "--layers attention is for models with other layers, too"),
         (PretrainConfig, {"max_grad_norm": float("inf")}, "--max-grad-norm inf is not possible: it must be > 0"),

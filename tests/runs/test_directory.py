@@ -9,10 +9,20 @@ import sys
 import pytest
 
 from preskip.errors import PreskipError
+from preskip.experiment.preflight import check_place
 from preskip.runs import directory as rundir
 from preskip.runs import files
 from preskip.runs.directory import RunDirectory
-from preskip.runs.files import clear_disk_errors, read_json, read_jsonl, sync_tree, write_json, write_jsonl, write_text
+from preskip.runs.files import (
+    clear_disk_errors,
+    new_folder,
+    read_json,
+    read_jsonl,
+    sync_tree,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from preskip.runs.schema import CellSummary
 
 
@@ -100,6 +110,17 @@ def test_create_open_update(tmp_path):
     assert RunDirectory.open(run.path).manifest == {"schema_version": 2, "status": "finished"}
     with pytest.raises(PreskipError, match="exists already"):
         RunDirectory.create(run.path, {})
+
+
+def test_a_link_to_nothing_is_refused_before_there_is_work_to_lose(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(PreskipError, match="a exists already"):
+        RunDirectory.create(tmp_path / "a", {})
+    with pytest.raises(PreskipError, match="a exists already"):
+        check_place(tmp_path / "a")
+    with pytest.raises(PreskipError, match="a is a link: choose another --out"), new_folder(tmp_path / "a"):
+        raise AssertionError
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
 def test_two_at_once_do_not_share_a_new_run(tmp_path, monkeypatch):

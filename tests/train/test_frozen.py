@@ -190,6 +190,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
     rows_checkpointed = train(checkpointed, tmp_path / "b", gradient_checkpointing=True)
     assert [r["loss"] for r in rows_checkpointed] == pytest.approx([r["loss"] for r in rows], abs=1e-6)
     assert torch.allclose(weights(plain), weights(checkpointed), atol=1e-6)
+    embedding = checkpointed.get_input_embeddings()
+    assert not embedding._forward_hooks  # the next arm's layers in front of its own weights need no gradient
 
 
 def test_nothing_to_train_is_refused(tmp_path):

@@ -28,7 +28,7 @@ from preskip.adapter.targets import (
 )
 from preskip.attach import CHILD, attach, detach, forget_compiled, remove_copied_taps, tap_of
 from preskip.errors import PreskipError, some
-from preskip.rows import check_names, check_rows
+from preskip.rows import check_free, check_names, check_rows
 from preskip.site_check import check_role
 from preskip.sites import choose_layers, coverage, find_sites, input_width, site_of, text_decoder
 
@@ -235,6 +235,7 @@ class PreskipModel(BaseTuner):
                 "merge_and_unload()"
             )
         check_rows(names, args, kwargs)
+        check_free(self._row_names)
         try:
             self._row_names = names
             for layer in layers:

@@ -11,7 +11,7 @@ from torch import nn
 
 from preskip.branch import BranchSettings, PreskipBranch
 from preskip.errors import PreskipError
-from preskip.rows import by_row, check_names, check_rows
+from preskip.rows import by_row, check_free, check_names, check_rows
 
 
 class SeveralBranches(nn.ModuleDict):
@@ -69,10 +69,12 @@ def picked(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
     Args:
         model: with several adapters.
-        names: one per row of a batch, or per group of consecutive rows.
+        names: one per row of a batch, or per group of consecutive rows. They lie in the model until the block ends, so
+            of several threads one at a time may call it: give each a model of its own, or a lock.
 
     Raises:
-        PreskipError: a name that the model has not, a model with one adapter alone, or one that trains.
+        PreskipError: a name that the model has not, a model with one adapter alone, one that trains, or one that
+            another call has given names to.
     """
     if model.training:  # gradient checkpointing computes again in the backward pass, when no row has a name any more
         raise PreskipError("adapter_names is for inference: call model.eval() first")
@@ -80,6 +82,7 @@ def picked(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     if not branches:
         raise PreskipError(f"{type(model).__name__} has one adapter alone: adapter_names needs several, baked together")
     checked = check_names(names, list(branches[0]))
+    check_free(branches[0].row_names)
     try:
         for branch in branches:
             branch.row_names = checked

@@ -21,6 +21,7 @@ from preskip.errors import PreskipError
 from preskip.forwards import forward_autocast, forward_replaced
 from preskip.peers.insert import attach_peers, detach_peers, peer_weights, peers_off, save_peers
 from preskip.peers.place import PeerModule
+from preskip.runs.weights import OWN_WEIGHTS
 
 
 @dataclass(kw_only=True)
@@ -119,7 +120,7 @@ class Inserted:
         if self.own:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: weight.detach().contiguous() for name, weight in self.own.items()}
-            save_file(tensors, folder / "own_weights.safetensors")
+            save_file(tensors, folder / OWN_WEIGHTS)
         if self.peers:
             save_peers(self.model, folder, self.peers, self.targets)
 

@@ -48,6 +48,8 @@ def plain_config(
     """
     needed = tokenizer["vocab_size"]
     values = {**tokenizer, **overrides}
+    if not isinstance(values["vocab_size"], int):
+        raise PreskipError(f"vocab_size {values['vocab_size']!r} is not a whole number: give {needed} or more")
     if values["vocab_size"] < needed:
         raise PreskipError(
             f"vocab_size {values['vocab_size']} is too small for the tokenizer, whose ids go up to {needed - 1}: raise "

@@ -136,11 +136,14 @@ class Rows:
         dtype: of its weights.
         adapter: folder of a trained Preskip adapter, or None for random branches of the paper's shape.
         workspace: an empty folder.
+        trust_remote_code: run the code of the base's repository as its files are loaded.
     """
 
-    def __init__(self, base: Any, dtype: torch.dtype, adapter: Path | None, workspace: Path) -> None:
+    def __init__(
+        self, base: Any, dtype: torch.dtype, adapter: Path | None, workspace: Path, trust_remote_code: bool = False
+    ) -> None:
         self.base, self.dtype, self.folder, self.workspace = base, dtype, adapter, workspace
-        self.device = next(base.parameters()).device
+        self.device, self.trust_remote_code = next(base.parameters()).device, trust_remote_code
         self.targets = _attentions(base)
         self.made: dict[str, Any] = {}
         if adapter is None:
@@ -213,7 +216,7 @@ class Rows:
         """Baked, loaded again, and put on the base's own tensors where they are the same, as they are by definition."""
         out = self.workspace / name
         bake(self._model("adapter"), out, **options)
-        model = _load(out, self.dtype, self.device)
+        model = self._load(out)
         ours = dict(self.base.named_parameters(remove_duplicate=False))
         for key, parameter in list(model.named_parameters(remove_duplicate=False)):
             path, _, leaf = key.rpartition(".")
@@ -246,6 +249,13 @@ class Rows:
                     parameter.copy_(state[name])
         return model.merge_and_unload()
 
+    def _load(self, folder: Path) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        trusted: Any = {"trust_remote_code": True} if self.trust_remote_code else {}
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, **trusted)
+        return model.to(self.device).eval()
+
     def _facts(self, name: str) -> dict[str, Any]:
         """Seconds to load the row from files (read before, so from the system's cache), and the bytes of these."""
         from peft import PeftModel
@@ -256,7 +266,7 @@ class Rows:
         folder = self.workspace / name
         if name in ("base", "baked", "int8"):
             started = time.perf_counter()
-            _load(folder, self.dtype, self.device)
+            self._load(folder)
             return {"load_seconds": time.perf_counter() - started, "file_bytes": _file_bytes(folder)}
         if name == "lora-merged":
             return {}
@@ -264,7 +274,7 @@ class Rows:
         if not folder.exists():
             model.save_pretrained(folder)
         started = time.perf_counter()
-        PeftModel.from_pretrained(_load(base, self.dtype, self.device), str(folder))
+        PeftModel.from_pretrained(self._load(base), str(folder))
         return {
             "load_seconds": time.perf_counter() - started,
             "file_bytes": _file_bytes(base) + _file_bytes(folder),
@@ -295,13 +305,6 @@ def _filled(model: Any, part: str) -> Any:
                 std = 0.2 / math.sqrt(parameter.shape[1])
                 parameter.copy_(std * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def _load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to(device).eval()
 
 
 def _file_bytes(folder: Path) -> int:

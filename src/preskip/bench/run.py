@@ -37,6 +37,7 @@ def bench(
     *,
     adapter: Path | None = None,
     layers: int | None = None,
+    trust_remote_code: bool = False,
     advance: Advance = no_progress,
 ) -> dict[str, Any]:
     """Measure.
@@ -47,6 +48,7 @@ def bench(
         limits: what the device reaches in that dtype.
         adapter: folder of a trained Preskip adapter; None takes random branches of the paper's shape.
         layers: how many the model really has, where the base has fewer.
+        trust_remote_code: the base's class is code of its repository, which may run again as its files are loaded.
         advance: is told what goes on.
 
     Returns:
@@ -56,7 +58,7 @@ def bench(
     measured = base.config.get_text_config().num_hidden_layers
     works, left_out = _within_reach(base, settings.work)
     with tempfile.TemporaryDirectory() as workspace:
-        source = Rows(base, dtype, adapter, Path(workspace))
+        source = Rows(base, dtype, adapter, Path(workspace), trust_remote_code)
         rows: dict[str, Row] = {}
         for name in settings.rows:
             advance(0, f"making {name}")

@@ -91,7 +91,8 @@ def bench(
     with spinner("measuring the device", quiet=as_json):
         limits = measure_limits(place, kind)
     with progress_bar("bench", len(settings.work), quiet=as_json) as advance:
-        found = measure(base, settings, limits, adapter=adapter, layers=layers, advance=advance)
+        options: Any = {"adapter": adapter, "layers": layers, "trust_remote_code": trust_remote_code}
+        found = measure(base, settings, limits, **options, advance=advance)
     result: dict[str, Any] = {
         "model": model_shape or model,
         "adapter": str(adapter) if adapter else None,

@@ -120,6 +120,9 @@ def _print(entries: Sequence[Comparison], sets: Mapping[str, Any], notes: Sequen
     tables = [*_tables(declared, sets, entries, is_declared=True)]
     tables += _tables(exploratory, sets, entries, is_declared=False)
     last = [DETAIL_NOTE, *([EXPLORATORY_NOTE] if exploratory else []), *_scope(entries), *notes]
+    if declared:
+        looks = " and for the looks" if any(entry.get("looked") for entry in declared) else ""
+        last.insert(0, f"declared: limits are for one comparison alone; p is corrected for the family{looks}")
     tables += _details(declared or exploratory, sets)
     for table in tables:
         print_table(table, last if table is tables[-1] else ())

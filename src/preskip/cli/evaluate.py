@@ -167,7 +167,7 @@ def evaluate(
     facts = {
         "model": model,
         "adapter": None if adapter is None else str(adapter),
-        **_dtypes(live),
+        **_dtypes(live, adapter),
         "device": device,
         "context_length": length,
         "stride": length if stride is None else stride,
@@ -250,14 +250,17 @@ def _seeds(text: str) -> tuple[int, int, int, int]:
     return python, numpy, torch, fewshot
 
 
-def _dtypes(model: Any) -> dict[str, Any]:
+def _dtypes(model: Any, adapter: Path | None) -> dict[str, Any]:
     """What the weights of the base and of the adapter really are, and how attention is computed."""
     from preskip.adapter import base_model
     from preskip.assets import weights_dtype
+    from preskip.evaluate.adapters import own_weights
+    from preskip.peers.insert import peer_weights
 
     base = base_model(model)
     own = {id(parameter) for parameter in base.parameters()}
     adapted = [parameter for name, parameter in model.named_parameters() if _is_adapter(model, name)]
+    adapted += [] if adapted else [*peer_weights(model).values(), *own_weights(model, adapter)]
     return {
         "dtype": weights_dtype(base),
         "adapter_dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in adapted})) or None,

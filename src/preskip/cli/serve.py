@@ -58,7 +58,7 @@ def serve(
     """
     from preskip.rows import BASE
     from preskip.serve.by_token import server_arguments, write_loras
-    from preskip.serve.server import check_memory, check_port, command, reason_in, running, wait
+    from preskip.serve.server import check_memory, check_port, command, new_log, reason_in, running, wait
 
     more = shlex.split(engine_args)
     if check and more:
@@ -105,7 +105,7 @@ def serve(
     say(_described(facts, chosen, computed), quiet=as_json)
     models = [*several, BASE] if several else [name or source.resolve().name]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    log = Path(tempfile.mkstemp(prefix="preskip-serve-", suffix=".log")[1])
+    log = new_log("serve")
     say(f"starting {chosen}, which may take minutes; its log is {log}", quiet=as_json)
     with tempfile.TemporaryDirectory(prefix="preskip-serve-") as loras:
         if several and chosen == "vllm":

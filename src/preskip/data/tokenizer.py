@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+# What a tokenizer saves in its folder; one in pure Python has the second alone.
+OWN_FILES = ("tokenizer.json", "tokenizer_config.json")
 # 256 bytes, the end of text, and at least one merge.
 SMALLEST = 258
 # Pre-tokenisation never joins paragraphs, so a document may be given in pieces that the trainer can hold.
@@ -70,8 +72,7 @@ def load_tokenizer(
     """
     path = Path(name).expanduser()
     is_file = path.suffix == ".json" and path.is_file()
-    own_files = ("tokenizer.json", "tokenizer_config.json")  # a tokenizer in pure Python has the second only
-    if not is_file and not any((path / name).is_file() for name in own_files):
+    if not is_file and not any((path / name).is_file() for name in OWN_FILES):
         from preskip.assets import load_tokenizer as load_any
 
         return load_any(name, trust_remote_code=trust_remote_code, revision=revision)

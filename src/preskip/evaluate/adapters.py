@@ -7,15 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import preskip.adapter  # noqa: F401 - registers the PEFT method
 from preskip.adapter.norms import float32_norms
-from preskip.data.tokenizer import load_tokenizer
+from preskip.data.tokenizer import OWN_FILES, load_tokenizer
 from preskip.errors import PreskipError, explained, one_line, some
 from preskip.peers.insert import SETTINGS, load_peers
 from preskip.runs.files import read_json
-from preskip.runs.weights import ADAPTER_CONFIG, PEFT_TYPE, adapter_folders
+from preskip.runs.weights import ADAPTER_CONFIG, OWN_WEIGHTS, PEFT_TYPE, adapter_folders
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -28,12 +29,12 @@ def load_adapter(base: nn.Module, folder: Path) -> Any:
 
     Args:
         base: the model that the adapter was trained on; it is changed in place.
-        folder: as `adapter_folders` takes it, with safetensors weights, or as `preskip.peers.insert.save_peers` has
-            written it.
+        folder: as `adapter_folders` takes it, with safetensors weights, or as `preskip.arms.insert.Inserted.save` has
+            written it: with peers, or with weights of the base itself, which take the base's dtype.
 
     Returns:
         The PEFT model in evaluation mode, on the base's device; of stacked adapters the last one's; the base itself
-        with peers.
+        with peers or with weights of its own.
 
     Raises:
         PreskipError: no adapter there, an unknown type, or one that does not fit the model in every tensor.
@@ -41,6 +42,9 @@ def load_adapter(base: nn.Module, folder: Path) -> Any:
     parts = adapter_folders(folder)
     if not parts and (folder / SETTINGS).is_file():
         load_peers(base, folder)
+        return base.eval()
+    if not parts and (folder / OWN_WEIGHTS).is_file():
+        _load_own(base, folder)
         return base.eval()
     if not parts:
         raise PreskipError(f"adapter {folder} has no {ADAPTER_CONFIG}: give a folder saved with save_pretrained")
@@ -64,8 +68,37 @@ def load_tokenizer_of(
         trust_remote_code: allow code from the checkpoint's repository to run.
         revision: of the base, see `preskip.assets.resolve_model`.
     """
-    has_own = folder is not None and (folder / "tokenizer.json").is_file()
+    has_own = folder is not None and any((folder / file).is_file() for file in OWN_FILES)
     return load_tokenizer(str(folder) if has_own else name, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def own_weights(base: nn.Module, folder: Path | None) -> list[nn.Parameter]:
+    """The base's own weights that a saved arm brings; none where it is an adapter, or None."""
+    from safetensors import safe_open
+
+    if folder is None or not (folder / OWN_WEIGHTS).is_file():
+        return []
+    own = dict(base.named_parameters())
+    with safe_open(folder / OWN_WEIGHTS, framework="pt") as file:
+        return [own[name] for name in file.keys()]  # noqa: SIM118
+
+
+def _load_own(base: nn.Module, folder: Path) -> None:
+    """Give the base the weights that an arm has trained of its own."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        saved = load_file(folder / OWN_WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise PreskipError(f"{folder / OWN_WEIGHTS} cannot be read: {one_line(error, 200)}") from error
+    own = dict(base.named_parameters())
+    odd = next((name for name in saved if name not in own or own[name].shape != saved[name].shape), None)
+    if odd is not None:
+        raise PreskipError(f"{folder} does not fit this model: {odd} is missing or of another size")
+    with torch.no_grad():
+        for name, weight in saved.items():
+            own[name].copy_(weight)
 
 
 def _resize_embeddings(base: Any, weights: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lm_eval.api.samplers import FirstNSampler
@@ -176,8 +178,8 @@ def _keep(task: Any, windows: Sequence[list[Window]], kept: Sequence[int]) -> li
 
 
 def _prompt_sha256(task: Any, encoder: RequestEncoder, settings: TaskSettings, fewshot_seed: int) -> str:
-    """Checksum of everything that makes a task's prompts and metrics."""
-    config = task.dump_config()
+    """Checksum of everything that makes a task's prompts and metrics; of a function its source, the same everywhere."""
+    config = task.config.to_dict(keep_callable=True)
     made_of = {key: config.get(key) for key in _PROMPT_FIELDS}
     if settings.system_instruction is not None:
         made_of["system_instruction"] = settings.system_instruction
@@ -185,8 +187,18 @@ def _prompt_sha256(task: Any, encoder: RequestEncoder, settings: TaskSettings, f
         made_of |= {"chat_template": encoder.chat_template(True), "fewshot_as_multiturn": settings.multiturn}
     if task.get_config("num_fewshot") and fewshot_seed != SEEDS[3]:
         made_of["fewshot_seed"] = fewshot_seed
-    prompts = json.dumps(made_of, sort_keys=True, default=str)
+    prompts = json.dumps(made_of, sort_keys=True, default=_written)
     return hashlib.sha256(prompts.encode()).hexdigest()
+
+
+def _written(value: Any) -> Any:
+    """What JSON does not know, without its address in this process: lm-eval has functions in the fields of a field."""
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):
+        return str(value)
 
 
 def _ids(name: str, task: Any, docs: Sequence[Any]) -> list[str]:

@@ -156,12 +156,12 @@ def load_corpora(
     }
     own: dict[str, Any] = {"text_column": config.text_column, "split": config.corpus_split, "limit": limit}
     other: dict[str, Any] = {"text_column": config.eval_text_column, "split": config.eval_corpus_split}
-    extents = {config.corpus: (config.eval_documents, config.eval_words)}
+    given: dict[str, tuple[int, int]] = {}
     for text in config.eval_corpora:
         name, documents, words = parse_extent(text, config.eval_documents, config.eval_words)
-        if name in extents and name != config.corpus and extents[name] != (documents, words):
+        if given.setdefault(name, (documents, words)) != (documents, words):
             raise PreskipError(f"--eval-corpora names {name} twice: leave one out")
-        extents[name] = (documents, words)
+    extents = {config.corpus: (config.eval_documents, config.eval_words), **given}
     scored = []
     for name, (documents, words) in extents.items():
         is_trained_on = name == config.corpus

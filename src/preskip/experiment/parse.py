@@ -101,9 +101,12 @@ def parse_layers(text: str | int | Sequence[int | str] | None) -> tuple[int | st
     for part in text.split(",") if isinstance(text, str) else map(str, listed(text)):
         first, dash, last = part.strip().partition("-")
         try:
-            layers += range(int(first), int(last if dash else first) + 1)
+            numbers = range(int(first), int(last if dash else first) + 1)
         except ValueError:
             raise PreskipError(f"--layers {text!r} is not a list of layers, e.g. 0-5,10, nor 'attention'") from None
+        if not numbers:
+            raise PreskipError(f"--layers {part.strip()!r} ends before it begins: give {last}-{first}")
+        layers += numbers
     return tuple(layers)
 
 

@@ -78,7 +78,7 @@ def check_place(out: Path) -> None:
     Raises:
         PreskipError: it exists, its parent cannot be written, or the disk is full.
     """
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise PreskipError(f"{out} exists already: choose another --out, or finish it with --resume {out}")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     with clear_disk_errors(out):

@@ -102,7 +102,7 @@ class RunDirectory:
         Raises:
             PreskipError: the path exists, or cannot be written.
         """
-        if path.exists():
+        if path.exists() or path.is_symlink():
             raise PreskipError(f"{path} exists already: choose another --out, or finish it with --resume {path}")
         with new_folder(path) as folder:
             write_json(folder / "run.json", {"schema_version": SCHEMA_VERSION, **manifest})

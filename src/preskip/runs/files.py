@@ -95,6 +95,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         PreskipError: it cannot be made or put there, or another process has just made one.
     """
+    if path.is_symlink():  # nothing is put in its place, and what it points at may not exist
+        raise PreskipError(f"{path} is a link: choose another --out")
     with clear_disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +117,7 @@ def _put(made: Path, path: Path) -> None:
     try:
         made.rename(path)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
         raise PreskipError(f"{path} has just been made by another process: choose another --out") from None
 

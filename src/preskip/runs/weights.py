@@ -14,6 +14,8 @@ from preskip.runs.files import read_json
 from preskip.runs.schema import Manifest, NullRun
 
 ADAPTER_CONFIG = "adapter_config.json"
+# Of an arm that trains the base's own weights: all of them that it trained.
+OWN_WEIGHTS = "own_weights.safetensors"
 PEFT_TYPE = "PRESKIP"
 
 
@@ -142,8 +144,7 @@ def trained_context(folder: Path) -> int | None:
     What its config calls its positions may be many times what it was trained on.
     """
     place = folder.expanduser().resolve()
-    record = place.parents[min(3, len(place.parents) - 1)] / "run.json"
-    if place.name != "model" or not record.is_file():
+    if place.name != "model" or len(place.parents) < 4 or not (record := place.parents[3] / "run.json").is_file():
         return None
     manifest = read_json(record)
     config = manifest.get("config") or {}

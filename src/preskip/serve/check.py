@@ -263,10 +263,10 @@ def engine_scores(
         return transformers_scores(folder, dtype, prompts, adapters)
     from preskip.serve.by_token import engine_options, write_loras
     from preskip.serve.checkpoint import examine
-    from preskip.serve.server import environment, reason_in, running
+    from preskip.serve.server import environment, new_log, reason_in, running
 
     asked: dict[str, Any] = {"model": str(folder), "dtype": dtype, "prompts": prompts, "new_tokens": NEW_TOKENS}
-    log = Path(tempfile.mkstemp(prefix="preskip-check-", suffix=".log")[1])  # stays where the check fails
+    log = new_log("check")  # stays where the check fails
     with tempfile.TemporaryDirectory(prefix="preskip-check-") as place:
         answer = Path(place) / "answer.json"
         asked["options"], asked["loras"] = options, []

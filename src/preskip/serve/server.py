@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -98,6 +99,13 @@ def command(
             sys.executable, "-m", module, "--model", str(checkpoint), "--served-model-name", name, *place, *eager, *more
         ]  # fmt: skip
     return [sys.executable, "-m", "preskip.serve.transformers_server", name, str(checkpoint), *place, *more]
+
+
+def new_log(what: str) -> Path:
+    """A new file for what a server prints, in the system's folder for temporary files."""
+    handle, name = tempfile.mkstemp(prefix=f"preskip-{what}-", suffix=".log")
+    os.close(handle)
+    return Path(name)
 
 
 @contextmanager

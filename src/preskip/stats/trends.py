@@ -37,6 +37,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 NORM_MEASURES = ("skip_norm",)
 FEWEST_LAYERS = 5
+# Logarithm of the largest ratio that is a float.
+LARGEST = 709.0
 RESAMPLES = 1_999
 HIGHEST = 0.9  # autocorrelation that so few layers can tell
 # Sizes of the later third over the rest that count as none.
@@ -229,6 +231,8 @@ def _size(mean: Array, above: Array, below: Array) -> dict[str, float | None]:
     if not math.isfinite(total):
         return {"size": math.exp(value), **none}
     margin = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
+    if value + margin > LARGEST:  # a mean that is all but 0 leaves the ratio open
+        return {"size": math.exp(value), **none}
     return {"size": math.exp(value), "size_low": math.exp(value - margin), "size_high": math.exp(value + margin)}
 
 

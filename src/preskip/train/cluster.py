@@ -17,7 +17,7 @@ EXECUTORS = ("local", "ray")
 # How often a task whose process is lost is given to another one.
 RETRIES = 3
 # Environment variables of this process that tasks on other machines need, too.
-ENVIRONMENT = ("PRESKIP_", "HF_", "TOKENIZERS_")
+ENVIRONMENT = ("PRESKIP_", "HF_", "TRANSFORMERS_", "TOKENIZERS_")
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 

@@ -105,8 +105,6 @@ def train_frozen(
         write_jsonl(log, rows)
         return rows
     check_sharding(equal_step=settings.equal_step, keep=keep is not None)
-    if settings.gradient_checkpointing:
-        model.enable_input_require_grads()  # type: ignore[operator]
     equal_step = EqualStep(model) if settings.equal_step else None
     length = settings.steps * settings.batch_size
     order: dict[str, Any] = {"length": length, "seed": settings.seed, "shuffled": settings.control == "shuffled"}
@@ -115,23 +113,25 @@ def train_frozen(
     if keep is not None:
         dataset = KeepDataset(blocks, **order, other=keep.blocks, batch_size=settings.batch_size)
         trainer = partial(KeepTrainer, keep=keep, batch_size=settings.batch_size)
-    rows = fit(
-        model,
-        settings,
-        _StepLog(log, equal_step, keep, arm, settings.batch_size * blocks.shape[1], advance),
-        dataset,
-        checkpoints=checkpoints,
-        log=log,
-        trainer=trainer,
-        lr_scheduler_type=SCHEDULE,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=WEIGHT_DECAY,
-        max_grad_norm=MAX_GRAD_NORM,
-        optim="adamw_torch",
-        logging_steps=1,
-        ddp_find_unused_parameters=False,  # what an arm trains takes part in every step
-        report_to=[],
-    )
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
-    return rows
+    try:
+        return fit(
+            model,
+            settings,
+            _StepLog(log, equal_step, keep, arm, settings.batch_size * blocks.shape[1], advance),
+            dataset,
+            checkpoints=checkpoints,
+            log=log,
+            trainer=trainer,
+            lr_scheduler_type=SCHEDULE,
+            warmup_steps=settings.warmup_steps,
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=MAX_GRAD_NORM,
+            optim="adamw_torch",
+            logging_steps=1,
+            ddp_find_unused_parameters=False,  # what an arm trains takes part in every step
+            report_to=[],
+        )
+    finally:
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
+            model.disable_input_require_grads()  # type: ignore[operator]  # transformers' hook on the embedding
