@@ -23,7 +23,9 @@ from preskip.arms.arm import ArmContext
 from preskip.arms.budget import attention_paths
 from preskip.arms.insert import insert
 from preskip.branch_settings import BranchSettings
+from preskip.cli.evaluate import _dtypes
 from preskip.cli.main import main
+from preskip.peers.insert import attach_peers
 from preskip.runs.schema import EvalResults, Record
 from tiny_model import save_tiny_llama, tiny_llama, write_corpus
 
@@ -137,6 +139,10 @@ def test_arms_that_are_no_peft_adapter_are_read_and_counted(call, inputs, tmp_pa
     assert own["parameters"] == plain["parameters"] + (count if arm == "canon" else 0)
     values = [result["metrics"]["lambada_openai"]["nll"]["value"] for result in (plain, own)]
     assert abs(values[0] - values[1]) > 1e-5
+    if arm == "canon":  # peers of a model itself are none of an adapter's weights
+        base = tiny_llama(max_position_embeddings=512)
+        attach_peers(base, {"canon": {"sites": "A"}})
+        assert _dtypes(base, None)["adapter_parameters"] == 0
     if arm == "full":
         save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "own" / "own_weights.safetensors")
         code, _, stderr = call(*options, "--adapter", tmp_path / "own")

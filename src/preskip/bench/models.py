@@ -252,8 +252,8 @@ class Rows:
     def _load(self, folder: Path) -> Any:
         from transformers import AutoModelForCausalLM
 
-        trusted: Any = {"trust_remote_code": True} if self.trust_remote_code else {}
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype, **trusted)
+        options: Any = {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code}
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
         return model.to(self.device).eval()
 
     def _facts(self, name: str) -> dict[str, Any]:

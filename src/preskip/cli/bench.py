@@ -91,8 +91,15 @@ def bench(
     with spinner("measuring the device", quiet=as_json):
         limits = measure_limits(place, kind)
     with progress_bar("bench", len(settings.work), quiet=as_json) as advance:
-        options: Any = {"adapter": adapter, "layers": layers, "trust_remote_code": trust_remote_code}
-        found = measure(base, settings, limits, **options, advance=advance)
+        found = measure(
+            base,
+            settings,
+            limits,
+            adapter=adapter,
+            layers=layers,
+            trust_remote_code=trust_remote_code,
+            advance=advance,
+        )
     result: dict[str, Any] = {
         "model": model_shape or model,
         "adapter": str(adapter) if adapter else None,

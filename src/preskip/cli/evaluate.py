@@ -254,13 +254,12 @@ def _dtypes(model: Any, adapter: Path | None) -> dict[str, Any]:
     """What the weights of the base and of the adapter really are, and how attention is computed."""
     from preskip.adapter import base_model
     from preskip.assets import weights_dtype
-    from preskip.evaluate.adapters import own_weights
-    from preskip.peers.insert import peer_weights
+    from preskip.evaluate.adapters import brought_weights
 
     base = base_model(model)
     own = {id(parameter) for parameter in base.parameters()}
     adapted = [parameter for name, parameter in model.named_parameters() if _is_adapter(model, name)]
-    adapted += [] if adapted else [*peer_weights(model).values(), *own_weights(model, adapter)]
+    adapted += [] if adapter is None else brought_weights(model, adapter)
     return {
         "dtype": weights_dtype(base),
         "adapter_dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in adapted})) or None,

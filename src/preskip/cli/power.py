@@ -66,7 +66,7 @@ def power(
     """
     every: dict[str, Any] = {"items": items, "documents": documents, "seeds": seeds, "discordant": discordant}
     every |= {"looks": looks, "sd": sd, "seed_sd": seed_sd, "shared": shared, "family": family}
-    every |= {"freedom": freedom}
+    every["freedom"] = freedom
     given = {name: value for name, value in every.items() if value is not None}
     if discordant is not None and (documents is not None or sd is not None):
         raise PreskipError("--discordant gives the SD of --items: leave it out beside --documents or --sd")
@@ -156,7 +156,7 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
     """The declared comparisons of a run, or all where none was declared."""
     from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms
-    from preskip.stats.families import key_of, levels_of, tests_beside
+    from preskip.stats.families import first_questions, key_of, levels_of, tests_beside
     from preskip.stats.power import checked_level, measured_design
     from preskip.stats.verdicts import independent_units
 
@@ -168,7 +168,6 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
     declared = [entry for entry in entries if entry["declared"]]
     family: Family = {**stored.family, "alpha": alpha}
     looks = family.get("looks") or ()
-    first = [key_of(entry) for entry in family.get("declared", ()) if entry.get("level", 1) == 1]
     rows = [
         _row(
             {
@@ -189,7 +188,7 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
         for entry in declared or entries
     ]
     for entry, row in zip(declared or entries, rows, strict=True):
-        if looks and key_of(entry) in first and row["difference"] is not None:
+        if looks and key_of(entry) in first_questions(family) and row["difference"] is not None:
             level = alpha / tests_beside(stored.family, entry)
             row["looks"] = _looks(looks, measured_design(entry), row["difference"], level)
     return rows

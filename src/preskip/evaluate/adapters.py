@@ -14,7 +14,7 @@ import preskip.adapter  # noqa: F401 - registers the PEFT method
 from preskip.adapter.norms import float32_norms
 from preskip.data.tokenizer import OWN_FILES, load_tokenizer
 from preskip.errors import PreskipError, explained, one_line, some
-from preskip.peers.insert import SETTINGS, load_peers
+from preskip.peers.insert import SETTINGS, load_peers, peer_weights
 from preskip.runs.files import read_json
 from preskip.runs.weights import ADAPTER_CONFIG, OWN_WEIGHTS, PEFT_TYPE, adapter_folders
 
@@ -72,15 +72,16 @@ def load_tokenizer_of(
     return load_tokenizer(str(folder) if has_own else name, trust_remote_code=trust_remote_code, revision=revision)
 
 
-def own_weights(base: nn.Module, folder: Path | None) -> list[nn.Parameter]:
-    """The base's own weights that a saved arm brings; none where it is an adapter, or None."""
+def brought_weights(model: nn.Module, folder: Path) -> list[nn.Parameter]:
+    """The weights that `load_adapter` took from a folder that is no PEFT adapter; none where it is one."""
     from safetensors import safe_open
 
-    if folder is None or not (folder / OWN_WEIGHTS).is_file():
+    if adapter_folders(folder):
         return []
-    own = dict(base.named_parameters())
+    if (folder / SETTINGS).is_file():
+        return list(peer_weights(model).values())
     with safe_open(folder / OWN_WEIGHTS, framework="pt") as file:
-        return [own[name] for name in file.keys()]  # noqa: SIM118
+        return [model.get_parameter(name) for name in file.keys()]  # noqa: SIM118 - it is no mapping
 
 
 def _load_own(base: nn.Module, folder: Path) -> None:

@@ -39,7 +39,7 @@ from preskip.runs.environment import resolve_device
 from preskip.runs.files import write_json, write_jsonl
 from preskip.runs.schema import CellSummary, Facts, Results
 from preskip.stats import planned_power
-from preskip.stats.families import key_of
+from preskip.stats.families import first_questions, key_of
 from preskip.stats.power import decided
 from preskip.stats.verdicts import FEWEST_UNITS, margin_of
 from preskip.train.distributed import Crew, share_batch, world_size
@@ -362,7 +362,7 @@ def _say_power(facts: Facts) -> None:
             f"comparisons): {', '.join(said.values())}. Of arms that do not differ it shows that they are equivalent "
             f"with {100 * min(equal):.0f} to {100 * max(equal):.0f} % probability."
         )
-    first = [key_of(entry) for entry in facts["family"]["declared"] if entry.get("level", 2) == 1]
+    first = first_questions(facts["family"])
     for entry in (entry for entry in entries if key_of(entry) in first):
         margin = margin_of(facts["family"].get("margins", DEFAULT_MARGINS), entry["set"], entry["metric"])
         if margin is None:

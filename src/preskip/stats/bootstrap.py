@@ -145,7 +145,6 @@ class RatioDistribution(Distribution):
             # The units' own part of the variance, with the length that the bootstrap gives this side.
             rest = min(1.0, self._residual_square / self._unit_square) if self._unit_square > 0 else 1.0
             unit_square = (reach / t_units) ** 2 * (1 - rest) if t_units > 0 else 0.0
-            part_freedom = self._unit_freedom * (1 - rest) ** 2 / (1 + rest**2 / (self.seeds - 1))
             reach = float(
                 seeds_and_units_reach(
                     tail,
@@ -153,7 +152,7 @@ class RatioDistribution(Distribution):
                     unit_square,
                     seed_freedom=self.seeds - 1,
                     unit_freedom=self._unit_freedom,
-                    part_freedom=part_freedom,
+                    part_freedom=part_freedom(self._unit_freedom, rest, self.seeds),
                 )
             )
             t_rest = -float(special.stdtrit((self.seeds - 1) * (self.units - 1), tail))
@@ -188,6 +187,11 @@ class RatioDistribution(Distribution):
         if stretch <= 0:
             return 1.0 if shifted > 0 else 0.0
         return float(special.ndtr(self._bias + shifted / stretch))
+
+
+def part_freedom(unit_freedom: float, rest: float | Array, seeds: int) -> Array:
+    """Satterthwaite's degrees of freedom of MS(units) - MS(residual), `rest` being the latter over the former, ≤ 1."""
+    return np.maximum(unit_freedom * (1 - rest) ** 2 / (1 + rest**2 / (seeds - 1)), np.finfo(float).tiny)
 
 
 def seeds_and_units_reach(

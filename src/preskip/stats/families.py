@@ -59,6 +59,11 @@ def gatekeeping(p_values: Sequence[float], levels: Sequence[int]) -> list[float]
     return adjusted
 
 
+def first_questions(family: Family) -> list[Key]:
+    """The comparisons at level 1, which the gate lets through first; none in families of one level."""
+    return [key_of(entry) for entry in family.get("declared", ()) if entry.get("level") == 1]
+
+
 def tests_beside(family: Family, entry: Declared) -> int:
     """How many tests share the level with a declared comparison, itself included; 1 for one that is not declared."""
     declared = family.get("declared", ())

@@ -8,7 +8,7 @@ from typing import TypedDict
 import numpy as np
 from scipy import special
 
-from preskip.stats.bootstrap import LEAST, seeds_and_units_reach
+from preskip.stats.bootstrap import LEAST, part_freedom, seeds_and_units_reach
 from preskip.stats.looks import fractions_of, nominal_levels
 from preskip.stats.power import Design
 from preskip.stats.verdicts import ALPHA
@@ -61,10 +61,10 @@ def planned_stops(
             whole * (1 - rest),
             seed_freedom=look - 1,
             unit_freedom=freedom,
-            part_freedom=np.maximum(freedom * (1 - rest) ** 2 / (1 + rest**2 / (look - 1)), 1e-9),
+            part_freedom=part_freedom(freedom, rest, look),
         )
         t_rest = -special.stdtrit((look - 1) * (design.units - 1), level)
-        reach = np.maximum(np.abs(reach), LEAST * t_rest * np.sqrt(residual))
+        reach = np.maximum(reach, LEAST * t_rest * np.sqrt(residual))
         found = undecided & (np.abs(seen.mean(axis=1) + shared) > reach)
         undecided &= ~found
         stops.append({"seeds": look, "level": 2 * level, "stops": float(found.mean())})
