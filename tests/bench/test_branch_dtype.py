@@ -1,6 +1,5 @@
 """The study of the branch's compute dtype at tiny sizes: what both kinds compute, and that small steps move weights."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from preskip import PreskipBranch
+from scripts import load_script
 from tiny_model import save_tiny_llama, write_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -17,10 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("branch_dtype", ROOT / "benchmarks" / "branch_dtype.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("branch_dtype")
 
 
 def test_products_in_float32_are_those_of_the_weights_themselves(script):

@@ -1,6 +1,5 @@
 """The price of cheap forms, from a probe to the table, on a tiny model."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -12,17 +11,11 @@ import torch
 from preskip.evaluate.adapters import load_adapter
 from preskip.experiment.cell import opened
 from preskip.experiment.run import finish_run, start_run
+from scripts import load_script
 from small_probe import small_probe
 
 ROOT = Path(__file__).parents[2]
 ARMS = ("none", "preskip", "lora", "preskip-bottleneck", "skip")
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +29,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quality(run):
-    return script("cheap_forms").measure(run)
+    return load_script("cheap_forms").measure(run)
 
 
 def test_arms_are_compared_as_the_run_compares_them(run, quality):
@@ -77,18 +70,18 @@ def test_int8_is_scored_with_each_weight_rounded_to_127_steps_of_its_row(run, qu
 def test_of_an_unfinished_run_the_seeds_with_all_arms_are_taken(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "arms" / "skip" / "seed-2" / "cell.json").unlink()
-    found = script("cheap_forms").measure(tmp_path / "run")
+    found = load_script("cheap_forms").measure(tmp_path / "run")
     assert found["seeds"] == [1]
     assert {entry["covers"] for entry in found["comparisons"]} == {"documents only"}
     shutil.rmtree(tmp_path / "run" / "arms" / "skip")
     with pytest.raises(SystemExit, match="no seed of which all arms are done"):
-        script("cheap_forms").measure(tmp_path / "run")
+        load_script("cheap_forms").measure(tmp_path / "run")
 
 
 def test_the_table_has_price_and_cost_of_each_form(quality):
     cost = {"ratio": 1.2, "ratio_low": 1.1, "ratio_high": 1.3, "ratio_owed": 1.256}
     rows = {"optimized": cost, "int8": cost, "lora-merged": cost, "bottleneck": cost, "skip": cost}
-    lines = script("cost_figure").table({"work": [{"work": "decode", "rows": rows}]}, quality).splitlines()
+    lines = load_script("cost_figure").table({"work": [{"work": "decode", "rows": rows}]}, quality).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         *(f"| `{arm}`" for arm in ARMS[1:]),
         "| `preskip` baked to int8",

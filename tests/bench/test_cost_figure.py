@@ -1,6 +1,5 @@
 """The figure of quality against cost: what stands where, and that base and merged LoRA are on it."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from preskip import PreskipError
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 RUN, STORED = ROOT / "results" / "standard-wikitext2", ROOT / "results" / "cheap-forms"
@@ -25,10 +25,7 @@ BENCH = {"work": [{"work": "decode", "rows": {"base": {}, "optimized": ratio(1.2
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("cost_figure", ROOT / "benchmarks" / "cost_figure.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("cost_figure")
 
 
 def test_cost_and_quality_of_each_form(script):

@@ -1,6 +1,5 @@
 """Every part of `make gpu` at small sizes on the CPU, and that a part which fails says so and leaves the others be."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import load_script
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu")
 
 
 PARTS = ["parity", "adapter", "architecture", "training", "scoring", "ddp", "bench", "probe"]

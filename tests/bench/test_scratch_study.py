@@ -1,6 +1,5 @@
 """The study from scratch: rates are tried until the best has a worse one on either side, then each arm has its own."""
 
-import importlib.util
 import math
 import signal
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from preskip.runs.files import read_json, write_json
+from scripts import load_script
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FLAGS = ("--arms", "--out", "--seeds", "--tokens", "--corpus")
@@ -20,9 +20,7 @@ BEST = {"base": 0, "canon": 3, "preskip": -1}
 def script(monkeypatch):
     pytest.importorskip("altair")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("scratch_study", BENCHMARKS / "scratch_study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("scratch_study")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     return module
 

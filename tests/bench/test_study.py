@@ -1,6 +1,5 @@
 """The study's driver: what is begun is resumed, what is done is left, the deadline interrupts, all is compared."""
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -11,14 +10,12 @@ import pytest
 
 from preskip.experiment.parse import parse_seeds
 from preskip.runs.directory import RunDirectory
+from scripts import load_script
 
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    path = Path(__file__).parents[2] / "benchmarks" / "study.py"
-    spec = importlib.util.spec_from_file_location("study", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("study")
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     return module
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import re
 import subprocess
@@ -16,6 +15,7 @@ import yaml
 import preskip
 import preskip.architecture
 from preskip.arms import ARMS, SCRATCH_ARMS
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -23,16 +23,9 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 WORDS = r"\.\./shared|\babroad\b|\bat home\b|\bcannot be had\b|\bis told\b|\bdearer\b|what is known"
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_table_of_what_works_is_that_of_the_code():
     page = (ROOT / "docs" / "capabilities.md").read_text(encoding="utf-8")
-    assert page == load("capabilities").page(), "run docs/capabilities.py again"
+    assert page == load_script("capabilities", "docs").page(), "run docs/capabilities.py again"
     assert "| `llama` | text | yes | `preskip_llama` | yes |" in page
     assert "| `vit` | images | yes | – | – |" in page
 
@@ -46,7 +39,7 @@ def test_the_readme_counts_what_the_table_holds():
 
 
 def test_every_stored_file_is_described():
-    page = load("hooks").stored_files()
+    page = load_script("hooks", "docs").stored_files()
     for file in ("run.json", "results.json", "items.jsonl", "train.jsonl", "cell.json", "explain.json"):
         assert re.search(rf"\| `{file}` \| \[\w+\]", page), file
     assert "| `nll` | float \\| null | nats, summed over the scored tokens; None where it has failed |" in page

@@ -1,6 +1,5 @@
 """Seeds are added to a run: what was there stays to the byte, looks are as declared, and the rest is marked."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from preskip.experiment.search import RULE
 from preskip.report import build_report
 from preskip.runs.declaration import changes
 from preskip.runs.directory import RunDirectory
+from scripts import load_script
 from small_probe import small_probe, stored
 from stored_runs import invoke_app
 
@@ -231,11 +231,7 @@ def test_a_run_of_an_earlier_preskip_keeps_its_one_search_and_its_family(first, 
 @pytest.fixture(scope="module")
 def keep():
     """Of benchmarks/keep_run.py, by which results/ is filled."""
-    script = Path(__file__).parents[2] / "benchmarks" / "keep_run.py"
-    spec = importlib.util.spec_from_file_location("keep_run", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.keep
+    return load_script("keep_run").keep
 
 
 def test_a_copy_without_weights_says_the_same(extended, keep, folder):

@@ -1,11 +1,13 @@
 """The tables of the pages of results are those of the stored runs."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+from preskip.stats.families import holm
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -16,13 +18,6 @@ PAGES = {
     "confirmatory-gemma-3-270m-wikitext2": "confirmatory-gemma.md",
     "confirmatory-gemma-3-270m-books24": "confirmatory-gemma-books.md",
 }
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_stored_comparison_has_a_page():
@@ -36,7 +31,7 @@ def test_every_stored_comparison_has_a_page():
 def test_tables_are_those_of_the_stored_results(name):
     page = (ROOT / "docs" / PAGES[name]).read_text(encoding="utf-8")
     results, manifest = (json.loads((ROOT / f"results/{name}/{kind}.json").read_text()) for kind in ("results", "run"))
-    found = list(script("results_tables").tables(results, manifest["config"]))
+    found = list(load_script("results_tables").tables(results, manifest["config"]))
     assert len(found) == (7 if name.startswith("confirmatory") else 6)
     for heading, table in found:
         assert len(table.splitlines()) > 2
@@ -63,6 +58,37 @@ def test_harm_is_what_the_stored_runs_say():
         assert f"{least:+.3f} ({highest[least]}) to {most:+.3f} ({highest[most]}) {words}" in page
 
 
+def test_the_declared_questions_are_those_of_the_stored_runs():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    rows, harms, p_values = {}, [], []
+    for model, text, name in (
+        ("SmolLM2-135M", "WikiText", "smollm2-wikitext2"),
+        ("SmolLM2-135M", "books", "smollm2-books24"),
+        ("Gemma-3-270M", "WikiText", "gemma-3-270m-wikitext2"),
+        ("Gemma-3-270M", "books", "gemma-3-270m-books24"),
+    ):
+        results = stored(f"confirmatory-{name}")
+        pairs, power = (
+            {
+                results["sets"][entry["set"]]["domain"]: entry
+                for entry in results[key]
+                if (entry["arm"], entry["reference"], entry["metric"]) == ("content", "lora", "bits_per_byte")
+            }
+            for key in ("comparisons", "power")
+        )
+        rows[f"| {model}, {text} |"] = pairs["in"]
+        p_values.append(pairs["in"]["p_holm"])
+        harms.append(power["out"]["resolvable"])
+    for (start, entry), together in zip(rows.items(), holm(p_values), strict=True):
+        cells = next(line for line in page.splitlines() if line.startswith(start)).replace("−", "-").split("|")
+        difference, low, high = map(float, re.findall(r"[-+][\d.]+", cells[3]))
+        looked = entry["looked"]
+        assert (difference, low, high) == pytest.approx((entry["difference"], looked["low"], looked["high"]), abs=6e-4)
+        assert float(cells[4]) == pytest.approx(entry["p_holm"], rel=0.02)
+        assert float(cells[6]) == pytest.approx(together, rel=0.02)
+    assert "{:.2f}, {:.2f}, {:.2f} and {:.2f} (80 % power)".format(*harms) in " ".join(page.split())
+
+
 def test_how_near_the_limit_on_harm_the_rates_came_is_what_the_search_says():
     page = " ".join((ROOT / "docs" / "confirmatory.md").read_text(encoding="utf-8").split())
     search = stored("confirmatory-smollm2-wikitext2")["search"]
@@ -83,7 +109,7 @@ def test_how_near_the_limit_on_harm_the_rates_came_is_what_the_search_says():
 def test_the_picture_is_that_of_the_stored_results():
     pytest.importorskip("vl_convert")
     runs = [json.loads((ROOT / f"results/standard-{name}/results.json").read_text()) for name in ("wikitext2", "books")]
-    figure = script("results_figure")
+    figure = load_script("results_figure")
     marks, words = drawn(figure.draw(runs, ["smollm2", "smollm2"]))
     stored_marks, stored_words = drawn((ROOT / "docs" / "standard-runs.svg").read_text(encoding="utf-8"))
     assert words == stored_words
@@ -105,11 +131,11 @@ def test_the_picture_is_that_of_the_stored_results():
 def test_the_picture_at_equal_harm_is_that_of_the_stored_search(name):
     pytest.importorskip("vl_convert")
     results = json.loads((ROOT / f"results/{name}/results.json").read_text())
-    figure = script("equal_harm_figure")
+    figure = load_script("equal_harm_figure")
     stored = (ROOT / "docs" / PAGES[name].replace(".md", "-equal-harm.svg")).read_text(encoding="utf-8")
     assert drawn(figure.draw(results, 0.01))[1] == drawn(stored)[1]
     gains = {row["arm"]: row["gain"] for row in figure.records(results, [0.01])}
-    tables = dict(script("results_tables").tables(results, {"lr_rule": "frontier", "lr_harm": 0.01}))
+    tables = dict(load_script("results_tables").tables(results, {"lr_rule": "frontier", "lr_harm": 0.01}))
     rows = re.findall(r"`([\w-]+)` \| ([^|]*) \|", tables["At equal harm"])
     # No line of an arm of which a seed's rates do not tell.
     by_seed = {arm: changes.replace("−", "-").split(", ") for arm, changes in rows if "–" not in changes}

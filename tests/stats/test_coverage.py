@@ -7,7 +7,6 @@ the figures of that page with more.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from scipy import stats as scipy_stats
 from preskip.stats import RatioDistribution, holm, mcnemar, paired_accuracy_difference, paired_ratio_difference
 from preskip.stats.bootstrap import seeds_and_units_reach
 from preskip.stats.tests import discordant
+from scripts import load_script
 
 EXPERIMENTS = 4_000
 
@@ -170,7 +170,6 @@ def test_coverage_of_the_bits_per_byte_difference_from_two_arms() -> None:
     assert 0.93 <= covered / EXPERIMENTS <= 0.97
 
 
-ROOT = Path(__file__).parents[2]
 HARD = {
     "6 equal clusters": "6 equal clusters",
     "6 unequal clusters": "6 clusters of 5, 13, 5, 17, 9, 3",
@@ -184,11 +183,9 @@ HARD = {
 
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_few_clusters_ties_and_diverging_seeds_are_covered_as_the_page_says(seeds, monkeypatch):
-    spec = importlib.util.spec_from_file_location("stats_simulation", ROOT / "benchmarks" / "stats_simulation.py")
-    simulation = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(simulation)
+    simulation = load_script("stats_simulation")
     monkeypatch.setattr(simulation, "RESAMPLES", 199)
-    page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text(encoding="utf-8")
     cases = {name.partition(", ")[2]: (make, truth) for name, make, truth in simulation.scenarios()
              if name.startswith((f"{seeds} seeds", f"{seeds} seed(s)"))}  # fmt: skip
     experiments = 300
