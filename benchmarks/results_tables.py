@@ -28,7 +28,7 @@ from preskip.report.lookup import (
     rate_text,
     trained_arms,
 )
-from preskip.report.tables import at_equal_harm, changes_text
+from preskip.report.search_tables import at_equal_harm, changes_text, seeds_of, spread_texts, spreads_of_rates
 from preskip.report.words.claims import MEASURES
 from preskip.report.words.verdicts import (
     MINUS,
@@ -58,6 +58,8 @@ def tables(results: Results, options: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "Searched rates", (searched_by_seed if each else searched)(results)
     if options.get("lr_rule") == "frontier":
         yield "At equal harm", equal_harm(results, options["lr_harm"])
+    if spreads_of_rates(results)[1]:
+        yield "What the rates have of the spread over seeds", rates(results)
     if results.get("trend"):
         yield "Trends over depth", depth(results)
 
@@ -150,6 +152,23 @@ def equal_harm(results: Results, harm: float) -> str:
         raw = f"raw p {p if p.startswith('<') else f'= {p}'}"
         rows.append((f"`{arm}`", changes_text(changes), "" if arm == rival else f"{value} {limits}, {raw}"))
     return _markdown(("arm", "in-domain by seed", f"against `{rival}`"), rows)
+
+
+def rates(results: Results) -> str:
+    """Every searched arm's difference to the rival: how much it varies over seeds, at their own and at mean rates."""
+    rival, found = spreads_of_rates(results)
+    rows = [
+        (
+            f"`{arm}` {MINUS} `{rival}`",
+            *spread_texts(spreads, "in"),
+            *spread_texts(spreads, "out"),
+            str(seeds_of(spreads)),
+        )
+        for arm, spreads in found.items()
+    ]
+    kinds = ("own rates", "mean rates")
+    columns = [f"{domain}, {kind}" for domain in ("in-domain", "harm") for kind in kinds]
+    return _markdown(("SD over seeds", *columns, "seeds"), rows)
 
 
 def depth(results: Results) -> str:

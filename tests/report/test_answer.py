@@ -15,7 +15,7 @@ from preskip.experiment.family import declare_family
 from preskip.report.comparison_tables import comparison_groups, declared_table, power_table, scoreboard
 from preskip.report.diagrams import Diagram, diagram
 from preskip.report.lookup import reference_arm, rivals
-from preskip.report.tables import at_equal_harm, search_table
+from preskip.report.search_tables import at_equal_harm, search_table
 from preskip.report.words.answer import answer
 from preskip.report.words.claims import assess, parts_text
 from preskip.report.words.facts import declared_text, facts

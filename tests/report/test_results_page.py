@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from preskip.stats.families import holm
+from preskip.stats.rates import rate_spreads
 from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ def test_tables_are_those_of_the_stored_results(name):
     page = (ROOT / "docs" / PAGES[name]).read_text(encoding="utf-8")
     results, manifest = (json.loads((ROOT / f"results/{name}/{kind}.json").read_text()) for kind in ("results", "run"))
     found = list(load_script("results_tables").tables(results, manifest["config"]))
-    assert len(found) == (7 if name.startswith("confirmatory") else 6)
+    assert len(found) == (8 if name.startswith("confirmatory") else 6)
     for heading, table in found:
         assert len(table.splitlines()) > 2
         assert table in page, f"{heading} of {name}: run benchmarks/results_tables.py again"
@@ -87,6 +88,21 @@ def test_the_declared_questions_are_those_of_the_stored_runs():
         assert float(cells[4]) == pytest.approx(entry["p_holm"], rel=0.02)
         assert float(cells[6]) == pytest.approx(together, rel=0.02)
     assert "{:.2f}, {:.2f}, {:.2f} and {:.2f} (80 % power)".format(*harms) in " ".join(page.split())
+
+
+def test_what_the_rates_have_of_the_spread_is_that_of_the_stored_searches():
+    page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    runs = [name for name in PAGES if name.startswith("confirmatory")]
+    found = {}
+    for name in runs:
+        search = stored(name)["search"]
+        spreads = [rate_spreads(search[arm], search["lora"])["in"] for arm in search if arm != "lora"]
+        found[name] = {key: max(spread[key] for spread in spreads) for key in ("own", "common")}
+    first = found["confirmatory-smollm2-wikitext2"]
+    assert f"varies over seeds by up to {max(row['own'] for row in found.values()):.3f}" in page
+    assert first["own"] == max(row["own"] for row in found.values())
+    assert f"at one rate per arm by at most {first['common']:.4f} there" in page
+    assert f"by at most {max(row['common'] for row in found.values()):.4f} in all four runs" in page
 
 
 def test_how_near_the_limit_on_harm_the_rates_came_is_what_the_search_says():

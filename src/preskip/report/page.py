@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from preskip.report import comparison_tables, tables
+from preskip.report import comparison_tables, search_tables, tables
 from preskip.report.diagrams import arm_lines
 from preskip.report.explain.page import explain_section, find_explains
 from preskip.report.load import Curve, clear_errors, load_curves, load_run, resume_command
@@ -105,10 +105,11 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "detail": comparison_tables.detail_table(results),
         "paper": tables.paper_table(results),
         "paper_model": results["paper"]["model"] if results.get("paper") else None,
-        "search": tables.search_table(results),
-        "equal_harm": tables.equal_harm_table(results, harm) if harm is not None else None,
+        "search": search_tables.search_table(results),
+        "equal_harm": search_tables.equal_harm_table(results, harm) if harm is not None else None,
         "harm": harm,
-        "trace": tables.trace_table(results),
+        "rates": search_tables.rates_table(results),
+        "trace": search_tables.trace_table(results),
         "trends": tables.trend_table(results),
         "has_nulls": any((results.get("nulls") or {}).values()),
         "thinned": any(len(curve.lines) > POINTS_PER_CURVE for curve in curves),

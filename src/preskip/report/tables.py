@@ -8,13 +8,10 @@ from typing import Any
 
 from preskip.report.lookup import (
     DOMAINS,
-    chosen_rate,
-    development,
     is_pretraining,
     metric_on,
     primary,
     rate_text,
-    rivals,
 )
 from preskip.report.table import NONE, Cell, Column, Table, make_table, measured, words
 from preskip.report.words.claims import MEASURES
@@ -22,14 +19,12 @@ from preskip.report.words.facts import bytes_text
 from preskip.report.words.verdicts import (
     interval_text,
     limits_text,
-    mean_difference_texts,
     nulls_text,
     number,
     set_label,
     set_title,
 )
 from preskip.runs.schema import Manifest, Results, Trend
-from preskip.stats.equal_harm import Changes, MeanDifference, changes_at, mean_difference
 
 PAPER_COLUMNS = {
     "paper:lambada": "LAMBADA",
@@ -151,66 +146,6 @@ def size_table(results: Results) -> Table:
             )
         )
     return make_table("Size and compute", columns, rows, "Weights, compute and speed of every arm")
-
-
-def search_table(results: Results) -> Table:
-    """A row per searched arm: where it started, what it chose, and whether the grid had to grow."""
-    every = results.get("search") or {}
-    harm = [words("Within the harm allowed")] if any("within_harm" in search for search in every.values()) else []
-    columns: list[Column | str] = [words("Arm"), "Default", "Chosen", *harm]
-    columns += ["Runs", words("Best at the edge, grid extended"), "Diverged"]
-    rows = []
-    for arm, search in every.items():
-        chosen = ", ".join(f"{rate:g}" for rate in search.get("by_seed", {"": search["chosen"]}).values())
-        rates, extended = (f"{search['default']:g}", chosen), "yes" if search.get("extended") else "no"
-        diverged = sum(bool(point.get("diverged")) for point in search["trace"])
-        kept = ["yes" if search.get("within_harm") else "not for every seed: the least harm there"] if harm else []
-        rows.append((arm, *rates, *kept, len(search["trace"]), extended, diverged))
-    return make_table("Chosen learning rates", columns, rows, "What the search chose for each arm")
-
-
-def at_equal_harm(results: Results, harm: float) -> tuple[str, dict[str, tuple[Changes, MeanDifference | None]]]:
-    """The arm that others are held against, and of every searched arm its best in-domain changes for up to one harm out
-    of domain and their difference to that arm's; nothing where no change of any arm is known.
-    """
-    found = {arm: changes_at(search, harm) for arm, search in (results.get("search") or {}).items()}
-    known = [arm for arm, changes in found.items() if any(change is not None for change in changes.values())]
-    if not known:
-        return "", {}
-    rival = next((arm for arm in rivals(results) if arm in known), known[0])
-    return rival, {
-        arm: (changes, None if arm == rival else mean_difference(changes, found[rival]))
-        for arm, changes in found.items()
-    }
-
-
-def changes_text(changes: Changes) -> str:
-    """In-domain changes of an arm, a seed each."""
-    return ", ".join(NONE if change is None else number(change, 3, sign=True) for change in changes.values())
-
-
-def equal_harm_table(results: Results, harm: float) -> Table:
-    """A row per searched arm: its in-domain change at one harm out of domain, against the rival of the declaration."""
-    rival, found = at_equal_harm(results, harm)
-    columns = (words("Arm"), "Δ bits per byte, by seed", f"minus {rival}", "Interval", "p (raw)")
-    rows = [(arm, changes_text(own), *mean_difference_texts(against)) for arm, (own, against) in found.items()]
-    return make_table("In-domain change at equal harm", columns, rows)
-
-
-def trace_table(results: Results) -> Table:
-    """A row per point of every arm's learning-rate search."""
-    columns = (words("Arm"), "Rung", "Steps", "Rate", "Seed", "Δ bits per byte", "Interval", words("After it"))
-    rows = []
-    for arm, search in (results.get("search") or {}).items():
-        for point in search["trace"]:
-            shown = interval_text("bits_per_byte", development(point, "in")) or {"value": NONE, "interval": ""}
-            value = "diverged" if point.get("diverged") else shown["value"]
-            rate = f"{point['learning_rate']:g}" + (
-                " (chosen)" if point["learning_rate"] == chosen_rate(search, point) else ""
-            )
-            after = "kept" if point.get("kept") else "dropped"
-            rows.append((arm, point["rung"] + 1, point["steps"], rate, point["seed"], value, shown["interval"], after))
-    return make_table("Search trace", columns, rows, "Every run of the search")
 
 
 def paper_table(results: Results) -> Table:

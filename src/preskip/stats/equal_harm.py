@@ -42,12 +42,17 @@ def changes_at(search: Search, harm: float) -> dict[str, float | None]:
     Returns:
         None for a seed whose rates do not tell.
     """
+    return {seed: change_at(trials, harm) for seed, trials in last_rung(search).items()}
+
+
+def last_rung(search: Search) -> dict[str, list[Trial]]:
+    """By training seed: the trials of a search's last rung."""
     longest = max(trial["steps"] for trial in search["trace"])
     by_seed: dict[str, list[Trial]] = {}
     for trial in search["trace"]:
         if trial["steps"] == longest:
             by_seed.setdefault(str(trial.get("for_seed", trial["seed"])), []).append(trial)
-    return {seed: change_at(trials, harm) for seed, trials in by_seed.items()}
+    return by_seed
 
 
 def change_at(trials: Sequence[Trial], harm: float) -> float | None:
