@@ -3,6 +3,7 @@
     python benchmarks/scratch_study.py --out runs/scratch --archs llama-1m,llama-3m --corpus books --tokens 10.01M
     python benchmarks/scratch_study.py --minutes 9         # the same command goes on where it was
     python benchmarks/scratch_study.py -- --workers 2      # what follows -- goes to every preskip pretrain
+    python benchmarks/scratch_study.py --report --out results/peers --archs llama-1m     # of one that is finished
 
 For each architecture `OUT/ARCH/rate-R` trains arms at one rate, seed 0, on a share of the tokens. The rates are 3e-3,
 its halves and doubles; an arm whose best has no worse one on either side is trained at the next beyond, too. Then
@@ -13,7 +14,7 @@ against weights, training FLOPs and time. A rate that diverges is the worst one;
 left out, and a line says so. `OUT/ARCH/rates.json` has the loss at each rate, null where it diverged.
 
 What was asked of the peers before anything was trained (`QUESTIONS`) is printed with p-values corrected over them, for
-each architecture apart.
+each architecture apart, and beside it, exploratory (†), what the development loss says.
 
 What is scored and declared (--eval-corpora, --primary, --looks ...) is the study's alone. Seeds that a finished study
 lacks are added to it; any other option than it was begun with is refused.
@@ -35,15 +36,18 @@ from pathlib import Path
 import altair as alt
 from study import LEFT_TO_DO, interruptible, left_to_do
 
+from preskip.errors import PreskipError
 from preskip.experiment.parse import parse_tokens
 from preskip.report.load import load_json
 from preskip.report.lookup import find
 from preskip.report.pictures import picture
 from preskip.report.plots.base import POINT, Record, chart, colour, shape, shown_arms, specification, value_axis
-from preskip.report.words.verdicts import MINUS, difference_text, p_text
+from preskip.report.table import NONE
+from preskip.report.words.verdicts import MINUS, difference_text, mean_difference_texts, p_text
 from preskip.runs.directory import RunDirectory
-from preskip.runs.files import write_json
+from preskip.runs.files import read_json, write_json
 from preskip.runs.schema import MetricValue, Results
+from preskip.stats.equal_harm import mean_difference
 from preskip.stats.families import holm
 
 ARMS = "base,base-wide,base-flops,canon-a,canon,value-residual,value-embed,nonlinear-q,gated-attention,preskip"
@@ -90,13 +94,19 @@ def main() -> int:
     parser.add_argument("--tokens", default="10.01M", help="rounded to whole steps; these are at least 10M then")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--search", type=float, default=0.2, help="share of the tokens that a rate is chosen on")
+    parser.add_argument("--report", action="store_true", help="draw and print what is finished, train nothing")
     parser.add_argument("--minutes", type=float, help="stop after so many; default: when all is done")
     parser.add_argument("more", nargs="*", metavar="-- OPTIONS", help="options of preskip pretrain")
     options = parser.parse_args()
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     for arch in options.archs.split(","):
-        if code := study(options.out / arch, arch, options, deadline):
+        if options.report:
+            try:
+                report(options.out / arch, arch, options.arms.split(","))
+            except PreskipError as error:
+                parser.error(str(error))
+        elif code := study(options.out / arch, arch, options, deadline):
             return code
     return 0
 
@@ -142,15 +152,36 @@ def study(folder: Path, arch: str, options: argparse.Namespace, deadline: float 
     speed = [*timed, *UNSCORED, "--tokens", str(min(tokens, SPEED_TOKENS)), "--seeds", SPEED_SEEDS, *chosen]
     if code := train(folder / "speed", speed, deadline):
         return code
+    report(folder, arch, options.arms.split(","))
+    return 0
+
+
+def report(folder: Path, arch: str, arms: Sequence[str]) -> None:
+    """Draw what a finished study of one architecture found, and print its tables.
+
+    Args:
+        folder: has its `study`, `speed` and `rates.json`.
+        arch: the architecture.
+        arms: that were asked for, those that were left out included.
+    """
     results, alone = (load_json(folder / name / "results.json") for name in ("study", "speed"))
     rows = records(results, alone)
     (folder / "loss.svg").write_text(draw(rows), encoding="utf-8")
-    print(f"{arch}, {folder / 'loss.svg'}\n\n{table(rows, results, losses)}\n", flush=True)
-    if answered := questions(results, options.arms.split(",")):
+    print(f"{arch}, {folder / 'loss.svg'}\n\n{table(rows, results, rates_tried(folder))}\n", flush=True)
+    if answered := questions(results, arms):
         print(f"{answered}\n", flush=True)
     for note in results.get("notes", ()):
         print(note, flush=True)
-    return 0
+
+
+def rates_tried(folder: Path) -> dict[str, dict[int, float]]:
+    """The loss of every arm at each power of two that its rate was tried at; infinite where it diverged."""
+    return {
+        arm: {
+            round(math.log2(float(rate) / CENTRE)): math.inf if loss is None else loss for rate, loss in found.items()
+        }
+        for arm, found in read_json(folder / "rates.json").items()
+    }
 
 
 def parsed(given: Sequence[str]) -> list[tuple[str, ...]]:
@@ -360,15 +391,30 @@ def questions(results: Results, arms: Sequence[str]) -> str:
     if not any(found):
         return ""
     lines = [f"| asked before training, {SPEECHES} | seeds | difference [95 %] | p after Holm over {len(asked)} |"]
-    lines.append("|---" * 4 + "|")
+    lines[0] += " development loss, nats [95 %] †|"
+    lines.append("|---" * 5 + "|")
     for (arm, reference), pair, p in zip(asked, found, holm(p_values), strict=True):
         if pair is None:
-            lines.append(f"| `{arm}` {MINUS} `{reference}` | – | not trained | 1 |")
+            lines.append(f"| `{arm}` {MINUS} `{reference}` | – | not trained | 1 | – |")
             continue
         shown = difference_text(pair)
         names = f"`{pair['arm']}` {MINUS} `{pair['reference']}`"
-        lines.append(f"| {names} | {pair['seeds']} | {shown['value']} {shown['interval']} | {p_text(p)} |")
+        found_loss = development(results, pair["arm"], pair["reference"])
+        row = (names, pair["seeds"], f"{shown['value']} {shown['interval']}", p_text(p), found_loss)
+        lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
+
+
+def development(results: Results, arm: str, reference: str) -> str:
+    """The difference of two arms' last development losses and Student's interval over seeds: exploratory, since rates
+    were chosen on these blocks and no other text is in the interval; "–" for fewer than two seeds.
+    """
+    losses = [
+        {seed: points[-1]["eval_loss"] for seed, points in results.get("curves", {}).get(one, {}).items()}
+        for one in (arm, reference)
+    ]
+    value, limits, _ = mean_difference_texts(mean_difference(*losses))
+    return value if value == NONE else f"{value} {limits}"
 
 
 def limits(found: MetricValue | None) -> str:

@@ -195,13 +195,17 @@ def test_what_was_asked_before_training_is_corrected_over_the_peers(script):
         {**about, "arm": arm, "reference": reference, "difference": difference, "p_value": p}
         for arm, reference, difference, p in rows
     ]
-    results = {"sets": {"sotu": {"kind": "document"}}, "comparisons": pairs}
+    losses = {"base": (4.0, 4.1, 4.2), "canon": (3.9, 4.1, 4.0), "canon-a": (4.0,)}
+    curves = {arm: {str(seed): [{"eval_loss": loss}] for seed, loss in enumerate(of)} for arm, of in losses.items()}
+    results = {"sets": {"sotu": {"kind": "document"}}, "comparisons": pairs, "curves": curves}
     text = script.questions(results, ["base", "canon-a", "canon", "gated-attention"])
     # 0.01 and 0.03 of three: times 3, and times 2; gates diverged, which counts as 1; the third pair is no question.
-    assert [line.split("|")[1::3] for line in text.splitlines()[2:]] == [
-        [" `canon-a` − `base` ", " 0.06 "],
-        [" `canon` − `base` ", " 0.03 "],
-        [" `gated-attention` − `base` ", " 1 "],
+    cells = [line.split("|") for line in text.splitlines()[2:]]
+    # −0.1, 0 and −0.2 have the mean −0.1 and 0.0577 for its error, and t = 4.303; one seed alone tells nothing.
+    assert [[row[1], row[4], row[5]] for row in cells] == [
+        [" `canon-a` − `base` ", " 0.06 ", " – "],
+        [" `canon` − `base` ", " 0.03 ", " −0.100 [−0.348, +0.148] "],
+        [" `gated-attention` − `base` ", " 1 ", " – "],
     ]
     assert "p after Holm over 13" in script.questions(results, script.ARMS.split(","))
     assert "−0.010" in text

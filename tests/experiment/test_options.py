@@ -15,7 +15,7 @@ from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.fields import about, flags
 
-STORED = sorted((Path(__file__).parents[2] / "results").glob("*/run.json"))
+STORED = sorted((Path(__file__).parents[2] / "results").rglob("run.json"))
 KINDS = [ProbeConfig, PretrainConfig]
 
 

@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from preskip.stats.equal_harm import mean_difference
 from preskip.stats.families import holm
 from preskip.stats.rates import rate_spreads
 from scripts import load_script
@@ -88,6 +91,54 @@ def test_the_declared_questions_are_those_of_the_stored_runs():
         assert float(cells[4]) == pytest.approx(entry["p_holm"], rel=0.02)
         assert float(cells[6]) == pytest.approx(together, rel=0.02)
     assert "{:.2f}, {:.2f}, {:.2f} and {:.2f} (80 % power)".format(*harms) in " ".join(page.split())
+
+
+def test_the_page_of_the_peers_is_what_its_script_prints(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("vl_convert")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = load_script("scratch_study")
+    shutil.copytree(ROOT / "results" / "peers", tmp_path / "peers")
+    monkeypatch.setattr(sys, "argv", f"scratch_study.py --report --out {tmp_path / 'peers'} --archs llama-1m".split())
+    assert script.main() == 0
+    page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
+    arms, questions = capsys.readouterr().out.split("\n\n")[1:3]
+    assert len(arms.splitlines()) == 2 + 17
+    assert len(questions.splitlines()) == 2 + 13
+    assert arms.strip() in page
+    assert questions.strip() in page
+    marks, words = drawn((tmp_path / "peers" / "llama-1m" / "loss.svg").read_text(encoding="utf-8"))
+    stored_marks, stored_words = drawn((ROOT / "docs" / "peers-llama-1m.svg").read_text(encoding="utf-8"))
+    assert words == stored_words
+    assert marks == pytest.approx(stored_marks, abs=0.5)
+
+
+def test_what_the_page_of_the_peers_says_in_words(monkeypatch):
+    page = " ".join((ROOT / "docs" / "peers.md").read_text(encoding="utf-8").split()).replace("−", "-")
+    results = stored("peers/llama-1m/study")
+    declared = {(entry["reference"], entry["set"]): entry for entry in results["comparisons"] if entry["declared"]}
+    assert len(declared) == 6
+    for (reference, name), entry in declared.items():
+        if name == "sotu":
+            shown = "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**entry)
+            assert f"against `{reference}`" in page
+            assert shown in page
+    losses = {
+        arm: {seed: points[-1]["eval_loss"] for seed, points in curves.items()}
+        for arm, curves in results["curves"].items()
+    }
+    for arm in ("gated-attention", "base-wide", "base-flops", "canon", "preskip"):
+        less = mean_difference(losses["base"], losses[arm])
+        assert f"{less['value']:.3f}" in page
+        assert f"[{less['low']:.3f}, {less['high']:.3f}]" in page
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    asked = [set(pair) for pair in load_script("scratch_study").QUESTIONS]
+    found = [
+        entry["deviations"]["seed"]
+        for entry in results["comparisons"]
+        if {entry["arm"], entry["reference"]} in asked and entry["set"] == "sotu"
+    ]
+    assert len(found) == 13
+    assert f"varies by {min(found):.3f} to {max(found):.3f}" in page
 
 
 def test_what_the_rates_have_of_the_spread_is_that_of_the_stored_searches():

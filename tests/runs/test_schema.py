@@ -11,7 +11,7 @@ from preskip.errors import PreskipError
 from preskip.runs import environment, explain_schema, schema
 
 RESULTS = Path(__file__).parents[2] / "results"
-RUNS = sorted(path.parent for pattern in ("*", "unfinished/*") for path in RESULTS.glob(f"{pattern}/run.json"))
+RUNS = sorted(path.parent for pattern in ("*", "peers/*/*") for path in RESULTS.glob(f"{pattern}/run.json"))
 
 
 class SweepRow(TypedDict):
@@ -116,6 +116,7 @@ BENCHMARKS = {
     "cheap-forms/bench.json": Bench,
     "cheap-forms/quality.json": CheapForms,
     "branch-dtype/*.json": BranchDtype,
+    "peers/*/rates.json": dict[str, dict[str, float | None]],  # null where it diverged
 }
 
 
@@ -127,14 +128,14 @@ def test_every_stored_file_conforms():
         for path in [*run.glob(pattern), *run.glob(f"{pattern}.gz")]
     }
     kinds |= {path: kind for pattern, kind in BENCHMARKS.items() for path in RESULTS.glob(pattern)}
-    assert {path for path in RESULTS.rglob("*") if path.is_file()} == set(kinds)
+    drawn = set(RESULTS.glob("peers/*/loss.svg"))  # by --report of benchmarks/scratch_study.py, not kept
+    assert {path for path in RESULTS.rglob("*") if path.is_file()} - drawn == set(kinds)
     kept = {"standard-wikitext2", "standard-books", "scratch-books", "confirmatory-smollm2-wikitext2"}
     kept |= {"confirmatory-smollm2-books24"}
     kept |= {"confirmatory-gemma-3-270m-wikitext2", "confirmatory-gemma-3-270m-books24"}
-    kept |= {f"unfinished/scratch-llama-1m-rate-{rate}" for rate in ("0.0015", "0.003", "0.006", "0.012", "0.024")}
-    kept.add("unfinished/scratch-llama-1m-study")
+    kept |= {f"peers/llama-1m/{part}" for part in ("study", "speed")}
     assert {str(run.relative_to(RESULTS)) for run in RUNS} == kept
-    assert {run.parent.name for run in RUNS if not (run / "results.json").is_file()} <= {"unfinished"}
+    assert all((run / "results.json").is_file() for run in RUNS)
     assert [fault for path, kind in kinds.items() for fault in file_faults(path, kind)] == []
 
 

@@ -20,7 +20,7 @@ NAMES = ["standard-wikitext2", "standard-books", "scratch-books"]
 NAMES += [
     f"confirmatory-{model}-{corpus}" for model in ("smollm2", "gemma-3-270m") for corpus in ("wikitext2", "books24")
 ]
-
+NAMES += ["peers/llama-1m/study"]
 
 # numpy 2.5 draws a few binomials otherwise, see "The same digits" in docs/statistics.md.
 IS_DRAWN_ALIKE = tuple(int(part) for part in np.__version__.split(".")[:2]) < (2, 5)
