@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -194,6 +195,12 @@ def test_few_units_decide_nothing_and_doubled_seeds_resolve_less() -> None:
     design = Design(units=60, **options)
     assert resolvable(doubled(design)) == pytest.approx(2 * resolvable(design), rel=0.05)
     assert 0.3 < doubled(design).power(resolvable(design)) < 0.4
+    # What is doubled is what one reads off the seeds' points, also where the seeds' own part was estimated as 0.
+    for own in (0.0, 0.01):
+        noisy = replace(design, seed_deviation=own, residual_deviation=0.05)
+        spread, twice = (math.hypot(each.seed_deviation, 0.05 / math.sqrt(60)) for each in (noisy, doubled(noisy)))
+        assert twice == pytest.approx(2 * spread)
+        assert resolvable(doubled(noisy)) > resolvable(noisy)
 
 
 def test_seeds_that_vary_more_never_resolve_more() -> None:

@@ -351,8 +351,14 @@ def measured_design(entry: PairedDifference) -> Design:
 
 
 def doubled(design: Design) -> Design:
-    """The design if the seeds vary twice as much as it says; of one seed it is the same."""
-    return replace(design, seed_deviation=2 * design.seed_deviation)
+    """The design if the difference of each seed on these units varies twice as much as it says; of one seed it is the
+    same.
+
+    That deviation is √(seed² + residual² / units), so twice it is something where the seeds' own part was estimated as
+    0, too: seed² becomes 4 · seed² + 3 · residual² / units.
+    """
+    by_units = 3 * design.residual_deviation**2 / design.units
+    return replace(design, seed_deviation=float(np.sqrt(4 * design.seed_deviation**2 + by_units)))
 
 
 def resolvable_if_doubled(design: Design, *, power: float = POWER, alpha: float = ALPHA) -> float:
