@@ -322,3 +322,24 @@ def test_seeds_whose_rates_another_version_has_searched_for_are_told_of(extended
     change(3)
     [note] = notes()
     assert "another version of preskip than the one that declared the run" in note
+
+
+def test_a_search_by_another_version_is_told_of_before_anything_is_trained(first, folder, monkeypatch, capsys):
+    from preskip.experiment import run as module
+
+    path = shutil.copytree(first.path, folder / "older")
+    for file in path.rglob("search.json"):
+        search = json.loads(file.read_text())
+        del search["rule"]
+        file.write_text(json.dumps(search))
+
+    def stops(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "tune", stops)
+    told = "learning rates of seed 1, 2 were searched for by another version of preskip, those of seed 3 would be by"
+    for run, is_told in ((path, True), (shutil.copytree(first.path, folder / "same"), False)):
+        with pytest.raises(KeyboardInterrupt):
+            finish_run(RunDirectory.open(run), seeds=(1, 2, 3))
+        output = capsys.readouterr()
+        assert (told in output.out + output.err) == is_told

@@ -127,6 +127,27 @@ def search_notes(run: RunDirectory, arms: Sequence[str], seeds: Sequence[int]) -
     ]
 
 
+def rule_ahead(run: RunDirectory, arms: Sequence[str], seeds: Sequence[int], rule: int) -> str | None:
+    """A sentence where rates of some seeds were searched for in another way than those still to be searched would be.
+
+    Args:
+        run: the run.
+        arms: those whose rates are searched.
+        seeds: those that it is to have.
+        rule: that of a search now (`preskip.experiment.search.RULE`).
+    """
+    found = {arm: _searches(run, arm, seeds) for arm in arms}
+    others = {seed for by_seed in found.values() for seed, search in by_seed.items() if search.get("rule", 0) != rule}
+    missing = {seed for by_seed in found.values() for seed in seeds if seed not in by_seed}
+    if not others or not missing:
+        return None
+    old, new = (", ".join(map(str, sorted(which))) for which in (others, missing))
+    return (
+        f"learning rates of seed {old} were searched for by another version of preskip, those of seed {new} would be "
+        "by this one, which may choose differently: go on with that version, or the seeds are not quite alike"
+    )
+
+
 def _searches(run: RunDirectory, arm: str, seeds: Sequence[int]) -> dict[int, Search]:
     paths = {seed: run.search_file(arm, seed) for seed in seeds}
     return {seed: read_json(path) for seed, path in paths.items() if path.is_file()}

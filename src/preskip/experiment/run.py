@@ -27,7 +27,7 @@ from preskip.experiment.outlook import Outlook, measured_token, outlook, plan_te
 from preskip.experiment.preflight import check_space
 from preskip.experiment.prepared import Prepared
 from preskip.experiment.pretrain_options import PretrainConfig
-from preskip.experiment.results import summarise_run
+from preskip.experiment.results import rule_ahead, summarise_run
 from preskip.experiment.scratch import Scratch
 from preskip.experiment.search import RULE, tune
 from preskip.metrics import DEFAULT_MARGINS, metric_named
@@ -309,6 +309,10 @@ def _announce(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Facts
     if isinstance(prepared, Frozen) and facts["model"]["dtype"] != prepared.config.dtype:
         say(f"base weights as loaded: {facts['model']['dtype']}")
     say(plan_text(prepared, cells, facts))
+    if isinstance(prepared, Frozen):
+        config = prepared.config
+        if mixed := rule_ahead(prepared.run, config.tuned_arms, config.seeds, RULE):
+            say(mixed)
     say(_extent(facts))
     _say_power(facts)
     seconds = None
