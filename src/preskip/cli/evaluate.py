@@ -110,6 +110,7 @@ def evaluate(
     with loading_libraries(quiet=as_json):
         from preskip.data.blocks import check_vocabulary
         from preskip.data.local import data_directory
+        from preskip.evaluate.adapters import load_tokenizer_of
         from preskip.evaluate.likelihood import check_causal
         from preskip.evaluate.texts import TextSuite
         from preskip.runs import environment
@@ -119,9 +120,8 @@ def evaluate(
     device = environment.resolve_device(device)
     dtype, reason = environment.resolve_dtype(dtype, device)
     with spinner(f"loading {model}", quiet=as_json):
-        live, tokenizer = _load(model, adapter, dtype, device, attn_implementation, trust_remote_code)
-    if split_special_tokens:
-        tokenizer.split_special_tokens = True
+        tokenizer = load_tokenizer_of(model, adapter, trust_remote_code, split_special_tokens=split_special_tokens)
+        live = _load(model, adapter, dtype, device, attn_implementation, trust_remote_code)
     check_vocabulary(live, tokenizer)
     check_causal(live)
     config: Any = live.config
@@ -228,17 +228,14 @@ def evaluate(
         _print(results, out)
 
 
-def _load(
-    name: str, adapter: Path | None, dtype: str, device: str, attention: str | None, trust: bool
-) -> tuple[nn.Module, Any]:
+def _load(name: str, adapter: Path | None, dtype: str, device: str, attention: str | None, trust: bool) -> nn.Module:
     import torch
 
     from preskip.assets import load_model
-    from preskip.evaluate.adapters import load_adapter, load_tokenizer_of
+    from preskip.evaluate.adapters import load_adapter
 
-    tokenizer = load_tokenizer_of(name, adapter, trust)
     base = load_model(name, getattr(torch, dtype), device, attention, trust)
-    return (base if adapter is None else load_adapter(base, adapter)), tokenizer
+    return base if adapter is None else load_adapter(base, adapter)
 
 
 def _seeds(text: str) -> tuple[int, int, int, int]:

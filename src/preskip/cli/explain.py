@@ -191,9 +191,8 @@ def _load(source: Source, model: str | None, dtype: str, device: str, trust: boo
     live = load_model(name, getattr(torch, dtype), device, None, trust, revision)
     if not source.is_checkpoint:
         live = load_adapter(live, source.weights)
-    tokenizer = load_tokenizer_of(name, None if source.is_checkpoint else source.weights, trust, revision)
-    if source.config.get("split_special_tokens"):
-        tokenizer.split_special_tokens = True
+    folder = None if source.is_checkpoint else source.weights
+    tokenizer = load_tokenizer_of(name, folder, trust, revision, source.config.get("split_special_tokens", False))
     check_vocabulary(live, tokenizer)
     check_causal(live)
     return live, tokenizer

@@ -61,15 +61,28 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int) -> PreTraine
 
 
 def load_tokenizer(
-    name: str, *, trust_remote_code: bool = False, revision: str | None = None
+    name: str, *, trust_remote_code: bool = False, revision: str | None = None, split_special_tokens: bool = False
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer: an embedded model's, a local folder, a `tokenizer.json`, or a Hub id, perhaps at a revision.
 
     A bare `tokenizer.json` names no special tokens; `<|endoftext|>` is its end token where it has one.
 
+    Args:
+        name: as above.
+        trust_remote_code: allow code from the repository to run. Default False.
+        revision: of a Hub id. Default: the main one.
+        split_special_tokens: read special tokens that a text contains as text. Default: as the tokenizer says itself.
+
     Raises:
         PreskipError: there is none, or it cannot be read.
     """
+    tokenizer = _read(name, trust_remote_code, revision)
+    if split_special_tokens:
+        tokenizer.split_special_tokens = True
+    return tokenizer
+
+
+def _read(name: str, trust_remote_code: bool, revision: str | None) -> PreTrainedTokenizerBase:
     path = Path(name).expanduser()
     is_file = path.suffix == ".json" and path.is_file()
     if not is_file and not any((path / name).is_file() for name in OWN_FILES):

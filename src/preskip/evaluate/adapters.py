@@ -58,7 +58,11 @@ def load_adapter(base: nn.Module, folder: Path) -> Any:
 
 
 def load_tokenizer_of(
-    name: str, folder: Path | None, trust_remote_code: bool = False, revision: str | None = None
+    name: str,
+    folder: Path | None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    split_special_tokens: bool = False,
 ) -> Any:
     """The tokenizer saved beside an adapter (with the tokens that were added for it), else the base's.
 
@@ -67,9 +71,15 @@ def load_tokenizer_of(
         folder: of the adapter, or None.
         trust_remote_code: allow code from the checkpoint's repository to run.
         revision: of the base, see `preskip.assets.resolve_model`.
+        split_special_tokens: see `preskip.data.tokenizer.load_tokenizer`.
     """
     has_own = folder is not None and any((folder / file).is_file() for file in OWN_FILES)
-    return load_tokenizer(str(folder) if has_own else name, trust_remote_code=trust_remote_code, revision=revision)
+    return load_tokenizer(
+        str(folder) if has_own else name,
+        trust_remote_code=trust_remote_code,
+        revision=revision,
+        split_special_tokens=split_special_tokens,
+    )
 
 
 def brought_weights(model: nn.Module, folder: Path) -> list[nn.Parameter]:

@@ -19,11 +19,11 @@ from preskip.analysis.depth import text_profile
 from preskip.arms import ARMS, Arm, ArmContext, attention_layers, attention_paths, branch_parameters, resolve_arms
 from preskip.arms.experts import experts_note, stacked_share
 from preskip.arms.insert import Inserted, insert
-from preskip.assets import load_model, load_tokenizer, resolve_model, weights_dtype
+from preskip.assets import load_model, resolve_model, weights_dtype
 from preskip.data.blocks import check_vocabulary, opening_token, pack_blocks, scored_size, start_token
 from preskip.data.corpus import clusters
 from preskip.data.splits import Splits, choose, locate
-from preskip.data.tokenizer import fingerprint
+from preskip.data.tokenizer import fingerprint, load_tokenizer
 from preskip.errors import PreskipError
 from preskip.evaluate.likelihood import check_causal
 from preskip.evaluate.published import recognise_published
@@ -83,9 +83,12 @@ class Frozen(Prepared):
         recorded: Any = run.manifest.get("model", {})
         source = resolve_model(model_name, recorded.get("revision"))
         with spinner(f"loading {config.model}", quiet=quiet):
-            tokenizer = load_tokenizer(model_name, trust_remote_code=config.trust_remote_code, revision=source.revision)
-            if config.split_special_tokens:
-                tokenizer.split_special_tokens = True
+            tokenizer = load_tokenizer(
+                model_name,
+                trust_remote_code=config.trust_remote_code,
+                revision=source.revision,
+                split_special_tokens=config.split_special_tokens,
+            )
             base = load_model(
                 model_name,
                 dtype=getattr(torch, config.dtype),

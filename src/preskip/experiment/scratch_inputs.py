@@ -134,10 +134,11 @@ def stored_tokenizer(run: RunDirectory, config: PretrainConfig, splits: Splits, 
 
 def open_tokenizer(run: RunDirectory, config: PretrainConfig) -> Any:
     """The tokenizer in the run directory."""
-    tokenizer = load_tokenizer(str(run.path / "tokenizer"), trust_remote_code=config.trust_remote_code)
-    if config.split_special_tokens:
-        tokenizer.split_special_tokens = True
-    return tokenizer
+    return load_tokenizer(
+        str(run.path / "tokenizer"),
+        trust_remote_code=config.trust_remote_code,
+        split_special_tokens=config.split_special_tokens,
+    )
 
 
 def development_blocks(run: RunDirectory, config: PretrainConfig, splits: Splits, tokenizer: Any) -> np.ndarray:
