@@ -10,6 +10,7 @@ import pytest
 
 from preskip.stats.equal_harm import mean_difference
 from preskip.stats.families import holm
+from preskip.stats.power import Design, resolvable
 from preskip.stats.rates import rate_spreads
 from scripts import load_script
 
@@ -90,7 +91,9 @@ def test_the_declared_questions_are_those_of_the_stored_runs():
         assert (difference, low, high) == pytest.approx((entry["difference"], looked["low"], looked["high"]), abs=6e-4)
         assert float(cells[4]) == pytest.approx(entry["p_holm"], rel=0.02)
         assert float(cells[6]) == pytest.approx(together, rel=0.02)
-    assert "{:.2f}, {:.2f}, {:.2f} and {:.2f} (80 % power)".format(*harms) in " ".join(page.split())
+    first, *others = harms
+    shown = "{:.2f}, {:.2f} and {:.2f} (80 % power; five seeds on WikiText {:.3f})".format(*others, first)
+    assert shown in " ".join(page.split())
 
 
 def test_the_page_of_the_peers_is_what_its_script_prints(tmp_path, monkeypatch, capsys):
@@ -141,6 +144,25 @@ def test_what_the_page_of_the_peers_says_in_words(monkeypatch):
     assert f"varies by {min(found):.3f} to {max(found):.3f}" in page
 
 
+def test_what_other_amounts_of_text_would_resolve_is_that_of_the_stored_runs():
+    page = (ROOT / "docs" / "probe.md").read_text(encoding="utf-8")
+    for title, name in zip(
+        ("SmolLM2, WikiText", "SmolLM2, books", "Gemma, WikiText", "Gemma, books"),
+        ("smollm2-wikitext2", "smollm2-books24", "gemma-3-270m-wikitext2", "gemma-3-270m-books24"),
+        strict=True,
+    ):
+        results = stored(f"confirmatory-{name}")
+        found = {}
+        for entry in results["power"]:
+            if (entry["arm"], entry["reference"], entry["metric"]) == ("content", "lora", "bits_per_byte"):
+                design = Design(**{**entry["design"], "seeds": 5})
+                units = (design.units // 2, design.units, 4 * design.units)
+                found[results["sets"][entry["set"]]["domain"]] = [resolvable(design.of_units(n)) for n in units]
+        cells = " | ".join(f"{figure:.4f}" for figure in (*found["in"], *found["out"]))
+        assert f"| {title} | {cells} |" in page
+        assert max(found["in"]) < 0.005
+
+
 def test_what_the_rates_have_of_the_spread_is_that_of_the_stored_searches():
     page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
     runs = [name for name in PAGES if name.startswith("confirmatory")]
@@ -167,10 +189,10 @@ def test_how_near_the_limit_on_harm_the_rates_came_is_what_the_search_says():
         }
         for arm in ("content", "lora")
     }
-    content, lora = ([f"{harms[arm][seed]:+.3f}".replace("-", "−") for seed in (1, 2, 3)] for arm in harms)
-    assert f"{', '.join(content[:2])} and {content[2]} against {', '.join(lora[:2])} and {lora[2]}" in page
-    assert [harms["content"][seed] > harms["lora"][seed] for seed in (1, 2, 3)] == [False, True, True]
-    assert "In two of three seeds the grid lets `content` come nearer to the limit on harm" in page
+    content, lora = ([f"{harms[arm][seed]:+.3f}".replace("-", "−") for seed in range(1, 6)] for arm in harms)
+    assert f"{', '.join(content[:4])} and {content[4]} against {', '.join(lora[:4])} and {lora[4]}" in page
+    assert [harms["content"][seed] > harms["lora"][seed] for seed in range(1, 6)] == [False, True, True, True, True]
+    assert "In four of five seeds the grid lets `content` come nearer to the limit on harm" in page
 
 
 def test_the_picture_is_that_of_the_stored_results():

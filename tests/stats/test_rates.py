@@ -98,6 +98,6 @@ def test_a_stored_search() -> None:
     differences = np.array([reached["preskip", seed] - reached["lora", seed] for seed in search["lora"]["by_seed"]])
     own, common = differences.std(axis=0, ddof=1)
     assert rate_spreads(search["preskip"], search["lora"])["in"] == pytest.approx(
-        {"seeds": 3, "own": own, "common": common}
+        {"seeds": 5, "own": own, "common": common}
     )
-    assert own > 10 * common  # nearly all of the spread is that of the rates
+    assert own > 5 * common  # nearly all of the spread is that of the rates
