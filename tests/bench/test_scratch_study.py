@@ -148,6 +148,22 @@ def test_every_arm_is_tried_beyond_its_best_and_trained_at_it(script, commands, 
     assert len(commands) == before  # all is done
 
 
+def test_the_report_is_that_of_the_study_and_trains_nothing(script, commands, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("vl_convert")
+    given = ("--out", tmp_path, "--archs", "tiny", "--arms", ",".join(BEST), "--seeds", "1,2")
+    assert run(script, monkeypatch, *given) == 0
+    printed = capsys.readouterr().out
+    trained = len(commands)
+    (tmp_path / "tiny" / "loss.svg").unlink()
+    assert run(script, monkeypatch, *given, "--report") == 0
+    assert capsys.readouterr().out == printed
+    assert (tmp_path / "tiny" / "loss.svg").is_file()
+    assert len(commands) == trained
+    with pytest.raises(SystemExit, match="2"):
+        run(script, monkeypatch, "--out", tmp_path, "--archs", "small", "--report")
+    assert "small/study is not a directory: give a run directory" in capsys.readouterr().err
+
+
 def test_a_rate_that_diverges_is_the_worst(script, commands, diverging, tmp_path, monkeypatch, capsys):
     pytest.importorskip("vl_convert")
     # canon alone at 0.024, where it diverges; preskip beside others; base at every rate.
