@@ -219,14 +219,15 @@ def test_the_page_is_about_the_first_declared_comparison():
     run = json.loads((ROOT / "results/confirmatory-smollm2-wikitext2/results.json").read_text())
     assert reference_arm(run) == "content"
     assert rivals(run) == ["none", "lora", "lora-attention"]
-    assert answer(run).startswith("On its own text (wikitext2) content is better than the untouched model and ")
+    assert answer(run).startswith("On its own text (wikitext2) content is better than the untouched model, LoRA")
+    assert "elsewhere (books24) it is worse than the untouched model, LoRA of the same size and" in answer(run)
     assert at_equal_harm(run, 0.01)[0] == "lora"
     # As `--primary content:parallel` and `none:content` declare it, and as a run before levels did.
     sets, arms = run["sets"], [ARMS[name] for name in run["arms"]]
     run["family"] = declare_family(arms, sets, ("content", "parallel"))
     assert run["family"]["declared"][0]["reference"] == "none"
     assert rivals(run) == ["none", "parallel", "lora", "lora-attention"]
-    assert "undecided against parallel" in answer(run).partition(";")[0]
+    assert "better than the untouched model, parallel, LoRA" in answer(run).partition(";")[0]
     assert at_equal_harm(run, 0.01)[0] == "parallel"
     run["family"] = declare_family(arms, sets, ("none", "content"))
     assert (reference_arm(run), rivals(run)) == ("preskip", ["none", "lora", "lora-attention"])

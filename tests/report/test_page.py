@@ -18,8 +18,11 @@ from fixture_run import minimal_run, rich_run
 from page_reader import Page, luminance, read
 from preskip.errors import PreskipError
 from preskip.report import build_report
+from preskip.report.comparison_tables import detail_tables
 from preskip.report.plots.training import POINT_BUDGET
 from preskip.report.render import TEMPLATES, _vega_bundle
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def change(path: Path, edit: Any) -> None:
@@ -181,6 +184,20 @@ def test_arms_are_compared_at_equal_harm_where_one_was_declared(tmp_path: Path) 
     assert "lora −0.210, −0.260 – – –" in text
     # Both seeds have one rate, so its choice has nothing: differences of +0.01 and +0.02, and of 0 in harm.
     assert "preskip − lora 0.0071 0.0071 0.0000 0.0000 2" in text
+
+
+def test_what_stands_behind_a_difference_is_told_of_every_one() -> None:
+    results = json.loads((RESULTS / "confirmatory-smollm2-books24" / "results.json").read_text())
+    declared, others = detail_tables(results)
+    assert len(declared.rows) == len(results["family"]["declared"]) == 8
+    assert len(declared.rows) + len(others.rows) == len(results["comparisons"]) == 72
+    shown = {(row[0].text, row[1].text) for row in (*declared.rows, *others.rows)}
+    assert len(shown) == 72  # each once
+    seeds = others.rows[0][2].text.split()
+    assert len(seeds) == 3
+    undeclared = {**results, "comparisons": [{**entry, "declared": False} for entry in results["comparisons"]]}
+    every, none = detail_tables(undeclared)
+    assert (len(every.rows), none.rows) == (72, [])
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:

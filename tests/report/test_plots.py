@@ -213,8 +213,11 @@ def test_a_search_for_every_seed_says_what_each_reaches() -> None:
         for row in results["search"]["preskip"]["trace"]
         if row["rung"] == 1 and row["kept"]
     ]
-    assert len(set(reached)) == 3
-    assert f"0.000281, 8.89e-05, 8.89e-05, where it reaches {', '.join(reached)} bits" in drawn["search-preskip"]
+    assert len(set(reached)) == 5
+    assert (
+        f"0.000281, 8.89e-05, 8.89e-05, 8.89e-05, 8.89e-05, where it reaches {', '.join(reached)} bits"
+        in drawn["search-preskip"]
+    )
 
 
 def test_the_search_marks_chosen_and_diverged(results: dict[str, Any]) -> None:

@@ -165,12 +165,21 @@ def power_table(results: Results) -> Table:
     )
 
 
-def detail_table(results: Results) -> Table:
-    """What stands beside the declared differences (all where none was declared): seeds, the next one, who wins, whence
-    the variance, and the randomisation p of few units.
+def detail_tables(results: Results) -> list[Table]:
+    """What stands beside the declared differences (all where none was declared), and beside the others: seeds, the
+    next one, who wins, whence the variance, and the randomisation p of few units.
     """
+    first = _declared_or_all(results)
+    others = [entry for entry in results["comparisons"] if entry not in first]
+    return [
+        _detail_table(results, first, "Seeds and variance"),
+        _detail_table(results, others, "Seeds and variance, exploratory"),
+    ]
+
+
+def _detail_table(results: Results, entries: list[Comparison], label: str) -> Table:
     rows = []
-    for entry in _declared_or_all(results):
+    for entry in entries:
         if "detail" in entry:
             about, shown = (
                 metric_on(results, entry["set"], entry["metric"]),
@@ -188,4 +197,4 @@ def detail_table(results: Results) -> Table:
         *(Column("P(better)", "over pairs of seeds"), Column("Variance, %", "seeds / units / both")),
         Column("p", "sign flips, items only"),
     )
-    return make_table("Seeds and variance", columns, rows, "What stands behind each difference")
+    return make_table(label, columns, rows, "What stands behind each difference")

@@ -102,7 +102,7 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "sets": tables.set_table(results),
         "comparisons": comparison_tables.comparison_groups(results),
         "power": comparison_tables.power_table(results),
-        "detail": comparison_tables.detail_table(results),
+        "detail": comparison_tables.detail_tables(results),
         "paper": tables.paper_table(results),
         "paper_model": results["paper"]["model"] if results.get("paper") else None,
         "search": search_tables.search_table(results),
