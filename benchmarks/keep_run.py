@@ -31,7 +31,7 @@ PLAIN = (
     "controls/*/*/*/*.json*",
     "controls/*.json",
 )
-PLAIN += ("search/*/*/search.json", "search/*/*/*/*/trial.json", "search/*/*/*/*/train.jsonl")
+PLAIN += ("search/**/search.json", "search/**/trial.json", "search/**/train.jsonl")  # one for all seeds, or for each
 PLAIN += ("arms/*/*/items.jsonl.gz",)  # of a copy that was resumed
 COMPRESSED = ("arms/*/*/items.jsonl",)
 
@@ -82,8 +82,10 @@ def _write(run: RunDirectory, target: Path) -> None:
         if source := manifest.get(part, {}).get("source"):
             manifest[part]["source"] = re.sub(r"^(GGUF file|local folder) .*/(?=.)", r"\1 ", source)
     command = list(manifest["command"])
+    kept = f"runs/{target.name}"
     if "--out" in command:
-        command[command.index("--out") + 1] = f"runs/{target.name}"
+        command[command.index("--out") + 1] = kept
+    command = [f"--out={kept}" if word.startswith("--out=") else word for word in command]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         new = Path(folder) / target.name
         new.mkdir()

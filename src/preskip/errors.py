@@ -16,6 +16,10 @@ class DivergedError(PreskipError):
     """A loss, gradient or likelihood that is not finite: a search for a learning rate counts it as a bad rate."""
 
 
+class LostWorkersError(PreskipError):
+    """Processes that compute were lost or could not be had: no option was a mistake, and the run may be resumed."""
+
+
 def some(names: Sequence[str], most: int = 4) -> str:
     """The first `most` of some names, and how many more there are."""
     more = len(names) - most

@@ -1,12 +1,14 @@
 """What the commands that make a run share: early ends, and the default folder."""
 
 import errno
+import os
 import re
 
 import pytest
 
 from preskip.cli.runs import default_out, kept_for_resuming
-from preskip.errors import DivergedError, PreskipError
+from preskip.errors import DivergedError, LostWorkersError, PreskipError
+from preskip.experiment.execute import processes
 from preskip.runs.attempt import attempt, new_run
 from preskip.runs.files import clear_disk_errors, write_json
 
@@ -18,7 +20,12 @@ def run(tmp_path):
 
 @pytest.mark.parametrize(
     "computed",
-    ["arms/preskip/seed-1/train.jsonl", "search/lora/seed-1/rung-0/0.001/trial.json", "controls/dtype-audit.json"],
+    [
+        "arms/preskip/seed-1/train.jsonl",
+        "search/lora/seed-1/rung-0/0.001/trial.json",
+        "search/none.jsonl",
+        "controls/dtype-audit.json",
+    ],
 )
 def test_what_was_computed_is_kept_and_the_way_to_finish_it_said(run, computed, capsys):
     (run.path / computed).parent.mkdir(parents=True)
@@ -52,6 +59,19 @@ def test_a_run_that_the_advice_names_is_kept(run, error, capsys):
         raise error
     assert (run.path / "run.json").is_file()
     assert f"preskip pretrain --resume {run.path}" in capsys.readouterr().err
+
+
+def test_a_run_whose_workers_were_lost_is_kept(run, capsys):
+    """Each worker holds the base: memory lacks while they load it, before any of them has computed anything."""
+    with pytest.raises(LostWorkersError), kept_for_resuming(run, "probe", is_new=True):
+        raise LostWorkersError("a worker ended without a word (out of memory?): resume, with fewer --workers")
+    assert (run.path / "run.json").is_file()
+    assert f"preskip probe --resume {run.path}" in capsys.readouterr().err
+
+
+def test_a_worker_that_is_killed_is_told_of_by_that_error():
+    with pytest.raises(LostWorkersError, match="fewer --workers"), processes(1) as outcomes:
+        list(outcomes(os._exit, [(9,)], ["one"]))
 
 
 def test_an_old_run_is_never_removed(run):

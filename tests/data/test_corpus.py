@@ -359,3 +359,11 @@ def test_a_long_line_is_cut_reading_each_character_a_few_times(text):
     parts = [line[begin:end] for begin, end in spans]
     assert "".join("".join(parts).split()) == "".join(text.split())
     assert all(0 < len(part) <= 100 for part in parts)
+
+
+def test_an_id_that_a_row_without_one_would_get_is_refused(tmp_path):
+    """Items are paired by their ids, so it must not end the scoring in hours."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n{"id": "rows#1", "text": "two"}\n')
+    with pytest.raises(PreskipError, match="id 'rows#1' stands for two documents: ids must be unique"):
+        load_corpus(str(path))

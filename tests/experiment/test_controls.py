@@ -1,6 +1,7 @@
 """Which arms and seeds the controls are trained for."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 from preskip.experiment import controls
 
@@ -28,3 +29,11 @@ def test_costly_controls_are_of_preskip_whatever_the_order(monkeypatch):
         ("equal_step", "preskip", 1),
     }
     assert set(parts["equal_step"]) == {"preskip"}
+
+
+def test_controls_that_no_arm_can_have_are_told_of():
+    config = SimpleNamespace(arms=("none", "lora"), seeds=(1,), nulls=("noise",), equal_step=True, dtype_audit=False)
+    with mock.patch.object(controls, "has_branch", return_value=False):
+        parts = controls.run_controls(SimpleNamespace(config=config, context=None))
+    [note] = parts["notes"]
+    assert "no arm has a branch" in note

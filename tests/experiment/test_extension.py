@@ -299,6 +299,22 @@ def test_what_an_interrupted_run_has_done_is_kept_and_finished_elsewhere(first, 
     assert part.cell("preskip", 3).is_done
 
 
+def test_a_search_that_served_all_seeds_is_kept(keep, folder):
+    """As the standard runs of this repository have it."""
+    source = shutil.copytree(Path(__file__).parents[2] / "results" / "standard-books", folder / "one-search")
+    run = json.loads((source / "run.json").read_text())
+    run["command"] += ["--out=/home/somebody/run"]
+    (source / "run.json").write_text(json.dumps(run))
+    copy = folder / "its-copy"
+    keep(RunDirectory.open(source), copy)
+    before, after = (
+        {str(path.relative_to(top)).removesuffix(".gz") for path in top.rglob("*.json*")} for top in (source, copy)
+    )
+    assert before == after
+    assert "search/preskip/search.json" in after
+    assert "--out=runs/its-copy" in json.loads((copy / "run.json").read_text())["command"]
+
+
 def test_seeds_whose_rates_another_version_has_searched_for_are_told_of(extended, folder):
     """The search of preskip changes, and a run may be years old when seeds are added."""
     path = shutil.copytree(extended.path, folder / "two-rules")

@@ -40,6 +40,15 @@ def test_time_left_is_corrected_by_what_is_done():
     assert Outlook({"cell": [5.0]}, None).left() is None
 
 
+def test_a_small_first_step_does_not_tell_the_pace():
+    """Of workers the first to be done is the untouched model, in whose time their start is."""
+    clock = Clock()
+    ahead = Outlook({"cell": [4.0, 196.0]}, 0.5, clock)
+    clock.now = 60.0
+    assert ahead.done("cell", 0) == ", about 2 min left"
+    assert Outlook({"cell": [4.0]}, None, clock).left() is None
+
+
 def test_the_plan_is_said_first_and_measuring_changes_nothing(tmp_path, capsys):
     config = small_probe(tmp_path, last_word_items=0, lr_mode="default")
     run = start_run(config, tmp_path / "run", [])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import flag
-from preskip.errors import DivergedError, PreskipError, is_out_of_memory
+from preskip.errors import DivergedError, LostWorkersError, PreskipError, is_out_of_memory
 from preskip.experiment.option_file import load_options
 from preskip.experiment.parse import parse_seeds
 from preskip.experiment.presets import preset_options
@@ -32,7 +32,7 @@ Written = TypeVar("Written")
 # What batch systems and a closed terminal send; Windows has no SIGHUP.
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 # What a run computes lies in files this deep in its folders: cells, trials of the search, controls.
-_COMPUTED = ("arms/*/*/*", "search/*/*", "controls/*")
+_COMPUTED = ("arms/*/*/*", "search/*", "controls/*")
 
 OptionFile = Annotated[
     Optional[Path],
@@ -198,7 +198,8 @@ def default_out(*names: str) -> Path:
 def kept_for_resuming(run: RunDirectory, command: str, *, is_new: bool) -> Iterator[None]:
     """Where a run ends early, say how to finish it, unless it diverged; a new one without anything computed is removed.
 
-    Where memory or the disk did not suffice the options were no mistake, and the error names the run: it is kept.
+    Where memory, the disk or the workers did not last the options were no mistake, and the error names the run: it is
+    kept.
 
     Args:
         run: its directory.
@@ -211,8 +212,9 @@ def kept_for_resuming(run: RunDirectory, command: str, *, is_new: bool) -> Itera
         _hint(run, command)
         raise
     except PreskipError as error:
-        lacks_room = is_full_disk(error) or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
-        if lacks_room or any(any(run.path.glob(pattern)) for pattern in _COMPUTED):
+        lacks = is_full_disk(error) or isinstance(error, LostWorkersError)
+        lacks = lacks or (error.__cause__ is not None and is_out_of_memory(error.__cause__))
+        if lacks or any(any(run.path.glob(pattern)) for pattern in _COMPUTED):
             if not isinstance(error, DivergedError):  # with the same options it would diverge again
                 _hint(run, command)
             raise

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,9 +60,12 @@ class Corpus:
     sha256: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Compute the checksum."""
+        """Compute the checksum; two documents of one id are refused, since items are paired by it."""
         digest = hashlib.sha256()
-        for document in by_id(self.documents):
+        ordered = by_id(self.documents)
+        if twice := next((one.id for one, other in pairwise(ordered) if one.id == other.id), None):
+            raise PreskipError(f"corpus {self.name}: id {twice!r} stands for two documents: ids must be unique")
+        for document in ordered:
             digest.update(json.dumps([document.id, document.text]).encode())
         object.__setattr__(self, "sha256", digest.hexdigest())
 

@@ -33,6 +33,8 @@ def run_controls(prepared: Frozen) -> Any:
     arms.sort(key=lambda arm: arm.name != "preskip")
     parts: dict[str, Any] = {}
     notes: list[str] = []
+    if not arms and (config.nulls or config.equal_step):
+        notes.append("no arm has a branch: nulls and trainings with equal steps, which are of branches, were not made")
     nulls: dict[str, dict[str, list[NullRun]]] = {}
     for null in config.nulls:
         chosen, seeds = (arms, config.seeds) if null == "noise" else (arms[:1], config.seeds[:1])

@@ -15,7 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from preskip.errors import PreskipError
+from preskip.errors import LostWorkersError
 from preskip.experiment.cell import opened
 from preskip.experiment.prepared import Prepared
 from preskip.experiment.worker import set_up
@@ -114,7 +114,7 @@ def processes(count: int) -> Iterator[Outcomes]:
         try:
             yield outcomes
         except BrokenProcessPool:
-            raise PreskipError(
+            raise LostWorkersError(
                 "a worker ended without a word (out of memory?): resume, with fewer --workers if it happens again"
             ) from None
         except BaseException:

@@ -22,6 +22,8 @@ TRAINING = 3
 # Trainings of a search for a learning rate, by rung; `--lr-rule frontier` usually has one more on the last.
 FULL_SEARCH = (len(GRID), -(-len(GRID) // 2) + 2)
 LATER_SEARCH = (0, 3)
+# Of the work: what has to be done before its own pace is believed.
+FIRST_SHARE = 0.05
 
 
 class Outlook:
@@ -44,8 +46,11 @@ class Outlook:
         self.started, self.total, self.finished = clock(), sum(map(sum, work.values())), 0.0
 
     def left(self) -> float | None:
-        """Seconds left: by the pace so far, before anything is done by the measured step; None without either."""
-        pace = (self.clock() - self.started) / self.finished if self.finished else self.token_seconds
+        """Seconds left: by the measured step, and by the pace so far once enough is done to tell it; None without
+        either. What is done first is small (the untouched model), and the start of the workers is in its time.
+        """
+        is_told = self.finished > 0 and (self.token_seconds is None or self.finished >= FIRST_SHARE * self.total)
+        pace = (self.clock() - self.started) / self.finished if is_told else self.token_seconds
         return None if pace is None else pace * (self.total - self.finished)
 
     def done(self, what: str, index: int) -> str:

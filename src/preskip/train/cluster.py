@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from preskip.errors import PreskipError
+from preskip.errors import LostWorkersError, PreskipError, one_line
 from preskip.runs import environment
 from preskip.train.distributed import world_size
 
@@ -65,14 +65,16 @@ class RayPool:
             if address is None:
                 # Ray's own default is 15: its workers would starve beside anything else on the machine.
                 os.environ.setdefault("RAY_worker_niceness", "0")
-                self.ray.init(num_cpus=environment.usable_cores(), include_dashboard=False, **QUIET)
+                # "local": else Ray joins a cluster that runs on this machine, and refuses the number of cores.
+                self.ray.init(address="local", num_cpus=environment.usable_cores(), include_dashboard=False, **QUIET)
             else:
                 settings = {key: value for key, value in os.environ.items() if key.startswith(ENVIRONMENT)}
                 self.ray.init(address=address, runtime_env={"env_vars": settings}, **QUIET)
         except Exception as error:  # Ray raises a bare one where its own processes do not start in time
             self.close()
             where = "on this machine" if address is None else f"at --ray-address {address}"
-            raise PreskipError(f"no Ray cluster {where}: {str(error).splitlines()[0]}") from error
+            reason = one_line(error, 200) or type(error).__name__
+            raise LostWorkersError(f"no Ray cluster {where}: {reason}") from error
         machines = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         if not any(machine.get("GPU", 0) >= self.gpus for machine in machines):
             self.close()
@@ -109,7 +111,9 @@ class RayPool:
                     raise error.cause from error
                 except ray.exceptions.RayError as error:
                     reason = str(error).strip().splitlines()[0]
-                    raise PreskipError(f"{names[index]}: Ray lost its worker {RETRIES + 1} times: {reason}") from error
+                    raise LostWorkersError(
+                        f"{names[index]}: Ray lost its worker {RETRIES + 1} times: {reason}"
+                    ) from error
         finally:
             for reference in waiting:
                 ray.cancel(reference, force=True)
