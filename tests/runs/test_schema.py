@@ -11,7 +11,9 @@ from preskip.errors import PreskipError
 from preskip.runs import environment, explain_schema, schema
 
 RESULTS = Path(__file__).parents[2] / "results"
-RUNS = sorted(path.parent for pattern in ("*", "peers/*/*") for path in RESULTS.glob(f"{pattern}/run.json"))
+RUNS = sorted(
+    path.parent for pattern in ("*", "unfinished/*", "peers/*/*") for path in RESULTS.glob(f"{pattern}/run.json")
+)
 
 
 class SweepRow(TypedDict):
@@ -134,8 +136,9 @@ def test_every_stored_file_conforms():
     kept |= {"confirmatory-smollm2-books24"}
     kept |= {"confirmatory-gemma-3-270m-wikitext2", "confirmatory-gemma-3-270m-books24"}
     kept |= {f"peers/llama-1m/{part}" for part in ("study", "speed")}
+    kept.add("unfinished/confirmatory-gemma-3-270m-wikitext2")
     assert {str(run.relative_to(RESULTS)) for run in RUNS} == kept
-    assert all((run / "results.json").is_file() for run in RUNS)
+    assert {run.parent.name for run in RUNS if not (run / "results.json").is_file()} <= {"unfinished"}
     assert [fault for path, kind in kinds.items() for fault in file_faults(path, kind)] == []
 
 
