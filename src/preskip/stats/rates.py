@@ -3,7 +3,8 @@
 Where a rate is chosen anew for each seed (`--lr tune`), a difference varies over seeds for two reasons: the seed, and
 that another rate was chosen. Each seed's last rung has the chosen rate and its neighbours, so what it would have
 reached at the mean rate of its arm can be read off between them. How much less the seeds differ at that one rate than
-at their own is what the choice has. All are development documents, after the steps of that rung.
+at their own hints at what the choice adds; it may be less than nothing, and what is read off between two trainings
+varies a little less than one training. All are development documents, after the steps of that rung.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import TypedDict
 
 from preskip.runs.schema import Search, Trial
 from preskip.stats.equal_harm import last_rung, worst_harm
+
+# Seeds below which a deviation over them says nothing.
+FEWEST = 3
 
 
 class RateSpread(TypedDict):
@@ -34,14 +38,14 @@ def rate_spreads(arm: Search, reference: Search) -> dict[str, RateSpread]:
         reference: that of the other arm.
 
     Returns:
-        Nothing for what fewer than two seeds of both arms tell: a seed does not where a rate that is needed diverged,
+        Nothing for what fewer than three seeds of both arms tell: a seed does not where a rate that is needed diverged,
         was not scored out of domain, or lies beyond those that were tried for it.
     """
     found: dict[str, RateSpread] = {}
     for domain in ("in", "out"):
         mine, theirs = _at_both(arm, domain), _at_both(reference, domain)
         pairs = [(mine[seed], theirs[seed]) for seed in mine if seed in theirs]
-        if len(pairs) >= 2:
+        if len(pairs) >= FEWEST:
             own, common = (
                 statistics.stdev(of_arm[at] - of_reference[at] for of_arm, of_reference in pairs) for at in (0, 1)
             )
