@@ -28,7 +28,7 @@ from preskip.report.lookup import (
     rate_text,
     trained_arms,
 )
-from preskip.report.search_tables import at_equal_harm, changes_text, seeds_of, spread_texts, spreads_of_rates
+from preskip.report.search_tables import at_equal_harm, changes_text, spread_texts, spreads_of_rates
 from preskip.report.words.claims import MEASURES
 from preskip.report.words.verdicts import (
     MINUS,
@@ -157,15 +157,7 @@ def equal_harm(results: Results, harm: float) -> str:
 def rates(results: Results) -> str:
     """Every searched arm's difference to the rival: how much it varies over seeds, at their own and at mean rates."""
     rival, found = spreads_of_rates(results)
-    rows = [
-        (
-            f"`{arm}` {MINUS} `{rival}`",
-            *spread_texts(spreads, "in"),
-            *spread_texts(spreads, "out"),
-            str(seeds_of(spreads)),
-        )
-        for arm, spreads in found.items()
-    ]
+    rows = [(f"`{arm}` {MINUS} `{rival}`", *spread_texts(spreads)) for arm, spreads in found.items()]
     kinds = ("own rates", "mean rates")
     columns = [f"{domain}, {kind}" for domain in ("in-domain", "harm") for kind in kinds]
     return _markdown(("SD over seeds", *columns, "seeds"), rows)

@@ -17,7 +17,7 @@ class DivergedError(PreskipError):
 
 
 class LostWorkersError(PreskipError):
-    """Processes that compute were lost or could not be had: no option was a mistake, and the run may be resumed."""
+    """Processes that compute were lost or could not be had: a resume may have others, so what is prepared is kept."""
 
 
 def some(names: Sequence[str], most: int = 4) -> str:

@@ -104,7 +104,7 @@ def options(command):
 
 
 def run(script, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["scratch_study.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
     return script.main()
 
 
@@ -155,12 +155,13 @@ def test_the_report_is_that_of_the_study_and_trains_nothing(script, commands, tm
     printed = capsys.readouterr().out
     trained = len(commands)
     (tmp_path / "tiny" / "loss.svg").unlink()
-    assert run(script, monkeypatch, *given, "--report") == 0
+    alone = load_script("scratch_report")
+    assert run(alone, monkeypatch, tmp_path / "tiny", "--arms", ",".join(BEST)) == 0
     assert capsys.readouterr().out == printed
     assert (tmp_path / "tiny" / "loss.svg").is_file()
     assert len(commands) == trained
     with pytest.raises(SystemExit, match="2"):
-        run(script, monkeypatch, "--out", tmp_path, "--archs", "small", "--report")
+        run(alone, monkeypatch, tmp_path / "small")
     assert "small/study is not a directory: give a run directory" in capsys.readouterr().err
 
 
@@ -197,6 +198,7 @@ def test_the_rate_is_the_lowest_point_of_a_parabola(script):
 
 
 def test_what_was_asked_before_training_is_corrected_over_the_peers(script):
+    script = load_script("scratch_report")
     assert len(script.QUESTIONS) == 13
     about = {"set": "sotu", "metric": "bits_per_byte", "low": -0.02, "high": -0.001, "seeds": 3, "margin": 0.005}
     about |= {

@@ -7,6 +7,7 @@ import html
 import json
 import os
 import re
+import shutil
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,15 @@ def test_arms_are_compared_at_equal_harm_where_one_was_declared(tmp_path: Path) 
     assert "preskip −0.200, −0.240 +0.015 [−0.049, +0.079] 0.2" in text
     assert "lora −0.210, −0.260 – – –" in text
     assert "hints at what the choice adds" not in text  # two seeds tell nothing of it
+
+
+def test_what_the_rates_have_is_told_below_the_search(tmp_path: Path) -> None:
+    """The figures of docs/confirmatory.md, which tests/stats/test_rates.py holds against NumPy."""
+    for file in ("run.json", "results.json"):
+        shutil.copy(RESULTS / "confirmatory-smollm2-wikitext2" / file, tmp_path / file)
+    text = read(build_report(tmp_path)).visible
+    assert "hints at what the choice adds" in text
+    assert "content − lora 0.0011 0.0017 0.0064 0.0023 5" in text
 
 
 def test_what_stands_behind_a_difference_is_told_of_every_one() -> None:

@@ -99,9 +99,9 @@ def test_the_declared_questions_are_those_of_the_stored_runs():
 def test_the_page_of_the_peers_is_what_its_script_prints(tmp_path, monkeypatch, capsys):
     pytest.importorskip("vl_convert")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    script = load_script("scratch_study")
+    script = load_script("scratch_report")
     shutil.copytree(ROOT / "results" / "peers", tmp_path / "peers")
-    monkeypatch.setattr(sys, "argv", f"scratch_study.py --report --out {tmp_path / 'peers'} --archs llama-1m".split())
+    monkeypatch.setattr(sys, "argv", ["scratch_report.py", str(tmp_path / "peers" / "llama-1m")])
     assert script.main() == 0
     page = (ROOT / "docs" / "peers.md").read_text(encoding="utf-8")
     arms, questions = capsys.readouterr().out.split("\n\n")[1:3]
@@ -134,7 +134,7 @@ def test_what_the_page_of_the_peers_says_in_words(monkeypatch):
         assert f"{less['value']:.3f}" in page
         assert f"[{less['low']:.3f}, {less['high']:.3f}]" in page
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    asked = [set(pair) for pair in load_script("scratch_study").QUESTIONS]
+    asked = [set(pair) for pair in load_script("scratch_report").QUESTIONS]
     found = [
         entry["deviations"]["seed"]
         for entry in results["comparisons"]

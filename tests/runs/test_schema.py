@@ -130,7 +130,7 @@ def test_every_stored_file_conforms():
         for path in [*run.glob(pattern), *run.glob(f"{pattern}.gz")]
     }
     kinds |= {path: kind for pattern, kind in BENCHMARKS.items() for path in RESULTS.glob(pattern)}
-    drawn = set(RESULTS.glob("peers/*/loss.svg"))  # by --report of benchmarks/scratch_study.py, not kept
+    drawn = set(RESULTS.glob("peers/*/loss.svg"))  # by benchmarks/scratch_report.py, not kept
     assert {path for path in RESULTS.rglob("*") if path.is_file()} - drawn == set(kinds)
     kept = {"standard-wikitext2", "standard-books", "scratch-books", "confirmatory-smollm2-wikitext2"}
     kept |= {"confirmatory-smollm2-books24"}

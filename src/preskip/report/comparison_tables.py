@@ -165,16 +165,16 @@ def power_table(results: Results) -> Table:
     )
 
 
-def detail_tables(results: Results) -> list[Table]:
+def detail_tables(results: Results) -> tuple[Table, Table]:
     """What stands beside the declared differences (all where none was declared), and beside the others: seeds, the
     next one, who wins, whence the variance, and the randomisation p of few units.
     """
     first = _declared_or_all(results)
     others = [entry for entry in results["comparisons"] if entry not in first]
-    return [
+    return (
         _detail_table(results, first, "Seeds and variance"),
         _detail_table(results, others, "Seeds and variance, exploratory"),
-    ]
+    )
 
 
 def _detail_table(results: Results, entries: list[Comparison], label: str) -> Table:

@@ -63,6 +63,7 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
     seeds = max((len(results["arms"][arm]["seeds"]) for arm in trained), default=1)
     levels = sorted({entry["confidence"] for entry in comparisons})
     groups = tables.arm_columns(results)
+    detail, other_detail = comparison_tables.detail_tables(results)
     harm = record["config"]["lr_harm"] if record["config"].get("lr_rule") == "frontier" else None
     return {
         "eyebrow": "Preskip report",
@@ -102,7 +103,8 @@ def _content(run: Path, record: Manifest, results: Results, curves: Sequence[Cur
         "sets": tables.set_table(results),
         "comparisons": comparison_tables.comparison_groups(results),
         "power": comparison_tables.power_table(results),
-        "detail": comparison_tables.detail_tables(results),
+        "detail": detail,
+        "other_detail": other_detail,
         "paper": tables.paper_table(results),
         "paper_model": results["paper"]["model"] if results.get("paper") else None,
         "search": search_tables.search_table(results),

@@ -67,11 +67,15 @@ def spreads_of_rates(results: Results) -> tuple[str, dict[str, dict[str, RateSpr
     return rival, {arm: spreads for arm, spreads in found.items() if spreads}
 
 
-def spread_texts(spreads: dict[str, RateSpread], domain: str) -> tuple[str, str]:
-    """The standard deviations at each seed's own rates and at common ones; "–" where they are not known."""
-    if domain not in spreads:
-        return NONE, NONE
-    return number(spreads[domain]["own"], 4), number(spreads[domain]["common"], 4)
+def spread_texts(spreads: dict[str, RateSpread]) -> tuple[str, ...]:
+    """The standard deviations in-domain and of harm, each at the seeds' own rates and at common ones, and how many seeds;
+    "–" where a deviation is not known.
+    """
+    texts = []
+    for domain in ("in", "out"):
+        found = spreads.get(domain)
+        texts += [NONE, NONE] if found is None else [number(found["own"], 4), number(found["common"], 4)]
+    return (*texts, str(max(spread["seeds"] for spread in spreads.values())))
 
 
 def rates_table(results: Results) -> Table:
@@ -81,16 +85,8 @@ def rates_table(results: Results) -> Table:
     rival, found = spreads_of_rates(results)
     kinds = ("own rates", "mean rates")
     spreads_of = (Column(f"SD, {domain}", kind) for domain in ("in-domain", "harm") for kind in kinds)
-    rows = [
-        (f"{arm} {MINUS} {rival}", *spread_texts(spreads, "in"), *spread_texts(spreads, "out"), seeds_of(spreads))
-        for arm, spreads in found.items()
-    ]
+    rows = [(f"{arm} {MINUS} {rival}", *spread_texts(spreads)) for arm, spreads in found.items()]
     return make_table("What the rates have of the spread over seeds", (words("Arm"), *spreads_of, "Seeds"), rows)
-
-
-def seeds_of(spreads: dict[str, RateSpread]) -> int:
-    """The training seeds that the spreads are over."""
-    return max(spread["seeds"] for spread in spreads.values())
 
 
 def trace_table(results: Results) -> Table:
