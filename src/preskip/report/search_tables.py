@@ -68,7 +68,8 @@ def spreads_of_rates(results: Results) -> tuple[str, dict[str, dict[str, RateSpr
 
 
 def spread_texts(spreads: dict[str, RateSpread]) -> tuple[str, ...]:
-    """The standard deviations in-domain and of harm, each at the seeds' own rates and at common ones, and how many seeds;
+    """Standard deviations in-domain and of harm, each at the seeds' own rates and at common ones, and how many seeds.
+
     "–" where a deviation is not known.
     """
     texts = []
