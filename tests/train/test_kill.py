@@ -90,6 +90,15 @@ def test_a_killed_training_ends_as_an_uninterrupted_one(work, tensor_files, othe
         number += 1
 
 
+def test_a_crash_of_gloo_is_no_outcome(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "before").touch()
+    with pytest.warns(UserWarning, match="crashed, once more"):
+        assert killing.crew(killing.crash_once, folder, killing.DDP) == [0, 0]
+    assert {path.name for path in folder.iterdir()} == {"before", "0", "1"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launch", "holds"),
