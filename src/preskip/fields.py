@@ -36,7 +36,9 @@ def option(default: Any, help: str | None = None, group: str | None = None, **ab
         about: any of `least`, `above`, `most`, `below` (bounds of a number), `choices`, `allowed` (these in other
             words), `flag` (where it is not the field's name), `read` (makes the value out of a text or of what a file
             holds), `many` (repeatable: `read` takes a list), `parts` (a settings class whose fields are options of
-            their own), `key` (of such a part in its field), `path` (it may be a path), `positional`.
+            their own), `key` (of such a part in its field), `path` (it may be a path), `positional`,
+            `serves` (without effect unless another option is used: what one gives for that, the field, and the value
+            that it then has, where not any).
     """
     metadata = about | ({"help": help} if help else {}) | ({"group": group} if group else {})
     if isinstance(default, dict):

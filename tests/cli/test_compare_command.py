@@ -101,6 +101,30 @@ def test_several_runs_compare_arms_of_the_same_name(tmp_path: Path) -> None:
     assert "second:preskip − first:preskip" in text
 
 
+def test_seeds_that_only_one_of_two_runs_has_are_named(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", arms(seeds=(1, 2)))
+    second = write_run(tmp_path / "second", arms(offset=5, seeds=(2, 3)))
+    told = json.loads(invoke(first, second, "--json"))["notes"]
+    assert told == ["lora, preskip: paired on seeds 2; left out are 3 of second and 1 of first"]
+    # The untouched model has one cell, which serves every seed.
+    assert json.loads(invoke(first, second, "--arms", "preskip", "--reference", "first:none", "--json"))["notes"] == []
+    assert json.loads(invoke(first, write_run(tmp_path / "same", arms(offset=5)), "--json"))["notes"] == []
+
+
+def test_a_pair_of_runs_without_a_common_seed_leaves_the_others(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, arms(5 * n, seeds)) for n, (name, seeds) in enumerate(
+        (("first", (1, 2)), ("second", (2, 3)), ("third", (3, 4)))
+    )]  # fmt: skip
+    options = ("--arms", "lora", "--sets", "heldout", "--json")
+    found = json.loads(invoke(*runs, *options))
+    pairs = [(entry["arm"], entry["reference"]) for entry in found["comparisons"]]
+    assert pairs == [("second:lora", "first:lora"), ("third:lora", "second:lora")]
+    lost = "third:lora (seeds 3, 4) and first:lora (seeds 1, 2) have no seed in common: run both with the same --seeds"
+    assert f"no comparison of third:lora and first:lora: {lost}" in found["notes"]
+    with pytest.raises(PreskipError, match=r"^third:lora .* have no seed in common: run both with the same --seeds$"):
+        invoke(runs[0], runs[2], *options)
+
+
 def test_runs_of_several_models_and_corpora_give_one_estimate(tmp_path: Path) -> None:
     runs = []
     for index, shift in enumerate((-0.02, -0.03, -0.04)):
@@ -308,7 +332,7 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
         ((first, first), "given twice"),
         ((tmp_path / "no",), "is not a run directory"),
         ((first, "--margin", "acc"), "'acc' is not metric=number"),
-        ((first, "--margin", "acc=-1"), "margin -1.0 must be positive"),
+        ((first, "--margin", "acc=-1"), "'acc=-1' is no margin: it must be positive"),
         ((first, "--margin", "acc=inf"), "'acc=inf' is not metric=number"),
         ((first, "--margin", "accuracy=0.5"), "--margin accuracy: nothing of that name .* choose among acc, bits_per"),
         ((first, "--sets", "wiki"), "do not share the set 'wiki'"),

@@ -15,7 +15,7 @@ from commands import PROBE, preskip
 from preskip.branch_settings import BranchSettings
 from preskip.cli import main
 from preskip.errors import PreskipError
-from preskip.experiment.presets import preset_options
+from preskip.experiment.option_file import configured
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.fields import flags
@@ -143,7 +143,7 @@ def test_help_shows_every_flag_in_its_group(command, kind, flag, capsys, monkeyp
 
 
 def test_help_shows_the_defaults_of_a_run_without_options():
-    config = ProbeConfig.from_options(preset_options(ProbeConfig, []))
+    config = configured(ProbeConfig, {})
     shown = inspect.signature(main.probe).parameters
     for name, its in flags(ProbeConfig).items():
         value = getattr(config, its.field)

@@ -118,3 +118,11 @@ def test_seeds_that_are_needed_are_those_at_the_last_look() -> None:
     assert row["planned_seeds"] == 5
     assert row["needed_seeds"] == needed(design, 0.0025, alpha=0.0475955).seeds == 3
     assert needed(design, 0.0025, alpha=0.0076).seeds == 5
+
+
+def test_planned_looks_end_with_all_seeds() -> None:
+    options = ("--documents", "60", "--difference", "0.01", "--json")
+    (planned,) = json.loads(invoke(*options, "--looks", "3,5"))["designs"]
+    (of_five,) = json.loads(invoke(*options, "--seeds", "5"))["designs"]
+    assert [look["seeds"] for look in planned.pop("looks")] == [3, 5]
+    assert planned == of_five

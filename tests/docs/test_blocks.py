@@ -20,8 +20,7 @@ import zoo
 from commands import preskip
 from local_data import write_local_data
 from preskip.cli.main import app
-from preskip.experiment.option_file import load_options
-from preskip.experiment.presets import preset_options
+from preskip.experiment.option_file import configured
 from preskip.experiment.probe_options import ProbeConfig
 from tiny_model import save_tiny_llama, write_corpus
 
@@ -183,5 +182,4 @@ def test_option_files_are_possible(tmp_path):
     assert texts
     for text in texts:
         (tmp_path / "study.yaml").write_text(text)
-        options = load_options(tmp_path / "study.yaml", ProbeConfig)
-        ProbeConfig.from_options(preset_options(ProbeConfig, [options]), options)
+        configured(ProbeConfig, {}, tmp_path / "study.yaml")

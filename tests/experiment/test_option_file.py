@@ -6,8 +6,7 @@ from contextlib import suppress
 import pytest
 
 from preskip.errors import PreskipError
-from preskip.experiment.option_file import load_options
-from preskip.experiment.presets import preset_options
+from preskip.experiment.option_file import configured, load_options
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.fields import about, flags
@@ -17,13 +16,12 @@ def test_flags_and_fields_in_yaml_and_json(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "steps: 9\nlr: 1e-3\neval-batch-tokens: 64\nseeds: [1, 2]\nlayers: 0-1\ngated: true\nsettings: {expansion: 2}\n"
     )
-    options = load_options(tmp_path / "run.yaml", ProbeConfig)
-    config = ProbeConfig.from_options(options)
+    config = configured(ProbeConfig, {}, tmp_path / "run.yaml")
     assert (config.steps, config.eval_batch_tokens, config.seeds, config.layers) == (9, 64, (1, 2), (0, 1))
     assert (config.settings.gated, config.settings.expansion) == (True, 2)
     assert config.learning_rates == {"preskip": 1e-3, "lora": 1e-3}
     (tmp_path / "run.json").write_text(json.dumps({"tokens": "5M", "num-layers": 3, "overrides": {"hidden_size": 64}}))
-    pretrain = PretrainConfig.from_options(load_options(tmp_path / "run.json", PretrainConfig))
+    pretrain = configured(PretrainConfig, {}, tmp_path / "run.json")
     assert pretrain.tokens == 5_000_000
     assert pretrain.overrides == {"num_hidden_layers": 3, "hidden_size": 64}
 
@@ -35,17 +33,15 @@ def test_another_runs_record_gives_an_equal_config(tmp_path, kind):
     record = {"schema_version": 2, "directory": str(tmp_path), "config": config.to_json()}
     record |= {"kind": "pretrain"} if kind is PretrainConfig else {}
     (tmp_path / "run.json").write_text(json.dumps(record))
-    options = load_options(tmp_path / "run.json", kind)
-    assert kind.from_options(options) == config
-    assert kind.from_options(options, {"seeds": "7"}).seeds == (7,)
+    assert configured(kind, {}, tmp_path / "run.json") == config
+    assert configured(kind, {"seeds": "7"}, tmp_path / "run.json").seeds == (7,)
 
 
 def of_run(folder, kind, stored, **given):
     """The configuration that another run's record and options beside it give."""
     record = {"schema_version": 2, "directory": str(folder), "config": stored.to_json(), "kind": kind.command}
     (folder / "run.json").write_text(json.dumps(record))
-    options = load_options(folder / "run.json", kind, **given)
-    return kind.from_options(preset_options(kind, [options, given]), options, given)
+    return configured(kind, given, folder / "run.json")
 
 
 def test_a_rate_for_all_arms_of_another_run_is_one_for_all(tmp_path):
@@ -66,8 +62,7 @@ def test_rates_of_arms_that_are_left_out_are_left_out(tmp_path, kind, arms):
 
 
 def test_another_match_leaves_out_the_ranks_of_another_run(tmp_path):
-    layer = {"preset": "paper"}
-    stored = ProbeConfig.from_options(preset_options(ProbeConfig, [layer]), layer)
+    stored = configured(ProbeConfig, {"preset": "paper"})
     assert of_run(tmp_path, ProbeConfig, stored) == stored
     other = of_run(tmp_path, ProbeConfig, stored, match="params")
     assert (other.match, other.lora_ranks) == ("params", {})
@@ -83,14 +78,15 @@ def test_paths_of_another_run_are_those_of_its_folder(tmp_path, monkeypatch):
         (home / "run" / "run.json").write_text(
             json.dumps({"schema_version": 2, "directory": directory, "config": config})
         )
-        options = load_options(home / "run" / "run.json", ProbeConfig)
+        options, is_record = load_options(home / "run" / "run.json", ProbeConfig)
+        assert is_record
         assert (home / "text.txt").samefile(options["corpus"])
         assert options["model"] == "owner/model"
         named, plain, sized = ProbeConfig.from_options(options).eval_corpora
         assert (named, sized) == ("books:4x9", f"{plain}:2x5")
         assert (home / "text.txt").samefile(plain)
     monkeypatch.chdir(home)
-    assert load_options(home / "run" / "run.json", ProbeConfig)["corpus"] == "text.txt"
+    assert load_options(home / "run" / "run.json", ProbeConfig)[0]["corpus"] == "text.txt"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +118,7 @@ def test_what_no_file_may_hold_is_refused_in_one_line(tmp_path, text, message):
 
 def test_yaml_s_own_way_to_share_names_is_kept(tmp_path):
     (tmp_path / "run.yaml").write_text("settings: {<<: {expansion: 2}, expansion: 3}\n")
-    assert load_options(tmp_path / "run.yaml", ProbeConfig) == {"settings": {"expansion": 3}}
+    assert load_options(tmp_path / "run.yaml", ProbeConfig) == ({"settings": {"expansion": 3}}, False)
     (tmp_path / "run.json").write_text('{"steps": 2, "steps": 4}')
     with pytest.raises(PreskipError, match="steps is given twice"):
         load_options(tmp_path / "run.json", ProbeConfig)
@@ -135,6 +131,31 @@ def test_a_part_given_by_its_flag_and_in_its_field_is_refused():
     assert later.settings.expansion == 3
 
 
+def test_numbers_and_paths_within_a_mapping_are_read_as_those_of_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "run.yaml"
+    file.write_text("settings: {expansion: 2e0, dropout: 1e-1}\ntasks: own\ntask_settings: {include_path: tasks}\n")
+    config = configured(ProbeConfig, {}, file)
+    assert (config.settings.expansion, config.settings.dropout) == (2.0, 0.1)
+    assert config.task_settings.include_path == str(tmp_path / "tasks")
+    file.write_text("set: {rms_norm_eps: 1e-6, rope_theta: 1.5e+4, name: 1e}\n")
+    assert configured(PretrainConfig, {}, file).overrides == {"rms_norm_eps": 1e-6, "rope_theta": 1.5e4, "name": "1e"}
+
+
+def test_what_a_run_or_a_preset_has_for_an_option_that_is_changed_is_left_out(tmp_path):
+    preset: dict[str, object] = {"preset": "confirmatory"}
+    fixed = {"lr": ["1e-3"]}
+    tuned = configured(ProbeConfig, preset)
+    for config in (of_run(tmp_path, ProbeConfig, tuned, **fixed), configured(ProbeConfig, preset | fixed)):
+        assert (config.lr_rule, config.tune_share, config.development_documents) == ("in-domain", 0.5, 24)
+        assert (config.steps, config.primary) == (48, ("content", "lora"))
+    assert configured(ProbeConfig, preset | {"arms": "content,skip"}).primary == ()
+    with pytest.raises(PreskipError, match="--primary content:lora: give two of the arms that are compared: none,"):
+        configured(ProbeConfig, preset | {"arms": "skip", "primary": "content:lora"})
+    with pytest.raises(PreskipError, match="--tune-share is for --lr tune: give that, too, or leave it out"):
+        configured(ProbeConfig, preset | fixed | {"tune_share": "0.7"})
+
+
 @pytest.mark.parametrize("kind", [ProbeConfig, PretrainConfig])
 def test_a_value_of_another_type_is_read_or_refused(kind, tmp_path):
     """Each of what YAML may hold, for each option: an empty one is None there, and a lone number no list."""
@@ -143,8 +164,7 @@ def test_a_value_of_another_type_is_read_or_refused(kind, tmp_path):
         for value in (None, True, 1.5, [], [[1]], {"a": [1]}):
             file.write_text(json.dumps({name: value}))
             with suppress(PreskipError):
-                options = load_options(file, kind)
-                kind.from_options(preset_options(kind, [options]), options)
+                configured(kind, {}, file)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +183,7 @@ def test_a_value_of_another_type_is_read_or_refused(kind, tmp_path):
 def test_what_is_wrong_with_a_value_is_said(text, message, tmp_path):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(PreskipError, match=message):
-        ProbeConfig.from_options(load_options(tmp_path / "run.yaml", ProbeConfig))
+        configured(ProbeConfig, {}, tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("text", ["command: probe", "rates: [lr]", "settings: {1: 2}", "task_settings: {shots: 1}"])

@@ -92,7 +92,7 @@ def test_a_later_layer_overrides_and_parts_are_merged():
 
 def test_lm_evals_options_are_parts_of_a_probe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {"include_path": "own", "num_fewshot": "3", "apply_chat_template": True}
+    given = {"tasks": "own", "include_path": "own", "num_fewshot": "3", "apply_chat_template": True}
     config = ProbeConfig.from_options({"task_settings": {"system_instruction": "Be short."}}, given)
     assert config.task_settings == TaskSettings(
         include_path=str(tmp_path / "own"), num_fewshot=3, apply_chat_template=True, system_instruction="Be short."
@@ -109,7 +109,7 @@ def test_layers_may_be_the_word_attention_in_every_form():
 
 def test_preset_below_file_below_option():
     file, given = {"preset": "standard", "steps": 30, "save_steps": 10}, {"steps": 40}
-    config = ProbeConfig.from_options(preset_options(ProbeConfig, [file, given]), file, given)
+    config = ProbeConfig.from_options(file, given, start=preset_options(ProbeConfig, [file, given]))
     assert (config.preset, config.steps, config.save_steps) == ("standard", 40, 10)
     assert (config.task_limit, config.lr_mode) == (1500, "tune")
     assert preset_options(ProbeConfig, [file, {"preset": "quick"}])["batch_size"] == 4
@@ -156,7 +156,7 @@ def test_rates_of_a_pretraining():
         (ProbeConfig, {"steps": None}, "--steps None is not possible"),
         (ProbeConfig, {"tune_seed": "one"}, "--tune-seed one is not possible: it must be at least 0"),
         (ProbeConfig, {"dtype_audit": 1}, "--dtype-audit 1 is not possible: choose true or false"),
-        (ProbeConfig, {"lr_rule": "frontier"}, "--lr-rule frontier chooses among tuned rates: give --lr tune, too"),
+        (ProbeConfig, {"lr_rule": "frontier"}, "--lr-rule is for --lr tune: give that, too, or leave it out"),
         (ProbeConfig, {"lr_rule": "best"}, "--lr-rule 'best' is unknown: choose one of in-domain, frontier"),
         (ProbeConfig, {"primary": "preskip"}, "--primary 'preskip' is not ARM:REFERENCE"),
         (ProbeConfig, {"primary": "preskip:dora"}, "--primary preskip:dora: give two of the arms that are compared"),
@@ -175,11 +175,19 @@ def test_rates_of_a_pretraining():
         (PretrainConfig, {"layers": "attention"}, "--layers attention is for models with other layers, too"),
         (PretrainConfig, {"max_grad_norm": float("inf")}, "--max-grad-norm inf is not possible: it must be > 0"),
         (ProbeConfig, {"lr": ["tune", "1e-3"]}, "--lr tune has nothing to tune, every arm has a rate"),
-        (ProbeConfig, {"lr": "tune", "lr_harm": "0.002"}, "--lr-harm is for --lr-rule frontier: in-domain knows no"),
+        (ProbeConfig, {"lr": "tune", "lr_harm": "0.002"}, "--lr-harm is for --lr-rule frontier: give that, too"),
         (ProbeConfig, {"tune_share": "0.7"}, "--tune-share is for --lr tune: give that, too, or leave it out"),
         (ProbeConfig, {"tune_share": "1.5"}, "--tune-share 1.5 is not possible: it must be > 0 and <= 1"),
         (ProbeConfig, {"tune_seed": "3"}, "--tune-seed is for --lr tune: give that, too, or leave it out"),
-        (ProbeConfig, {"lora_rank": "8"}, "--lora-rank is for --match none: with params the budget gives the ranks"),
+        (ProbeConfig, {"lora_rank": "8"}, "--lora-rank is for --match none: give that, too, or leave it out"),
+        (ProbeConfig, {"development_words": 50}, "--development-words is for --lr tune: give that, too"),
+        (ProbeConfig, {"development_documents": 9}, "--development-documents is for --lr tune: give that, too"),
+        (ProbeConfig, {"task_limit": 50}, "--task-limit is for --tasks: give that, too, or leave it out"),
+        (ProbeConfig, {"num_fewshot": 3}, "--num-fewshot is for --tasks: give that, too, or leave it out"),
+        (ProbeConfig, {"task_settings": {"gen_kwargs": "x=1"}}, "--gen-kwargs is for --tasks: give that, too"),
+        (PretrainConfig, {"eval_text_column": "t"}, "--eval-text-column is for --eval-corpora: give that, too"),
+        (ProbeConfig, {"lr": ["1e-3", "2e-3"]}, "--lr is given twice for every arm: leave one of them out"),
+        (PretrainConfig, {"lr": ["base=1", "1", "base=1"]}, "--lr is given twice for base: leave one of them out"),
         (PretrainConfig, {"warmup_steps": 24, "tokens": 24 * 4096}, "--warmup-steps 24 is not below the 24 steps"),
         (PretrainConfig, {"tokenizer": "x", "vocab_size": 300}, "--vocab-size 300 is for a tokenizer that is trained"),
         (PretrainConfig, {"peak_flops": "-5"}, "--peak-flops -5.0 is not possible: it must be > 0"),

@@ -11,7 +11,7 @@ import pytest
 from preskip.assets import is_offline
 from preskip.errors import PreskipError
 from preskip.experiment import preflight
-from preskip.experiment.preflight import check_experiment, check_inputs, check_place, check_space
+from preskip.experiment.preflight import check_experiment, check_inputs, check_place, check_space, needed_bytes
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.probe_options import ProbeConfig
 
@@ -49,6 +49,18 @@ def test_what_is_not_there_is_refused(nowhere):
         with pytest.raises(PreskipError, match=message) as caught:
             check_inputs(**given)
         assert "\n" not in str(caught.value)
+
+
+def test_a_primary_set_that_is_not_scored_is_refused_before_anything_is_read(nowhere):
+    (nowhere / "my text.txt").write_text("a")
+    others = (str(nowhere / "my text.txt"), "pydoc:4x9")
+    for name in ("sotu", "my-text", "pydoc", "last_word"):
+        check_experiment(ProbeConfig(eval_corpora=others, primary=("preskip", "lora", name)))
+    message = "^--primary: 'pydocs' is not compared: choose one of sotu, my-text, pydoc, last_word$"
+    with pytest.raises(PreskipError, match=message):
+        check_experiment(ProbeConfig(eval_corpora=others, primary=("preskip", "lora", "pydocs")))
+    with pytest.raises(PreskipError, match=r"^--primary: 'last_word' is not compared: choose one of sotu$"):
+        check_experiment(PretrainConfig(primary=("preskip", "base", "last_word")))
 
 
 def test_what_may_be_there_is_left_to_the_run(nowhere):
@@ -102,12 +114,10 @@ def test_a_place_that_cannot_be_made_is_refused_and_nothing_is_left(tmp_path, mo
 
 
 def test_a_full_disk_is_found_before_training_by_the_size_of_the_weights(tmp_path, monkeypatch):
-    from preskip.experiment.run import _needed_bytes
-
-    facts = {"arms": {"none": {"trainable_parameters": 0}, "lora": {"trainable_parameters": 1_000_000}}}
-    config = ProbeConfig(save_steps=None) if ProbeConfig().save_steps is None else ProbeConfig()
-    needed = _needed_bytes(config, [("none", 1), ("lora", 1), ("lora", 2)], facts)
-    assert needed == 8e6 + (16e6 if config.save_steps else 0)
+    weights = (0, None, 1_000_000, 1_000_000)  # the untouched model has none
+    assert needed_bytes(weights, checkpoints=False) == 8e6
+    needed = needed_bytes(weights, checkpoints=True)
+    assert needed == 8e6 + 16e6
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10, 9, 7_000_000))
     with pytest.raises(PreskipError, match="has 7 MiB free"):
         check_space(tmp_path, needed)

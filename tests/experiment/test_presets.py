@@ -6,9 +6,9 @@ import pytest
 
 from preskip.arms import ARMS
 from preskip.errors import PreskipError
-from preskip.experiment.option_file import load_options
+from preskip.experiment.option_file import configured, load_options
 from preskip.experiment.parse import parse_extent
-from preskip.experiment.presets import PRESETS, preset_options
+from preskip.experiment.presets import PRESETS
 from preskip.experiment.probe_options import ProbeConfig, parse_lora_ranks
 from preskip.fields import flags
 
@@ -28,7 +28,7 @@ def test_a_preset_beside_a_record_of_all_options_is_refused(tmp_path):
     with pytest.raises(PreskipError, match=r"--preset paper: .*run.json has all options of its run: leave out one"):
         load_options(path, ProbeConfig, preset="paper")
     path.write_text('{"steps": 3}')
-    assert load_options(path, ProbeConfig, preset="paper") == {"steps": 3}
+    assert load_options(path, ProbeConfig, preset="paper") == ({"steps": 3}, False)
 
 
 def test_the_papers_protocol():
@@ -36,8 +36,8 @@ def test_the_papers_protocol():
     paper = PRESETS["paper"].options
     assert (paper["steps"], paper["batch_size"], paper["seq_len"]) == (500, 16, 512)
     assert paper["lr"] == ["1e-5"]
-    assert "lora_rank" in preset_options(ProbeConfig, [{"preset": "paper"}])
-    assert "lora_rank" not in preset_options(ProbeConfig, [{"preset": "paper"}, {"match": "params"}])
+    assert configured(ProbeConfig, {"preset": "paper"}).lora_ranks["preproj+lora"] == 64
+    assert not configured(ProbeConfig, {"preset": "paper", "match": "params"}).lora_ranks
     ranks = parse_lora_ranks(paper["lora_rank"])
     assert ranks.pop("preproj+lora") == 64
     assert "lora-attention" in ranks

@@ -64,8 +64,8 @@ def test_search_weights_and_scores_are_those_without(tmp_path):
     [
         ({"arms": ARMS[:3]}, None, {**FACTS, "training": False}, ""),  # trained once
         ({"arms": ARMS[:3], "equal_step": True}, None, FACTS, ""),
-        ({}, 1000, {**FACTS, "training": False, "scoring": False}, "would take more than half of the free disk"),
-        ({"steps": 20000}, 10**8, {**FACTS, "training": False}, "would take more than half of the free disk"),
+        ({}, 1000, {**FACTS, "training": False, "scoring": False}, "of states take more than their 0 MiB of disk"),
+        ({"steps": 20000}, 6 * 10**8, {**FACTS, "training": False}, "of states take more than their 60 MiB of disk"),
         ({"reuse_prefix": False}, None, None, ""),
         ({"layers": (0, 2, 3), "arms": ("none", "preskip")}, None, None, ""),
     ],
@@ -85,3 +85,18 @@ def test_what_is_reused_is_settled_before_training(changes, free, facts, said, t
     lines = " ".join(capsys.readouterr().err.split())
     assert lines.count("the first 3 layers are computed in every pass of") == bool(said)
     assert prepared.reuse.arms.keys() == {arm for arm, about in described["arms"].items() if "reuse" in about}
+
+
+def test_states_leave_the_disk_that_weights_and_checkpoints_take(tmp_path, monkeypatch):
+    free = 700 * 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("usage", "free")(free))
+    run = start_run(probe(tmp_path), tmp_path / "run", [])
+    prepared, facts = Frozen.prepare(run, probe(tmp_path), True, Crew())
+    weights = sum(about["trainable_parameters"] for about in facts["arms"].values())
+    # Float32, and a checkpoint of weights, perhaps twice, and the optimiser's two moments.
+    largest = max(about["trainable_parameters"] for about in facts["arms"].values())
+    assert prepared.reuse._kept.reserve == 512 * 2**20 + 4 * weights + 16 * largest
+    assert prepared.reuse.arms["preskip-late"]["scoring"]
+    left = prepared.reuse.settled(prepared.heldout, weights=188 * 2**20)["preskip-late"]
+    assert not left["scoring"]
+    assert "more than their 0 MiB of disk" in left["note"]

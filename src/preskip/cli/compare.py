@@ -48,6 +48,7 @@ def compare(
     from preskip.runs.schema import Family
     from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms, looks_without_seeds
+    from preskip.stats.records import unpaired_seeds
 
     if combined:
         from preskip.cli.combine import combine_runs
@@ -64,6 +65,7 @@ def compare(
     margins = {**stored.family.get("margins", DEFAULT_MARGINS), **own_margins}
     family: Family = {**stored.family, "margins": margins}
     chosen = list(parse_names(sets or "")) or None
+    left_out: list[str] = []
     with progress_bar("comparing", len(pairs), quiet=as_json) as advance:
         entries = compare_arms(
             stored.items,
@@ -73,7 +75,13 @@ def compare(
             sets=chosen,
             confidence=confidence,
             advance=advance,
+            notes=left_out,
         )
+    if not entries:
+        raise PreskipError(left_out[0].partition(": ")[2])
+    stored.notes.extend(left_out)
+    if len(runs) > 1:  # of one run the stored notes say which cells are missing
+        stored.notes.extend(unpaired_seeds(stored.items, pairs))
     _check_margins(own_margins, entries)
     if stored.family:
         stored.notes.extend(margin_changes(stored.family, own_margins))
@@ -94,6 +102,8 @@ def _margins(texts: Sequence[str]) -> dict[str, float]:
             margin = math.nan
         if not math.isfinite(margin):
             raise PreskipError(f"--margin: {text!r} is not metric=number, such as acc=0.01")
+        if margin <= 0:
+            raise PreskipError(f"--margin: {text!r} is no margin: it must be positive")
         margins[name.strip()] = margin
     return margins
 

@@ -97,6 +97,9 @@ def evaluate(
         raise PreskipError(f"{out} exists already: choose another --out")
     settings, seeds = TaskSettings.from_options(given), _seeds(seed)
     settings.check_special_tokens(split_special_tokens)
+    ignored = [name for name, value in asdict(settings).items() if value != getattr(TaskSettings(), name)]
+    if ignored and not names:
+        raise PreskipError(f"--{ignored[0].replace('_', '-')} is for --tasks: give that, too, or leave it out")
     if log_samples and (not names or out is None or out.suffix == ".jsonl"):
         raise PreskipError("--log-samples needs --tasks, and a folder as --out")
     from preskip.experiment.preflight import check_inputs, check_place

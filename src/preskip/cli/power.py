@@ -71,7 +71,9 @@ def power(
     if discordant is not None and (documents is not None or sd is not None):
         raise PreskipError("--discordant gives the SD of --items: leave it out beside --documents or --sd")
     if run is None:
-        rows = [_planned(ASSUMED | given, difference, wanted, alpha)]
+        # The last look is at all seeds.
+        design = given if looks is None else {"seeds": max(_parsed_looks(looks))} | given
+        rows = [_planned(ASSUMED | design, difference, wanted, alpha)]
     elif given:  # what a run measured is not assumed: such an option beside it would be silently ignored
         flags = ", ".join(sorted("--" + name.replace("_", "-") for name in given))
         raise PreskipError(f"a run brings its own design and spread: leave out {flags}")

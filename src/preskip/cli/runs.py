@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 from preskip.cli.libraries import loading_libraries
 from preskip.cli.options import flag
 from preskip.errors import DivergedError, LostWorkersError, PreskipError, is_out_of_memory
-from preskip.experiment.option_file import load_options
+from preskip.experiment.option_file import configured
 from preskip.experiment.parse import parse_seeds
-from preskip.experiment.presets import preset_options
 from preskip.progress import console
 from preskip.runs.files import is_full_disk
 
@@ -105,7 +104,7 @@ def make_run(
     from preskip.experiment.preflight import check_experiment, check_place
     from preskip.progress import say
 
-    asked = None if resume is not None else _asked(course.kind, given, config)
+    asked: Any = None if resume is not None else configured(course.kind, given, config)
     if asked is not None:
         check_experiment(asked)
         places = [out] if out is not None else free_places(default_out(asked.subject, asked.corpus))
@@ -143,12 +142,6 @@ def make_run(
             console().print(line, soft_wrap=True)
 
 
-def _asked(kind: type[ExperimentConfig], given: Mapping[str, Any], file: Path | None) -> Any:
-    """Preset, file, command line: each overrides those before it."""
-    layers = [given] if file is None else [load_options(file, kind, **given), given]
-    return kind.from_options(preset_options(kind, layers), *layers)
-
-
 def _follow(course: Course, given: Mapping[str, Any], file: Path | None, resume: Path | None) -> None:
     """Another process than the main one of a launch: only takes part in the trainings."""
     from preskip.progress import quiet_libraries
@@ -160,7 +153,7 @@ def _follow(course: Course, given: Mapping[str, Any], file: Path | None, resume:
 
     try:
         device = RunDirectory.open(resume).manifest["config"]["device"] if resume else None
-        device = device or resolve_device(_asked(course.kind, given, file).device)
+        device = device or resolve_device(configured(course.kind, given, file).device)
     except PreskipError:
         sys.exit(1)  # the main process says why
     for number in ENDING:  # it has nothing to tidy, and waits where Python sees no signals

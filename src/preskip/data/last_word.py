@@ -14,6 +14,7 @@ from preskip.data.blocks import opening_token, text_ids
 from preskip.data.corpus import Document
 from preskip.errors import PreskipError
 
+LAST_WORD = "last_word"  # the evaluation set
 SHORTEST_PASSAGE = 40
 LONGEST_PASSAGE = 110
 SHORTEST_TARGET = 4

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from preskip.arms import REGISTRY, Arm
-from preskip.errors import PreskipError
 from preskip.evaluate.paper import COLUMNS
+from preskip.experiment.parse import check_primary
 from preskip.runs.schema import Declared, Family, SetFacts
 from preskip.runs.stored import PLAIN, UNTRAINED
 from preskip.stats import ALPHA, DEFAULT_MARGINS
@@ -44,8 +44,7 @@ def declare_family(
         others.append(primary[1])
     scored = [name for name in sets if name not in COLUMNS]
     wanted = primary[2] if len(primary) > 2 else next((name for name in scored if sets[name].get("domain") == "in"), "")
-    if len(primary) > 2 and wanted not in scored:
-        raise PreskipError(f"--primary: {wanted!r} is not compared: choose one of {', '.join(scored)}")
+    check_primary(primary, scored)
     against = primary[1] if primary else next((name for name in others if name not in PLAIN), next(iter(others), None))
     text = wanted or scored[0] if scored else ""
 

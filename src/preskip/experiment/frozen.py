@@ -32,6 +32,7 @@ from preskip.evaluate.training_text import reading_notes, special_loss, start_ga
 from preskip.experiment.family import declare_family
 from preskip.experiment.heldout import LAST_WORD, Scored, load_corpora, local_data, prepare_heldout
 from preskip.experiment.measured import finite, measured
+from preskip.experiment.preflight import needed_bytes
 from preskip.experiment.prepared import PIECE_CHARACTERS, Prepared, common_facts, started_in
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.experiment.reuse import Reuse
@@ -116,7 +117,9 @@ class Frozen(Prepared):
             raise PreskipError(_in_options(str(error))) from None
         with spinner("preparing the held-out texts", quiet=quiet):
             heldout = prepare_heldout(config, corpora, tokenizer, limit, local_data(config, directory), quiet)
-        for arm, reused in reuse.settled(heldout).items():
+        weights = [described[arm.name]["trainable_parameters"] for arm in arms for _ in config.seeds]
+        needed = needed_bytes(weights, checkpoints=config.save_steps > 0)
+        for arm, reused in reuse.settled(heldout, needed).items():
             described[arm]["reuse"] = reused
         blocks = _training_blocks(config, splits, tokenizer, quiet)
         kept = _kept_blocks(config, corpora, tokenizer, quiet) if config.keep_weight else None

@@ -11,7 +11,7 @@ from torch import nn
 
 from preskip.data.blocks import Window
 from preskip.data.corpus import Document
-from preskip.data.last_word import LastWordItem, build_items
+from preskip.data.last_word import LAST_WORD, LastWordItem, build_items
 from preskip.data.local import LAMBADA_DEVELOPMENT, data_directory, lambada_development
 from preskip.data.splits import Splits, choose, load_splits, locate, slug
 from preskip.data.tables import Limit
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from preskip.evaluate.tasks import TaskSuite
 
 Config = ProbeConfig | PretrainConfig
-LAST_WORD = "last_word"
 # Tokens of an item whose windows are not at hand, about those of a passage of LAMBADA.
 ITEM_TOKENS = 100
 # Sets of lm-eval and of the paper's protocol that are WikiText, in-domain where that is trained on.

@@ -11,20 +11,41 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from preskip.errors import PreskipError, one_line
-from preskip.experiment.options import ExperimentConfig
+from preskip.experiment.options import C, ExperimentConfig
 from preskip.experiment.parse import parse_names
+from preskip.experiment.presets import preset_options
 from preskip.fields import about, flags
 
 
-def load_options(path: Path, kind: type[ExperimentConfig], **given: Any) -> dict[str, Any]:
+def configured(kind: type[C], given: Mapping[str, Any], file: Path | None = None) -> C:
+    """The configuration that a preset, or another run's record, then a file, then `given` make; later ones override.
+
+    Args:
+        kind: of the configuration.
+        given: options of the command line.
+        file: as of `load_options`; None for none.
+
+    Raises:
+        PreskipError: as `load_options` and `ExperimentConfig.from_options`.
+    """
+    options, is_record = ({}, False) if file is None else load_options(file, kind, **given)
+    if is_record:
+        return kind.from_options(given, start=options)
+    return kind.from_options(options, given, start=preset_options(kind, [options, given]))
+
+
+def load_options(path: Path, kind: type[ExperimentConfig], **given: Any) -> tuple[dict[str, Any], bool]:
     """Options of a file, by the name of a flag or of a field, as `ExperimentConfig.from_options` takes them.
 
     Args:
         path: of a YAML or JSON file, or of another run's run.json: all its options are taken as they were resolved
             there, and a relative path that does not exist here means the folder in which that run was started.
         kind: whose options they are.
-        given: options of the command line, which override them: what another run has for arms or a match that these
-            leave out is left out, too.
+        given: options of the command line, which override them: rates of another run for arms that these leave out
+            are left out, too.
+
+    Returns:
+        The options, and whether they are all of another run.
 
     Raises:
         PreskipError: the file cannot be read, or names what is no option; or a preset is given beside a run's record.
@@ -37,7 +58,7 @@ def load_options(path: Path, kind: type[ExperimentConfig], **given: Any) -> dict
         if "preset" in given:
             raise PreskipError(f"--preset {given['preset']}: {path} has all options of its run: leave out one of them")
         anchored = _anchored(stored["config"], kind, path.parent / stored.get("directory", "."))
-        return anchored | _refitted(kind.from_json(stored["config"]), given)
+        return anchored | _refitted(kind.from_json(stored["config"]), given), True
     known = {**flags(kind), **about(kind)}
     options: dict[str, Any] = {}
     for written, value in stored.items():
@@ -53,7 +74,7 @@ def load_options(path: Path, kind: type[ExperimentConfig], **given: Any) -> dict
         if "parts" in what and what["parts"] is what["hint"]:
             for part in map(str, value):
                 _check_known(part, about(what["parts"]), f"{path}: {part!r} is no part of {name}")
-    return options
+    return options, False
 
 
 def _check_known(name: str, known: Mapping[str, Any], complaint: str) -> None:
@@ -93,7 +114,7 @@ def _mapping(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _loader() -> Any:
-    """The loader of `yaml.safe_load`, with `_check_once`."""
+    """The loader of `yaml.safe_load`, with `_check_once`, and with `1e-6` as the number that YAML 1.2 says it is."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -102,6 +123,8 @@ def _loader() -> Any:
             _check_once([name for name in names if name != "<<"])  # of which each merges another mapping
             return super().construct_mapping(node, deep=deep)
 
+    number = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+\Z")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     return Loader
 
 
@@ -124,10 +147,9 @@ def _anchored(config: Mapping[str, Any], kind: type[ExperimentConfig], directory
 
 def _refitted(config: ExperimentConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of another run that are others beside those given: `--lr` for every arm stays one for every arm."""
-    options: dict[str, Any] = {"lora_ranks": {}} if given.get("match", "none") != "none" else {}
     rates = config.learning_rates
     is_for_all = len(set(rates.values())) == 1 and set(config.arms) - {"none"} == set(rates)
     if getattr(config, "lr_mode", None) == "fixed" and is_for_all:
-        return options | {"lr": [*rates.values()][:1]}
+        return {"lr": [*rates.values()][:1]}
     arms = parse_names(given["arms"]) if "arms" in given else config.arms
-    return options | {"learning_rates": {arm: rate for arm, rate in rates.items() if arm in arms}}
+    return {"learning_rates": {arm: rate for arm, rate in rates.items() if arm in arms}}

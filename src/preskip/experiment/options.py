@@ -98,8 +98,12 @@ class ExperimentConfig:
         read=parse_corpora,
         path=True,
     )
-    eval_text_column: str | None = option(None, "Column of --eval-corpora. Default: that of texts.", EVALUATION)
-    eval_corpus_split: str | None = option(None, "Split of --eval-corpora. Default: test, if any.", EVALUATION)
+    eval_text_column: str | None = option(
+        None, "Column of --eval-corpora. Default: that of texts.", EVALUATION, serves=("--eval-corpora", "eval_corpora")
+    )
+    eval_corpus_split: str | None = option(
+        None, "Split of --eval-corpora. Default: test, if any.", EVALUATION, serves=("--eval-corpora", "eval_corpora")
+    )
     eval_batch_tokens: int | None = option(
         None, "Padded tokens per forward pass. Default: 512 on a cpu, else 4096.", EVALUATION, least=1
     )
@@ -166,25 +170,45 @@ class ExperimentConfig:
             raise PreskipError(f"run.json holds no configuration of this `preskip {cls.command}`: {error}") from None
 
     @classmethod
-    def from_options(cls: type[C], *layers: Mapping[str, Any]) -> C:
+    def from_options(cls: type[C], *layers: Mapping[str, Any], start: Mapping[str, Any] | None = None) -> C:
         """The configuration that options give; those of a later layer override an earlier one's.
 
         Args:
             layers: texts or values, by name of a flag (with `_`) or of a field.
+            start: a preset, or all options of another run, which come before the layers. What the layers leave without
+                effect there is left out.
 
         Raises:
-            PreskipError: a value is out of range.
+            PreskipError: a value is out of range, or an option of the layers would have no effect.
         """
         values: dict[str, Any] = {}
-        for layer in layers:
+        for layer in (start or {}, *layers):
             cls._refuse_twice(layer)
             for name, value in layer.items():
                 cls._take(values, name, value)
         for name in _parts(cls).keys() & values.keys():
             values[name] = replace(getattr(cls, name), **values[name])
-        config = cls(**cls._complete(values))
+        known = flags(cls)
+        given = {known[name].field if name in known else name for layer in layers for name in layer}
+        fields = cls._complete(values)
+        if "primary" not in given and set(fields.get("primary", ())[:2]).difference(fields.get("arms", cls.arms)):
+            del fields["primary"]
+        config = cls(**fields)
+        left_out = [name for name in config._without_effect() if name not in given]
+        config = replace(config, **{name: getattr(cls(), name) for name in left_out})
         config._refuse_ignored()
         return config
+
+    def _without_effect(self) -> dict[str, str]:
+        """The fields that differ from their default and serve an option that is not used, each with that option."""
+        found = {}
+        for name, what in about(type(self)).items():
+            if "serves" in what and getattr(self, name) != getattr(type(self)(), name):
+                other, field, *wanted = what["serves"]
+                own = getattr(self, field)
+                if own not in wanted if wanted else not own:
+                    found[name] = other
+        return found
 
     @classmethod
     def _refuse_twice(cls, layer: Mapping[str, Any]) -> None:
@@ -208,6 +232,13 @@ class ExperimentConfig:
         Raises:
             PreskipError: with the flag.
         """
+        for name, other in self._without_effect().items():
+            what = about(type(self))[name]
+            shown = [what.get("flag", name)]
+            if "parts" in what:
+                own, plain = asdict(getattr(self, name)), asdict(getattr(type(self)(), name))
+                shown = [part for part in own if own[part] != plain[part]]
+            raise PreskipError(f"{_flag(shown[0])} is for {other}: give that, too, or leave it out")
 
     @classmethod
     def _take(cls, values: dict[str, Any], name: str, given: Any) -> None:
@@ -233,8 +264,13 @@ class ExperimentConfig:
             _, value = parse_by_arm(given)  # YAML reads 3e-4 as a text
         if "parts" not in about(cls)[field]:
             values[field] = value
+        elif flag and flag.part:
+            values.setdefault(field, {})[flag.part] = value
+        elif field in _parts(cls):
+            for part, of_part in value.items():
+                cls._take(values, part, of_part)
         else:
-            values.setdefault(field, {}).update({flag.part: value} if flag and flag.part else value)
+            values.setdefault(field, {}).update(value)
 
     @classmethod
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,16 @@ def parse_primary(text: str | Sequence[str]) -> tuple[str, ...]:
     return parts
 
 
+def check_primary(primary: Sequence[str], sets: Sequence[str]) -> None:
+    """Refuse a primary comparison on a set that is none of those scored.
+
+    Raises:
+        PreskipError: with their names.
+    """
+    if len(primary) > 2 and primary[2] not in sets:
+        raise PreskipError(f"--primary: {primary[2]!r} is not compared: choose one of {', '.join(sets)}")
+
+
 def parse_layers(text: str | int | Sequence[int | str] | None) -> tuple[int | str, ...] | None:
     """Read `--layers`: `0-5,10` gives 0, 1, 2, 3, 4, 5, 10; `attention` stays, all that have it; None gives None.
 
@@ -139,24 +149,23 @@ def parse_by_arm(
         example: of its values, for the message.
 
     Returns:
-        The last value for every arm, or None, and those by arm.
+        The value for every arm, or None, and those by arm.
 
     Raises:
-        PreskipError: not a number.
+        PreskipError: not a number, or two for one.
     """
-    everyone: float | None = None
-    by_arm: dict[str, float] = {}
+    values: dict[str, float] = {}
     for text in map(str, by_arm_texts(given)):
         arm, _, number = text.rpartition("=")
         try:
             value = float(number)
         except ValueError:
             raise PreskipError(f"{flag} {text!r} is not a number or arm=number, e.g. {flag} {example}") from None
-        if arm:
-            by_arm[arm] = value
-        else:
-            everyone = value
-    return everyone, by_arm
+        if arm in values:
+            raise PreskipError(f"{flag} is given twice for {arm or 'every arm'}: leave one of them out")
+        values[arm] = value
+    everyone = values.pop("", None)
+    return everyone, values
 
 
 def by_arm_texts(given: Any) -> Sequence[Any]:

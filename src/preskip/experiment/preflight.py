@@ -5,17 +5,18 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from preskip.assets import check_model
 from preskip.data.corpus import check_corpus
+from preskip.data.last_word import LAST_WORD
 from preskip.data.local import data_directory
-from preskip.data.splits import PUBLISHED, missing_file, no_data_directory
+from preskip.data.splits import PUBLISHED, missing_file, no_data_directory, slug
 from preskip.errors import PreskipError
 from preskip.evaluate.task_names import check_tasks
 from preskip.experiment.options import ExperimentConfig
-from preskip.experiment.parse import parse_extent
+from preskip.experiment.parse import check_primary, parse_extent
 from preskip.experiment.probe_options import ProbeConfig
 from preskip.runs.files import clear_disk_errors
 
@@ -27,6 +28,10 @@ def check_experiment(config: ExperimentConfig) -> None:
     """`check_inputs` of all that a new run reads."""
     corpora = [config.corpus]
     corpora += [parse_extent(text, config.eval_documents, config.eval_words)[0] for text in config.eval_corpora]
+    tasks = config.tasks if isinstance(config, ProbeConfig) else ()
+    if config.primary[2:] and not tasks:  # a group of tasks has other names than its own
+        sets = [*dict.fromkeys(map(slug, corpora)), *([LAST_WORD] if isinstance(config, ProbeConfig) else [])]
+        check_primary(config.primary, sets)
     if isinstance(config, ProbeConfig):
         own = config.task_settings.include_path
         check_inputs(corpora, config.tasks, data_dir=config.data_dir, model=config.model, include_path=own)
@@ -88,6 +93,17 @@ def check_place(out: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             raise PreskipError(f"no folder can be made in {parent}: choose another --out") from None
     check_space(parent, LEAST_FREE)
+
+
+def needed_bytes(weights: Iterable[int | None], *, checkpoints: bool) -> float:
+    """What the trained weights of a run take, and one checkpoint: weights, perhaps twice, and the optimiser's moments.
+
+    Args:
+        weights: how many each cell has, all float32.
+        checkpoints: whether there are any.
+    """
+    sizes = [4.0 * (count or 0) for count in weights]
+    return sum(sizes) + (4 * max(sizes, default=0.0) if checkpoints else 0.0)
 
 
 def check_space(folder: Path, needed: float) -> None:

@@ -109,6 +109,4 @@ def preset_options(kind: type, layers: Sequence[Mapping[str, Any]]) -> dict[str,
     name = next((layer["preset"] for layer in reversed(layers) if "preset" in layer), flags(kind)["preset"].default)
     if not isinstance(name, str) or name not in PRESETS:
         raise PreskipError(f"--preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
-    match = next((layer["match"] for layer in reversed(layers) if "match" in layer), "none")
-    options = PRESETS[name].options
-    return options if match == "none" else {key: value for key, value in options.items() if key != "lora_rank"}
+    return PRESETS[name].options

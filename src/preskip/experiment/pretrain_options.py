@@ -143,6 +143,7 @@ class PretrainConfig(ExperimentConfig):
 
     def _refuse_ignored(self) -> None:
         """See `ExperimentConfig._refuse_ignored`."""
+        super()._refuse_ignored()
         if self.warmup_steps is not None and self.warmup_steps >= self.steps:
             raise PreskipError(f"--warmup-steps {self.warmup_steps} is not below the {self.steps} steps: lower it")
         if self.steps < 2 and self.warmup_steps != 0:

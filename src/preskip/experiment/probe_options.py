@@ -19,6 +19,9 @@ from preskip.fields import option
 LR_MODES = ("default", "fixed", "tune")
 LR_RULES = ("in-domain", "frontier")
 NULLS = ("noise", "shuffled")
+# What some options serve, as `preskip.fields.option` takes it.
+TUNE = ("--lr tune", "lr_mode", "tune")
+TASKS = ("--tasks", "tasks")
 
 
 def parse_lora_ranks(given: Any) -> dict[str, float]:
@@ -59,6 +62,7 @@ class ProbeConfig(ExperimentConfig):
         flag="lora_rank",
         read=parse_lora_ranks,
         many=True,
+        serves=("--match none", "match", "none"),
     )
     lora_scale: float = option(
         1.0, "LoRA's alpha over its rank; not of rslora.", WHAT, above=0, allowed="it must be a number above 0"
@@ -69,25 +73,35 @@ class ProbeConfig(ExperimentConfig):
     steps: int = option(16, "Optimiser steps.", TRAINING, least=2)
     learning_rates: dict[str, float] = option({}, "Peak learning rate: 3e-4, preskip=1e-3, or tune; repeatable.")
     lr_mode: str = option("default", choices=LR_MODES)
-    tune_seed: int = option(0, "Seed of the trainings of --lr tune, beside that of --seeds.", TRAINING, least=0)
+    tune_seed: int = option(
+        0, "Seed of the trainings of --lr tune, beside that of --seeds.", TRAINING, least=0, serves=TUNE
+    )
     tune_share: float = option(
         0.5,
         "Share of --steps after which --lr tune compares rates; 1: --lr-harm holds for what is compared.",
         TRAINING,
         above=0,
         most=1,
+        serves=TUNE,
     )
     lr_rule: str = option(
         "in-domain",
         "--lr tune takes the best in-domain, or frontier: of those within --lr-harm.",
         TRAINING,
         choices=LR_RULES,
+        serves=TUNE,
     )
     lr_harm: float = option(
-        0.01, "Most bits per byte that --lr-rule frontier may lose on an out-of-domain text.", TRAINING, least=0
+        0.01,
+        "Most bits per byte that --lr-rule frontier may lose on an out-of-domain text.",
+        TRAINING,
+        least=0,
+        serves=("--lr-rule frontier", "lr_rule", "frontier"),
     )
-    development_documents: int = option(24, "Documents per corpus that --lr tune chooses on.", TRAINING, least=2)
-    development_words: int = option(100, "Words of each of these.", TRAINING, least=1)
+    development_documents: int = option(
+        24, "Documents per corpus that --lr tune chooses on.", TRAINING, least=2, serves=TUNE
+    )
+    development_words: int = option(100, "Words of each of these.", TRAINING, least=1, serves=TUNE)
     reuse_prefix: bool = option(True, "Compute layers before an arm's first trained one once per batch.", TRAINING)
     keep_weight: float = option(
         0.0,
@@ -113,8 +127,9 @@ class ProbeConfig(ExperimentConfig):
         EVALUATION,
         least=2,
         allowed="an interval takes at least 2 items",
+        serves=TASKS,
     )
-    task_settings: TaskSettings = option(TaskSettings(), parts=TaskSettings)
+    task_settings: TaskSettings = option(TaskSettings(), parts=TaskSettings, serves=TASKS)
     nulls: tuple[str, ...] = option((), "Depth controls: noise,shuffled (of one arm).", EVALUATION, read=parse_names)
     equal_step: bool = option(False, "Train preskip once more with equal steps per layer.", EVALUATION)
     dtype_audit: bool = option(False, "Score the untouched base in fp32 and bf16, too.", EVALUATION)
@@ -129,8 +144,6 @@ class ProbeConfig(ExperimentConfig):
         if unknown := next((arm for arm in self.learning_rates if arm not in trained), None):
             raise PreskipError(f"--lr names {unknown!r}: choose one of {', '.join(trained)}")
         super().__post_init__()
-        if self.lr_rule == "frontier" and self.lr_mode != "tune":
-            raise PreskipError("--lr-rule frontier chooses among tuned rates: give --lr tune, too")
         for arm, rank in self.lora_ranks.items():
             if arm not in LORA_ARMS or not (0 < rank < 1 or (1 <= rank < math.inf and rank % 1 == 0)):
                 raise PreskipError(
@@ -172,16 +185,7 @@ class ProbeConfig(ExperimentConfig):
         """See `ExperimentConfig._refuse_ignored`."""
         if self.lr_mode == "tune" and self.learning_rates and not self.tuned_arms:
             raise PreskipError("--lr tune has nothing to tune, every arm has a rate: leave out tune, or those rates")
-        if self.lr_rule != "frontier" and self.lr_harm != type(self).lr_harm:
-            raise PreskipError(f"--lr-harm is for --lr-rule frontier: {self.lr_rule} knows no limit; give that, too")
-        if self.lr_mode != "tune" and self.tune_seed != type(self).tune_seed:
-            raise PreskipError("--tune-seed is for --lr tune: give that, too, or leave it out")
-        if self.lr_mode != "tune" and self.tune_share != type(self).tune_share:
-            raise PreskipError("--tune-share is for --lr tune: give that, too, or leave it out")
-        if self.lora_ranks and self.match != "none":
-            raise PreskipError(
-                f"--lora-rank is for --match none: with {self.match} the budget gives the ranks; leave one of them out"
-            )
+        super()._refuse_ignored()
 
     @classmethod
     def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from preskip.train.keep import kept_per_step
 from preskip.train.kept_states import KeptStates
 from preskip.train.prefix import FrozenPrefix, Passes
 
-# Share of the free disk that the states may take.
+# Share of the free disk that the states may take, where weights and checkpoints leave it.
 SHARE = 0.5
 Way = Literal["training", "scoring"]
 WAYS: tuple[Way, ...] = ("training", "scoring")
@@ -75,12 +75,14 @@ class Reuse:
             if fault is not None:
                 _leave_out(facts, way, fault)
 
-    def settled(self, heldout: HeldOut) -> dict[str, ReuseFacts]:
+    def settled(self, heldout: HeldOut, weights: float = 0.0) -> dict[str, ReuseFacts]:
         """What every arm reuses, without what is used once or has no room on the disk; said is what for another reason.
 
         Args:
             heldout: what is scored.
+            weights: bytes of the disk that weights and checkpoints take, which states leave free.
         """
+        self._kept.reserve += round(weights)
         self._leave_out_used_once()
         self._leave_out_without_room(heldout)
         said: dict[str, list[str]] = defaultdict(list)
@@ -102,13 +104,16 @@ class Reuse:
                 facts["training"] = False
 
     def _leave_out_without_room(self, heldout: HeldOut) -> None:
-        room = SHARE * (shutil.disk_usage(self._kept.folder.parent).free + self._kept.size())
+        free = shutil.disk_usage(self._kept.folder.parent).free + self._kept.size()
+        room = max(0.0, min(SHARE * free, free - self._kept.reserve))
         sizes = self._sizes(heldout)
         for way in WAYS:
             needed = sum(sizes.values())
             if sizes[way] and needed > room:
                 sizes[way] = 0
-                reason = f"{needed / 2**20:,.0f} MiB of states would take more than half of the free disk"
+                reason = (
+                    f"{needed / 2**20:,.0f} MiB of states take more than their {room / 2**20:,.0f} MiB of disk"
+                )
                 for facts in self.arms.values():
                     if facts[way]:
                         _leave_out(facts, way, reason)

@@ -24,7 +24,7 @@ from preskip.experiment.frozen import Frozen
 from preskip.experiment.heldout import Config
 from preskip.experiment.measured import measured
 from preskip.experiment.outlook import Outlook, measured_token, outlook, plan_text
-from preskip.experiment.preflight import check_space
+from preskip.experiment.preflight import check_space, needed_bytes
 from preskip.experiment.prepared import Prepared
 from preskip.experiment.pretrain_options import PretrainConfig
 from preskip.experiment.results import rule_ahead, summarise_run
@@ -146,7 +146,9 @@ def finish_run(
                     facts["tokenizer"].pop("opening", None)
             run.update_manifest(status="running", config=stored, **facts)
             cells = _missing_cells(prepared)
-            check_space(run.path, _needed_bytes(config, cells, facts))
+            every: Any = facts["arms"]
+            weights = [every[arm].get("trainable_parameters", every[arm].get("parameters")) for arm, _ in cells]
+            check_space(run.path, needed_bytes(weights, checkpoints=config.save_steps > 0))
             ahead = outlook(prepared, cells, None)
             if not quiet:
                 ahead = _announce(prepared, cells, facts)
@@ -295,13 +297,6 @@ def _cells(prepared: Prepared) -> list[tuple[Arm, int]]:
     """The arms and seeds of a run; the untouched model has no seed and is evaluated once."""
     seeds, arms = prepared.config.seeds, resolve_arms(prepared.config.arms, prepared.arms)
     return [(arm, seed) for seed in seeds for arm in arms if arm.trains or seed == seeds[0]]
-
-
-def _needed_bytes(config: Config, cells: Sequence[tuple[str, int]], facts: Facts) -> float:
-    """What the weights of the cells take, and one checkpoint: weights, perhaps twice, and the optimiser's moments."""
-    arms: Any = facts["arms"]
-    sizes = [4.0 * (arms[arm].get("trainable_parameters", arms[arm].get("parameters")) or 0) for arm, _ in cells]
-    return sum(sizes) + (4 * max(sizes, default=0.0) if config.save_steps else 0.0)
 
 
 def _announce(prepared: Prepared, cells: Sequence[tuple[str, int]], facts: Facts) -> Outlook:

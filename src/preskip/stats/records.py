@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,30 @@ def paired_seeds(a: SeedItems, b: SeedItems, name_a: str, name_b: str) -> tuple[
             "no seed in common: run both with the same --seeds"
         )
     return [seeds_a[seed] for seed in common], [seeds_b[seed] for seed in common]
+
+
+def unpaired_seeds(items: Mapping[str, SeedItems], pairs: Iterable[tuple[str, str]]) -> list[str]:
+    """What pairs leave out because the other arm has no such seed, a line for all pairs of two runs that leave it out.
+
+    Args:
+        items: records by arm and seed, arms of several runs named `run:arm`.
+        pairs: (arm, reference) of each comparison. Without a common seed there is none, and nothing is said.
+    """
+    found: dict[str, list[str]] = {}
+    for pair in pairs:
+        seeds = [by_seed(items[name], name) for name in pair]
+        runs, arms = zip(*(name.rpartition(":")[::2] for name in pair), strict=True)
+        common = [seed for seed in seeds[0] if seed in seeds[1]]
+        left_out = [
+            f"{', '.join(map(str, alone))} of {run}"
+            for run, own in zip(runs, seeds, strict=True)
+            if (alone := [seed for seed in own if seed not in common])
+        ]
+        serves_all = any(arm == UNTRAINED and len(own) == 1 for arm, own in zip(arms, seeds, strict=True))
+        if common and left_out and not serves_all:
+            line = f"paired on seeds {', '.join(map(str, common))}; left out are {' and '.join(left_out)}"
+            found.setdefault(line, []).append(" and ".join(dict.fromkeys(arms)))
+    return [f"{', '.join(pairs)}: {line}" for line, pairs in found.items()]
 
 
 def tables(
