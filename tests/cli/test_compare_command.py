@@ -290,6 +290,8 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
     other_context = write_run(tmp_path / "context", arms())
     sets = {"heldout": {"kind": "document", "context_length": 256}}
     write_json(other_context / "run.json", {**read_json(other_context / "run.json"), "sets": sets})
+    without = [{"set": "cloze", "kind": "item", "id": str(n), "scores": {}} for n in range(9)]
+    unscored = write_run(tmp_path / "unscored", {"none": {1: without}, "lora": {1: without}})
     third = write_run(tmp_path / "third", arms())
     write_json(third / "run.json", {**read_json(third / "run.json"), "sets": {"heldout": {"context_length": 512}}})
     tasks = []
@@ -336,6 +338,7 @@ def test_what_cannot_be_compared_is_refused_with_one_line(tmp_path: Path) -> Non
         ((first, "--margin", "acc=inf"), "'acc=inf' is not metric=number"),
         ((first, "--margin", "accuracy=0.5"), "--margin accuracy: nothing of that name .* choose among acc, bits_per"),
         ((first, "--sets", "wiki"), "do not share the set 'wiki'"),
+        ((unscored,), "^what the arms share holds no score: evaluate them again$"),
         ((first, "--confidence", "95"), "must lie between 0 and 1"),
     ]
     for arguments, message in cases:
@@ -358,6 +361,18 @@ def test_combined_runs_keep_their_notes_and_pairs_that_two_of_them_hold(tmp_path
         "all runs are of one model and one corpus: the estimate is of no other",
     ]
     assert {tuple(part["run"] for part in entry["parts"]) for entry in found["combined"]} == {("a", "b")}
+
+
+def test_a_pair_that_cannot_be_combined_is_told_and_leaves_the_others(tmp_path: Path) -> None:
+    alike = {"lora": {seed: make_items(10 * seed) for seed in (1, 2)}}
+    alike["content"] = alike["lora"]  # the same weights, as it were: no spread
+    apart = {"preskip": {seed: make_items(20 * seed, shift=-0.02) for seed in (1, 2)}}
+    runs = [write_run(tmp_path / name, {**alike, **apart, "skip": {3: make_items(7)}}) for name in ("a", "b")]
+    found = json.loads(invoke(*runs, "--combine", "--json"))
+    assert {entry["arm"] for entry in found["combined"] if entry["metric"] == "bits_per_byte"} == {"preskip"}
+    told = "content and lora, bits_per_byte, heldout: no spread in a, b; not combined"
+    assert told in found["notes"]
+    assert sum("have no seed in common" in note for note in found["notes"]) == 2 * 3
 
 
 def test_runs_of_different_margins_are_judged_by_the_narrowest(tmp_path: Path) -> None:

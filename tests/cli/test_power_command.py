@@ -11,8 +11,10 @@ import pytest
 from cyclopts import ValidationError
 
 from preskip.errors import PreskipError
-from preskip.stats import Design, apply_family, measured_power, needed
+from preskip.runs.files import read_json, write_json
+from preskip.stats import Design, apply_family, measured_power, needed, resolvable
 from preskip.stats import compare as paired
+from preskip.stats.looks import fractions_of, nominal_levels
 from stored_runs import invoke_app, make_items, write_run
 
 
@@ -120,9 +122,65 @@ def test_seeds_that_are_needed_are_those_at_the_last_look() -> None:
     assert needed(design, 0.0025, alpha=0.0076).seeds == 5
 
 
-def test_planned_looks_end_with_all_seeds() -> None:
-    options = ("--documents", "60", "--difference", "0.01", "--json")
-    (planned,) = json.loads(invoke(*options, "--looks", "3,5"))["designs"]
-    (of_five,) = json.loads(invoke(*options, "--seeds", "5"))["designs"]
-    assert [look["seeds"] for look in planned.pop("looks")] == [3, 5]
-    assert planned == of_five
+def test_planned_looks_end_with_all_seeds_and_have_the_level_of_the_look_that_is_reached() -> None:
+    options = ("--documents", 60, "--difference", 0.01, "--looks", "3,5", "--json")
+    (last,) = json.loads(invoke(*options))["designs"]
+    (first,) = json.loads(invoke(*options, "--seeds", 3))["designs"]
+    assert [row["seeds"] for row in (first, last)] == [3, 5]
+    names = ("units", "seeds", "unit_deviation", "residual_deviation", "seed_deviation", "unit_freedom")
+    for place, row in enumerate((first, last)):
+        level = row["looks"][place]["level"]
+        design = Design(**{name: row[name] for name in names})
+        assert row["resolvable"] == pytest.approx(resolvable(design, alpha=level))
+        of_equivalence = nominal_levels(0.05, fractions_of([3, 5]))[place]
+        assert row["decides_none"] == pytest.approx(design.decides(0.0, row["margin"], level, of_equivalence))
+        # Simulated by look, and computed for each alone.
+        decided = sum(look["stops"] for look in row["looks"][: place + 1])
+        assert decided == pytest.approx(design.power(0.01, level), abs=0.03)
+    assert first["needed_seeds"] == last["needed_seeds"]
+    with pytest.raises(PreskipError, match="--seeds gives 4: looks are declared at 3, 5 seeds"):
+        invoke(*options, "--seeds", 4)
+
+
+def test_of_too_few_units_no_look_decides(tmp_path: Path) -> None:
+    (planned,) = json.loads(invoke("--documents", 4, "--looks", "3,5", "--difference", 0.1, "--json"))["designs"]
+    assert {look["stops"] for look in planned["looks"]} == {0.0}
+    records = {seed: [{**r, "cluster": "book"} for r in make_items(seed, shift=-0.1)] for seed in (1, 2, 3)}
+    none = [{**record, "cluster": "book"} for record in make_items(0)]
+    declared = {"arm": "preskip", "reference": "none", "set": "heldout", "metric": "bits_per_byte", "level": 1}
+    family = {"declared": [declared], "procedure": "gatekeeping", "looks": [3, 5]}
+    run = write_run(tmp_path / "run", {"none": {1: none}, "preskip": records}, family=family)
+    (row,) = json.loads(invoke(run, "--json"))["designs"]
+    assert row["decides"] == 0.0
+    assert {look[key] for look in row["looks"] for key in ("stops", "by_chance")} == {0.0}
+
+
+def test_what_is_missing_of_a_run_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    cells = {
+        "none": {1: make_items(0)},
+        "lora": {seed: make_items(10 * seed) for seed in (1, 2)},
+        "preskip": {seed: make_items(20 * seed, shift=-0.02) for seed in (3, 4)},
+    }
+    run = write_run(tmp_path / "run", cells)
+    write_json(run / "run.json", {**read_json(run / "run.json"), "status": "running", "seeds": [1, 2, 3, 4]})
+    found = json.loads(invoke(run, "--json"))
+    assert {(row["arm"], row["reference"]) for row in found["designs"]} == {("lora", "none"), ("preskip", "none")}
+    assert "no comparison of preskip and lora: " in " ".join(found["notes"])
+    assert "run: lora is not finished for seed 3, 4; left out" in found["notes"]
+    assert "run: the run is running; it is compared as far as it is" in " ".join(invoke(run).split())
+
+
+def test_where_no_answer_differs_the_figures_are_those_of_the_interval(tmp_path: Path) -> None:
+    items = make_items(0)
+    run = write_run(tmp_path / "run", {"none": {1: items}, "preskip": dict.fromkeys((1, 2, 3), items)})
+    (accuracy,) = [row for row in json.loads(invoke(run, "--json"))["designs"] if row["metric"] == "acc"]
+    half = (accuracy["high"] - accuracy["low"]) / 2
+    assert accuracy["resolvable"] == accuracy["doubled"] == half > 0.01
+    assert (accuracy["verdict"], accuracy["decides_none"]) == ("undecided", 0.0)
+
+
+def test_an_assumption_that_one_seed_does_not_use_is_refused() -> None:
+    for option in ("--shared", "--seed-sd"):
+        with pytest.raises(PreskipError, match=f"{option}: with one seed that changes nothing; give --seeds, or a"):
+            invoke("--items", 100, option, 0.1)
+    assert "SD over seeds 0.005 where there are more than one" in " ".join(invoke("--items", 1500).split())

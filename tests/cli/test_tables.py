@@ -56,7 +56,7 @@ def test_what_intervals_cover_is_told_where_pairs_have_other_seeds(capsys, minim
 
 def test_what_was_left_out_is_told(capsys, minimal):
     print_results({**minimal[1], "notes": ["preskip, seed 2: the loss is nan at step 3"]}, None)
-    assert "Left out: preskip, seed 2: the loss is nan at step 3." in " ".join(capsys.readouterr().out.split())
+    assert "Note: preskip, seed 2: the loss is nan at step 3." in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_perplexity_beyond_all_measure_stays_short(capsys, tmp_path, minimal):

@@ -104,7 +104,7 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
 
     change(run / "results.json", edit)
     page = read(build_report(run))
-    assert "Left out: skip, seed 2: its training diverged." in page.visible
+    assert "Note: skip, seed 2: its training diverged." in page.visible
     assert ": 2 items had no context." in page.visible
 
 

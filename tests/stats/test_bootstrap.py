@@ -236,7 +236,8 @@ def test_the_seed_decides_the_resamples() -> None:
 def test_bad_input_is_refused_with_one_line() -> None:
     ones = np.ones(5)
     cases = [
-        (lambda: bootstrap_ratio([1, float("nan"), 2], ones[:3]), "1 NaN or infinite"),
+        (lambda: bootstrap_ratio([1, float("nan"), 2], ones[:3]), "1 NaN, infinite or impossible"),
+        (lambda: bootstrap_ratio([1, 1e160, 1], np.ones(3)), "1 NaN, infinite or impossible"),
         (lambda: bootstrap_ratio(ones, ones[:4]), "one value per unit"),
         (lambda: bootstrap_ratio(ones[:1], ones[:1]), "too few for an interval"),
         (lambda: bootstrap_ratio(ones, np.zeros(5)), "positive size"),

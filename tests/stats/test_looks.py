@@ -54,8 +54,8 @@ def test_p_over_looks_is_the_level_at_which_a_look_decides():
     assert two_sided([0.03], [1.0]) == pytest.approx(0.03, rel=2e-3)
 
 
-def grown(by_seed):
-    """The only comparison of a run with looks at 3 and 5 seeds: each seed's difference, alike on 40 documents."""
+def grown(by_seed, looks=(3, 5)):
+    """The only comparison of a run with looks: each seed's difference, alike on 40 documents."""
     spread = 1e-4 * np.linspace(-1, 1, 40)
 
     def records(difference):
@@ -76,7 +76,7 @@ def grown(by_seed):
     items = {"none": {1: records(0 * spread)}, "arm": {seed: records(own) for seed, own in enumerate(by_seed, 1)}}
     pair = {"arm": "arm", "reference": "none", "set": "text", "metric": "bits_per_byte", "level": 1}
     margins = {"bits_per_byte": 0.005}
-    family = {"declared": [pair], "procedure": "gatekeeping", "alpha": 0.05, "margins": margins, "looks": [3, 5]}
+    family = {"declared": [pair], "procedure": "gatekeeping", "alpha": 0.05, "margins": margins, "looks": [*looks]}
     (entry,) = compare_arms(items, family)
     return entry
 
@@ -96,6 +96,17 @@ def test_a_look_counts_only_where_all_seeds_agree_with_it():
     beyond = grown([*alike, 0.02, 0.03])
     assert beyond["difference"] > beyond["margin"]
     assert (beyond["verdict"], beyond["p_equivalence_holm"]) == ("undecided", 1.0)
+
+
+def test_a_look_that_may_spend_next_to_nothing_leaves_the_others_theirs():
+    """Of looks at 2 and 30 seeds the first has a level of 1e-18, at which a confidence rounds to 1."""
+    differences = -0.01 + 1e-4 * np.sin(np.arange(30))
+    assert nominal_levels(0.025, [2 / 30, 1])[0] < 1e-17
+    for looks in ([2, 30], [2, 25, 30]):
+        early, last = grown(differences, looks), grown(differences, [29, 30])
+        assert early["verdict"] == last["verdict"] == "better"
+        assert early["looked"]["seeds"] == 30
+    assert grown(differences[:2], [2, 30])["verdict"] == "undecided"
 
 
 def test_a_look_that_lacks_a_seed_is_told():

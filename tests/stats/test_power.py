@@ -139,7 +139,9 @@ def test_measured_power_uses_the_components_of_the_run() -> None:
     # An arm against itself: no spread, so what the interval says.
     same = apply_family(compare(cells, cells, arm="a", reference="b"), family)
     measured = measured_power(same, family)
-    assert [e["resolvable"] for e in measured] == [0.0, pytest.approx(same[1]["high"]), 0.0]
+    for figure in ("resolvable", "doubled"):
+        assert [e[figure] for e in measured] == [0.0, pytest.approx(same[1]["high"]), 0.0]
+    assert same[1]["detail"]["new_seed"] is None  # that no answer differs bounds no other seed's
     # Of 30 items none differs, which does not show that less than a point of all would.
     assert [e["verdict"] for e in same] == ["equivalent", "undecided", "equivalent"]
     assert [e["decides_none"] for e in measured] == [1.0, 0.0, 1.0]

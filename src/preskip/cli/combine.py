@@ -35,7 +35,7 @@ def combine_runs(
     from preskip.progress import progress_bar
     from preskip.runs.directory import RunDirectory
     from preskip.runs.stored import load_runs, run_labels
-    from preskip.stats import compare_arms
+    from preskip.stats import compare_arms, looks_without_seeds
     from preskip.stats.combined import combine_comparisons
 
     if len(runs) < 2:
@@ -49,16 +49,20 @@ def combine_runs(
     with progress_bar("comparing", len(runs), quiet=as_json) as advance:
         for number, (label, path) in enumerate(zip(run_labels(runs), runs, strict=True), 1):
             stored = load_runs([path], allow_different_dtype=allow_different_dtype)
+            left_out: list[str] = []
             notes += [f"{label}: {line.removeprefix(f'{label}: ')}" for line in stored.notes]
             if absent := [arm for arm in dict.fromkeys([*wanted, reference]) if arm and arm not in stored.items]:
                 notes.append(f"{label}: {', '.join(absent)} has no finished cell; pairs with it are left out")
             chosen = [arm for arm in wanted or stored.items if arm in stored.items]
             if reference not in absent and len({*chosen, reference} - {None}) > 1:
                 pairs = stored.pairs(chosen, reference)
-                entries = compare_arms(stored.items, stored.family, stored.sets, pairs=pairs, confidence=confidence)
+                options: Any = {"pairs": pairs, "confidence": confidence, "notes": left_out}
+                entries = compare_arms(stored.items, stored.family, stored.sets, **options)
                 compared[label] = (entries, stored.sets)
+                left_out += looks_without_seeds(stored.items, stored.family, stored.seeds)
+            notes += [f"{label}: {line}" for line in left_out]
             advance(number, label)
-    found = combine_comparisons(compared, confidence=confidence)
+    found = combine_comparisons(compared, confidence=confidence, notes=notes)
     if not found:
         why = "".join(f"; {note}" for note in notes)
         raise PreskipError(f"no pair of arms has a spread in two of these runs, on sets of one metric and domain{why}")

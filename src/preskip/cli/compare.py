@@ -48,7 +48,7 @@ def compare(
     from preskip.runs.schema import Family
     from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms, looks_without_seeds
-    from preskip.stats.records import unpaired_seeds
+    from preskip.stats.records import nothing_compared, unpaired_seeds
 
     if combined:
         from preskip.cli.combine import combine_runs
@@ -78,7 +78,7 @@ def compare(
             notes=left_out,
         )
     if not entries:
-        raise PreskipError(left_out[0].partition(": ")[2])
+        raise nothing_compared(left_out)
     stored.notes.extend(left_out)
     if len(runs) > 1:  # of one run the stored notes say which cells are missing
         stored.notes.extend(unpaired_seeds(stored.items, pairs))

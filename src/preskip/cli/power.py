@@ -70,19 +70,19 @@ def power(
     given = {name: value for name, value in every.items() if value is not None}
     if discordant is not None and (documents is not None or sd is not None):
         raise PreskipError("--discordant gives the SD of --items: leave it out beside --documents or --sd")
+    notes: list[str] = []
     if run is None:
-        # The last look is at all seeds.
-        design = given if looks is None else {"seeds": max(_parsed_looks(looks))} | given
-        rows = [_planned(ASSUMED | design, difference, wanted, alpha)]
+        rows = [_planned(given, difference, wanted, alpha)]
     elif given:  # what a run measured is not assumed: such an option beside it would be silently ignored
         flags = ", ".join(sorted("--" + name.replace("_", "-") for name in given))
         raise PreskipError(f"a run brings its own design and spread: leave out {flags}")
     else:
-        rows = _of_run(run, difference, wanted, alpha)
+        rows, notes = _of_run(run, difference, wanted, alpha)
     if as_json:
-        print(json.dumps({"power": wanted, "alpha": alpha, "designs": rows}, indent=1, allow_nan=False))
+        found = {"power": wanted, "alpha": alpha, "notes": notes, "designs": rows}
+        print(json.dumps(found, indent=1, allow_nan=False))
     else:
-        _print(rows, wanted, alpha)
+        _print(rows, wanted, alpha, notes)
         for row in rows:
             _print_looks(row)
 
@@ -92,10 +92,14 @@ def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, 
 
     from preskip.metrics import METRICS
     from preskip.stats import Design
+    from preskip.stats.families import levels_at
     from preskip.stats.power import checked_level, discordant_deviation
 
     if ("items" in given) == ("documents" in given):
         raise PreskipError("give --items or --documents for a planned design, or a run directory")
+    own_options = set(given)
+    looks = _parsed_looks(given["looks"], given.get("seeds")) if "looks" in given else ()
+    given = {**ASSUMED, **({"seeds": looks[-1]} if looks else {}), **given}  # the last look is at all seeds
     assumed = METRICS["acc" if "items" in given else "bits_per_byte"]
     if "sd" not in given:
         own = discordant_deviation(given["discordant"]) if "items" in given else assumed.unit_deviation or 0.0
@@ -110,20 +114,26 @@ def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, 
     if given.get("freedom", 1) > design.units - 1:
         raise PreskipError(f"--freedom {given['freedom']:g} is more than {design.units} units have: at most 1 less")
     design = replace(design, unit_freedom=given.get("freedom"))
+    if design.seeds == 1 and difference is None and (unused := {"shared", "seed_sd"} & own_options):
+        flags = ", ".join(sorted("--" + name.replace("_", "-") for name in unused))
+        raise PreskipError(f"{flags}: with one seed that changes nothing; give --seeds, or a --difference to find")
     facts = {"metric": assumed.key, "family": given["family"], "basis": "assumed"}
     level = checked_level(wanted, alpha, given["family"])
-    row = _row(facts, design, difference, wanted, (level, level), level)
-    if "looks" in given:
-        row["looks"] = _looks(_parsed_looks(given["looks"]), design, difference, level)
+    if looks:
+        facts["planned_seeds"] = looks[-1]
+    levels, last = (levels_at(looks, seeds, level, level) for seeds in (design.seeds, max(looks, default=0)))
+    row = _row(facts, design, difference, wanted, levels, last[0])
+    if looks:
+        row["looks"] = _looks(looks, design, difference, level)
     return row
 
 
-def _parsed_looks(text: str) -> Sequence[int]:
+def _parsed_looks(text: str, seeds: int | None) -> Sequence[int]:
     from preskip.experiment.options import check_looks
     from preskip.experiment.parse import parse_looks
 
     looks = parse_looks(text)
-    check_looks(looks, max(looks, default=0))
+    check_looks(looks, max(looks, default=0) if seeds is None else seeds)
     return looks
 
 
@@ -154,19 +164,24 @@ def _print_looks(row: Mapping[str, Any]) -> None:
     print_table(table, ["looks: the level is spent by Lan and DeMets's O'Brien-Fleming-like function; simulated"])
 
 
-def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) -> list[dict[str, Any]]:
-    """The declared comparisons of a run, or all where none was declared."""
+def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) -> tuple[list[dict[str, Any]], list[str]]:
+    """The declared comparisons of a run, or all where none was declared; and what is missing of it."""
     from preskip.runs.stored import load_runs
-    from preskip.stats import compare_arms
+    from preskip.stats import compare_arms, looks_without_seeds
     from preskip.stats.families import first_questions, key_of, levels_of, tests_beside
     from preskip.stats.power import checked_level, measured_design
-    from preskip.stats.verdicts import independent_units
+    from preskip.stats.records import nothing_compared
+    from preskip.stats.verdicts import FEWEST_UNITS, independent_units
 
     checked_level(wanted, alpha, 1)
     stored = load_runs([run], allow_different_dtype=True)
-    entries = compare_arms(stored.items, stored.family)
-    if not entries:
+    left_out: list[str] = []
+    entries = compare_arms(stored.items, stored.family, notes=left_out)
+    if len(stored.items) == 1:
         raise PreskipError(f"{run} has one finished arm, {next(iter(stored.items))}, and nothing to compare: finish it")
+    if not entries:
+        raise nothing_compared(left_out)
+    notes = [*stored.notes, *left_out, *looks_without_seeds(stored.items, stored.family, stored.seeds)]
     declared = [entry for entry in entries if entry["declared"]]
     family: Family = {**stored.family, "alpha": alpha}
     looks = family.get("looks") or ()
@@ -177,6 +192,7 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
                 "observed": entry["difference"],
                 "independent_units": independent_units(entry),
                 "margin": entry["margin"],
+                "verdict": entry["verdict"],
                 "family": tests_beside(stored.family, entry),
                 "basis": "measured",
                 **({"planned_seeds": max(looks)} if looks else {}),
@@ -193,7 +209,9 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
         if looks and key_of(entry) in first_questions(family) and row["difference"] is not None:
             level = alpha / tests_beside(stored.family, entry)
             row["looks"] = _looks(looks, measured_design(entry), row["difference"], level)
-    return rows
+            if row["independent_units"] < FEWEST_UNITS:
+                row["looks"] = [{**look, "stops": 0.0, "by_chance": 0.0} for look in row["looks"]]
+    return rows, notes
 
 
 def _row(
@@ -216,15 +234,18 @@ def _row(
     from preskip.stats.verdicts import FEWEST_UNITS
 
     options: dict[str, Any] = {"power": wanted, "alpha": levels[0]}
-    smallest = resolvable(design, **options)
-    if design.standard_error == 0 and "low" in facts:  # nothing differed: what the interval still allows
-        smallest = (facts["high"] - facts["low"]) / 2
+    smallest, doubled = resolvable(design, **options), resolvable_if_doubled(design, **options)
+    nothing_differs = design.standard_error == 0 and "low" in facts
+    if nothing_differs:  # what the interval still allows
+        smallest = doubled = (facts["high"] - facts["low"]) / 2
     margin = facts.pop("margin", DEFAULT_MARGINS.get(facts["metric"]))
     row = {**facts, **asdict(design), "resolvable": smallest, "difference": difference}
-    row |= {"doubled": resolvable_if_doubled(design, **options), "margin": margin}
+    row |= {"doubled": doubled, "margin": margin}
     # What the run says anything at all with: better, worse or equivalent; of equal arms only the last.
     row["decides_none"] = design.decides(0.0, margin, *levels)
     row["decides"] = None if difference is None else design.decides(difference, margin, *levels)
+    if nothing_differs:  # what the comparison says is what it would decide
+        row["decides_none"] = float(facts["verdict"] == "equivalent")
     if row.setdefault("independent_units", design.units) < FEWEST_UNITS:
         row |= {"decides_none": 0.0, "decides": None if difference is None else 0.0}
     if difference is not None and design.standard_error > 0:
@@ -233,7 +254,7 @@ def _row(
     return row
 
 
-def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> None:
+def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float, notes: Sequence[str]) -> None:
     from rich.text import Text
 
     from preskip.cli.printing import columns, print_table, size_cell
@@ -275,7 +296,7 @@ def _print(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> No
                 table.add_row(Text(own, style="bold"))
             group, name = own, f"  {row['arm']} {MINUS} {row['reference']}"
         table.add_row(name, *(text for _, text in cells(row)))
-    print_table(table, _legend(rows, wanted, alpha))
+    print_table(table, [*_legend(rows, wanted, alpha), *notes])
 
 
 def _is_measured(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -303,10 +324,11 @@ def _legend(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> l
     from preskip.cli.printing import size_cell
     from preskip.stats.verdicts import FEWEST_UNITS
 
-    family = max(row["family"] for row in rows)
+    families = sorted({row["family"] for row in rows})
+    several = " to ".join(str(family) for family in dict.fromkeys((families[0], families[-1])))
     lines = [
         f"found from: the smallest true difference found with {100 * wanted:g} % power at the {100 * alpha:g} % level"
-        + (f", corrected for a family of {family}" if family > 1 else "")
+        + (f", corrected for the tests at a comparison's own level, {several}" if families[-1] > 1 else "")
     ]
     if any("planned_seeds" in row for row in rows):
         lines.append("looks: levels are those of the look that the seeds reach; seeds that are needed, of the last one")
@@ -323,10 +345,10 @@ def _legend(rows: Sequence[Mapping[str, Any]], wanted: float, alpha: float) -> l
         lines.append("one seed: what these trained weights differ by; training randomness is not in it")
     if not _is_measured(rows):
         row = rows[0]
-        over_seeds = row["seed_deviation"] if row["seeds"] > 1 else 0
+        for_more = "" if row["seeds"] > 1 else " where there are more than one"
         lines.append(
             f"assumed: SD over units {row['unit_deviation']:.3g} shared by all seeds and "
-            f"{row['residual_deviation']:.3g} per seed, SD over seeds {over_seeds:.3g}"
+            f"{row['residual_deviation']:.3g} per seed, SD over seeds {row['seed_deviation']:.3g}{for_more}"
         )
     if _is_asked(rows):
         lines.append("needs: units at these seeds, or seeds at these units; – means that no number of them is enough")

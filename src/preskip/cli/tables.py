@@ -68,7 +68,7 @@ def print_results(results: Results, page: Path | None) -> None:
     for line in _scope(results, shown):
         out.print(line, style="dim")
     for note in results.get("notes", ()):
-        out.print(f"Left out: {note}.")
+        out.print(f"Note: {note}.")
 
 
 def print_claims(record: Manifest, results: Results) -> None:

@@ -111,9 +111,7 @@ class Reuse:
             needed = sum(sizes.values())
             if sizes[way] and needed > room:
                 sizes[way] = 0
-                reason = (
-                    f"{needed / 2**20:,.0f} MiB of states take more than their {room / 2**20:,.0f} MiB of disk"
-                )
+                reason = f"{needed / 2**20:,.0f} MiB of states take more than their {room / 2**20:,.0f} MiB of disk"
                 for facts in self.arms.values():
                     if facts[way]:
                         _leave_out(facts, way, reason)

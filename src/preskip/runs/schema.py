@@ -495,7 +495,8 @@ class Detail(TypedDict):
     """What stands beside a paired difference."""
 
     by_seed: list[float]  # the difference of each paired seed
-    new_seed: list[float] | None  # low and high of the prediction interval for one more seed; None with one seed
+    new_seed: list[float] | None  # low, high of one more seed's prediction interval; None with one seed, or where
+    # no answer differs
     probability_higher: float  # that the arm's figure is higher than the reference's, over all pairs of seeds
     p_sign_flip: float | None  # randomisation test over units or clusters; None where there are over 40
     unit_freedom: float | None  # degrees of freedom of the variance over units

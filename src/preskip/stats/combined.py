@@ -109,7 +109,10 @@ def combine(values: Sequence[float], standard_errors: Sequence[float], *, confid
 
 
 def combine_comparisons(
-    runs: Mapping[str, tuple[Sequence[Comparison], Mapping[str, SetFacts]]], *, confidence: float = CONFIDENCE
+    runs: Mapping[str, tuple[Sequence[Comparison], Mapping[str, SetFacts]]],
+    *,
+    confidence: float = CONFIDENCE,
+    notes: list[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Each pair of arms over the runs that hold it, by metric and by whether the text was in-domain.
 
@@ -121,6 +124,7 @@ def combine_comparisons(
         runs: comparisons and the description of the sets, by name of the run. A pair that runs hold in opposite
             directions has that of the first.
         confidence: level, default 0.95.
+        notes: where to note a pair that two runs or more hold, and that has a spread in fewer.
 
     Returns:
         Those that two runs or more hold, `role` being "in", "out", or the name of a set that no run describes. A run
@@ -149,6 +153,11 @@ def combine_comparisons(
             else:
                 left_out.append(run)
         if len(values) < 2:
+            if notes is not None and len(by_run) > 1:
+                where = {"in": "in-domain", "out": "out-of-domain"}.get(role, role)
+                notes.append(
+                    f"{arm} and {reference}, {metric}, {where}: no spread in {', '.join(left_out)}; not combined"
+                )
             continue
         mean = combine(values, errors, confidence=confidence)
         margins = [part["comparison"]["margin"] for part in parts]

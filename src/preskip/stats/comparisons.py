@@ -121,6 +121,17 @@ def compare(
                     distribution = RatioDistribution(a - b, sizes, clusters, scale=scale)
                     p_value = distribution.p_value()
                 interval = distribution.interval(confidence)
+                detail = detail_of(
+                    a,
+                    b,
+                    sizes,
+                    clusters,
+                    unit_freedom=distribution.unit_freedom,
+                    scale=scale,
+                    confidence=confidence,
+                )
+                if isinstance(distribution, NothingDiffers):
+                    detail["new_seed"] = None
                 margin = margin_of(margins, table.name, metric)
                 entries.append(
                     {
@@ -143,15 +154,7 @@ def compare(
                         "deviations": distribution.components,
                         "margin": margin,
                         "p_equivalence": None if margin is None else distribution.p_equivalence(margin),
-                        "detail": detail_of(
-                            a,
-                            b,
-                            sizes,
-                            clusters,
-                            unit_freedom=distribution.unit_freedom,
-                            scale=scale,
-                            confidence=confidence,
-                        ),
+                        "detail": detail,
                     }
                 )
     return entries
@@ -265,7 +268,9 @@ def add_looks(
             rows = paired_seeds(items[entry["arm"]], items[entry["reference"]], entry["arm"], entry["reference"])
             first = [seeds[:look] for seeds in rows]
             with noted(notes, f"look at {look} seeds, {entry['arm']} and {entry['reference']}"):
-                at = compare(*first, sets=[entry["set"]], margins=margins, confidence=1 - 2 * level)
+                # Of a look that may spend next to nothing the level would round to 1; only the limits are of it.
+                confidence = min(1 - 2 * level, 1 - np.finfo(float).eps)
+                at = compare(*first, sets=[entry["set"]], margins=margins, confidence=float(confidence))
                 found += [other for other in at if other["metric"] == entry["metric"]]
         if found and len(found) == len(taken):
             value, margin = entry["difference"], entry["margin"]

@@ -91,11 +91,22 @@ def levels_of(family: Family, entry: Declared, seeds: int) -> tuple[float, float
         margins = family.get("margins", DEFAULT_MARGINS)
         equivalence /= max(1, sum(margin_of(margins, other["set"], other["metric"]) is not None for other in declared))
     difference /= tests_beside(family, entry)
-    if looks := family.get("looks"):
-        fractions, place = fractions_of(looks), max(1, sum(look <= seeds for look in looks)) - 1
-        difference = 2 * nominal_levels(difference / 2, fractions)[place]
-        equivalence = nominal_levels(equivalence, fractions)[place]
-    return difference, equivalence
+    return levels_at(family.get("looks", ()), seeds, difference, equivalence)
+
+
+def levels_at(looks: Sequence[int], seeds: int, difference: float, equivalence: float) -> tuple[float, float]:
+    """What p is held to at the last look that so many seeds reach, else at the first; without looks, what is given.
+
+    Args:
+        looks: numbers of seeds, ascending.
+        seeds: so many were trained.
+        difference: two-sided level of all looks together.
+        equivalence: the one-sided one of equivalence.
+    """
+    if not looks:
+        return difference, equivalence
+    fractions, place = fractions_of(looks), max(1, sum(look <= seeds for look in looks)) - 1
+    return 2 * nominal_levels(difference / 2, fractions)[place], nominal_levels(equivalence, fractions)[place]
 
 
 def apply_family(

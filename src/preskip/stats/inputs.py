@@ -12,13 +12,14 @@ from preskip.errors import PreskipError
 
 Array = NDArray[np.float64]
 Labels = Sequence[Any] | NDArray[Any]
+LARGEST = 1e100  # beyond it squares are infinite
 
 
 def matrix(values: ArrayLike, name: str) -> Array:
     """`values` as [seeds, units]; one row when it is [units].
 
     Raises:
-        PreskipError: not numbers, ragged, empty, NaN or infinite.
+        PreskipError: not numbers, ragged, empty, NaN, infinite or beyond 1e100.
     """
     try:
         array = np.asarray(values, dtype=np.float64)
@@ -30,10 +31,12 @@ def matrix(values: ArrayLike, name: str) -> Array:
         array = array[None]
     if array.ndim != 2 or array.size == 0:
         raise PreskipError(f"{name} has shape {array.shape}: give [units] or [seeds, units], not empty")
-    if not np.isfinite(array).all():
-        bad = int((~np.isfinite(array)).sum())
+    usable = np.abs(array) <= LARGEST  # nor NaN
+    if not usable.all():
+        bad = int((~usable).sum())
         raise PreskipError(
-            f"{name} holds {bad} NaN or infinite value(s) of {array.size}: a failed evaluation cannot be compared"
+            f"{name} holds {bad} NaN, infinite or impossible value(s) of {array.size}: a failed evaluation cannot be "
+            "compared"
         )
     return array
 

@@ -329,7 +329,7 @@ def measured_power(entries: Sequence[Comparison], family: Family) -> list[PowerE
         design = measured_design(entry)
         figures = _entry(entry, design, family, "measured", entry["margin"])
         if design.standard_error == 0:
-            figures["resolvable"] = (entry["high"] - entry["low"]) / 2
+            figures["resolvable"] = figures["doubled"] = (entry["high"] - entry["low"]) / 2
             figures["decides_none"] = float(entry["verdict"] == "equivalent")
         if independent_units(entry) < FEWEST_UNITS:
             figures["decides_none"] = 0.0

@@ -132,6 +132,16 @@ def paired_seeds(a: SeedItems, b: SeedItems, name_a: str, name_b: str) -> tuple[
     return [seeds_a[seed] for seed in common], [seeds_b[seed] for seed in common]
 
 
+def nothing_compared(left_out: Sequence[str]) -> PreskipError:
+    """The error of a comparison of which nothing is left.
+
+    Args:
+        left_out: notes of what was left out (`preskip.errors.noted`).
+    """
+    why = left_out[0].partition(": ")[2] if left_out else "what the arms share holds no score: evaluate them again"
+    return PreskipError(why)
+
+
 def unpaired_seeds(items: Mapping[str, SeedItems], pairs: Iterable[tuple[str, str]]) -> list[str]:
     """What pairs leave out because the other arm has no such seed, a line for all pairs of two runs that leave it out.
 

@@ -11,7 +11,7 @@ from scipy import special
 from preskip.stats.bootstrap import LEAST, part_freedom, seeds_and_units_reach
 from preskip.stats.looks import fractions_of, nominal_levels
 from preskip.stats.power import Design
-from preskip.stats.verdicts import ALPHA
+from preskip.stats.verdicts import ALPHA, FEWEST_UNITS
 
 
 class Stop(TypedDict):
@@ -34,6 +34,7 @@ def planned_stops(
 
     At every look the mean squares of seeds and of units are drawn, the latter once for all looks, since the units are
     the same; that of the residual, which has the most degrees of freedom, counts as known. See `RatioDistribution`.
+    Of fewer than 6 units no verdict is given at any look.
 
     Args:
         design: the spreads and the units; its number of seeds is not used.
@@ -42,6 +43,9 @@ def planned_stops(
         alpha: two-sided level of all looks together. Default 0.05.
         experiments: simulated. Default 20,000: a standard error of at most 0.4 points.
     """
+    levels = nominal_levels(alpha / 2, fractions_of(looks))
+    if design.units < FEWEST_UNITS:
+        return [{"seeds": look, "level": 2 * level, "stops": 0.0} for look, level in zip(looks, levels, strict=True)]
     generator = np.random.default_rng(0)
     unit_square, freedom = design.unit_deviation**2 / design.units, design.freedom_of_units
     own = np.sqrt(design.seed_deviation**2 + design.residual_deviation**2 / design.units)
@@ -50,7 +54,7 @@ def planned_stops(
     drawn = generator.chisquare(freedom, experiments) / freedom
     undecided = np.ones(experiments, bool)
     stops: list[Stop] = []
-    for look, level in zip(looks, nominal_levels(alpha / 2, fractions_of(looks)), strict=True):
+    for look, level in zip(looks, levels, strict=True):
         seen = each[:, :look]
         residual = design.residual_deviation**2 / (look * design.units)
         whole = np.maximum((unit_square + residual) * drawn, np.finfo(float).tiny)

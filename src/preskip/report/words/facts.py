@@ -176,7 +176,7 @@ def limits(record: Manifest, results: Results, seeds: int) -> list[str]:
             f"{seeds} training seeds. How much the result varies with the seed is estimated from {seeds} values only."
         )
     found += [f"Changed after the declaration: {line}." for line in changes(record)]
-    found += [f"Left out: {note}." for note in results.get("notes", ())]
+    found += [f"Note: {note}." for note in results.get("notes", ())]
     for name, described in results["sets"].items():
         found += [f"{set_label(results['sets'], name)}: {note}." for note in described.get("notes", ())]
     model, corpus = record["model"]["name"], record["corpus"]["name"]
