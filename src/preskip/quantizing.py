@@ -15,6 +15,11 @@ _FEW_ROWS = 8
 _VECTOR = 64
 
 
+def packed_weights(model: nn.Module) -> int:
+    """How many weights the branches' int8 matrices hold, which are no parameters of the model."""
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, Int8Linear))
+
+
 class Int8Linear(nn.Module):
     """x · Wᵀ with W = scale · weight, [..., in] → [..., out] in the dtype of x.
 

@@ -352,18 +352,24 @@ def test_attention_beside_mamba_is_measured_without_lora():
 
 TINY = [
     "bench", "--device", "cpu", "--model-shape", "pythia-14m", "--num-layers", "1", "--dtype", "float32",
-    "--prompt", "5", "--batch", "1", "--context", "5", "--new-tokens", "2", "--scoring", "1x5", "--training", "1x5",
     "--rounds", "2",
 ]  # fmt: skip
+SHAPES = {
+    "prefill": ["--prompt", "5"],
+    "decode": ["--batch", "1", "--context", "5", "--new-tokens", "2"],
+    "scoring": ["--scoring", "1x5"],
+    "training": ["--training", "1x5"],
+}
+ALL_SHAPES = [option for options in SHAPES.values() for option in options]
 
 
 def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr("preskip.bench.counts.measure_limits", lambda *args: LIMITS)
-    assert preskip(*TINY, "--rows", "base,adapter,lora", "--json") == 0
+    assert preskip(*TINY, *ALL_SHAPES, "--rows", "base,adapter,lora", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["layers"] == {"measured": 1, "of": 6}
     assert [work["work"] for work in printed["work"]] == ["prefill", *3 * ["decode"], "scoring", "training"]
-    assert preskip(*TINY, "--rows", "base,adapter,lora") == 0
+    assert preskip(*TINY, *ALL_SHAPES, "--rows", "base,adapter,lora") == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("scaled to all of them" in line for line in lines)
     assert max(len(line) for line in lines if "wrong" not in line) <= 80
@@ -489,7 +495,7 @@ def test_a_row_held_against_nothing_has_no_ratio(monkeypatch, capsys):
         ("lora,adapter", "training", {"lora": "1"}),
         ("base,adapter", "scoring", {"base": "1"}),
     ):
-        assert preskip(*TINY, "--rows", rows, "--work", work) == 0
+        assert preskip(*TINY, *SHAPES[work], "--rows", rows, "--work", work) == 0
         table = capsys.readouterr().out.partition(f"{work}, 1 x 5 tokens")[2]
         cells = {line.split()[0]: line.split()[2:4] for line in table.splitlines() if line.split()}
         for name, text in expected.items():
@@ -527,7 +533,7 @@ def test_a_model_whose_class_is_code_of_its_repository(tmp_path, capsys):
     config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"]}
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    few = ("--rows", "base,adapter", "--work", "prefill", "--prompt", "8", "--batch", "1", "--rounds", "2")
+    few = ("--rows", "base,adapter", "--work", "prefill", "--prompt", "8", "--rounds", "2")
     given = ("--device", "cpu", "--dtype", "float32", "--trust-remote-code", *few)
     assert preskip("bench", tmp_path, *given, "--json") == 0
     found = json.loads(capsys.readouterr().out)

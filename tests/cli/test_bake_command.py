@@ -5,16 +5,19 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from commands import PROBE, make_run, preskip
+from preskip import PreskipConfig
 from preskip.architecture.several import picked
 from preskip.cli.bake import bake_saved
 from preskip.errors import PreskipError
 from preskip.report.words.verdicts import difference_text, interval_text
-from tiny_model import save_tiny_llama
+from tiny_model import save_tiny_llama, write_corpus
+from tiny_text import tiny_tokenizer
+from zoo import randomise
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +183,24 @@ def test_several_adapters_side_by_side(place, tmp_path, capsys):
     assert preskip("bake", *unnamed, tmp_path / "twice") == 1
     assert "two adapters are called 'adapter': give them as NAME=FOLDER" in capsys.readouterr().err
     assert preskip("bake", given[0]) == 1
+
+
+def test_a_model_of_few_positions_is_baked_and_an_int8_one_has_all_its_weights(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PRESKIP_CACHE", str(tmp_path / "cache"))
+    sizes = {"vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "model")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), PreskipConfig())
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
+    write_corpus(tmp_path / "corpus.jsonl")
+    parameters = []
+    for name, options in (("plain", []), ("packed", ["--quantize", "int8"])):
+        assert preskip("bake", tmp_path / "adapter", tmp_path / name, "--model", tmp_path / "model", *options) == 0
+        scored = ["--corpus", tmp_path / "corpus.jsonl", "--limit", "3", "--out", tmp_path / f"{name}-scores"]
+        assert preskip("eval", tmp_path / name, *scored, "--dtype", "float32") == 0
+        found = json.loads((tmp_path / f"{name}-scores" / "results.json").read_text())
+        parameters.append(found["parameters"])
+    assert parameters[0] == parameters[1] > 0
+    capsys.readouterr()
+    assert preskip("serve", tmp_path / "plain", "--check", "--engine", "transformers") == 0

@@ -192,6 +192,10 @@ def test_mistakes_are_one_line_and_write_nothing(call, inputs, tmp_path):
         "text short is one document, an interval needs 2": ["--corpus", short],
         "is unknown: choose one of auto": [*tasks, "--dtype", "int8"],
         "must be at least 1": [*tasks, "--batch-tokens", "0"],
+        "--seed is for --tasks": ["--corpus", inputs / "texts.jsonl", "--seed", "7"],
+        "--batch-size is for --tasks": ["--corpus", inputs / "texts.jsonl", "--batch-size", "64"],
+        "--stride is for --corpus": [*tasks, "--stride", "64"],
+        "--corpus-split is for --corpus": [*tasks, "--corpus-split", "dev"],
         "--num-fewshot is for --tasks": ["--corpus", inputs / "texts.jsonl", "--num-fewshot", "2"],
         "a chat template's marks as text": [*tasks, "--split-special-tokens", "--apply-chat-template"],
     }

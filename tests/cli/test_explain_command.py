@@ -17,8 +17,9 @@ from conforming import run_faults
 from tiny_model import write_corpus
 from tiny_text import tiny_tokenizer
 
-FEW = ["--words", "40", "--documents", "4", "--ablation-documents", "2", "--ablation-words", "10", "--device", "cpu"]
-FEW += ["--attention-documents", "2", "--context-length", "32"]
+FEWEST = ["--words", "40", "--documents", "4", "--device", "cpu"]
+FEWEST += ["--attention-documents", "2", "--context-length", "32"]
+FEW = [*FEWEST, "--ablation-documents", "2", "--ablation-words", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,9 @@ def test_adapter_and_baked_checkpoint_say_what_the_run_says(place, explained, tm
 
 def test_another_seed_and_no_ablation(place, explained, tmp_path, capsys):
     chosen = ["--arm", "preskip", "--seed", "1", "--out", tmp_path / "one", "--ablation-documents", "0", "--json"]
-    assert preskip("explain", place / "run", *FEW, *chosen) == 0
+    assert preskip("explain", place / "run", *FEWEST, *chosen, "--ablation-words", "30") == 1
+    assert "--ablation-words is for --ablation-documents: give that, too" in capsys.readouterr().err
+    assert preskip("explain", place / "run", *FEWEST, *chosen) == 0
     other = json.loads(capsys.readouterr().out)
     assert other["source"]["seed"] == 1
     assert other["layers"][0]["ablation"] is None

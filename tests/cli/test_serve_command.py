@@ -44,8 +44,13 @@ def test_check_of_an_adapter_bakes_it_once(place, capsys, monkeypatch):
     assert json.loads((baked / "config.json").read_text())["model_type"] == "preskip_llama"
     before = baked.stat().st_mtime_ns
     assert preskip("serve", place / "adapter", "--check", "--engine", "transformers") == 0
-    assert "passed: the engine runs the branch" in capsys.readouterr().out
+    assert "passed: transformers loads the branch, which changes what comes out" in capsys.readouterr().out
     assert [folder.stat().st_mtime_ns for folder in (place / "cache" / "baked").iterdir()] == [before]
+    # One that was cut short, or cleaned up in part, is baked again.
+    for damage in (lambda: (baked / "model.safetensors").write_bytes(b"cut"), (baked / "config.json").unlink):
+        damage()
+        assert preskip("serve", place / "adapter", "--check", "--engine", "transformers") == 0
+        assert examine(baked).weight_ratio > 1
     # Another adapter of the same base is another checkpoint.
     weights = place / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
@@ -199,16 +204,19 @@ def test_bytes_are_those_of_the_dtype_that_is_served(place, capsys):
     assert json.loads(capsys.readouterr().out)["cache_bytes"] == 2 * 2 * 2 * 8 * 2
 
 
-def test_options_that_a_checkpoint_leaves_no_place_for_are_refused(place, capsys):
+def test_options_that_a_checkpoint_leaves_no_place_for_are_refused(place, capsys, monkeypatch):
     assert preskip("bake", f"zeal={place / 'adapter'}", f"ash={place / 'adapter'}", place / "both") == 0
     for option, words in (
-        (["--name", "mine"], "answers as zeal, ash, __base__, by its adapters: leave it out"),
+        (["--name", "mine"], "--name is not possible with --check, which starts no server: leave it out"),
         (["--model", place / "model"], "--model is for an adapter's base, and"),
         (["--trust-remote-code"], "--trust-remote-code is for an adapter's base, and"),
     ):
         capsys.readouterr()
         assert preskip("serve", place / "both", "--check", "--engine", "transformers", *option) == 1
         assert words in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    assert preskip("serve", place / "both", "--engine", "transformers", "--port", free_port(), "--name", "mine") == 1
+    assert "answers as zeal, ash, __base__, by its adapters: leave it out" in " ".join(capsys.readouterr().err.split())
 
 
 def test_several_adapters_are_not_packed_into_one_row(place, capsys, monkeypatch):
@@ -236,6 +244,42 @@ def test_the_engine_gets_no_other_address_dtype_or_name(argument, mend, place, c
     """The wait would ask the old address for ever; what was checked would be of another dtype or name."""
     assert preskip("serve", place / "adapter", "--engine-args", argument) == 1
     assert f"error: --engine-args {mend}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--foo 'unbalanced", '--engine-args "--foo \'unbalanced" cannot be read: no closing quotation'),
+        ("--lora-modules x=damaged", "damaged/adapter_config.json is damaged, it holds no configuration"),
+        ("--lora-modules x=cut", "cut/adapter_config.json cannot be read"),
+    ],
+)
+def test_engine_arguments_that_cannot_be_read_end_in_one_line(arguments, words, place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    for name, content in (("damaged", "[]"), ("cut", "{")):
+        (place / name).mkdir()
+        (place / name / "adapter_config.json").write_text(content)
+    assert preskip("serve", place / "adapter", "--engine-args", arguments) == 1
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert preskip("serve", place / "damaged", "--check", "--engine", "transformers") == 1
+    assert "holds no configuration" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_argument_longer_than_a_path_reaches_the_engine(place, monkeypatch):
+    long = json.dumps({"a": "x" * 5000})
+    command._refuse_as_lora(["--hf-overrides", long])
+    command._refuse_as_lora([f"--hf-overrides={long}", "a\0b"])
+
+
+def test_config_and_weights_that_disagree_end_the_check_in_one_line(place, capsys):
+    assert preskip("bake", place / "adapter", place / "baked") == 0
+    config = json.loads((place / "baked" / "config.json").read_text())
+    for changes in ({"preskip_expansion": 2.0}, {"preskip_layers": [0]}):
+        (place / "baked" / "config.json").write_text(json.dumps(config | changes))
+        capsys.readouterr()
+        assert preskip("serve", place / "baked", "--check", "--engine", "transformers") == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert "config" in line
 
 
 def test_the_check_refuses_arguments_that_it_would_not_try(place, capsys):

@@ -93,6 +93,7 @@ def test_every_set_is_listed_and_errors_are_one_line(capsys, tmp_path, monkeypat
     assert max(map(len, lines[:-1])) <= 100
     for name, words in (
         ("nothing", "--fetch 'nothing' is unknown"),
+        ("", "--fetch '' is unknown"),
         ("books", "books cannot be fetched"),
         ("arc_easy", "allenai/ai2_arc cannot be had from the Hub"),
     ):

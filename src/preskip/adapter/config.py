@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Optional, Union, get_type_hints
 
 from peft.config import PeftConfig
@@ -38,6 +38,13 @@ def _plain(layers: Any) -> Any:
     if isinstance(layers, str) or not isinstance(layers, (Integral, Iterable)):
         return layers
     return int(layers) if isinstance(layers, Integral) else [_plain(layer) for layer in layers]
+
+
+def _plain_number(value: Any) -> Any:
+    """A number of numpy's as one of Python's, which JSON holds."""
+    if isinstance(value, (bool, int, float)) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 # The fields of `BranchSettings` are written there alone; PEFT wants them flat in one dataclass that is not frozen.
@@ -93,6 +100,8 @@ class PreskipConfig(_BranchConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = peft_type()
+        for own in fields(BranchSettings):
+            setattr(self, own.name, _plain_number(getattr(self, own.name)))
         self.branch_settings()
         if self.skip_position not in SKIP_POSITIONS:
             raise PreskipError(

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from preskip.errors import PreskipError, some
+from preskip.model_types import PREFIX
 from preskip.progress import say
 
 # What an adapter leaves in the names of the weights of a base that was saved with it.
@@ -31,6 +32,11 @@ def check_loaded(name: str, model: Any, report: dict[str, Any]) -> None:
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
     broken = [str(message) for message in report.get("error_msgs", ())]
     extra = sorted(report["unexpected_keys"])
+    if str(model.config.model_type).startswith(PREFIX) and (homeless := [key for key in extra if ".preskip." in key]):
+        raise PreskipError(
+            f"model {name}: its config.json has no place for {some(homeless, 3)}: config and weights do not belong "
+            "together; bake it again"
+        )
     if adapter := [key for key in extra if _ADAPTER.search(key)]:
         raise PreskipError(
             f"model {name}: an adapter was saved inside its weights ({some(adapter, 3)}), and would be left out: bake "

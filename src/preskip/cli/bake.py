@@ -176,7 +176,8 @@ def _card(source: Source, name: str) -> Card | None:
 
 
 def _difference(live: Any, out: Path, dtype: Any, names: Sequence[str] | None) -> float:
-    """The largest difference of the logits of the adapted and the baked model, on 64 tokens, over all adapters.
+    """The largest difference of the logits of the adapted and the baked model, over all adapters, on 64 tokens or as
+    many as it has positions for.
 
     NaN or infinity where logits are not finite.
     """
@@ -187,7 +188,8 @@ def _difference(live: Any, out: Path, dtype: Any, names: Sequence[str] | None) -
     baked = auto.from_pretrained(out, dtype=dtype, attn_implementation=live.config._attn_implementation).eval()
     generator = torch.Generator().manual_seed(0)
     vocabulary = live.get_input_embeddings().num_embeddings
-    ids = torch.randint(0, vocabulary, (1, 64), generator=generator)
+    positions = getattr(live.config.get_text_config(), "max_position_embeddings", None) or 64
+    ids = torch.randint(0, vocabulary, (1, min(64, positions)), generator=generator)
     differences = []
     for name in names or ("",):
         picked = {"adapter_names": [name]} if name else {}

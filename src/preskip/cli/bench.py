@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 from preskip.bench.settings import CACHES, COMPILED, ROWS, WORK, BenchSettings, Work
 from preskip.cli.libraries import loading_libraries
-from preskip.cli.options import Device, Dtype, Json, Model, TrustRemoteCode, flag
+from preskip.cli.options import Device, Dtype, Json, Model, TrustRemoteCode, flag, for_other, refuse_unused
 from preskip.errors import PreskipError
 
 DEFAULT_MODEL = "smollm2"
@@ -57,6 +57,16 @@ def bench(
         compiled_work=_names(compiled_work, "--compiled-work", COMPILABLE),
         rounds=rounds,
     )
+    kinds = {its.kind for its in settings.work}
+    of_work = {
+        "prefill": ("prompt",),
+        "decode": ("batch", "cache", "context", "new_tokens"),
+        "scoring": ("scoring",),
+        "training": ("training",),
+    }
+    needs = {for_other(f"--work {kind}"): (kind in kinds, names) for kind, names in of_work.items()}
+    needs[for_other("compiled --rows")] = (bool({*settings.rows} & {*COMPILED}), ("compiled_work",))
+    refuse_unused(bench, locals(), needs)
     if num_layers is not None and model_shape is None:
         raise PreskipError("--num-layers is for a --model-shape, and a model has its own: leave it out")
     if model != DEFAULT_MODEL and model_shape is not None:
@@ -86,7 +96,9 @@ def bench(
             config = shape_config(model_shape, branch=None)
             layers = config.num_hidden_layers
             if num_layers is not None:
-                config.num_hidden_layers = min(num_layers, layers)
+                if num_layers > layers:
+                    raise PreskipError(f"--num-layers {num_layers} is more than {model_shape} has: {layers}")
+                config.num_hidden_layers = num_layers
             base = random_base(config, kind, place, len(settings.rows))
     with spinner("measuring the device", quiet=as_json):
         limits = measure_limits(place, kind)

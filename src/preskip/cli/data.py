@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 from preskip.cli.options import DataDir, Json, flag
 from preskip.errors import PreskipError
+from preskip.experiment.parse import parse_names
 
 
 def data(
@@ -32,9 +33,9 @@ def data(
     if fetch is not None:
         by_name = {its.name: its for its in DATA_SETS}
         every = [its.name for its in DATA_SETS if its.can_be_fetched]
-        names = every if fetch == "all" else [name.strip() for name in fetch.split(",")]
-        if unknown := next((name for name in names if name not in by_name), None):
-            raise PreskipError(f"--fetch {unknown!r} is unknown: choose among {', '.join(by_name)}, or all")
+        names = every if fetch == "all" else list(parse_names(fetch))
+        if unknown := [name for name in names if name not in by_name] or ([] if names else [fetch]):
+            raise PreskipError(f"--fetch {unknown[0]!r} is unknown: choose among {', '.join(by_name)}, or all")
         for name in names:
             remarks += by_name[name].fetch(place, progress=not as_json)
     # A package is fetched without the data directory.

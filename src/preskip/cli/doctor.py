@@ -15,7 +15,7 @@ from preskip.version import __version__
 
 # Modules that a command needs beyond the required dependencies, and what installs them.
 EXTRAS = {
-    "all commands but bake, serve, data and doctor": (
+    "all commands but bake, serve, doctor and data without --fetch": (
         ("datasets", "gguf", "pyarrow", "scipy"),
         "pip install 'preskip[train]'",
     ),

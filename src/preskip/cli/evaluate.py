@@ -24,7 +24,9 @@ from preskip.cli.options import (
     TrustRemoteCode,
     chosen_context,
     flag,
+    for_other,
     options_of,
+    refuse_unused,
 )
 from preskip.errors import PreskipError
 from preskip.evaluate.task_settings import TaskSettings
@@ -91,6 +93,12 @@ def evaluate(
     names, texts = list(dict.fromkeys(parse_names(tasks))), list(dict.fromkeys(corpus or []))
     if not names and not texts:
         raise PreskipError("nothing to evaluate: give --tasks lambada_openai,... or --corpus TEXT")
+    of_texts = ("stride", "text_column", "corpus_split")
+    needs = {
+        for_other("--tasks"): (bool(names), ("seed", "batch_size")),
+        for_other("--corpus"): (bool(texts), of_texts),
+    }
+    refuse_unused(evaluate, locals(), needs)
     if adapter is not None and not adapter.is_dir():
         raise PreskipError(f"--adapter {adapter}: no such folder; give one saved with save_pretrained")
     if out is not None and out.exists():
@@ -99,7 +107,7 @@ def evaluate(
     settings.check_special_tokens(split_special_tokens)
     ignored = [name for name, value in asdict(settings).items() if value != getattr(TaskSettings(), name)]
     if ignored and not names:
-        raise PreskipError(f"--{ignored[0].replace('_', '-')} is for --tasks: give that, too, or leave it out")
+        raise PreskipError(f"--{ignored[0].replace('_', '-')} {for_other('--tasks')}")
     if log_samples and (not names or out is None or out.suffix == ".jsonl"):
         raise PreskipError("--log-samples needs --tasks, and a folder as --out")
     from preskip.experiment.preflight import check_inputs, check_place
@@ -255,6 +263,7 @@ def _dtypes(model: Any, adapter: Path | None) -> dict[str, Any]:
     from preskip.adapter import base_model
     from preskip.assets import weights_dtype
     from preskip.evaluate.adapters import brought_weights
+    from preskip.quantizing import packed_weights
 
     base = base_model(model)
     own = {id(parameter) for parameter in base.parameters()}
@@ -265,7 +274,9 @@ def _dtypes(model: Any, adapter: Path | None) -> dict[str, Any]:
         "adapter_dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in adapted})) or None,
         "attn_implementation": base.config._attn_implementation,
         # Of packed matrices what they stand for; prompt learning keeps its weights beside the base.
-        "parameters": base.num_parameters() + sum(p.numel() for p in model.parameters() if id(p) not in own),
+        "parameters": base.num_parameters()
+        + packed_weights(base)
+        + sum(p.numel() for p in model.parameters() if id(p) not in own),
         "adapter_parameters": sum(parameter.numel() for parameter in adapted),
     }
 

@@ -25,6 +25,8 @@ from preskip.cli.options import (
     TrustRemoteCode,
     chosen_context,
     flag,
+    for_other,
+    refuse_unused,
 )
 from preskip.cli.runs import written_or_said
 from preskip.errors import PreskipError
@@ -70,12 +72,14 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Measure what the skip and the enrichment of each layer do: sizes, ablation, token classes, a map of the text."""
+    refuse_unused(explain, locals(), {for_other("--ablation-documents"): (ablation_documents > 0, ("ablation_words",))})
     from preskip.progress import progress_bar, say, spinner
 
     started = time.perf_counter()
     with loading_libraries(quiet=as_json):
         from preskip.adapter import base_model
-        from preskip.analysis.explain import Extent, explain
+        from preskip.analysis.explain import Extent
+        from preskip.analysis.explain import explain as measure
         from preskip.analysis.explain.texts import given_texts, heldout_texts
         from preskip.assets import weights_dtype
         from preskip.experiment.preflight import check_place
@@ -129,7 +133,7 @@ def explain(
         say(line, quiet=as_json)
     loaded = time.perf_counter() - started
     with new_folder(out) as workspace:
-        result = explain(
+        result = measure(
             live,
             tokenizer,
             [*given, *heldout],
@@ -224,6 +228,7 @@ def _facts(source: Source, live: Any, model: str | None) -> ExplainFacts:
     from preskip.adapter import base_model
     from preskip.analysis.branches import live_branches
     from preskip.assets import weights_dtype
+    from preskip.quantizing import packed_weights
     from preskip.version import __version__
 
     base = base_model(live)
@@ -240,7 +245,7 @@ def _facts(source: Source, live: Any, model: str | None) -> ExplainFacts:
             "type": base.config.model_type,
             "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
-            "parameters": base.num_parameters(),  # of packed matrices what they stand for
+            "parameters": base.num_parameters() + packed_weights(base),  # of packed matrices what they stand for
             "dtype": weights_dtype(base),
         },
         "settings": asdict(live_branches(live)[0].active()[0][0]),

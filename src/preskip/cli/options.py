@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Optional, TypeVar, cast, get_origin, get_type_hints
@@ -18,6 +18,32 @@ from preskip.fields import Flag, about, flags, refusal
 F = TypeVar("F", bound=Callable[..., None])
 _HEADINGS = ("What", "Model", "Training", "Scoring", "How much", "A planned design", "Branch", "Evaluation", "Output")
 GROUPS = {heading: Group.create_ordered(heading) for heading in _HEADINGS}
+
+
+def refuse_unused(
+    command: Callable[..., None], values: Mapping[str, Any], needs: Mapping[str, tuple[bool, Sequence[str]]]
+) -> None:
+    """Refuse options that were given and would have no effect.
+
+    Args:
+        command: whose signature has their defaults.
+        values: of its parameters, such as `locals()` at its beginning.
+        needs: by the end of the sentence (`for_other`): whether what is needed is there, and the parameters that need
+            it.
+
+    Raises:
+        PreskipError: with the option and what it is for.
+    """
+    defaults = inspect.signature(command).parameters
+    for complaint, (is_there, names) in needs.items():
+        for name in names:
+            if not is_there and values[name] != defaults[name].default:
+                raise PreskipError(f"--{name.replace('_', '-')} {complaint}")
+
+
+def for_other(option: str) -> str:
+    """What `refuse_unused` says of an option that serves another."""
+    return f"is for {option}: give that, too, or leave it out"
 
 
 def flag(

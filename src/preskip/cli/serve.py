@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -15,10 +17,11 @@ from cyclopts import Parameter
 
 from preskip.cli.bake import bake_saved
 from preskip.cli.base import base_of
-from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag
+from preskip.cli.options import Base, DtypeOfRun, Json, TrustRemoteCode, flag, refuse_unused
 from preskip.errors import AfterOutputError, PreskipError
 from preskip.model_types import PREFIX
 from preskip.progress import quiet_libraries, say, spinner
+from preskip.runs.files import read_config
 from preskip.runs.weights import ADAPTER_CONFIG, PEFT_TYPE
 from preskip.serve.versions import NOT_IN_VLLM, serving_problem
 from preskip.version import __version__
@@ -32,6 +35,7 @@ SMALL = (".json", ".jinja", ".model", ".txt")
 CONTINUOUS = "--continuous-batching"
 # Options of the engines that are options of `preskip serve`.
 OWN_OPTIONS = {"--host": "--host", "--port": "--port", "--dtype": "--dtype", "--served-model-name": "--name"}
+_NO_SERVER = "is not possible with --check, which starts no server: leave it out"
 WITHOUT_SERVER = "transformers' own server needs fastapi and uvicorn: pip install 'preskip[serve]'"
 
 
@@ -60,7 +64,11 @@ def serve(
     from preskip.serve.by_token import server_arguments, write_loras
     from preskip.serve.server import check_memory, check_port, command, new_log, reason_in, running, wait
 
-    more = shlex.split(engine_args)
+    try:
+        more = shlex.split(engine_args)
+    except ValueError as error:
+        raise PreskipError(f"--engine-args {engine_args!r} cannot be read: {str(error).lower()}") from None
+    refuse_unused(serve, locals(), {_NO_SERVER: (not check, ("host", "port", "name"))})
     if check and more:
         raise PreskipError(
             "--engine-args is not possible with --check, which runs the engine with its own: leave one of them out"
@@ -173,9 +181,9 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
     base, revision = base_of(found, model)
     key = _key(found.weights, base, dtype if dtype != "auto" else found.dtype, revision)
     place = cache_dir() / "baked" / key
-    if not place.is_dir():
+    if not _is_whole(place):
         with workspace(f"baked-{key}") as work:
-            if not place.is_dir():  # baked by another process while we waited
+            if not _is_whole(place):  # baked by another process while we waited
                 made = work / "checkpoint"
                 bake_saved(
                     {"adapter": found.weights},
@@ -187,9 +195,23 @@ def _checkpoint(source: Path, model: str | None, dtype: str, trust_remote_code: 
                     quiet=quiet,
                 )
                 place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(place, ignore_errors=True)
                 os.replace(made, place)
     say(f"baked checkpoint: {place}", quiet=quiet)
     return place
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether a cached bake can be read; one that was cut short, or cleaned up in part, is baked again."""
+    from preskip.serve.checkpoint import examine
+
+    if not place.is_dir():
+        return False
+    quiet_libraries()
+    with suppress(PreskipError):
+        examine(place)
+        return True
+    return False
 
 
 def _key(adapter: Path, base: str, dtype: str, revision: str | None = None) -> str:
@@ -225,8 +247,12 @@ def _refuse_own_options(arguments: Sequence[str]) -> None:
 def _refuse_as_lora(arguments: Sequence[str]) -> None:
     """Refuse Preskip adapters that an engine is told to take for LoRA, which it would do wrongly or not at all."""
     for argument in arguments:
-        path = Path(argument.rpartition("=")[2]) / ADAPTER_CONFIG
-        if path.is_file() and json.loads(path.read_text()).get("peft_type") == PEFT_TYPE:
+        folder = argument.rpartition("=")[2]
+        # Of a text too long for a path, as an engine's options in JSON are, `Path.is_file` raises.
+        if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+            continue
+        path = Path(folder) / ADAPTER_CONFIG
+        if read_config(path).get("peft_type") == PEFT_TYPE:
             raise PreskipError(
                 f"{path.parent} is a Preskip adapter, which is no LoRA: its branch depends non-linearly on its input "
                 f"and cannot be added to a weight; bake it, or `preskip serve {path.parent}`"

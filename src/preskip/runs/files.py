@@ -189,6 +189,18 @@ def read_json(path: Path) -> Any:
         raise PreskipError(f"{path} cannot be read: {error}") from None
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model's or an adapter's configuration.
+
+    Raises:
+        PreskipError: as `read_json`, or it is no object.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise PreskipError(f"{path} is damaged, it holds no configuration: save the model or the adapter again")
+    return content
+
+
 def read_jsonl(path: Path) -> list[Any]:
     """Read one JSON object per line, of the file or, where it is not there, of the same compressed (`.gz`).
 

@@ -10,7 +10,7 @@ from typing import Any
 from preskip.errors import PreskipError
 from preskip.model_types import PREFIX
 from preskip.runs.directory import RunDirectory
-from preskip.runs.files import read_json
+from preskip.runs.files import read_config, read_json
 from preskip.runs.schema import Manifest, NullRun
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -39,7 +39,7 @@ def adapter_folders(folder: Path) -> list[Path]:
     if missing:
         raise PreskipError(f"adapter {folder} holds stacked adapters, but number {min(missing)} is missing")
     parts = [folder / str(number) for number in sorted(numbers)]
-    kinds = [read_json(part / ADAPTER_CONFIG).get("peft_type") for part in parts]
+    kinds = [read_config(part / ADAPTER_CONFIG).get("peft_type") for part in parts]
     if len(set(kinds)) < len(kinds):  # what is stacked is of different types
         names = ", ".join(part.name for part in parts)
         raise PreskipError(f"adapter {folder} holds {len(parts)} adapters, {names}: give one of them, e.g. {parts[0]}")
@@ -196,7 +196,7 @@ def _branch_in(cell: Path) -> Path | None:
     adapter, model = cell / "adapter", cell / "model" / "config.json"
     if PEFT_TYPE in _types(adapter):
         return adapter
-    return model.parent if model.is_file() and _has_branch(read_json(model)) else None
+    return model.parent if model.is_file() and _has_branch(read_config(model)) else None
 
 
 def _has_branch(config: dict[str, Any]) -> bool:
@@ -206,7 +206,7 @@ def _has_branch(config: dict[str, Any]) -> bool:
 
 def _configs(folder: Path) -> list[dict[str, Any]]:
     """The configurations of the adapters of a folder, first to last; none where there is no adapter."""
-    return [read_json(part / ADAPTER_CONFIG) for part in adapter_folders(folder)]
+    return [read_config(part / ADAPTER_CONFIG) for part in adapter_folders(folder)]
 
 
 def _types(folder: Path) -> list[str]:
@@ -240,7 +240,7 @@ def _adapter(path: Path) -> Source:
 
 
 def _checkpoint(path: Path) -> Source:
-    config = read_json(path / "config.json")
+    config = read_config(path / "config.json")
     if not _has_branch(config):
         kind = config.get("model_type")
         raise PreskipError(f"{path} is a {kind} model, which has no branch: give a baked checkpoint or an adapter")

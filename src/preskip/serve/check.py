@@ -58,6 +58,7 @@ class Checked:
         greedy_equal, greedy: equal tokens of the greedy continuations, and all of them.
         blocks, base_blocks: of the engine's K/V cache, on a CPU in the same memory; None where it has none.
         cache_bytes: of keys and values per token, the base's and this model's.
+        is_compared: whether the engine is another than transformers, which is compared with nothing but itself.
         sensitivity: how many times more than the base the model itself moves by rounding; None where not needed.
         problem: why the check failed; None where it passed.
     """
@@ -76,6 +77,7 @@ class Checked:
     blocks: int | None
     base_blocks: int | None
     cache_bytes: int
+    is_compared: bool
     sensitivity: float | None
     problem: str | None
 
@@ -85,7 +87,7 @@ class Checked:
 
 
 def check(facts: Facts, engine: str, dtype: str, *, device: str, note: Callable[[str], None]) -> Checked:
-    """Run the check.
+    """Run the check; of transformers as the engine, only that it loads the branch and that this changes something.
 
     Args:
         facts: of the checkpoint.
@@ -196,6 +198,7 @@ def compare(
         blocks=ours.get("blocks"),
         base_blocks=base.get("blocks"),
         cache_bytes=facts.cache_bytes_in(dtype),
+        is_compared=engine != "transformers",
         sensitivity=sensitivity,
         problem=problem,
     )
@@ -218,20 +221,22 @@ def _prompts(facts: Facts) -> list[list[int]]:
         prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     except Exception:  # whatever is missing there, the check needs no text
         prompts = []
-    if prompts and all(len(prompt) > 1 and max(prompt) < facts.config.vocab_size for prompt in prompts):
-        return prompts
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(facts.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 17, 30, 40)]
+    if not prompts or not all(len(prompt) > 1 and max(prompt) < facts.config.vocab_size for prompt in prompts):
+        generator = torch.Generator().manual_seed(0)
+        prompts = [torch.randint(facts.config.vocab_size, (n,), generator=generator).tolist() for n in (5, 17, 30, 40)]
+    positions = getattr(facts.config, "max_position_embeddings", None) or sys.maxsize
+    return [prompt[: max(2, positions - NEW_TOKENS)] for prompt in prompts]
 
 
 def transformers_scores(folder: Path, dtype: str, prompts: Sequence[list[int]], adapters: Sequence[str] = ()) -> Scores:
     """What transformers gives, each prompt by itself; all of them with each of several adapters."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
-    auto: Any = AutoModelForCausalLM
+    from preskip.assets import load_model
+
     # The faster attentions leave out what some models have (Gemma 2 caps its scores), and engines do not.
-    model = auto.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+    model: Any = load_model(str(folder), dtype=getattr(torch, dtype), attn_implementation="eager")
     settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
     model.generation_config = copy.deepcopy(settings)  # nothing of the checkpoint's own is mixed in
     result = Scores(logprobs=[], tokens=[])
