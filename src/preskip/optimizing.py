@@ -47,7 +47,9 @@ class Optimized:
         self.attentions = len(changed)
 
     def remove(self) -> None:
-        """Put the model back as it was; a second call does nothing."""
+        """Put the model back as it was, the branches' hooks behind those that others have added meanwhile; a second
+        call does nothing.
+        """
         for attention, branch in self._changed:
             if attention._modules.get(CHILD) is branch:  # not where the adapter was unloaded meanwhile
                 detach(attention)

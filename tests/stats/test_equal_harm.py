@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from preskip.stats.equal_harm import change_at, changes_at, mean_difference
+from preskip.stats.equal_harm import change_at, changes_at, last_rung, mean_difference
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,3 +86,10 @@ def test_a_stored_search() -> None:
     for seed, change in content.items():
         tried = [point["dev"]["in"]["value"] for point in search["content"]["trace"] if str(point["for_seed"]) == seed]
         assert min(tried) < change < max(tried)
+
+
+def test_rungs_of_equally_many_steps_are_told_apart() -> None:
+    """Of 4 steps or fewer both rungs of a search train 2."""
+    early = [{**trial(rate, -9.0, 0.0), "rung": 0} for rate in (1e-3, 2e-3)]
+    late = [trial(1e-3, -0.1, 0.0), trial(2e-3, -0.2, 0.02)]
+    assert [row["rung"] for row in last_rung({"trace": early + late})["7"]] == [1, 1]

@@ -29,8 +29,8 @@ from preskip.version import __version__
 if TYPE_CHECKING:
     from preskip.serve.checkpoint import Facts
 
-# Configs, tokenizers and chat templates: what they say is baked, too.
-SMALL = (".json", ".jinja", ".model", ".txt")
+# Configs, tokenizers, chat templates and a base's own code: what they say is baked, too.
+SMALL = (".json", ".jinja", ".model", ".txt", ".py")
 # Packs requests into one row of the bare model, which then has the first adapter for all of them.
 CONTINUOUS = "--continuous-batching"
 # Options of the engines that are options of `preskip serve`.

@@ -47,10 +47,11 @@ def changes_at(search: Search, harm: float) -> dict[str, float | None]:
 
 def last_rung(search: Search) -> dict[str, list[Trial]]:
     """By training seed: the trials of a search's last rung."""
-    longest = max(trial["steps"] for trial in search["trace"])
+    # Both rungs of a very short run have as many steps.
+    last = max((trial["rung"], trial["steps"]) for trial in search["trace"])
     by_seed: dict[str, list[Trial]] = {}
     for trial in search["trace"]:
-        if trial["steps"] == longest:
+        if (trial["rung"], trial["steps"]) == last:
             by_seed.setdefault(str(trial.get("for_seed", trial["seed"])), []).append(trial)
     return by_seed
 
