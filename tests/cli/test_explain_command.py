@@ -18,8 +18,8 @@ from tiny_model import write_corpus
 from tiny_text import tiny_tokenizer
 
 FEWEST = ["--words", "40", "--documents", "4", "--device", "cpu"]
-FEWEST += ["--attention-documents", "2", "--context-length", "32"]
-FEW = [*FEWEST, "--ablation-documents", "2", "--ablation-words", "10"]
+FEWEST += ["--attention-documents", "2"]
+FEW = [*FEWEST, "--ablation-documents", "2", "--ablation-words", "10", "--context-length", "32"]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 def trial(rate: float, inside: float, outside: float | None = 0.0, *, seed: int = 1, steps: int = 24) -> Any:
     out = {} if outside is None else {"books": {"value": outside}, "wiki": {"value": outside - 1}}
     return {
+        "rung": 1,
         "learning_rate": rate,
         "steps": steps,
         "seed": 7,
