@@ -96,7 +96,8 @@ def test_the_declared_questions_are_those_of_the_stored_runs():
             assert value < 1e-4 if cell.strip() == "< 0.0001" else float(cell) == pytest.approx(value, rel=0.02)
     words = " ".join(page.split())
     assert "could detect {2:.3f} (80 % power; SmolLM2's {0:.3f})".format(*harms) in words
-    assert "these first looks could detect {1:.2f} and {3:.2f}".format(*harms) in words
+    assert "with SmolLM2, where {1:.3f} could have been detected".format(*harms) in words
+    assert "with Gemma, whose first look could detect {3:.2f}".format(*harms) in words
 
 
 def test_the_page_of_the_peers_is_what_its_script_prints(tmp_path, monkeypatch, capsys):
