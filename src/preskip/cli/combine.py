@@ -56,8 +56,9 @@ def combine_runs(
             chosen = [arm for arm in wanted or stored.items if arm in stored.items]
             if reference not in absent and len({*chosen, reference} - {None}) > 1:
                 pairs = stored.pairs(chosen, reference)
-                options: Any = {"pairs": pairs, "confidence": confidence, "notes": left_out}
-                entries = compare_arms(stored.items, stored.family, stored.sets, **options)
+                entries = compare_arms(
+                    stored.items, stored.family, stored.sets, pairs=pairs, confidence=confidence, notes=left_out
+                )
                 compared[label] = (entries, stored.sets)
                 left_out += looks_without_seeds(stored.items, stored.family, stored.seeds)
             notes += [f"{label}: {line}" for line in left_out]

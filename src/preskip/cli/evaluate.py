@@ -105,9 +105,8 @@ def evaluate(
         raise PreskipError(f"{out} exists already: choose another --out")
     settings, seeds = TaskSettings.from_options(given), _seeds(seed)
     settings.check_special_tokens(split_special_tokens)
-    ignored = [name for name, value in asdict(settings).items() if value != getattr(TaskSettings(), name)]
-    if ignored and not names:
-        raise PreskipError(f"--{ignored[0].replace('_', '-')} {for_other('--tasks')}")
+    if given and not names:
+        raise PreskipError(f"--{next(iter(given)).replace('_', '-')} {for_other('--tasks')}")
     if log_samples and (not names or out is None or out.suffix == ".jsonl"):
         raise PreskipError("--log-samples needs --tasks, and a folder as --out")
     from preskip.experiment.preflight import check_inputs, check_place

@@ -206,11 +206,10 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
         for entry in declared or entries
     ]
     for entry, row in zip(declared or entries, rows, strict=True):
-        if looks and key_of(entry) in first_questions(family) and row["difference"] is not None:
+        is_judged = row["independent_units"] >= FEWEST_UNITS and row["difference"] is not None
+        if looks and key_of(entry) in first_questions(family) and is_judged:
             level = alpha / tests_beside(stored.family, entry)
             row["looks"] = _looks(looks, measured_design(entry), row["difference"], level)
-            if row["independent_units"] < FEWEST_UNITS:
-                row["looks"] = [{**look, "stops": 0.0, "by_chance": 0.0} for look in row["looks"]]
     return rows, notes
 
 

@@ -113,7 +113,7 @@ def paired_seeds(a: SeedItems, b: SeedItems, name_a: str, name_b: str) -> tuple[
     seeds_a, seeds_b = by_seed(a, name_a), by_seed(b, name_b)
     identified = isinstance(a, Mapping) and isinstance(b, Mapping)
     serves_all = [
-        len(seeds) == 1 and (not identified or name.rpartition(":")[2] == UNTRAINED)
+        _serves_all(name, seeds) if identified else len(seeds) == 1
         for seeds, name in ((seeds_a, name_a), (seeds_b, name_b))
     ]
     if any(serves_all):
@@ -130,6 +130,11 @@ def paired_seeds(a: SeedItems, b: SeedItems, name_a: str, name_b: str) -> tuple[
             "no seed in common: run both with the same --seeds"
         )
     return [seeds_a[seed] for seed in common], [seeds_b[seed] for seed in common]
+
+
+def _serves_all(name: str, seeds: Mapping[Any, Items]) -> bool:
+    """Whether an arm is the untouched model, which is scored once and paired with every seed."""
+    return len(seeds) == 1 and name.rpartition(":")[2] == UNTRAINED
 
 
 def nothing_compared(left_out: Sequence[str]) -> PreskipError:
@@ -159,8 +164,7 @@ def unpaired_seeds(items: Mapping[str, SeedItems], pairs: Iterable[tuple[str, st
             for run, own in zip(runs, seeds, strict=True)
             if (alone := [seed for seed in own if seed not in common])
         ]
-        serves_all = any(arm == UNTRAINED and len(own) == 1 for arm, own in zip(arms, seeds, strict=True))
-        if common and left_out and not serves_all:
+        if common and left_out and not any(map(_serves_all, pair, seeds)):
             line = f"paired on seeds {', '.join(map(str, common))}; left out are {' and '.join(left_out)}"
             found.setdefault(line, []).append(" and ".join(dict.fromkeys(arms)))
     return [f"{', '.join(pairs)}: {line}" for line, pairs in found.items()]
