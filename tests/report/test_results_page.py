@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from preskip.stats.designs import Design, resolvable
 from preskip.stats.equal_harm import mean_difference
 from preskip.stats.families import holm
-from preskip.stats.power import Design, resolvable
 from preskip.stats.rates import rate_spreads
 from scripts import load_script
 

@@ -19,7 +19,7 @@ from preskip.stats import (
     planned_power,
     resolvable,
 )
-from preskip.stats.power import checked_level, discordant_deviation, doubled, resolvable_if_doubled
+from preskip.stats.designs import checked_level, discordant_deviation, doubled, resolvable_if_doubled
 from stored_runs import make_items
 
 

@@ -92,8 +92,8 @@ def _planned(given: Mapping[str, Any], difference: float | None, wanted: float, 
 
     from preskip.metrics import METRICS
     from preskip.stats import Design
+    from preskip.stats.designs import checked_level, discordant_deviation
     from preskip.stats.families import levels_at
-    from preskip.stats.power import checked_level, discordant_deviation
 
     if ("items" in given) == ("documents" in given):
         raise PreskipError("give --items or --documents for a planned design, or a run directory")
@@ -168,8 +168,9 @@ def _of_run(run: Path, difference: float | None, wanted: float, alpha: float) ->
     """The declared comparisons of a run, or all where none was declared; and what is missing of it."""
     from preskip.runs.stored import load_runs
     from preskip.stats import compare_arms, looks_without_seeds
+    from preskip.stats.designs import checked_level
     from preskip.stats.families import first_questions, key_of, levels_of, tests_beside
-    from preskip.stats.power import checked_level, measured_design
+    from preskip.stats.power import measured_design
     from preskip.stats.records import nothing_compared
     from preskip.stats.verdicts import FEWEST_UNITS, independent_units
 
@@ -229,7 +230,7 @@ def _row(
 
     from preskip.metrics import DEFAULT_MARGINS
     from preskip.stats import needed, resolvable
-    from preskip.stats.power import resolvable_if_doubled
+    from preskip.stats.designs import resolvable_if_doubled
     from preskip.stats.verdicts import FEWEST_UNITS
 
     options: dict[str, Any] = {"power": wanted, "alpha": levels[0]}

@@ -6,9 +6,10 @@ docs/statistics.md says in one page what is computed; `bootstrap` says how the i
 from preskip.metrics import DEFAULT_MARGINS
 from preskip.stats.bootstrap import RESAMPLES, RatioDistribution, bootstrap_ratio
 from preskip.stats.comparisons import compare, compare_arms, looks_without_seeds, summarise
+from preskip.stats.designs import Design, Needed, needed, resolvable
 from preskip.stats.families import apply_family, holm
 from preskip.stats.intervals import CONFIDENCE, Interval
-from preskip.stats.power import Design, Needed, measured_power, needed, planned_power, resolvable
+from preskip.stats.power import measured_power, planned_power
 from preskip.stats.tests import AccuracyDifference, mcnemar, paired_accuracy_difference, paired_ratio_difference
 from preskip.stats.verdicts import ALPHA, Verdict, verdict_of
 

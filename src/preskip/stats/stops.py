@@ -9,8 +9,8 @@ import numpy as np
 from scipy import special
 
 from preskip.stats.bootstrap import LEAST, part_freedom, seeds_and_units_reach
+from preskip.stats.designs import Design
 from preskip.stats.looks import fractions_of, nominal_levels
-from preskip.stats.power import Design
 from preskip.stats.verdicts import ALPHA, FEWEST_UNITS
 
 
